@@ -1,0 +1,42 @@
+"""Where are my rows? Addresses of tiles of a dense [batch, heads, length, dim] tensor with any strides.
+
+Every product of an index and a stride is taken in 64 bits: one stride can pass 2³¹ elements by itself.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def head_ptr(ptr, batch, head, strides):
+    """The address of row 0 of one head; strides = (batch, head, row, dim), in elements."""
+    return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def tile_ptrs(ptr, rows, columns, strides):
+    """Addresses of rows × columns of a head, [rows, columns]."""
+    return ptr + rows.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3]
+
+
+@triton.jit
+def load_tile(ptr, rows, row_mask, strides, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
+    """Rows of a head, [rows, DIM_TILE]; rows outside row_mask (None: all count) and padding columns are 0."""
+    columns = tl.arange(0, DIM_TILE)
+    ptrs = tile_ptrs(ptr, rows, columns, strides)
+    if DIM == DIM_TILE and row_mask is None:
+        return tl.load(ptrs)
+    elif DIM == DIM_TILE:
+        return tl.load(ptrs, mask=row_mask[:, None], other=0.0)
+    elif row_mask is None:
+        return tl.load(ptrs, mask=(columns < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs, mask=row_mask[:, None] & (columns < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, tile, rows, row_mask, strides, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
+    """Write a tile [rows, DIM_TILE] to rows of a head; rows outside row_mask and padding columns are not."""
+    columns = tl.arange(0, DIM_TILE)
+    mask = row_mask[:, None] & (columns < DIM)[None, :]
+    tl.store(tile_ptrs(ptr, rows, columns, strides), tile, mask=mask)

@@ -1,0 +1,294 @@
+"""The contract: what a call must satisfy, one predicate a rule.
+
+A rule looks at a `Request` and returns None, or what is wrong, in words that name the argument, the value
+given and what was expected. `violations` runs them all; `attention` raises the first, `why_not` lists them.
+Rules look at shapes, dtypes and devices alone, never at the contents of a tensor: reading those would make
+the host wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .masks import UNLIMITED, Mask
+from .numerics import INTERPRETED
+from .problem import FLOATS, Shape
+from .scores import Score
+from .similarity import Cosine
+
+IMPLEMENTATIONS = ("portable", "torch")
+MAX_DIM = 256
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of one call to `attention`, with mask and score in their final form."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    masks: tuple[Mask, ...]
+    scores: tuple[Score, ...]
+    scale: float | torch.Tensor | None
+    similarity: str | Cosine
+    sink: torch.Tensor | None
+    impl: str | None
+
+    @property
+    def shape(self) -> Shape:
+        (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = self.q.shape, self.k.shape
+        return Shape(batch, q_heads, kv_heads, q_len, kv_len, head_dim, self.v.shape[3])
+
+    @property
+    def implementation(self) -> str:
+        """The implementation that answers: the one asked for, else the fused kernel wherever it can run."""
+        if self.impl is not None:
+            return self.impl
+        return "portable" if self.q.is_cuda or INTERPRETED else "torch"
+
+    @property
+    def plugs(self) -> tuple[Mask | Score, ...]:
+        return (*self.masks, *self.scores)
+
+    def qkv(self) -> dict[str, torch.Tensor]:
+        return {"q": self.q, "k": self.k, "v": self.v}
+
+    def other_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor besides q, k and v, by the name of its argument."""
+        temperature = self.similarity.temperature if isinstance(self.similarity, Cosine) else None
+        given = {"scale": self.scale, "temperature": temperature, "sink": self.sink}
+        found = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        for part in self.plugs:
+            found |= {f"{type(part).__name__}.{name}": t for name, t in part.tensors().items()}
+        return found
+
+
+# ---- Rules on q, k and v alone; all others may rely on them
+
+
+def tensors_are_given(r: Request) -> str | None:
+    for name, tensor in r.qkv().items():
+        if not isinstance(tensor, torch.Tensor):
+            return f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor"
+        if tensor.layout != torch.strided:
+            return f"{name}.layout={tensor.layout} must be torch.strided (a plain dense tensor)"
+    return None
+
+
+def ranks_are_four(r: Request) -> str | None:
+    for name, tensor in r.qkv().items():
+        if tensor.dim() != 4:
+            return f"{name}.shape={tuple(tensor.shape)} must have 4 dimensions, [batch, heads, length, dim]"
+    return None
+
+
+def batches_agree(r: Request) -> str | None:
+    q, k, v = r.q.shape[0], r.k.shape[0], r.v.shape[0]
+    return None if q == k == v else f"batch sizes q: {q}, k: {k}, v: {v} must be equal"
+
+
+def kv_heads_agree(r: Request) -> str | None:
+    k, v = r.k.shape[1], r.v.shape[1]
+    return None if k == v else f"head counts k: {k}, v: {v} must be equal"
+
+
+def heads_have_a_whole_ratio(r: Request) -> str | None:
+    q_heads, kv_heads = r.q.shape[1], r.k.shape[1]
+    if q_heads >= 1 and kv_heads >= 1 and q_heads % kv_heads == 0:
+        return None
+    return f"{q_heads=} must be a multiple of {kv_heads=}, and neither may be 0"
+
+
+def kv_lengths_agree(r: Request) -> str | None:
+    k, v = r.k.shape[2], r.v.shape[2]
+    return None if k == v else f"lengths k: {k}, v: {v} must be equal"
+
+
+def lengths_are_indexable(r: Request) -> str | None:
+    q_len, kv_len = r.q.shape[2], r.k.shape[2]
+    return None if max(q_len, kv_len) < UNLIMITED else f"{q_len=} and {kv_len=} must be below {UNLIMITED}"
+
+
+def grid_is_launchable(r: Request) -> str | None:
+    batch, q_heads, q_len, _ = r.q.shape
+    programs = batch * q_heads * -(-q_len // 16)
+    if programs < 1 << 31:
+        return None
+    return f"{batch=} · {q_heads=} · {q_len=} needs {programs} programs, above 2³¹ - 1: split the batch"
+
+
+def head_dims_agree(r: Request) -> str | None:
+    q, k = r.q.shape[3], r.k.shape[3]
+    return None if q == k else f"head_dim of q: {q}, k: {k} must be equal"
+
+
+def dims_are_supported(r: Request) -> str | None:
+    head_dim, value_dim = r.q.shape[3], r.v.shape[3]
+    if 1 <= head_dim <= MAX_DIM and 1 <= value_dim <= MAX_DIM:
+        return None
+    return f"{head_dim=} and {value_dim=} must be from 1 to {MAX_DIM}"
+
+
+def dtypes_agree(r: Request) -> str | None:
+    q, k, v = r.q.dtype, r.k.dtype, r.v.dtype
+    return None if q == k == v else f"dtypes q: {q}, k: {k}, v: {v} must be equal; cast them to one"
+
+
+def dtype_is_supported(r: Request) -> str | None:
+    if r.q.dtype in FLOATS:
+        return None
+    return f"q.dtype={r.q.dtype} must be torch.float16, torch.bfloat16 or torch.float32"
+
+
+def devices_agree(r: Request) -> str | None:
+    q, k, v = r.q.device, r.k.device, r.v.device
+    return None if q == k == v else f"devices q: {q}, k: {k}, v: {v} must be equal"
+
+
+# ---- Rules on everything else
+
+
+def scale_is_a_number(r: Request) -> str | None:
+    if r.scale is None or (isinstance(r.scale, torch.Tensor) and r.scale.dim() == 0):
+        return None
+    if isinstance(r.scale, (int, float)) and math.isfinite(r.scale):
+        return None
+    given = tuple(r.scale.shape) if isinstance(r.scale, torch.Tensor) else r.scale
+    return f"scale={given} must be None, a finite number or a tensor without dimensions"
+
+
+def similarity_is_known(r: Request) -> str | None:
+    if isinstance(r.similarity, Cosine) or r.similarity in ("dot", "scaled_dot", "cosine"):
+        return None
+    return f"similarity={r.similarity!r} must be 'dot', 'scaled_dot', 'cosine' or Cosine(temperature)"
+
+
+def temperature_fits(r: Request) -> str | None:
+    if not isinstance(r.similarity, Cosine):
+        return None
+    given, q_heads = r.similarity.temperature, r.q.shape[1]
+    if isinstance(given, torch.Tensor):
+        if tuple(given.shape) == (q_heads,):
+            return None
+        return f"temperature.shape={tuple(given.shape)} must be [{q_heads}], one a query head"
+    return None if math.isfinite(given) else f"temperature={given} must be a finite number"
+
+
+def sink_fits(r: Request) -> str | None:
+    if r.sink is None:
+        return None
+    q_heads = r.q.shape[1]
+    if isinstance(r.sink, torch.Tensor) and tuple(r.sink.shape) == (q_heads,):
+        return None
+    given = tuple(r.sink.shape) if isinstance(r.sink, torch.Tensor) else r.sink
+    return f"sink={given} must be a tensor [{q_heads}], one logit a query head"
+
+
+def parameters_are_floating(r: Request) -> str | None:
+    """scale, temperature and sink enter scores, so they come in a dtype that scores may have."""
+    for name, tensor in r.other_tensors().items():
+        if name in ("scale", "temperature", "sink") and tensor.dtype not in FLOATS:
+            return f"{name}.dtype={tensor.dtype} must be torch.float16, torch.bfloat16 or torch.float32"
+    return None
+
+
+def other_devices_agree(r: Request) -> str | None:
+    for name, tensor in r.other_tensors().items():
+        if tensor.device != r.q.device:
+            return f"{name} is on {tensor.device}, q on {r.q.device}: move it with .to(q.device)"
+    return None
+
+
+def masks_and_scores_fit(r: Request) -> str | None:
+    return "; ".join(f"{type(p).__name__}: {why}" for p in r.plugs for why in p.misfits(r.shape)) or None
+
+
+def implementation_is_known(r: Request) -> str | None:
+    if r.impl is None or r.impl in IMPLEMENTATIONS:
+        return None
+    return f"impl={r.impl!r} must be None (choose for me) or one of {IMPLEMENTATIONS}"
+
+
+def kernel_can_run(r: Request) -> str | None:
+    if r.implementation != "portable" or r.q.is_cuda or (INTERPRETED and r.q.device.type == "cpu"):
+        return None
+    if r.q.device.type == "cpu":
+        return (
+            "impl='portable' on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 in the "
+            "environment before tilewise is imported, or leave impl=None for plain PyTorch"
+        )
+    return f"impl='portable' cannot run on {r.q.device}: it needs a CUDA or ROCm GPU; give impl='torch'"
+
+
+def twins_exist(r: Request) -> str | None:
+    """The plain PyTorch path needs every user function in PyTorch too."""
+    if r.implementation != "torch":
+        return None
+    for part in r.plugs:
+        try:
+            part.twin(r.shape)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def backward_exists(r: Request) -> str | None:
+    if r.implementation == "torch" or not torch.is_grad_enabled():
+        return None
+    for name, tensor in {**r.qkv(), **r.other_tensors()}.items():
+        if tensor.requires_grad:
+            return (
+                f"{name} requires a gradient, and impl='portable' has no backward yet: call it under "
+                "torch.no_grad(), or give impl='torch' for the plain PyTorch path, which has one"
+            )
+    return None
+
+
+Rule = Callable[[Request], "str | None"]
+BASIC_RULES: tuple[Rule, ...] = (
+    tensors_are_given,
+    ranks_are_four,
+    batches_agree,
+    kv_heads_agree,
+    heads_have_a_whole_ratio,
+    kv_lengths_agree,
+    lengths_are_indexable,
+    grid_is_launchable,
+    head_dims_agree,
+    dims_are_supported,
+    dtypes_agree,
+    dtype_is_supported,
+    devices_agree,
+)
+FURTHER_RULES: tuple[Rule, ...] = (
+    scale_is_a_number,
+    similarity_is_known,
+    temperature_fits,
+    sink_fits,
+    parameters_are_floating,
+    other_devices_agree,
+    masks_and_scores_fit,
+    implementation_is_known,
+    kernel_can_run,
+    twins_exist,
+    backward_exists,
+)
+NOT_BUILT: frozenset[Rule] = frozenset({backward_exists})
+
+
+def violations(request: Request) -> Iterator[Exception]:
+    """An exception for every rule that the request breaks. Rules on q, k and v come first; while one of
+    those is broken, the rest cannot be judged."""
+    broken = False
+    for rules in (BASIC_RULES[:2], BASIC_RULES[2:], FURTHER_RULES):
+        for rule in rules:
+            reason = rule(request)
+            if reason is not None:
+                broken = True
+                yield NotImplementedError(reason) if rule in NOT_BUILT else ValueError(reason)
+        if broken:
+            return

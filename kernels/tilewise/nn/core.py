@@ -1,0 +1,136 @@
+"""Attention between heads, with the parts of it that are learned. No projections: those are around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..api import attention
+from ..masks import Mask
+from ..scores import Score
+from ..similarity import Cosine
+
+MaskLike = Mask | Tensor | Any  # Any: a @triton.jit function
+ScoreLike = Score | Sequence[Score] | Any
+QK_NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+
+
+class AttentionCore(nn.Module):
+    """softmax(scale · similarity(Q, K)) V for all heads: `tilewise.attention` with learned parts.
+
+    A module of its own so that a forward hook on it sees the queries, keys, values and results of a model.
+
+    heads, kv_heads: query heads, and key/value heads that divide them (`heads` if None).
+    head_dim: the width of a head's queries and keys.
+    qk_norm: None, "rms" or "layer": normalises each head's queries and keys, with a learned weight
+        [head_dim] for each of the two (arXiv 2302.05442, section 2; RMS norm: arXiv 1910.07467).
+    similarity: "dot", "scaled_dot", "cosine" or `Cosine(temperature)`, where a tensor temperature is [heads].
+    scale: a float or a 0-d tensor; the similarity's own if None.
+    sink: learn a logit a head, from 0, that takes weight and adds no value.
+    impl: as in `tilewise.attention`.
+    device, dtype: of the learned parts.
+
+    A tensor given as scale or temperature becomes a buffer of the module, and is trained if it is an
+    `nn.Parameter`. Raises ValueError where an argument is not one of these.
+    """
+
+    scale: float | Tensor | None
+    temperature: float | Tensor
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        kv_heads: int | None = None,
+        qk_norm: str | None = None,
+        similarity: str | Cosine = "scaled_dot",
+        scale: float | Tensor | None = None,
+        sink: bool = False,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        check_positive(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+        if heads % kv_heads:
+            raise ValueError(f"{heads=} must be a multiple of {kv_heads=}")
+        if not isinstance(similarity, Cosine) and similarity not in ("dot", "scaled_dot", "cosine"):
+            raise ValueError(f"{similarity=} must be 'dot', 'scaled_dot', 'cosine' or a tilewise.Cosine")
+        if qk_norm is not None and qk_norm not in QK_NORMS:
+            raise ValueError(f"{qk_norm=} must be None, 'rms' or 'layer'")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.qk_norm, self.impl = qk_norm, impl
+        self.similarity = "cosine" if isinstance(similarity, Cosine) else similarity
+        self._hold("temperature", similarity.temperature if isinstance(similarity, Cosine) else 1.0)
+        self._hold("scale", scale)
+        self.q_norm = self._norm(device, dtype)
+        self.k_norm = self._norm(device, dtype)
+        self.sink = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype)) if sink else None
+
+    def _hold(self, name: str, value: float | Tensor | None) -> None:
+        """Keep a setting so that a tensor moves with the module and is saved with it."""
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value)
+
+    def _norm(self, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module | None:
+        if self.qk_norm is None:
+            return None
+        return QK_NORMS[self.qk_norm](self.head_dim, eps=1e-6, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: MaskLike | None = None,
+        bias: Tensor | None = None,
+        score: ScoreLike | None = None,
+    ) -> Tensor:
+        """q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim],
+        v [batch, kv_heads, kv_len, value_dim] -> [batch, heads, q_len, value_dim].
+
+        mask, bias, score, and all errors: as in `tilewise.attention`.
+        """
+        # Under autocast a norm returns fp32, while the values keep the narrow type of the projection.
+        q = q if self.q_norm is None else self.q_norm(q).to(v.dtype)
+        k = k if self.k_norm is None else self.k_norm(k).to(v.dtype)
+        similarity = Cosine(self.temperature) if self.similarity == "cosine" else self.similarity
+        return attention(
+            q, k, v, mask=mask, bias=bias, score=score,
+            scale=self.scale, similarity=similarity, sink=self.sink, impl=self.impl,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """The settings, those at their defaults left out."""
+        shown = [f"heads={self.heads}", f"head_dim={self.head_dim}"]
+        if self.kv_heads != self.heads:
+            shown.append(f"kv_heads={self.kv_heads}")
+        if self.similarity != "scaled_dot":
+            shown.append(f"similarity={self.similarity!r}")
+        if isinstance(self.temperature, Tensor) or self.temperature != 1.0:
+            shown.append(f"temperature={_brief(self.temperature)}")
+        if self.scale is not None:
+            shown.append(f"scale={_brief(self.scale)}")
+        if self.sink is not None:
+            shown.append("sink=True")
+        if self.impl is not None:
+            shown.append(f"impl={self.impl!r}")
+        return ", ".join(shown)
+
+
+def check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}={size!r} must be an int of at least 1")
+
+
+def _brief(value: float | Tensor) -> str:
+    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) else str(value)

@@ -1,0 +1,51 @@
+"""How numbers are widened, rounded and multiplied: the one place that knows about number formats.
+
+On a GPU each function below is a single conversion or matmul. Triton's interpreter holds a bfloat16 as its
+raw 16 bits, truncates where hardware rounds to nearest even, and multiplies the bit patterns in `tl.dot`; so
+there the same steps are spelled out on integers, and the numerics that tests see are those of the GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Read once, when the package is imported, as Triton does when it decides how to run `@triton.jit`.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x · LOG2E)
+LN2 = tl.constexpr(0.6931471805599453)  # log(x) = log2(x) · LN2
+
+
+@triton.jit
+def widen(x):
+    """x in fp32."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        # A bfloat16 is the upper half of an fp32.
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """The fp32 value x in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)  # half a unit in the last place, ties to even
+        nearest = tl.where(x == x, nearest, 0x7FC00000)  # the carry must not turn a NaN into a number
+        return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def matmul(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a · b in fp32. PRECISION matters to fp32 operands alone: "ieee" or "tf32"."""
+    if INTERPRETED:
+        return tl.dot(widen(a), widen(b), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+def float32_precision() -> str:
+    """`tl.dot`'s name for what `torch.set_float32_matmul_precision` asks for ("highest" is IEEE)."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -1,0 +1,61 @@
+"""What is kept of a row of scores: the softmax state, a monoid.
+
+The state of a query row is (row_max, row_sum, o): the largest score so far, the sum of exp(score - row_max),
+and the values weighted by the same exponentials. `start` is its neutral element, `step` takes in one tile of
+scores, `merge` joins the states of two disjoint sets of keys in any order, and `finish` divides.
+The loop over keys, the sink and split walks are all built from these four.
+
+Scores reach `step` in whatever unit the walk finds cheapest; `unit_log2` converts that unit to powers of two:
+exp(score) = exp2(s · unit_log2). `merge` and `finish` work in base 2 throughout.
+
+Method: Milakov & Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867).
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import LN2
+
+
+@triton.jit
+def anchor(row_max):
+    """The number to subtract before exponentials: row_max, or 0 where no key was seen (never -inf - -inf)."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@triton.jit
+def softmax_start(TILE_Q: tl.constexpr, VALUE_TILE: tl.constexpr):
+    """The state of rows that have seen no key."""
+    row_max = tl.full([TILE_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([TILE_Q], tl.float32)
+    o = tl.zeros([TILE_Q, VALUE_TILE], tl.float32)
+    return row_max, row_sum, o
+
+
+@triton.jit
+def softmax_step(s, row_max, row_sum, unit_log2):
+    """Take in scores s [TILE_Q, TILE_KV]: the new maxima and sums, P, and the factor that is due to o."""
+    new_max = tl.maximum(row_max, tl.max(s, 1))  # [TILE_Q]
+    base = anchor(new_max) * unit_log2
+    p = tl.exp2(s * unit_log2 - base[:, None])  # [TILE_Q, TILE_KV]
+    rescale = tl.exp2(row_max * unit_log2 - base)  # [TILE_Q]
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    return new_max, row_sum, p, rescale
+
+
+@triton.jit
+def softmax_merge(max_a_log2, sum_a, o_a, max_b_log2, sum_b, o_b):
+    """The state of rows that have seen the keys of state a and those of state b."""
+    row_max = tl.maximum(max_a_log2, max_b_log2)
+    base = anchor(row_max)
+    a = tl.exp2(max_a_log2 - base)
+    b = tl.exp2(max_b_log2 - base)
+    return row_max, sum_a * a + sum_b * b, o_a * a[:, None] + o_b * b[:, None]
+
+
+@triton.jit
+def softmax_finish(row_max_log2, row_sum, o):
+    """O = o / row_sum and LSE = ln Σ exp(score); rows that saw no key give 0 and -inf."""
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    lse = (row_max_log2 + tl.log2(row_sum)) * LN2  # [TILE_Q]
+    return o / row_sum[:, None], lse

@@ -1,0 +1,112 @@
+"""Which pairs count: every mask written as the plain statement of what it means.
+
+Each function returns ``mask(batch, head, q_idx, kv_idx) -> bool``, true where the query may attend to the
+key. The four arguments are int64 index tensors that broadcast together; ``attention`` passes the shapes
+[B,1,1,1], [1,Hq,1,1], [1,1,Nq,1] and [1,1,1,Nk].
+
+``align`` says where the queries stand among the keys: query i is at key position i + kv_len - q_len
+(``"bottom_right"``) or at i (``"top_left"``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .positions import Align, lookup, shift
+
+MaskFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def causal(q_len: int, kv_len: int, align: Align = "bottom_right") -> MaskFn:
+    """A query sees the key at its own position and every key before it."""
+    offset = shift(q_len, kv_len, align)
+
+    def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return kv_idx <= q_idx + offset
+
+    return mask
+
+
+def window(
+    left: int | None, right: int | None, q_len: int, kv_len: int, align: Align = "bottom_right"
+) -> MaskFn:
+    """A query sees ``left`` keys before its own position, that position, and ``right`` keys after it.
+
+    ``None`` sets no limit on that side: ``window(None, 0)`` is causal. Sliding windows of this kind are
+    described in Longformer (Beltagy et al. 2020, arXiv 2004.05150). Raises ValueError for a negative count.
+    """
+    if (left is not None and left < 0) or (right is not None and right < 0):
+        raise ValueError(f"{left=} and {right=} must be None or at least 0")
+    offset = shift(q_len, kv_len, align)
+
+    def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        distance = kv_idx - (q_idx + offset)  # negative before the query's position, positive after it
+        keep = torch.ones_like(distance, dtype=torch.bool)
+        if left is not None:
+            keep = keep & (distance >= -left)
+        if right is not None:
+            keep = keep & (distance <= right)
+        return keep
+
+    return mask
+
+
+def prefix(lengths: int | Tensor, q_len: int, kv_len: int, align: Align = "bottom_right") -> MaskFn:
+    """Every query sees the first ``lengths`` keys; the rest are causal (prefix language model, Raffel et
+    al. 2019, arXiv 1910.10683).
+
+    lengths: an int, or an int tensor [B] with one length per batch element.
+    """
+    offset = shift(q_len, kv_len, align)
+    table = torch.as_tensor(lengths)
+
+    def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (kv_idx < lookup(table.to(batch.device), batch)) | (kv_idx <= q_idx + offset)
+
+    return mask
+
+
+def documents(q_ids: Tensor, kv_ids: Tensor | None = None) -> MaskFn:
+    """A query sees the keys of its own document: those whose id equals its id.
+
+    q_ids: int tensor [Nq] or [B, Nq]; kv_ids: [Nk] or [B, Nk], ``q_ids`` when None (self-attention).
+    """
+    keys = q_ids if kv_ids is None else kv_ids
+
+    def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return lookup(q_ids, batch, q_idx) == lookup(keys, batch, kv_idx)
+
+    return mask
+
+
+def padding(kv_lens: int | Tensor, kv_len: int, side: Literal["right", "left"] = "right") -> MaskFn:
+    """Only ``kv_lens`` of the ``kv_len`` keys are real: the first ones when the padding is on the
+    ``"right"``, the last ones when it is on the ``"left"``.
+
+    kv_lens: an int, or an int tensor [B]. Raises ValueError for any other side.
+    """
+    if side not in ("right", "left"):
+        raise ValueError(f"{side=} must be 'right' or 'left'")
+    table = torch.as_tensor(kv_lens)
+
+    def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        real = lookup(table.to(batch.device), batch)
+        return kv_idx < real if side == "right" else kv_idx >= kv_len - real
+
+    return mask
+
+
+def intervals(start: Tensor, end: Tensor) -> MaskFn:
+    """Query i sees the keys ``start[i] <= kv_idx < end[i]``; none where ``end <= start``.
+
+    start, end: int tensors broadcastable to [B, Hq, Nq].
+    """
+
+    def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (lookup(start, batch, head, q_idx) <= kv_idx) & (kv_idx < lookup(end, batch, head, q_idx))
+
+    return mask
