@@ -175,7 +175,9 @@ def temperature_fits(r: Request) -> str | None:
         if tuple(given.shape) == (q_heads,):
             return None
         return f"temperature.shape={tuple(given.shape)} must be [{q_heads}], one a query head"
-    return None if math.isfinite(given) else f"temperature={given} must be a finite number"
+    if isinstance(given, (int, float)) and math.isfinite(given):
+        return None
+    return f"temperature={given!r} must be a finite number or a tensor [{q_heads}]"
 
 
 def sink_fits(r: Request) -> str | None:
@@ -284,7 +286,7 @@ def violations(request: Request) -> Iterator[Exception]:
     """An exception for every rule that the request breaks. Rules on q, k and v come first; while one of
     those is broken, the rest cannot be judged."""
     broken = False
-    for rules in (BASIC_RULES[:2], BASIC_RULES[2:], FURTHER_RULES):
+    for rules in (BASIC_RULES[:1], BASIC_RULES[1:2], BASIC_RULES[2:], FURTHER_RULES):
         for rule in rules:
             reason = rule(request)
             if reason is not None:

@@ -76,12 +76,12 @@ def document_hulls(ids: torch.Tensor, kv_ids: torch.Tensor) -> torch.Tensor:
     """ids [B, q_len], kv_ids [B, kv_len] -> int32 [B, q_len, 3]: the first key of the row's document, its
     last key + 1, and whether all keys between are of that document. No host synchronisation."""
     batch = max(ids.shape[0], kv_ids.shape[0])
-    ids, kv_ids = ids.expand(batch, -1).contiguous(), kv_ids.expand(batch, -1)
+    dtype = torch.promote_types(ids.dtype, kv_ids.dtype)
+    ids, kv_ids = ids.to(dtype).expand(batch, -1).contiguous(), kv_ids.to(dtype).expand(batch, -1)
     if kv_ids.shape[1] == 0:
         return torch.zeros(*ids.shape, 3, dtype=torch.int32, device=ids.device)
     # In a stable sort, the keys of one document keep their order: its first and last stand at the ends.
     ordered, order = kv_ids.sort(dim=1, stable=True)
-    ids = ids.to(ordered.dtype)
     begin = torch.searchsorted(ordered, ids)
     end = torch.searchsorted(ordered, ids, right=True)
     count = end - begin

@@ -102,8 +102,8 @@ class _PerBatch(Mask):
         self.name, self.lengths = name, lengths
         if isinstance(lengths, torch.Tensor):
             check_dtype(name, lengths, INTS)
-        elif lengths < 0:
-            raise ValueError(f"{name}={lengths} must be at least 0")
+        elif not isinstance(lengths, int) or lengths < 0:
+            raise ValueError(f"{name}={lengths!r} must be an int, at least 0, or an int tensor [batch]")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {self.name: self.lengths} if isinstance(self.lengths, torch.Tensor) else {}
@@ -174,8 +174,8 @@ class Window(Mask):
     def __init__(self, left: int | None, right: int | None, align: Align = "bottom_right") -> None:
         check_align(align)
         for name, size in (("left", left), ("right", right)):
-            if size is not None and not 0 <= size < UNLIMITED:
-                raise ValueError(f"{name}={size} must be None (no limit) or an int from 0 to {UNLIMITED - 1}")
+            if size is not None and not (isinstance(size, int) and 0 <= size < UNLIMITED):
+                raise ValueError(f"{name}={size!r} must be None (no limit) or an int from 0 to {UNLIMITED - 1}")
         self.left, self.right, self.align = left, right, align
 
     def bind(self, shape: Shape) -> BoundMask:
@@ -305,6 +305,8 @@ class Dense(Mask):
     has_gaps = True
 
     def __init__(self, mask: torch.Tensor) -> None:
+        if not isinstance(mask, torch.Tensor):
+            raise ValueError(f"{mask=} must be a tensor of dtype torch.bool")
         if mask.dtype != torch.bool:
             raise ValueError(f"mask.dtype={mask.dtype} must be torch.bool; pass an additive mask as bias=")
         self.mask = mask

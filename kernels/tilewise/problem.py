@@ -45,8 +45,11 @@ def check_align(align: str) -> None:
 
 
 def check_dtype(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    wanted = ", ".join(map(str, dtypes))
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name}={tensor!r} must be a tensor of dtype {wanted}")
     if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}.dtype={tensor.dtype} must be one of {', '.join(map(str, dtypes))}")
+        raise ValueError(f"{name}.dtype={tensor.dtype} must be one of {wanted}")
 
 
 def misfits(name: str, tensor: torch.Tensor, wanted: tuple[int, ...]) -> list[str]:

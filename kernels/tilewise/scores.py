@@ -70,7 +70,7 @@ def as_scores(given: Any) -> tuple[Score, ...]:
         return (given,)
     if isinstance(given, triton.runtime.KernelInterface):
         return (UserScore(given),)
-    if isinstance(given, Sequence):
+    if isinstance(given, Sequence) and not isinstance(given, str):
         return tuple(score for each in given for score in as_scores(each))
     raise ValueError(
         f"score={given!r} must be a tilewise score, a @triton.jit function "
@@ -101,7 +101,7 @@ class Softcap(Score):
     """s becomes cap · tanh(s / cap), so that scores stay within ±cap (Gemma 2, arXiv 2408.00118). cap > 0."""
 
     def __init__(self, cap: float) -> None:
-        if not 0 < cap < float("inf"):
+        if not (isinstance(cap, (int, float)) and 0 < cap < float("inf")):
             raise ValueError(f"{cap=} must be a finite number above 0; leave Softcap out for no cap")
         self.cap = float(cap)
 

@@ -1,20 +1,23 @@
-"""Which tile does a call get? A table with its evidence, a rule for the rest, and a check that a tile fits.
+"""Which tile does a call get? A table with its evidence, a rule for what it leaves out, and a check of fit.
 
-A tile is chosen before the call from what is known on the host: the architecture, the dimensions and the
-dtype. Nothing is timed inside a user's call.
+A tile is chosen on the host, before the launch, from the architecture, the dimensions and the dtype. Nothing
+is timed inside a user's call.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import triton
 
 from .numerics import INTERPRETED
+from .problem import Shape
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,117 @@ class Tile:
                 raise ValueError(f"{name}={size} must be a power of two, at least 16")
 
 
+# By architecture, bytes an element (2: fp16 and bf16, 4: fp32) and the wider of head_dim and value_dim, up to
+# a power of two. Evidence: registers a thread and bytes of shared memory of the causal kernel, compiled ahead
+# of time by Triton 3.9.0; none of them spills (tests/test_compiled.py). No row has been timed on a GPU yet.
+TABLE: dict[tuple[str, int, int], Tile] = {
+    ("sm_80", 2, 64): Tile(128, 64, num_warps=8),  # 175 registers, 32768 bytes
+    ("sm_80", 2, 128): Tile(128, 64, num_warps=8),  # 210, 65536
+    ("sm_80", 2, 256): Tile(64, 64, num_warps=8),  # 255, 106496
+    ("sm_80", 4, 64): Tile(32, 32, num_warps=4),  # 104, 28800
+    ("sm_80", 4, 128): Tile(32, 32, num_warps=8),  # 80, 53248
+    ("sm_80", 4, 256): Tile(16, 32, num_warps=8),  # 75, 84032
+    ("sm_90", 2, 64): Tile(128, 128, num_warps=8),  # 209, 81920
+    ("sm_90", 2, 128): Tile(128, 128, num_warps=8),  # 253, 163840
+    ("sm_90", 2, 256): Tile(128, 32, num_warps=8),  # 240, 131072
+    ("sm_90", 4, 64): Tile(32, 32, num_warps=4),  # 92, 28800
+    ("sm_90", 4, 128): Tile(16, 32, num_warps=8),  # 66, 43072
+    ("sm_90", 4, 256): Tile(16, 32, num_warps=8),  # 78, 84032
+    ("sm_100", 2, 64): Tile(128, 128, num_warps=8),  # 233, 82944
+    ("sm_100", 2, 128): Tile(128, 64, num_warps=8),  # 225, 98848
+    ("sm_100", 2, 256): Tile(64, 64, num_warps=8),  # 196, 164896
+    ("sm_100", 4, 64): Tile(32, 32, num_warps=4),  # 212, 28800
+    ("sm_100", 4, 128): Tile(16, 32, num_warps=8),  # 52, 43072
+    ("sm_100", 4, 256): Tile(16, 32, num_warps=8),  # 75, 84032
+    ("gfx942", 2, 64): Tile(128, 64, num_warps=4),  # 241, 16384
+    ("gfx942", 2, 128): Tile(128, 64, num_warps=4),  # 288 of 512, 32768
+    ("gfx942", 2, 256): Tile(64, 32, num_warps=4),  # 279, 36864
+    ("gfx942", 4, 64): Tile(32, 32, num_warps=4),  # 140, 16384
+    ("gfx942", 4, 128): Tile(32, 32, num_warps=4),  # 186, 32768
+    ("gfx942", 4, 256): Tile(16, 32, num_warps=4, num_stages=1),  # 316, 32768
+}
+
+# Shared memory that one block may use, in bytes (CUDA programming guide, "compute capabilities"; CDNA3 ISA).
+SHARED_BYTES = {
+    "sm_75": 65_536,
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_87": 166_912,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_103": 232_448,
+    "sm_120": 101_376,
+    "sm_121": 101_376,
+    "gfx942": 65_536,
+    "gfx950": 163_840,
+}
+SMALLEST_SHARED_BYTES = 65_536
+ACCUMULATOR_REGISTERS = 160  # of a thread's 255; the rest goes to addresses, row state and operands
+
+
+def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int) -> int:
+    """Shared memory that the forward needs at most: Q, the K and V tiles in flight, and P on its way from
+    one matmul to the next. Hopper's and Blackwell's 16-bit matmuls take all stages from shared memory, others
+    one less; without pipelining, K and V share one place. CDNA keeps Q in registers."""
+    q = 0 if arch.startswith("gfx") else tile.tile_q * dim
+    from_shared = element_bytes == 2 and family(arch) in ("sm_90", "sm_100")
+    p = 0 if from_shared else tile.tile_q * tile.tile_kv
+    buffers = 1 if tile.num_stages == 1 else 2 * (tile.num_stages if from_shared else tile.num_stages - 1)
+    return element_bytes * (q + p + buffers * tile.tile_kv * dim)
+
+
+def accumulator_registers(tile: Tile, arch: str, dim: int) -> int:
+    """Registers a thread that hold S, O and the rounded P."""
+    threads = tile.num_warps * (64 if arch.startswith("gfx") else 32)
+    return tile.tile_q * (tile.tile_kv + dim + tile.tile_kv // 2) // threads
+
+
+def fits(tile: Tile, arch: str, element_bytes: int, dim: int) -> bool:
+    """Whether the forward with this tile stays within the chip's shared memory and a thread's registers."""
+    budget = 2 * ACCUMULATOR_REGISTERS if arch.startswith("gfx") else ACCUMULATOR_REGISTERS
+    return (
+        shared_bytes(tile, arch, element_bytes, dim) <= SHARED_BYTES.get(arch, SMALLEST_SHARED_BYTES)
+        and accumulator_registers(tile, arch, dim) <= budget
+    )
+
+
+def family(arch: str) -> str:
+    """The architecture of the table that a chip is nearest to: the newest that is not newer than it."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    version = int(re.sub(r"\D", "", arch))
+    return "sm_100" if version >= 100 else "sm_90" if version >= 90 else "sm_80"
+
+
+@functools.cache
+def table_tile(arch: str, element_bytes: int, dim: int) -> Tile:
+    """The table's tile, halved until it fits a chip that the table does not list."""
+    tile = TABLE[family(arch), element_bytes, max(64, dim)]
+    while not fits(tile, arch, element_bytes, dim) and tile != Tile(16, 16, tile.num_warps, 1):
+        if tile.num_stages > 1:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.tile_kv > 16 and tile.tile_kv >= tile.tile_q:
+            tile = replace(tile, tile_kv=tile.tile_kv // 2)
+        else:
+            tile = replace(tile, tile_q=tile.tile_q // 2)
+    return tile
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The table's name for a GPU: "sm_90", "gfx942"."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def length_tile(length: int, most: int) -> int:
+    """The tile for an axis: no longer than the axis needs."""
+    return min(most, max(16, triton.next_power_of_2(length)))
+
+
 _forced: ContextVar[Tile | None] = ContextVar("tilewise_tile", default=None)
 
 
@@ -46,16 +160,23 @@ def use(tile: Tile) -> Iterator[None]:
         _forced.reset(token)
 
 
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """The table's name for a device: "sm_90", "gfx942", or "interpreter"."""
-    if INTERPRETED or device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+def choose_tile(q: torch.Tensor, shape: Shape) -> Tile:
+    """The tile for a call. Short queries get short tiles; kv_len plays no part on a GPU, so that a row's
+    result does not depend on how much padding follows it."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    if INTERPRETED:  # its cost is by the operation, hardly by the element
+        return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
+    dim = triton.next_power_of_2(max(shape.head_dim, shape.value_dim))
+    tile = table_tile(architecture(q.device), q.element_size(), dim)
+    tile_q = length_tile(shape.q_len, tile.tile_q)
+    if tile_q == tile.tile_q:
+        return tile
+    return short_tile(tile, tile_q, dim)
 
 
-def choose_tile(q: torch.Tensor, shape) -> Tile:
-    return _forced.get() or Tile(32, 32)
+def short_tile(tile: Tile, tile_q: int, dim: int) -> Tile:
+    """A tile cut to fewer rows: fewer warps share them, unless a wide O needs the registers of all."""
+    num_warps = tile.num_warps if dim > 128 else min(4, tile.num_warps)
+    return Tile(tile_q, min(64, tile.tile_kv), num_warps, tile.num_stages)

@@ -1,8 +1,8 @@
 """A sentence encoder built from `tilewise.nn`: BERT (arXiv 1810.04805) in the small form of all-MiniLM-L6-v2.
 
-    x = norm(words + positions)
-    x = norm(x + attention(x));  x = norm(x + mlp(x))           six times
-    embedding = the mean of x over the sentence's word pieces
+x = norm(words + positions)
+x = norm(x + attention(x));  x = norm(x + mlp(x))           six times
+embedding = the mean of x over the sentence's word pieces
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ids [batch, length] int64, padded on the right to lengths [batch] -> embeddings [batch, width].
+    """ids [batch, length] int64, padded on the right to lengths [batch] -> embeddings [batch, width] fp32.
 
     The embeddings are not normalised: their dot products and their cosines are different things to look at.
     impl: as in `tilewise.attention`.
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x, Padding(lengths))
         is_piece = position < lengths[:, None]
-        return (x * is_piece[..., None]).sum(dim=1) / lengths[:, None]
+        return (x.float() * is_piece[..., None]).sum(dim=1) / lengths[:, None]
 
 
 def build_encoder(config: Config, weights: dict[str, Tensor], impl: str | None = None) -> Encoder:

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import tilewise_reference
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
+
+import tilewise_reference
 
 from ..api import attention
 from ..nn import AttentionCore
@@ -37,8 +38,8 @@ def watch(encoder: Encoder, reports: list[LayerReport], seen: Seen) -> Iterator[
     """While it lasts, add what every attention layer of `encoder` does to its entry in `reports`, and call
     `seen(layer, q, k)` with each layer's queries and keys [batch, heads, length, head_dim]."""
     hooks = []
-    for i, layer in enumerate(encoder.layers):
-        core = layer.attention.core
+    cores = [module for module in encoder.modules() if isinstance(module, AttentionCore)]
+    for i, core in enumerate(cores):
         observer = _Observer(i, reports[i], seen)
         hooks.append(core.register_forward_pre_hook(observer.before))
         hooks.append(core.register_forward_hook(observer.after, with_kwargs=True))
@@ -112,11 +113,3 @@ def similarities(embeddings: Tensor) -> dict[str, Tensor]:
     unit = F.normalize(e, dim=-1)
     dot = e @ e.T
     return {"dot": dot, "scaled dot": dot / e.shape[1] ** 0.5, "cosine": unit @ unit.T}
-
-
-def batches(count: int, size: int) -> Iterator[slice]:
-    """0..count in slices of at most `size`."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
-
-

@@ -69,7 +69,9 @@ def _one_a_line(data: bytes, encoding: str, origin: str) -> Text:
     lines = (line.strip() for line in text.removeprefix("\ufeff").splitlines())
     sentences = [line for line in lines if line]
     if not sentences:
-        raise DemoError(f"{origin}: no sentences, only blank lines or nothing at all; give one sentence a line")
+        raise DemoError(
+            f"{origin}: no sentences, only blank lines or nothing at all; give one sentence a line"
+        )
     return Text(sentences, origin)
 
 

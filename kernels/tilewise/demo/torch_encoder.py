@@ -13,7 +13,7 @@ from .model import Config
 
 
 def torch_embeddings(config: Config, weights: dict[str, Tensor], ids: Tensor, lengths: Tensor) -> Tensor:
-    """ids [batch, length] and lengths [batch] -> mean-pooled embeddings [batch, width], in the weights' dtype."""
+    """ids [batch, length], lengths [batch] -> mean-pooled embeddings [batch, width] in the weights' dtype."""
     padding = torch.arange(ids.shape[1], device=ids.device)[None, :] >= lengths[:, None]
 
     def table(name: str) -> Tensor:

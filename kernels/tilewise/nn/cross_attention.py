@@ -200,8 +200,8 @@ class CrossAttention(nn.Module):
             )
         if values is not None and values.shape[:-1] != context.shape[:-1]:
             raise ValueError(
-                f"values.shape={tuple(values.shape)} must equal context.shape={tuple(context.shape)} in all but the "
-                "last dimension"
+                f"values.shape={tuple(values.shape)} must equal context.shape={tuple(context.shape)} in all "
+                "but the last dimension"
             )
 
     def extra_repr(self) -> str:

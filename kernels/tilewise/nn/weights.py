@@ -22,12 +22,13 @@ def fuse_linears(**linears: nn.Linear) -> nn.Linear:
                 f"{name}.in_features={linear.in_features} must equal "
                 f"{first_name}.in_features={first.in_features}"
             )
-    parts = list(linears.values())
+    parts = tuple(linears.values())
     weight = torch.cat(tuple(part.weight for part in parts))
     if all(part.bias is None for part in parts):
         return make_linear(weight, None)
-    zeros = [weight.new_zeros(part.out_features) for part in parts]
-    biases = [zero if part.bias is None else part.bias for part, zero in zip(parts, zeros, strict=True)]
+    biases = [
+        weight.new_zeros(part.out_features) if part.bias is None else part.bias.view(-1) for part in parts
+    ]
     return make_linear(weight, torch.cat(biases))
 
 
