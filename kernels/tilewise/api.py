@@ -12,6 +12,7 @@ import tilewise_reference
 from .checks import Request, violations
 from .forward import ForwardCall, launch_forward
 from .masks import Causal, Mask, as_mask
+from .problem import misfits
 from .scores import Bias, Score, as_scores
 from .similarity import Cosine, bind_similarity, default_scale
 from .tiles import choose_tile
@@ -143,7 +144,8 @@ def run_torch(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None
     q, k, v = request.q, request.k, request.v
     arguments = oracle_arguments(request)
     out, lse = tilewise_reference.attention(q, k, v, **arguments, return_lse=True, dtype=torch.float32)
-    return out.to(request.q.dtype), lse if return_lse else None
+    # A copy in q's dtype and memory order, as the kernel's result has them.
+    return empty_in_order_of(request.q, out.shape[3]).copy_(out), lse if return_lse else None
 
 
 def oracle_arguments(request: Request) -> dict[str, Any]:
@@ -180,8 +182,8 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`, with its signature and semantics.
 
     query [..., q_heads, q_len, head_dim], key and value [..., kv_heads, kv_len, dim]: leading dimensions, and
-    heads unless enable_gqa, broadcast. attn_mask: bool (True = may attend) or additive in query's dtype,
-    broadcasts to [..., q_heads, q_len, kv_len]. is_causal aligns to the top left corner. Returns
+    heads unless enable_gqa, broadcast. attn_mask: bool (True = may attend), or additive in query's dtype
+    or fp32; broadcasts to [..., q_heads, q_len, kv_len]. is_causal aligns to the top left corner. Returns
     [..., q_heads, q_len, value_dim]. Raises NotImplementedError for dropout_p > 0.
     """
     if dropout_p != 0.0:
@@ -198,21 +200,28 @@ def scaled_dot_product_attention(
     # Everything to [*lead, heads, length, dim] with common leading dimensions; none of it copies.
     rank = max(3, query.dim(), key.dim(), value.dim())
     q, k, v = (t.reshape((1,) * (rank - t.dim()) + tuple(t.shape)) for t in (query, key, value))
-    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    q_heads, kv_heads = q.shape[-3], k.shape[-3]
-    if not enable_gqa:
-        (heads,) = torch.broadcast_shapes((q_heads,), (kv_heads,), (v.shape[-3],))
-        q, k, v = (t.expand(*t.shape[:-3], heads, -1, -1) for t in (q, k, v))
+    apart = 3 if enable_gqa else 2  # the dimensions at the end that do not broadcast
+    try:
+        common = torch.broadcast_shapes(*(t.shape[:-apart] for t in (q, k, v)))
+    except RuntimeError:
+        raise ValueError(
+            f"query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)} and "
+            f"value.shape={tuple(value.shape)} must broadcast in all but the last {apart} dimensions"
+        ) from None
+    q, k, v = (t.expand(*common, *t.shape[-apart:]) for t in (q, k, v))
+    lead = q.shape[:-3]
     batch = math.prod(lead)
-    q4, k4, v4 = (t.expand(*lead, *t.shape[-3:]).reshape(batch, *t.shape[-3:]) for t in (q, k, v))
+    q4, k4, v4 = (t.reshape(batch, *t.shape[-3:]) for t in (q, k, v))
 
     mask = bias = None
     if attn_mask is not None:
-        if attn_mask.dtype not in (torch.bool, query.dtype):
+        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
             raise ValueError(
-                f"attn_mask.dtype={attn_mask.dtype} must be torch.bool or query.dtype={query.dtype}"
+                f"attn_mask.dtype={attn_mask.dtype} must be torch.bool, torch.float32 or {query.dtype=}"
             )
         scores = (*lead, q4.shape[1], q4.shape[2], k4.shape[2])
+        for misfit in misfits("attn_mask", attn_mask, scores):
+            raise ValueError(misfit)
         given = attn_mask
         if len(lead) > 1 and attn_mask.dim() > 3:
             given = attn_mask.expand(scores).reshape(batch, *scores[-3:])

@@ -8,7 +8,6 @@ the host wait for the GPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from .similarity import Cosine
 
 IMPLEMENTATIONS = ("portable", "torch")
 MAX_DIM = 256
+FINITE = torch.finfo(torch.float32).max  # scores are fp32, and so is what multiplies them
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def devices_agree(r: Request) -> str | None:
 def scale_is_a_number(r: Request) -> str | None:
     if r.scale is None or (isinstance(r.scale, torch.Tensor) and r.scale.dim() == 0):
         return None
-    if isinstance(r.scale, (int, float)) and math.isfinite(r.scale):
+    if isinstance(r.scale, (int, float)) and abs(r.scale) <= FINITE:
         return None
     given = tuple(r.scale.shape) if isinstance(r.scale, torch.Tensor) else r.scale
     return f"scale={given} must be None, a finite number or a tensor without dimensions"
@@ -175,7 +175,7 @@ def temperature_fits(r: Request) -> str | None:
         if tuple(given.shape) == (q_heads,):
             return None
         return f"temperature.shape={tuple(given.shape)} must be [{q_heads}], one a query head"
-    if isinstance(given, (int, float)) and math.isfinite(given):
+    if isinstance(given, (int, float)) and abs(given) <= FINITE:
         return None
     return f"temperature={given!r} must be a finite number or a tensor [{q_heads}]"
 

@@ -125,7 +125,7 @@ def forward_kernel(
     row_max_log2 = row_max * unit_log2
     if sink_ptr is not None:
         # A sink is the state of one more key, whose value is 0.
-        sink_max = tl.zeros_like(row_max) + widen(tl.load(sink_ptr + head * sink_stride)) * LOG2E
+        sink_max = tl.zeros_like(row_max) + widen(tl.load(sink_ptr + head.to(tl.int64) * sink_stride)) * LOG2E
         sink_sum = tl.full([TILE_Q], 1.0, tl.float32)
         sink_o = tl.zeros_like(o)
         row_max_log2, row_sum, o = softmax_merge(row_max_log2, row_sum, o, sink_max, sink_sum, sink_o)

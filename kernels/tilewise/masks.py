@@ -117,14 +117,20 @@ class _PerBatch(Mask):
         """What `row_length` reads: a number, or an address and its stride."""
         if isinstance(self.lengths, torch.Tensor):
             return self.lengths, broadcast_strides(self.lengths, (shape.batch,))[0]
-        return (self.lengths,)
+        return (min(self.lengths, UNLIMITED),)
+
+
+@triton.jit
+def as_index(x):
+    """x in 32 bits; what lies further out than any sequence is long stays further out."""
+    return tl.minimum(tl.maximum(x, -(1 << 30)), 1 << 30).to(tl.int32)
 
 
 @triton.jit
 def row_length(batch, length_args):
     """The length that holds for this sequence."""
     if len(length_args) == 2:
-        return tl.load(length_args[0] + batch * length_args[1]).to(tl.int32)
+        return as_index(tl.load(length_args[0] + batch.to(tl.int64) * length_args[1]))
     else:
         return length_args[0]
 
@@ -255,7 +261,7 @@ def rows_interval(q_idx, batch, head, args):
     b, h, row = batch.to(tl.int64), head.to(tl.int64), q_idx.to(tl.int64)
     start = tl.load(start_ptr + b * start_strides[0] + h * start_strides[1] + row * start_strides[2])
     end = tl.load(end_ptr + b * end_strides[0] + h * end_strides[1] + row * end_strides[2])
-    return start.to(tl.int32), end.to(tl.int32), q_idx >= 0
+    return as_index(start), as_index(end), q_idx >= 0
 
 
 class Intervals(Mask):

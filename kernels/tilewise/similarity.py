@@ -87,6 +87,8 @@ def bind_similarity(
         return (BoundScore(cosine_score, (*factors, *sizes)),), log2e
     if isinstance(scale, torch.Tensor):
         return (BoundScore(tensor_scale_score, (scale,)),), log2e
-    if modified or scale <= 0:  # maxima of scaled and unscaled products agree only for a positive scale
+    # Maxima of scaled and unscaled products agree only for a positive scale; and the unit must be a number.
+    fp32 = torch.finfo(torch.float32)
+    if modified or not fp32.tiny <= scale * log2e <= fp32.max:
         return (BoundScore(scale_score, (float(scale),)),), log2e
     return (), scale * log2e

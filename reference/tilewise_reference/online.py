@@ -112,11 +112,10 @@ def key_tiles(lo: Tensor, hi: Tensor, kv_len: int, tile_kv: int) -> tuple[range,
     # From the smallest lo to the largest hi somebody sees something ...
     first = int(lo[sees].min()) // tile_kv
     last = -(-int(hi[sees].max()) // tile_kv)
-    # ... and between the largest lo and the smallest hi everybody sees everything, if all see anything.
-    full_first, full_last = first, first
-    if bool(sees.all()):
-        full_first = -(-int(lo.max()) // tile_kv)
-        full_last = max(int(hi.min()) // tile_kv, full_first)
+    # ... and between the largest lo and the smallest hi every row sees every key. A row with no key leaves
+    # nothing between them, for its own lo is not below its hi.
+    full_first = -(-int(lo.max()) // tile_kv)
+    full_last = int(hi.min()) // tile_kv
     full = range(full_first * tile_kv, full_last * tile_kv, tile_kv)
     return full, [t * tile_kv for t in range(first, last) if t * tile_kv not in full]
 

@@ -88,7 +88,8 @@ def run(
     check_writable(out)
 
     console.print(f"all-MiniLM-L6-v2 in {dtype.value} on {where}", markup=False)
-    console.print(f"{len(text.sentences)} sentences from {text.origin}", markup=False)
+    count = len(text.sentences)
+    console.print(f"{count} sentence{'s' * (count > 1)} from {text.origin}", markup=False)
     if text.remark:
         warnings.print(text.remark, markup=False)
     pieces = split_into_pieces(folder, text.sentences, config.max_pieces)

@@ -56,7 +56,7 @@ class Encoder(nn.Module):
 
 
 def build_encoder(config: Config, weights: dict[str, Tensor], impl: str | None = None) -> Encoder:
-    """The encoder with a BERT checkpoint's weights, in their dtype and on their device."""
+    """The encoder with a BERT checkpoint's weights, in their dtype, on their device and in their memory."""
     with torch.device("meta"):  # sizes only: every tensor is about to be replaced
         encoder = Encoder(config, impl)
     encoder.load_state_dict(rename(weights, config.layers), assign=True)

@@ -33,7 +33,8 @@ def print_similarities(console: Console, similarities: dict[str, Tensor], width:
         print_closest_pairs(console, similarities)
         return
     for name, matrix in rows.items():
-        table = Table(title=titles[name], title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+        console.print(titles[name], style="italic", markup=False)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
         for column in ["", *(str(i + 1) for i in range(n))]:
             table.add_column(column, justify="right", no_wrap=True)
         for i, row in enumerate(matrix):
@@ -48,7 +49,8 @@ def print_closest_pairs(console: Console, similarities: dict[str, Tensor]) -> No
     cosine = similarities["cosine"]
     n = cosine.shape[0]
     pairs = [(cosine[i, j].item(), i, j) for i in range(n) for j in range(i + 1, n)]
-    table = Table(title="closest pairs (all are in similarity.csv)", title_justify="left", box=SIMPLE_HEAD)
+    console.print("closest pairs (all are in similarity.csv)", style="italic")
+    table = Table(box=SIMPLE_HEAD)
     for column in ("sentences", *similarities):
         table.add_column(column, justify="right")
     for _, i, j in sorted(pairs, reverse=True)[:CLOSEST_SHOWN]:
@@ -58,11 +60,9 @@ def print_closest_pairs(console: Console, similarities: dict[str, Tensor]) -> No
 
 def print_layers(console: Console, layers: list[LayerReport], dtype: str, kernel: str) -> None:
     """Errors and times, a row a layer. kernel: how the kernel ran, for the heading of its time."""
-    table = Table(
-        title=f"attention, layer by layer: largest error against float64, and time ({dtype})",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+    title = f"attention, layer by layer: largest error against float64, and time ({dtype})"
+    console.print(title, style="italic", markup=False)
+    table = Table(box=SIMPLE_HEAD)
     for column in ("layer", "kernel's error", "PyTorch's error", f"kernel, {kernel}", "PyTorch"):
         table.add_column(column, justify="right")
     for number, layer in enumerate(layers, 1):

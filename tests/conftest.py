@@ -1,0 +1,81 @@
+"""What every test starts from: a device, the interpreter where there is no GPU, a seed, poisoned memory."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+# Triton decides how `@triton.jit` runs when it is imported, which happens after this file.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+# The same examples in every run. Shrinking takes minutes in the interpreter, so it is left to a person who
+# wants it: `pytest --hypothesis-profile=shrink`.
+PLAIN = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+)
+settings.register_profile("plain", PLAIN)
+settings.register_profile("shrink", PLAIN, phases=(Phase.explicit, Phase.generate, Phase.shrink))
+settings.load_profile("plain")
+
+
+def pytest_report_header() -> str:
+    if triton.knobs.runtime.interpret:
+        where = "Triton's interpreter on the CPU"
+    elif torch.cuda.is_available():
+        where = f"{torch.cuda.get_device_name()}, compiled"
+    else:
+        where = "plain PyTorch on the CPU: TRITON_INTERPRET=0 is set, so tests of the kernel fail"
+    return f"tilewise: torch {torch.__version__}, triton {triton.__version__}, kernels run in: {where}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Interpreted kernels take less than half the time: Triton goes through all of `triton.language` again on
+    every call of a device function, to replace functions that the launch has replaced already."""
+    replace = interpreter._patch_lang
+
+    def replace_once(fn):
+        languages = [module for module in fn.__globals__.values() if module is tl or module is tl.core]
+        return replace(fn) if any(tl.core.is_builtin(language.load) for language in languages) else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where tensors live: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fill `torch.empty` with NaN (integers with their largest value), so that a missing write shows in the
+    result instead of hiding behind whatever the memory held. PyTorch ties this to its deterministic mode."""
+    mode, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(mode, warn_only=warn_only)

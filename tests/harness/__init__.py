@@ -1,0 +1,1 @@
+"""Test tools: interpreter sanitizer, planted bugs, inspection of compiled kernels."""

@@ -1,0 +1,174 @@
+"""Planted bugs: do the tests catch them? One-line mutations of the package, each run against a few tests.
+
+    PYTHONPATH=tests python -m harness.mutate                 every mutation of mutations.py
+    PYTHONPATH=tests python -m harness.mutate --only NAME     one of them; may be given several times
+    PYTHONPATH=tests python -m harness.mutate --list          names, files and tests
+
+Each worker has a copy of the tree. All chosen tests must pass there unmutated: a failing test catches
+nothing. Then, a mutation at a time, the line is changed, its tests run, and the line is put back.
+
+    caught     a test failed, as it should, or crashed, or hung until the time limit
+    SURVIVED   all of its tests passed: the bug could ship
+    STALE      `old` does not occur exactly once in the file: the mutation must follow the code
+    BROKEN     pytest could not run the tests, so nothing is known: a syntax error, or tests that are gone
+
+Exit status 1 unless every mutation was caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("kernels", "reference", "tests", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replace `old` by `new` in `file`, both paths from the root; `tests` are pytest node ids that notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    mutation: Mutation
+    status: str  # caught, SURVIVED, STALE or BROKEN
+    detail: str
+    seconds: float
+
+
+def copy_tree(root: Path, target: Path) -> Path:
+    """What the tests need of the project, without bytecode: it can outlive a change made within a second."""
+    unwanted = shutil.ignore_patterns("__pycache__", ".*_cache")
+    for name in COPIED:
+        source = root / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=unwanted)
+        else:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target / name)
+    return target
+
+
+def run_tests(tree: Path, tests: Iterable[str], timeout: float | None) -> subprocess.CompletedProcess[str]:
+    """pytest on the tree's own sources, stopping at the first failure."""
+    paths = os.pathsep.join(str(tree / name) for name in ("kernels", "reference", "tests"))
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=tree, env=environment, timeout=timeout, capture_output=True, text=True)
+
+
+def try_mutation(tree: Path, mutation: Mutation, timeout: float) -> tuple[str, str]:
+    """Status and detail of one mutation; the tree is as before afterwards."""
+    file = tree / mutation.file
+    source = file.read_text() if file.exists() else ""
+    occurrences = source.count(mutation.old)
+    if occurrences != 1:
+        return "STALE", f"{mutation.file} contains {mutation.old!r} {occurrences} times, not once"
+    file.write_text(source.replace(mutation.old, mutation.new))
+    try:
+        done = run_tests(tree, mutation.tests, timeout)
+    except subprocess.TimeoutExpired:
+        return "caught", f"no end within {timeout:.0f} s"
+    finally:
+        file.write_text(source)
+    if done.returncode == 0:
+        return (
+            "SURVIVED",
+            f"{mutation.old!r} -> {mutation.new!r} in {mutation.file}: {' '.join(mutation.tests)}",
+        )
+    if done.returncode == 1:
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+        return "caught", failed[1] if failed else ""
+    if done.returncode < 0:
+        return "caught", f"killed by signal {-done.returncode}"
+    return "BROKEN", (done.stdout + done.stderr)[-1500:]
+
+
+def check_unmutated(tree: Path, mutations: Sequence[Mutation]) -> None:
+    """Exit unless every test that a mutation names passes on the code as it is."""
+    tests = sorted({test for mutation in mutations for test in mutation.tests})
+    done = run_tests(tree, tests, None)
+    if done.returncode:
+        sys.exit(f"The tests fail without any mutation:\n{done.stdout}{done.stderr}")
+
+
+def run_mutations(
+    mutations: Sequence[Mutation], root: Path = ROOT, workers: int = 2, timeout: float = 300
+) -> list[Outcome]:
+    """Try each mutation and print its outcome as soon as it is known; `timeout` seconds for each."""
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="mutate-") as scratch, ThreadPoolExecutor(workers) as pool:
+        trees: queue.Queue[Path] = queue.Queue()
+        for worker in range(workers):
+            trees.put(copy_tree(root, Path(scratch) / str(worker)))
+
+        def job(mutation: Mutation) -> Outcome:
+            tree, began = trees.get(), time.perf_counter()
+            try:
+                status, detail = try_mutation(tree, mutation, timeout)
+            finally:
+                trees.put(tree)
+            return Outcome(mutation, status, detail, time.perf_counter() - began)
+
+        print("The tests without any mutation ...", flush=True)
+        check_unmutated(trees.queue[0], mutations)
+        width = max(len(mutation.name) for mutation in mutations)
+        for future in as_completed([pool.submit(job, mutation) for mutation in mutations]):
+            outcome = future.result()
+            outcomes.append(outcome)
+            print(
+                f"[{len(outcomes):2}/{len(mutations)}] {outcome.mutation.name:{width}}  {outcome.status:8} "
+                f"{outcome.seconds:5.1f} s  {outcome.detail}",
+                flush=True,
+            )
+    return outcomes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from harness.mutations import MUTATIONS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.mutate", description="Do the tests catch these bugs?"
+    )
+    parser.add_argument("--list", action="store_true", help="show the mutations and run nothing")
+    parser.add_argument("--only", action="append", metavar="NAME", help="run this mutation; may be repeated")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time (default 2)")
+    options = parser.parse_args(argv)
+
+    names = [mutation.name for mutation in MUTATIONS]
+    if unknown := set(options.only or ()) - set(names):
+        parser.error(f"no mutation is called {', '.join(sorted(unknown))}; --list shows the names")
+    chosen = [mutation for mutation in MUTATIONS if not options.only or mutation.name in options.only]
+    if options.list:
+        for mutation in chosen:
+            print(f"{mutation.name}\n    {mutation.file}: {mutation.old!r} -> {mutation.new!r}")
+            print("".join(f"    {test}\n" for test in mutation.tests), end="")
+        return 0
+    outcomes = run_mutations(chosen, workers=options.workers)
+    missed = [outcome for outcome in outcomes if outcome.status != "caught"]
+    print(f"\n{len(outcomes) - len(missed)} of {len(outcomes)} mutations caught.")
+    for outcome in missed:
+        print(f"{outcome.status:8} {outcome.mutation.name}: {outcome.detail}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""A call to `attention` in the making, the registry of features that shape it, and its judgement."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+import tilewise
+
+from .oracle import check
+from .sanitizer import sanitize
+
+# In the order in which a problem is built: sizes before what must fit them.
+KINDS = {
+    "dtype": "dtypes",
+    "heads": "heads",
+    "dims": "dimensions",
+    "lengths": "lengths",
+    "tile": "tiles",
+    "layout": "memory layouts",
+    "similarity": "similarities",
+    "scale": "scale",
+    "score": "score modifiers",
+    "bias": "bias",
+    "sink": "sink",
+    "mask": "masks, alone and combined with `&`",
+}
+ALIGNS = ("bottom_right", "top_left")
+
+
+@dataclass
+class Problem:
+    """One call to `attention` in the making."""
+
+    rng: random.Random
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    batch: int = 2
+    q_heads: int = 2
+    kv_heads: int = 2
+    q_len: int = 19
+    kv_len: int = 45
+    head_dim: int = 16
+    value_dim: int = 16
+    tile: tilewise.tiles.Tile | None = field(default_factory=lambda: tilewise.tiles.Tile(16, 16))
+    layout: Callable[[Problem, tuple[int, ...]], torch.Tensor] | None = None
+    mask: Any = None
+    scores: list[Any] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def longer(self) -> int:
+        """How many times the interpreter's lengths a test affords: a GPU takes tens of tiles."""
+        return 13 if self.device.type == "cuda" else 1
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.rng.randrange(1 << 20))
+        return torch.randn(shape, generator=generator).to(self.device, dtype)
+
+    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        """Integers from low to high, both included, int32 or int64."""
+        generator = torch.Generator().manual_seed(self.rng.randrange(1 << 20))
+        numbers = torch.randint(low, high + 1, shape, generator=generator)
+        return numbers.to(self.device, self.rng.choice((torch.int32, torch.int64)))
+
+    def length_or_lengths(self) -> Any:
+        """A number of keys for all sequences, or one for each; 0 and all keys included."""
+        if self.rng.random() < 0.25:
+            return self.rng.randint(0, self.kv_len)
+        return self.integers(0, self.kv_len, self.batch)
+
+    def broadcast(self, *shape: int) -> tuple[int, ...]:
+        """The shape with some dimensions replaced by 1, and perhaps without its first ones."""
+        sizes = [1 if self.rng.random() < 0.4 else size for size in shape]
+        return tuple(sizes[self.rng.randrange(len(shape)) if self.rng.random() < 0.3 else 0 :])
+
+    def add_mask(self, mask: Any) -> None:
+        self.mask = mask if self.mask is None else self.mask & mask
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v in the memory layout asked for."""
+        make = self.layout or (lambda problem, shape: problem.randn(*shape, dtype=problem.dtype))
+        q = make(self, (self.batch, self.q_heads, self.q_len, self.head_dim))
+        k = make(self, (self.batch, self.kv_heads, self.kv_len, self.head_dim))
+        v = make(self, (self.batch, self.kv_heads, self.kv_len, self.value_dim))
+        return q, k, v
+
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of `attention`."""
+        return {"mask": self.mask, "score": self.scores or None, **self.arguments}
+
+
+class Feature(NamedTuple):
+    name: str
+    kind: str
+    text: str  # the README's words
+    apply: Callable[[Problem], None]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+FEATURES: dict[str, Feature] = {}
+
+
+def feature(kind: str, text: str) -> Callable[[Callable[[Problem], None]], Callable[[Problem], None]]:
+    def register(apply: Callable[[Problem], None]) -> Callable[[Problem], None]:
+        name = apply.__name__
+        assert kind in KINDS and name not in FEATURES, name
+        FEATURES[name] = Feature(name, kind, text, apply)
+        return apply
+
+    return register
+
+
+def of_kind(kind: str) -> list[Feature]:
+    return [entry for entry in FEATURES.values() if entry.kind == kind]
+
+
+def build(
+    device: torch.device, rng: random.Random, features: Iterable[Feature | str], **sizes: Any
+) -> Problem:
+    """The problem with these sizes and features; features are applied in the order of KINDS."""
+    problem = Problem(rng, device, **sizes)
+    entries = [FEATURES[entry] if isinstance(entry, str) else entry for entry in features]
+    order = list(KINDS)
+    for entry in sorted(entries, key=lambda entry: order.index(entry.kind)):
+        entry.apply(problem)
+    return problem
+
+
+def judge(problem: Problem) -> None:
+    """Compare the kernel with the oracle on this problem, every address checked by the sanitizer."""
+    q, k, v = problem.tensors()
+    arguments = problem.keywords()
+    forced = contextlib.nullcontext() if problem.tile is None else tilewise.tiles.use(problem.tile)
+    with forced, sanitize():
+        check(q, k, v, **arguments)

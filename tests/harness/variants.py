@@ -1,0 +1,96 @@
+"""The kernel variants that ship, as launches for `harness.compiled` to compile without a GPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import tilewise
+import torch
+import triton
+from tilewise.api import make_request, run_portable
+from tilewise.tiles import Tile, length_tile, short_tile, table_tile
+
+from .compiled import Variant
+from .features import build, of_kind
+
+DIMS = (64, 128, 256)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def target_name() -> str:
+    """The target that this process compiles for, by the name it has in the table of tiles."""
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return arch if isinstance(arch, str) else f"sm_{arch}"
+
+
+def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: Tile, return_lse: bool, **given: Any) -> None:
+    """What `attention` does on a GPU once a call has passed the checks."""
+    arguments: dict[str, Any] = dict.fromkeys(("mask", "bias", "score", "scale", "sink", "impl"))
+    request = make_request(q, k, v, **(arguments | {"similarity": "scaled_dot"} | given))
+    with tilewise.tiles.use(tile):
+        run_portable(request, return_lse)
+
+
+def main_tile(dtype: str, dim: int, mask: Any, q_len: int = 512, float32_precision: str = "highest") -> Variant:
+    """A tile of the table under the plainest calls; with few queries, the tile cut down for them."""
+
+    def run() -> None:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(float32_precision)
+        q = torch.empty(1, 4, q_len, dim, dtype=DTYPES[dtype])
+        k = torch.empty(1, 2, 512, dim, dtype=DTYPES[dtype])
+        tile = table_tile(target_name(), q.element_size(), dim)
+        tile_q = length_tile(q_len, tile.tile_q)
+        tile = tile if tile_q == tile.tile_q else short_tile(tile, tile_q, dim)
+        launch(q, k, torch.empty_like(k), tile, return_lse=True, mask=mask)
+        torch.set_float32_matmul_precision(precision)
+
+    name = "full" if mask is None else "causal"
+    precision = " tf32" if float32_precision == "high" else ""
+    return Variant(f"{dtype}{precision} {dim} {name}{'' if q_len == 512 else f' q_len {q_len}'}", run)
+
+
+def main_variants() -> list[Variant]:
+    """Every row of the table, causal, and the tiles that short queries get."""
+    causal = tilewise.Causal()
+    return [
+        *(main_tile(dtype, dim, causal) for dtype in ("bf16", "fp32") for dim in DIMS),
+        main_tile("bf16", 128, None),
+        main_tile("fp16", 128, causal),
+        main_tile("fp32", 64, causal, float32_precision="high"),
+        *(main_tile("bf16", dim, None, q_len=1) for dim in DIMS),
+        main_tile("bf16", 128, causal, q_len=50),
+    ]
+
+
+def feature_variant(mask: str, others: tuple[str, ...], dtype: str, dims: tuple[int, int]) -> Variant:
+    def run() -> None:
+        sizes = dict(q_heads=4, kv_heads=2, q_len=300, kv_len=300, head_dim=dims[0], value_dim=dims[1])
+        problem = build(torch.device("cpu"), random.Random(0), (mask, *others), dtype=DTYPES[dtype], **sizes)
+        q, k, v = problem.tensors()
+        dim = max(64, triton.next_power_of_2(max(dims)))
+        tile = table_tile(target_name(), q.element_size(), dim)
+        launch(q, k, v, tile, return_lse=False, **problem.keywords())
+
+    return Variant(" & ".join((mask, *others, dtype, "x".join(map(str, dims)))), run)
+
+
+def feature_variants() -> list[Variant]:
+    """Every mask, every score modifier and every other feature that changes the kernel, each at least once."""
+    masks = [feature.name for feature in of_kind("mask")]
+    others = [feature.name for kind in ("score", "bias", "sink") for feature in of_kind(kind)]
+    others += ["cosine", "cosine_with_temperature", "other_scale", "tensor_scale"]
+    count = max(len(masks), len(others))
+    cycle: Callable[[list[Any], int], Any] = lambda entries, i: entries[i % len(entries)]  # noqa: E731
+    dims = [(64, 64), (40, 24), (20, 80)]
+    return [
+        feature_variant(cycle(masks, i), (cycle(others, i),), cycle(["bf16", "fp16"], i), cycle(dims, i))
+        for i in range(count)
+    ]
+
+
+def oldest_variants() -> list[Variant]:
+    """A few variants for the oldest supported Triton."""
+    return [main_tile("bf16", 128, tilewise.Causal()), feature_variants()[0], feature_variants()[1]]

@@ -1,0 +1,126 @@
+"""The named cases: their counts against brute force and against figures worked by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tilewise_reference import CASES, masks, paper_grid
+from tilewise_reference.cases import Case, Features
+
+BY_NAME = {case.name: case for case in CASES}
+SMALL = Case("small", 2, 6, 3, 5, 7, 4, 3, "float16", "prefill", "made up")
+
+
+def test_names_are_unique_across_models_and_the_grid():
+    names = [case.name for case in (*CASES, *paper_grid())]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("case", [*CASES, *paper_grid()], ids=lambda case: case.name)
+def test_every_case_is_well_formed(case):
+    assert case.q_heads % case.kv_heads == 0
+    assert min(case.batch, case.kv_heads, case.q_len, case.kv_len, case.head_dim, case.value_dim) >= 1
+    assert case.torch_dtype in (torch.float16, torch.bfloat16, torch.float32)
+    assert case.phase in ("prefill", "decode", "training", "encoder")
+    assert case.phase != "decode" or case.q_len == 1
+    assert len(case.provenance) > 20
+    assert set(case.features) <= set(Features.__annotations__)
+    if "bias" in case.features:
+        torch.empty(case.features["bias"], device="meta").expand(
+            case.batch, case.q_heads, case.q_len, case.kv_len
+        )
+    assert case.flops() > 0 and case.bytes() > 0
+    assert hash(case) == hash(replace(case))
+
+
+def test_grid_is_the_papers():
+    grid = list(paper_grid())
+    assert len(grid) == 3 * 2 * 6
+    assert {case.head_dim for case in grid} == {64, 128, 256}
+    assert {case.q_len for case in grid} == {512, 1024, 2048, 4096, 8192, 16384}
+    for case in grid:
+        assert case.batch * case.q_len == 16384 and case.q_heads * case.head_dim == 2048
+        assert (case.q_heads, case.q_len, case.head_dim) == (case.kv_heads, case.kv_len, case.value_dim)
+
+
+@pytest.mark.parametrize("window", [None, (0, 0), (2, 0), (1, 1), (None, 2), (3, None), (None, None)])
+@pytest.mark.parametrize("causal", [None, "bottom_right", "top_left"])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(5, 5), (3, 8), (8, 3), (1, 6)])
+def test_counts_by_brute_force(q_len, kv_len, causal, window):
+    features: Features = {}
+    keep = torch.ones(q_len, kv_len, dtype=torch.bool)
+    q_idx, kv_idx = torch.arange(q_len)[:, None], torch.arange(kv_len)[None]
+    zero = torch.tensor(0)
+    if causal is not None:
+        features["causal"] = causal
+        keep &= masks.causal(q_len, kv_len, causal)(zero, zero, q_idx, kv_idx)
+    if window is not None:
+        features["window"] = window
+        keep &= masks.window(*window, q_len, kv_len, causal or "bottom_right")(zero, zero, q_idx, kv_idx)
+    case = replace(SMALL, q_len=q_len, kv_len=kv_len, features=features)
+
+    pairs = int(keep.sum())
+    assert case.pairs() == pairs
+    # For each of 2 · 6 heads and each pair: 4 multiply-adds for the score, 3 for the value.
+    assert case.flops() == 12 * pairs * 2 * (4 + 3)
+    # Backward: S, dQ and dK over head_dim 4; dP and dV over value_dim 3.
+    assert case.flops("backward") == 12 * pairs * 2 * (3 * 4 + 2 * 3)
+    # fp16: q and out of 2 · 6 heads; of 2 · 3 heads, the keys and values that some query sees.
+    assert case.bytes() == 2 * (12 * q_len * (4 + 3) + 6 * int(keep.any(0).sum()) * (4 + 3))
+
+
+@pytest.mark.parametrize(
+    ("features", "numbers"),
+    [
+        ({"sink": True}, 6),  # one per query head
+        ({"similarity": "cosine", "temperature": True}, 6),
+        ({"alibi": True}, 6),
+        ({"sink": False}, 0),
+        ({"bias": (1, 6, 5, 7)}, 6 * 5 * 7),  # the bias as stored, not as broadcast
+        ({"relative_position": (32, 128, True)}, 6 * 32),
+    ],
+)
+def test_bytes_of_what_features_read(features, numbers):
+    assert replace(SMALL, features=features).bytes() == SMALL.bytes() + 2 * numbers
+
+
+def test_backward_is_two_and_a_half_forwards_where_the_head_dims_agree():
+    for case in CASES:
+        if case.head_dim == case.value_dim:
+            assert 2 * case.flops("backward") == 5 * case.flops()
+
+
+def test_llama_by_hand():
+    # Prefill of 8192 tokens, causal: 8192 · 8193 / 2 = 33 558 528 pairs, 32 heads, 4 · 128 operations each.
+    case = BY_NAME["llama3-8b-prefill"]
+    assert case.pairs() == 33_558_528
+    assert case.flops() == 33_558_528 * 32 * 512 == 549_822_922_752
+    # bf16: q and out 32 heads, k and v 8 heads of 8192 · 128 numbers: (64 + 16) · 2²⁰ · 2 bytes = 160 MiB.
+    assert case.bytes() == 160 * 2**20
+    # 70B has twice the query heads and as many key/value heads: (128 + 16) · 2 MiB.
+    case = BY_NAME["llama3-70b-prefill"]
+    assert case.flops() == 2 * 549_822_922_752
+    assert case.bytes() == 288 * 2**20
+    # Decoding one token sees all 8192 keys: 16 sequences · 64 heads · 8192 pairs · 512 operations = 2³².
+    case = BY_NAME["llama3-70b-decode"]
+    assert case.flops() == 2**32
+    # The cache, 16 · 8 heads · 8192 · 256 numbers, is nearly all of its traffic; q and out are 16 · 64 · 256.
+    assert case.bytes() == 2 * (16 * 8 * 8192 * 256 + 16 * 64 * 256)
+
+
+def test_window_by_hand():
+    # gpt-oss: 128 keys a row once the window is full; the first 128 rows see 1, 2, ..., 128.
+    assert BY_NAME["gpt-oss-20b-local"].pairs() == 128 * 129 // 2 + (8192 - 128) * 128
+    decode = BY_NAME["gpt-oss-20b-local-decode"]
+    assert decode.pairs() == 128
+    # Of the cache only the window is read: 16 · 8 heads · 128 keys; then q and out, and 64 sinks.
+    assert decode.bytes() == 2 * (16 * 8 * 128 * 128 + 16 * 64 * 128 + 64)
+    # Gemma 2: 4096 keys a row.
+    assert BY_NAME["gemma2-2b-local"].pairs() == 4096 * 4097 // 2 + (8192 - 4096) * 4096
+
+
+def test_beginner_article():
+    case = BY_NAME["beginner-article"]
+    assert (case.batch, case.q_heads, case.q_len, case.kv_len, case.head_dim) == (1, 1, 10, 10, 256)
+    assert case.flops() == 4 * 10 * 10 * 256

@@ -1,0 +1,309 @@
+"""Where rows are: offsets beyond 2³¹ elements, more than 65,535 heads, and every kind of stride.
+
+Offsets that overflow 32 bits point anywhere, and a wrong address ends the process. So these cases run in a
+child process: this file is also its program. A tensor there spans many gigabytes of addresses, of which a few
+pages are ever touched: memory that nobody writes costs nothing.
+"""
+
+import functools
+import json
+import math
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+
+import tilewise
+import tilewise_reference
+from tilewise.forward import forward_kernel, forward_launch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STRIDE = (1 << 30) + 64  # fits into 32 bits; twice this does not
+TILE = tilewise.tiles.Tile(16, 16)
+NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which the module mmap does not name in every Python
+
+
+def untouched(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take up memory only where they are touched (on a GPU: memory as it comes)."""
+    if DEVICE.type == "cuda":
+        return torch.empty(count, dtype=dtype, device=DEVICE)
+    size = count * dtype.itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8).view(dtype)
+
+
+def far_apart(near: torch.Tensor, axis: int) -> torch.Tensor:
+    """The same numbers, with the three neighbours along `axis` STRIDE elements apart."""
+    assert near.shape[axis] == 3
+    others = [size for i, size in enumerate(near.shape) if i != axis]
+    strides = [math.prod(others[i:]) for i in range(1, len(others) + 1)]
+    strides.insert(axis, STRIDE)
+    far = untouched(2 * STRIDE + near.numel(), near.dtype).as_strided(near.shape, strides)
+    return far.copy_(near)
+
+
+def problem(axis: int | None = None) -> dict[str, torch.Tensor]:
+    """q, k, v, of three batches, heads, rows or dims along the axis in question and few along the others."""
+    batch, heads, length, dim = (3 if axis == i else size for i, size in enumerate((1, 1, 3, 4)))
+    made = {name: torch.randn(batch, heads, length, dim, device=DEVICE) for name in "qkv"}
+    return {name: tensor.half() for name, tensor in made.items()}
+
+
+def small(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    with tilewise.tiles.use(TILE):
+        return tilewise.attention(*arguments, **options, return_lse=True, impl="portable")
+
+
+def assert_same(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b), f"{a.tolist()} instead of {b.tolist()}"
+        assert not b.isnan().any() and b.any(), "a result that shows nothing"
+
+
+def far_input(name: str, axis: int) -> None:
+    tensors = problem(axis)
+    far = tensors | {name: far_apart(tensors[name], axis)}
+    assert_same(small(**far), small(**tensors))
+
+
+def far_output(axis: int) -> None:
+    """The result is written where a far output would have it."""
+    tensors = problem(axis)
+    out, lse = small(**tensors)
+    place = far_apart(torch.zeros_like(out), axis)
+    with mock.patch("tilewise.api.empty_in_order_of", return_value=place):
+        far_out, far_lse = small(**tensors)
+    assert far_out.stride(axis) == STRIDE
+    assert_same((far_out, far_lse), (out, lse))
+
+
+def far_argument(make: Callable[[Callable], dict[str, Any]], axis: int) -> None:
+    """An argument whose tensor lies far apart; make(place) builds it from the near tensor that it places."""
+    tensors = problem(axis)
+    torch.manual_seed(1)
+    near = make(lambda tensor, _: tensor)
+    torch.manual_seed(1)
+    far = make(lambda tensor, along: far_apart(tensor, along))
+    assert_same(small(**tensors, **far), small(**tensors, **near))
+
+
+def sizes(axis: int) -> tuple[int, int, int, int]:
+    """[batch, heads, q_len, kv_len] of problem(axis): lengths are 3, so axis 3 is the keys."""
+    return (3 if axis == 0 else 1, 3 if axis == 1 else 1, 3, 3)
+
+
+def bias(axis: int, place: Callable) -> dict[str, Any]:
+    return dict(bias=place(torch.randn(sizes(axis), device=DEVICE).half(), axis))
+
+
+def dense(axis: int, place: Callable) -> dict[str, Any]:
+    kept = (torch.arange(math.prod(sizes(axis)), device=DEVICE) % 4 != 1).view(sizes(axis))
+    return dict(mask=place(kept, axis))
+
+
+def rows(axis: int, place: Callable) -> dict[str, Any]:
+    start = torch.arange(math.prod(sizes(axis)[:3]), device=DEVICE, dtype=torch.int32) % 3
+    return dict(mask=tilewise.Intervals(*(place(t.view(sizes(axis)[:3]), axis) for t in (start, start + 1))))
+
+
+def documents(axis: int, place: Callable) -> dict[str, Any]:
+    """Axis 0 of the ids is the batch, axis 1 the length."""
+    ids = torch.tensor([[2, 5, 2], [7, 7, 1], [4, 6, 6]], device=DEVICE, dtype=torch.int32)
+    ids = ids if axis == 0 else ids[:1]
+    return dict(mask=tilewise.Documents(place(ids, axis)))
+
+
+def slopes(axis: int, place: Callable) -> dict[str, Any]:
+    return dict(score=tilewise.ALiBi(place(torch.rand(sizes(axis)[:2], device=DEVICE).half(), axis)))
+
+
+def lengths(mask: Callable, axis: int, place: Callable) -> dict[str, Any]:
+    return dict(mask=mask(place(torch.tensor([3, 1, 2], device=DEVICE, dtype=torch.int32), 0)))
+
+
+def sink(axis: int, place: Callable) -> dict[str, Any]:
+    return dict(sink=place(torch.randn(3, device=DEVICE).half(), 0))
+
+
+def last_programs(call: Any, count: int) -> None:
+    """Launch the whole grid on a GPU; in the interpreter, where that takes minutes, its last programs."""
+    grid, arguments = forward_launch(call, TILE)
+    assert len(grid) == 1, "only the first dimension of a grid may pass 65,535"
+    if DEVICE.type == "cuda":
+        forward_kernel[grid](**arguments)
+        return
+    builder = triton.runtime.interpreter.interpreter_builder
+    program_id = type(builder).create_get_program_id
+
+    def shifted(self: Any, axis: int) -> Any:
+        handle = program_id(self, axis)
+        handle.data = handle.data + (grid[0] - count) * (axis == 0)
+        return handle
+
+    with mock.patch.object(type(builder), "create_get_program_id", shifted):
+        forward_kernel[(count,)](**arguments)
+
+
+def captured(tensors: dict[str, torch.Tensor], out: torch.Tensor, **options: Any) -> Any:
+    """The ForwardCall that `attention` makes of these tensors, with this output."""
+    with (
+        mock.patch("tilewise.api.empty_in_order_of", return_value=out),
+        mock.patch("tilewise.api.launch_forward") as launch,
+    ):
+        tilewise.attention(**tensors, **options, impl="portable")
+    return launch.call_args.args[0]
+
+
+def many_heads() -> None:
+    """70,001 batch × heads, the last of which differ from all others."""
+    batch, dim = 70_001, 4
+    tensors = {name: untouched(batch * dim, torch.float16).view(batch, 1, 1, dim).zero_() for name in "qkv"}
+    for tensor in tensors.values():
+        tensor[-2:] = torch.randn(2, 1, 1, dim, device=DEVICE).half()
+    out, lens = torch.zeros_like(tensors["q"]), torch.ones(batch, device=DEVICE, dtype=torch.int32)
+    lens[-2] = 0
+    last_programs(captured(tensors, out, mask=tilewise.Padding(lens)), 2)
+    assert not out[-2].any() and torch.equal(out[-1], tensors["v"][-1])
+
+
+def many_rows() -> None:
+    """lse of more than 2³¹ rows, all of them the same row of q."""
+    batch, q_len, dim = 70_000, 1 << 15, 4
+    one = {name: torch.randn(1, 1, 1, dim, device=DEVICE).half() for name in "qkv"}
+    out, lse = small(**one)
+    tensors = {"q": one["q"].expand(batch, 1, q_len, dim)}
+    tensors |= {name: one[name].expand(batch, 1, 1, dim) for name in "kv"}
+    everywhere = out.clone().zero_()
+    lse_far = untouched(batch * q_len, torch.float32).view(batch, 1, q_len)
+    call = captured(tensors, everywhere.expand(batch, 1, q_len, dim))
+    last_programs(call._replace(lse=lse_far), 2)
+    assert torch.equal(everywhere, out)
+    assert (lse_far[-1, 0, :32] == lse[0, 0, 0]).all() and lse[0, 0, 0] != 0
+
+
+NAMES = ("batch", "head", "row", "dim or key")
+CASES: dict[str, Callable[[], None]] = {
+    f"{tensor} × {NAMES[axis]}": functools.partial(far_input, tensor, axis)
+    for tensor in "qkv"
+    for axis in range(4)
+}
+CASES |= {f"out × {NAMES[axis]}": functools.partial(far_output, axis) for axis in range(4)}
+CASES |= {
+    f"{make.__name__} × {NAMES[axis]}": functools.partial(far_argument, functools.partial(make, axis), axis)
+    for make, axes in ((bias, 4), (dense, 4), (rows, 3), (slopes, 2))
+    for axis in range(axes)
+}
+CASES |= {
+    "documents × batch": lambda: far_argument(functools.partial(documents, 0), 0),
+    "documents × row": lambda: far_argument(functools.partial(documents, 1), 2),
+    "padding × batch": lambda: far_argument(functools.partial(lengths, tilewise.Padding, 0), 0),
+    "prefix × batch": lambda: far_argument(functools.partial(lengths, tilewise.Prefix, 0), 0),
+    "sink × head": lambda: far_argument(functools.partial(sink, 1), 1),
+    "more than 65,535 heads": many_heads,
+    "more than 2³¹ rows": many_rows,
+}
+
+
+@pytest.fixture(scope="module")
+def child() -> dict[str, str]:
+    """What became of each case in the child process: "" where it passed."""
+    roots = [Path(module.__file__).parents[1] for module in (tilewise, tilewise_reference)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, roots)), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-u", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=600)
+    results: dict[str, str] = {}
+    for line in done.stdout.splitlines():
+        results |= json.loads(line)
+    ending = f"the child ended with {done.returncode} before this case was done: {done.stderr[-2000:]}"
+    return {name: ending for name in CASES} | results
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_offsets_beyond_32_bits(name, child):
+    assert child[name] == ""
+
+
+def run_cases() -> None:
+    for name, case in CASES.items():
+        torch.manual_seed(0)
+        try:
+            case()
+            result = ""
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}"
+        print(json.dumps({name: result}), flush=True)
+
+
+def around(t: torch.Tensor, fill: float = math.nan) -> torch.Tensor:
+    """A view in the middle of a larger tensor of NaN (of True for a mask)."""
+    big = torch.full([size + 3 for size in t.shape], True if t.dtype == torch.bool else fill, device=t.device)
+    view = big.to(t.dtype)[tuple(slice(1, size + 1) for size in t.shape)]
+    return view.copy_(t)
+
+
+def every_other(t: torch.Tensor) -> torch.Tensor:
+    """Every dimension strided by two, the innermost too."""
+    big = torch.zeros([2 * size for size in t.shape], device=t.device, dtype=t.dtype)
+    return big[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
+
+
+def transposed(t: torch.Tensor) -> torch.Tensor:
+    """The innermost dimension outermost in memory."""
+    return t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+
+
+def misaligned(t: torch.Tensor) -> torch.Tensor:
+    """Starts one element after an aligned address."""
+    flat = torch.empty(t.numel() + 1, device=t.device, dtype=t.dtype)[1:]
+    assert flat.data_ptr() % 16 != 0
+    return flat.view(t.shape).copy_(t)
+
+
+def odd_single(t: torch.Tensor) -> torch.Tensor:
+    """Dimensions of size 1 carry strides that lead out of the tensor; nothing may follow them."""
+    strides = [stride if size > 1 else 12_345_677 for size, stride in zip(t.shape, t.stride(), strict=True)]
+    return t.as_strided(t.shape, strides)
+
+
+def expanded(t: torch.Tensor) -> torch.Tensor:
+    """Stride 0 along every dimension but the last two: the first batch and head for all."""
+    return t[:1, :1].expand(t.shape)
+
+
+def broadcast_rows(t: torch.Tensor) -> torch.Tensor:
+    """Stride 0 along the rows."""
+    return t[:, :, :1].expand(t.shape)
+
+
+VIEWS = [around, every_other, transposed, misaligned, odd_single, expanded, broadcast_rows]
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("view", VIEWS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_any_strides(view, dtype):
+    """Each tensor as such a view, all at once, and the same numbers contiguous: the same bits."""
+    batch, heads = (1, 1) if view is odd_single else (2, 2)
+    shapes = {"q": (batch, heads, 5, 8), "k": (batch, heads, 19, 8), "v": (batch, heads, 19, 6)}
+    call = {name: view(torch.randn(shape, device=DEVICE).to(dtype)) for name, shape in shapes.items()}
+    pairs = (batch, heads, 5, 19)
+    call["bias"] = view(torch.randn(pairs, device=DEVICE).to(dtype))
+    call["mask"] = view(torch.rand(pairs, device=DEVICE) < 0.7)
+    contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in call.items()}
+    assert_same(small(**call), small(**contiguous))
+
+
+if __name__ == "__main__":
+    run_cases()

@@ -1,0 +1,379 @@
+"""The forward kernel against float64: every feature alone, in pairs and in sequence, on small odd sizes.
+
+In the interpreter the tiles are forced small, so that a few dozen rows make several tiles; on a GPU the same
+problems run too, and larger ones (`Problem.longer`).
+"""
+
+import random
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import tilewise
+from harness.features import FEATURES, Problem, block_interval, build, judge, of_kind
+from harness.oracle import check, kept_pairs, request_of
+from tilewise import Causal, Documents, Intervals, Padding, Prefix, Softcap, UserMask, UserScore, Window
+from tilewise.tiles import Tile
+
+DTYPES = ("float32", "float16", "bfloat16")
+MASKS = [entry.name for entry in of_kind("mask")]
+SCORES = [entry.name for entry in of_kind("score")]
+# q_len, kv_len: none a multiple of a tile; equal, decoding with a cache, and more queries than keys.
+LENGTHS = ((37, 37), (19, 45), (45, 19))
+
+
+def run(device: torch.device, *features: str, seed: object = 0, **sizes: object) -> None:
+    """Judge the problem that has these features; `seed` decides what they leave open."""
+    judge(build(device, random.Random(str((features, seed))), features, **sizes))
+
+
+def lengths(device: torch.device, pair: tuple[int, int]) -> dict[str, int]:
+    times = 13 if device.type == "cuda" else 1
+    return {"q_len": pair[0] * times, "kv_len": pair[1] * times}
+
+
+# ---- Masks and scores
+
+
+@pytest.mark.parametrize("pair", LENGTHS, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_mask(device, mask, pair):
+    dtype = DTYPES[(MASKS.index(mask) + LENGTHS.index(pair)) % 3]
+    run(device, mask, dtype, seed=pair, **lengths(device, pair))
+
+
+@pytest.mark.parametrize("mask, other", [(a, b) for a in MASKS for b in MASKS if a < b])
+def test_pair_of_masks(device, mask, other):
+    run(device, mask, other, **lengths(device, (20, 37)))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_interval_masks_at_once(device, dtype):
+    p = build(device, random.Random(1), [dtype, "grouped_heads"], **lengths(device, (33, 45)))
+    p.mask = Causal() & Window(25, 3) & Prefix(p.kv_len // 3) & Padding(p.kv_len - 4)
+    judge(p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("score", SCORES)
+def test_score(device, score, dtype):
+    run(device, score, dtype, seed=dtype)
+
+
+@pytest.mark.parametrize("first, second", [(a, b) for a in SCORES for b in SCORES if a != b])
+def test_scores_apply_in_order(device, first, second):
+    run(device, first, second, "bfloat16", q_len=17, kv_len=21)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("score", SCORES)
+def test_mask_with_score(device, mask, score):
+    dtype = DTYPES[(MASKS.index(mask) + SCORES.index(score)) % 3]
+    run(device, mask, score, dtype, "grouped_heads" if dtype == "float16" else "multi_head")
+
+
+@pytest.mark.oldest
+def test_bias_comes_after_modifiers_and_before_the_mask(device):
+    run(device, "softcap", "bias", "sink", "causal", "float16")
+
+
+@triton.jit
+def keep_upper(q_idx, kv_idx, batch, head, args):
+    return kv_idx >= q_idx
+
+
+@triton.jit
+def halve(s, batch, head, q_idx, kv_idx, args):
+    return 0.5 * s
+
+
+def test_bare_functions_stand_for_user_masks_and_scores(device):
+    p = build(device, random.Random(3), [])
+    q, k, v = p.tensors()
+    mask = UserMask(keep_upper, twin=lambda batch, head, q_idx, kv_idx: kv_idx >= q_idx)
+    score = UserScore(halve, twin=lambda s, batch, head, q_idx, kv_idx: 0.5 * s)
+    out, _ = check(q, k, v, mask=mask, score=score)
+    assert torch.equal(out, tilewise.attention(q, k, v, mask=keep_upper, score=halve))
+    out, _ = check(q, k, v, mask=Causal() & mask, score=[score, Softcap(2.0)])
+    bare = tilewise.attention(q, k, v, mask=Causal() & keep_upper, score=[halve, Softcap(2.0)])
+    assert torch.equal(out, bare)
+
+
+# ---- Similarity, scale, sink
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("similarity", [entry.name for entry in of_kind("similarity")])
+def test_similarity(device, similarity, dtype):
+    run(device, similarity, dtype, "grouped_heads", seed=dtype)
+
+
+@pytest.mark.parametrize("similarity", ["scaled_dot", "dot", "cosine"])
+@pytest.mark.parametrize("scale", [0.7, 1, 1.0, -0.7, 0.0, "tensor", "half tensor"])
+def test_scale(device, similarity, scale):
+    if isinstance(scale, str):
+        scale = torch.tensor(-0.7, device=device, dtype=torch.float16 if "half" in scale else torch.float32)
+    p = build(device, random.Random(4), ["float16"], q_len=17, kv_len=20)
+    p.arguments |= {"similarity": similarity, "scale": scale}
+    judge(p)
+    p.scores = [Softcap(1.5)]
+    judge(p)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sink(device, dtype):
+    run(device, "sink", "window", dtype, "grouped_heads")
+    p = build(device, random.Random(5), [dtype], q_len=17, kv_len=20)
+    for logit in (40.0, -40.0, 0.0, -torch.inf):  # takes all weight, takes none
+        p.arguments["sink"] = torch.tensor([1.0, logit], device=device)
+        judge(p)
+
+
+# ---- Sizes
+
+
+@pytest.mark.parametrize("value_dim", ["equal", "smaller", "larger"])
+@pytest.mark.parametrize("head_dim", [1, 3, 16, 20, 40, 64, 80, 96, 128, 255, 256])
+def test_dims(device, head_dim, value_dim):
+    other = {"equal": head_dim, "smaller": -(-head_dim // 3), "larger": min(256, head_dim + 37)}[value_dim]
+    dtype = DTYPES[(head_dim + other) % 3]
+    sizes = {"batch": 1, "q_len": 17, "kv_len": 35, "head_dim": head_dim, "value_dim": other}
+    run(device, dtype, "causal", **sizes)
+
+
+@pytest.mark.parametrize("q_heads, kv_heads", [(6, 2), (8, 1), (9, 3), (1, 1), (3, 3), (6, 3), (5, 1)])
+def test_heads(device, q_heads, kv_heads):
+    run(device, "alibi", "bool_mask", "float16", q_heads=q_heads, kv_heads=kv_heads, q_len=17, kv_len=20)
+
+
+@pytest.mark.parametrize("align", ["bottom_right", "top_left"])
+@pytest.mark.parametrize("q_len", [0, 1, 15, 16, 17, 40])
+@pytest.mark.parametrize("kv_len", [0, 1, 16, 33])
+def test_lengths_with_both_causal_corners(device, q_len, kv_len, align):
+    p = build(device, random.Random(6), ["bfloat16"], q_len=q_len, kv_len=kv_len)
+    p.mask = Causal(align)
+    judge(p)
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(0, 0), (0, 7), (7, 0), (1, 1)])
+@pytest.mark.parametrize(
+    "features", [(), ("sink",), ("bias", "sink"), ("cosine", "scattered_documents", "relative_position")], ids=str
+)
+def test_empty_inputs_with_features(device, q_len, kv_len, features):
+    run(device, *features, q_len=q_len, kv_len=kv_len)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("tile_q", [16, 32, 64])
+@pytest.mark.parametrize("tile_kv", [16, 32, 64])
+def test_tiles(device, tile_q, tile_kv):
+    sizes = lengths(device, (45, 71))
+    run(device, "window", "causal", "softcap", "float16", tile=Tile(tile_q, tile_kv), batch=1, **sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_the_table(device, dtype):
+    run(device, dtype, "causal", "grouped_heads", tile=None, batch=1, **lengths(device, (77, 150)))
+
+
+# ---- Memory layouts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [entry.name for entry in of_kind("layout")])
+def test_layout(device, layout, dtype):
+    run(device, layout, dtype, "grouped_heads", "odd_dims", q_len=18, kv_len=21, seed=dtype)
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)], ids=str)
+def test_expanded(device, axes):
+    """Stride 0 along each dimension of q, k, v, mask, bias, sink and temperature."""
+
+    def expanded(*shape: int) -> torch.Tensor:
+        sizes = [1 if axis in axes else n for axis, n in enumerate(shape)]
+        return torch.randn(sizes, device=device).expand(shape)
+
+    q, k, v = expanded(2, 4, 18, 20), expanded(2, 2, 21, 20), expanded(2, 2, 21, 24)
+    one = torch.randn(1, device=device).expand(4)
+    mask, bias = expanded(2, 4, 18, 21) > -0.5, expanded(2, 4, 18, 21)
+    with tilewise.tiles.use(Tile(16, 16)):
+        check(q, k, v, mask=mask, bias=bias, sink=one, similarity=tilewise.Cosine(one))
+
+
+def test_every_tensor_may_be_strided(device):
+    """Steps of 2 and 3 through storages that are NaN, or point far outside, in between."""
+
+    def strided(x: torch.Tensor, step: int) -> torch.Tensor:
+        junk = torch.nan if x.is_floating_point() else True if x.dtype == torch.bool else 2**30
+        storage = torch.full((*x.shape, step), junk, dtype=x.dtype, device=device)
+        storage[..., 1] = x.to(device)
+        return storage[..., 1]
+
+    q, k, v = (strided(torch.randn(2, 2, n, 20), 2) for n in (19, 35, 35))
+    ids = strided(torch.tensor([3, 1, 1, 2, 2] * 7), 3)
+    start = strided(torch.randint(0, 15, (2, 1, 19)), 2)
+    kept, read = strided(torch.tensor([30, 35]), 2), strided(torch.tensor([3, 30], dtype=torch.int32), 3)
+    mask = Documents(ids[:19], ids) & Intervals(start, start + 15) & Padding(kept) & Prefix(read)
+    mask = mask & strided(torch.rand(35) > 0.2, 2)
+    score = [
+        tilewise.ALiBi(strided(torch.randn(2), 3)),
+        tilewise.RelativePosition(strided(torch.randn(2, 8), 2), 12),
+    ]
+    bias, sink = strided(torch.randn(2, 1, 19, 35), 3), strided(torch.randn(2), 2)
+    with tilewise.tiles.use(Tile(16, 16)):
+        check(q, k, v, mask=mask, score=score, bias=bias, sink=sink)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 0, 2)], ids=str)
+def test_output_has_the_memory_order_of_q(device, order):
+    """A caller who transposed [batch, length, heads, dim] inputs transposes back without a copy."""
+    sizes = (2, 3, 17)
+    inverse = [order.index(axis) for axis in range(3)]
+    q = torch.randn(*(sizes[axis] for axis in order), 16, device=device).permute(*inverse, 3)
+    k, v = torch.randn(2, 3, 20, 16, device=device), torch.randn(2, 3, 20, 8, device=device)
+    out, lse = check(q, k, v)
+    assert out.permute(*order, 3).is_contiguous() and lse.is_contiguous()
+
+
+# ---- Rows without a key, documents, additive masks
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_a_key(device, dtype):
+    p = build(device, random.Random(7), [dtype], q_len=40, kv_len=17)
+    p.mask = Causal()  # bottom right: the first 23 rows stand before every key
+    q, k, v = p.tensors()
+    with tilewise.tiles.use(p.tile):
+        out, lse = check(q, k, v, mask=p.mask)
+        assert (out[:, :, :23] == 0).all() and (lse[:, :, :23] == -torch.inf).all()
+        sink = torch.tensor([0.5, -3.0], device=device)
+        out, lse = check(q, k, v, mask=p.mask, sink=sink)
+        assert (out[:, :, :23] == 0).all()
+        torch.testing.assert_close(lse[:, :, :23], sink[None, :, None].expand(2, 2, 23))
+        out, lse = check(q, k, v, mask=torch.zeros(17, dtype=torch.bool, device=device))
+        assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("ids", ["packed", "interrupted", "unsorted", "cross"])
+def test_documents(device, ids):
+    times = 13 if device.type == "cuda" else 1
+    rows = {
+        "packed": [0] * 7 + [1] * 20 + [5] * 1 + [2] * 17,
+        "interrupted": [4] * 10 + [-1] * 20 + [4] * 15,
+        "unsorted": [3, 1, 2] * 15,
+        "cross": [0] * 20 + [9] * 10 + [2] * 15,  # document 9 has no key
+    }[ids]
+    q_ids = torch.tensor(rows, device=device).repeat_interleave(times)
+    kv_ids = torch.tensor([2] * 12 + [0] * 9 + [7] * 3, device=device).repeat_interleave(times)
+    kv_ids = kv_ids if ids == "cross" else q_ids
+    p = build(device, random.Random(8), ["float16"], q_len=len(q_ids), kv_len=len(kv_ids))
+    p.mask = Documents(q_ids, kv_ids)
+    judge(p)
+    p.mask = p.mask & Causal("top_left")
+    judge(p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("low", ["-inf", "finfo.min"])
+def test_additive_mask(device, dtype, bias_dtype, low):
+    """A bias of -inf, or of the dtype's lowest number, takes keys out."""
+    p = build(device, random.Random(9), [dtype], q_len=18, kv_len=37)
+    number = -torch.inf if low == "-inf" else torch.finfo(bias_dtype).min
+    bias = torch.zeros(2, 1, 18, 37, dtype=bias_dtype, device=device)
+    bias.masked_fill_(torch.rand(bias.shape, device=device) < 0.5, number)
+    bias[:, :, 3, :20] = number  # a whole tile
+    p.arguments["bias"] = bias
+    judge(p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_row_of_lowest_biases(device, dtype, bias_dtype):
+    """finfo.min on every key of a row is no mask: as in PyTorch, what is left of the scores decides, and that
+    is nothing once they are lost in a number of this size."""
+    p = build(device, random.Random(10), [dtype], q_len=18, kv_len=37)
+    bias = torch.full((18, 1), torch.finfo(bias_dtype).min, dtype=bias_dtype, device=device)
+    bias[:3] = 0
+    p.arguments["bias"] = bias
+    judge(p)
+
+
+# ---- Tiles that a mask rules out
+
+
+@triton.jit
+def count_tile(q_idx, kv_idx, counter):
+    counts_ptr, tile_q, tile_kv, kv_tiles = counter
+    tile = tl.min(tl.min(q_idx, 1), 0) // tile_q * kv_tiles + tl.min(tl.min(kv_idx, 1), 0) // tile_kv
+    tl.atomic_add(counts_ptr + tile, 1)
+
+
+@triton.jit
+def counting_score(s, batch, head, q_idx, kv_idx, args):
+    count_tile(q_idx, kv_idx, args)
+    return s
+
+
+@triton.jit
+def counting_keep(q_idx, kv_idx, batch, head, args):
+    count_tile(q_idx, kv_idx, args[1])
+    return q_idx // args[0] == kv_idx // args[0]
+
+
+def tiles_of(keep: torch.Tensor, tile: Tile) -> list[list[torch.Tensor]]:
+    """keep [q_len, kv_len] cut into tiles."""
+    return [list(rows.split(tile.tile_kv, dim=1)) for rows in keep.split(tile.tile_q)]
+
+
+def walk(device, tile, mask_of):
+    """Run a mask on one head; return which pairs count and how often `mask_of`'s counter saw each tile."""
+    p = build(device, random.Random(11), [], batch=1, q_heads=1, kv_heads=1, q_len=77, kv_len=90, tile=tile)
+    counts = torch.zeros(-(-77 // tile.tile_q), -(-90 // tile.tile_kv), dtype=torch.int32, device=device)
+    mask_of(p, (counts, tile.tile_q, tile.tile_kv, counts.shape[1]))
+    judge(p)
+    keep = kept_pairs(request_of(*p.tensors(), **p.keywords()))
+    return keep[0, 0], counts.tolist()
+
+
+SKIPPING = [[name] for name in MASKS if name not in ("bool_mask", "user_mask")]
+SKIPPING += [["causal", "window"], ["prefix", "left_padding", "window"], ["intervals", "causal"]]
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 16), Tile(32, 16), Tile(16, 32)], ids=str)
+@pytest.mark.parametrize("masks", SKIPPING, ids=",".join)
+def test_tiles_outside_a_mask_are_not_visited(device, masks, tile):
+    """Each tile between the first and the last that hold a pair is visited once, and no other."""
+
+    def add(p: Problem, counter: tuple) -> None:
+        for name in masks:
+            FEATURES[name].apply(p)
+        p.scores = [UserScore(counting_score, counter, twin=lambda s, *_: s)]
+
+    keep, counts = walk(device, tile, add)
+    for row, row_counts in zip(tiles_of(keep, tile), counts, strict=True):
+        held = [i for i, pairs in enumerate(row) if pairs.any()]
+        assert row_counts == [int(bool(held) and held[0] <= i <= held[-1]) for i in range(len(row))]
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 16), Tile(32, 16), Tile(16, 32)], ids=str)
+def test_tiles_in_which_every_pair_counts_are_not_masked(device, tile):
+    """A user's function is asked about the tiles that a mask cuts, and about no other."""
+
+    def add(p: Problem, counter: tuple) -> None:
+        def twin(batch, head, q_idx, kv_idx, size, counter):
+            return q_idx // size == kv_idx // size
+
+        p.mask = UserMask(counting_keep, (40, counter), interval=block_interval, twin=twin)
+        p.add_mask(Causal())
+
+    keep, counts = walk(device, tile, add)
+    for row, row_counts in zip(tiles_of(keep, tile), counts, strict=True):
+        whole = [bool(pairs.all()) and pairs.shape[1] == tile.tile_kv for pairs in row]
+        visited = [bool(pairs.any()) for pairs in row]
+        assert row_counts == [int(seen and not full) for seen, full in zip(visited, whole, strict=True)]
