@@ -9,6 +9,8 @@ import torch
 from harness.compiled import TARGETS, Compiled, compile_variants
 from tilewise.tiles import TABLE, fits, shared_bytes, table_tile
 
+# One worker compiles for all tests of this file.
+pytestmark = pytest.mark.xdist_group("compiled")
 BARRIER_BYTES = 2048  # what Triton keeps in shared memory besides tiles: barriers, scratch of reductions
 
 
@@ -89,7 +91,9 @@ def test_every_row_of_the_table_fits():
         assert table_tile(arch, element_bytes, dim) == tile
 
 
-@pytest.mark.parametrize("arch", ["sm_75", "sm_86", "sm_87", "sm_89", "sm_103", "sm_120", "sm_121", "gfx90a", "gfx950"])
+@pytest.mark.parametrize(
+    "arch", ["sm_75", "sm_86", "sm_87", "sm_89", "sm_103", "sm_120", "sm_121", "gfx90a", "gfx950"]
+)
 @pytest.mark.parametrize("element_bytes", [2, 4])
 @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
 def test_chips_that_the_table_does_not_list_get_a_tile_that_fits(arch, element_bytes, dim):

@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import zipfile
@@ -137,14 +136,6 @@ def test_command_names_the_extra_that_is_missing(missing: str, installed: Path) 
     ran = run_python(["-c", program], installed, TRITON_INTERPRET="1")
     assert ran.returncode == 1
     assert ran.stderr == f"tilewise: {missing} is not installed: pip install 'tilewise[demo]'\n"
-
-
-def test_readme_example_runs(installed: Path) -> None:
-    (example,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
-    ran = run_python(["-c", example], installed)
-    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.fixture(scope="module")

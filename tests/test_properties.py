@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, note, seed, settings
 from hypothesis import strategies as st
 
+from harness import support_table
 from harness.features import FEATURES, KINDS, Feature, Problem, build, judge, of_kind
 
 # How many features of a kind one problem may have; of all others at most one.
@@ -43,3 +44,12 @@ def test_any_combination(device: torch.device, present: Feature):
         judge(problem)
 
     run()
+
+
+def test_readme_says_what_is_tested():
+    text = support_table.README.read_text(encoding="utf-8")
+    assert support_table.filled(text) == text, (
+        "README.md is out of date; run: PYTHONPATH=kernels:reference:tests python -m harness.support_table"
+    )
+
+

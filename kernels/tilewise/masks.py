@@ -181,7 +181,8 @@ class Window(Mask):
         check_align(align)
         for name, size in (("left", left), ("right", right)):
             if size is not None and not (isinstance(size, int) and 0 <= size < UNLIMITED):
-                raise ValueError(f"{name}={size!r} must be None (no limit) or an int from 0 to {UNLIMITED - 1}")
+                wanted = f"None (no limit) or an int from 0 to {UNLIMITED - 1}"
+                raise ValueError(f"{name}={size!r} must be {wanted}")
         self.left, self.right, self.align = left, right, align
 
     def bind(self, shape: Shape) -> BoundMask:

@@ -25,7 +25,9 @@ def target_name() -> str:
     return arch if isinstance(arch, str) else f"sm_{arch}"
 
 
-def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: Tile, return_lse: bool, **given: Any) -> None:
+def launch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: Tile, return_lse: bool, **given: Any
+) -> None:
     """What `attention` does on a GPU once a call has passed the checks."""
     arguments: dict[str, Any] = dict.fromkeys(("mask", "bias", "score", "scale", "sink", "impl"))
     request = make_request(q, k, v, **(arguments | {"similarity": "scaled_dot"} | given))
@@ -33,7 +35,9 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: Tile, return
         run_portable(request, return_lse)
 
 
-def main_tile(dtype: str, dim: int, mask: Any, q_len: int = 512, float32_precision: str = "highest") -> Variant:
+def main_tile(
+    dtype: str, dim: int, mask: Any, q_len: int = 512, float32_precision: str = "highest"
+) -> Variant:
     """A tile of the table under the plainest calls; with few queries, the tile cut down for them."""
 
     def run() -> None:
