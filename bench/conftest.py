@@ -1,4 +1,4 @@
-"""Without a GPU the benchmarks run once, tiny, in Triton's interpreter: that shows that they work, not a speed."""
+"""Without a GPU the benchmarks run once, tiny, in Triton's interpreter: they work, and time nothing."""
 
 import os
 

@@ -7,13 +7,14 @@ TFLOP/s (matmuls over the pairs that count) and the GPU's name, in the row's ext
 """
 
 import pytest
-import tilewise
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import tilewise
 from tilewise_reference.attention import attention as oracle
 from tilewise_reference.cases import Case, paper_grid
 from tilewise_reference.masks import causal
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -6,6 +6,7 @@ chip's shared memory and the estimate that `tiles.fits` relies on, and multiply 
 
 import pytest
 import torch
+
 from harness.compiled import TARGETS, Compiled, compile_variants
 from tilewise.tiles import TABLE, fits, shared_bytes, table_tile
 

@@ -1,4 +1,4 @@
-"""Data on which random normal numbers would not show a mistake: constants, extremes, and junk out of sight."""
+"""Data that show what random normal numbers hide: constants, extremes, and junk where no query looks."""
 
 import math
 import random
@@ -90,7 +90,7 @@ def test_huge_logits(qkv, dtype, sign):
     check(50 * q, 50 * k, v, scale=sign)
     check(50 * q, 50 * k, v, scale=sign, mask=Causal(), sink=torch.tensor([9e3, -9e3], device=q.device))
     _, lse = check(sign * q.abs() * 30, k.abs() * 30, v, scale=1.0)  # all of one sign
-    assert (lse.sign() == sign).all() and lse.abs().mean() > 5e3
+    assert (lse.sign() == sign).all() and lse.abs().mean() > 2e3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,7 +100,9 @@ def test_one_huge_key(qkv, dtype, key):
     q, k, v = qkv(dtype)
     k[:, :, key] *= 300
     out, _ = check(q, k, v)
-    wins = (q @ k.mT).argmax(-1) == key
+    scores = q.double() @ k.double().mT / 4
+    others = scores.index_fill(-1, torch.tensor(key, device=q.device), -math.inf).amax(-1)
+    wins = scores[..., key] > others + 40  # exp(-40) vanishes in fp32
     assert wins.any() and torch.equal(out[wins], v[:, :, key, None].expand_as(out)[wins])
 
 

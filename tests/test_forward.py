@@ -160,7 +160,7 @@ def test_lengths_with_both_causal_corners(device, q_len, kv_len, align):
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(0, 0), (0, 7), (7, 0), (1, 1)])
-@pytest.mark.parametrize("features", ["", "sink", "bias sink", "cosine scattered_documents relative_position"])
+@pytest.mark.parametrize("features", ["", "sink", "bias sink", "cosine scattered_documents user_score"])
 def test_empty_inputs_with_features(device, q_len, kv_len, features):
     run(device, *features.split(), q_len=q_len, kv_len=kv_len)
 

@@ -1,6 +1,6 @@
 """tilewise: fused attention kernels in Triton for PyTorch."""
 
-from . import tiles
+from . import nn, tiles
 from .api import attention, scaled_dot_product_attention, why_not
 from .documents import Documents
 from .masks import Causal, Dense, Intervals, Mask, Padding, Prefix, UserMask, Window
@@ -28,6 +28,7 @@ __all__ = [
     "Window",
     "alibi_slopes",
     "attention",
+    "nn",
     "scaled_dot_product_attention",
     "tiles",
     "why_not",

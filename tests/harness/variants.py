@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import tilewise
 import torch
 import triton
+
+import tilewise
 from tilewise.api import make_request, run_portable
 from tilewise.tiles import Tile, length_tile, short_tile, table_tile
 
@@ -82,7 +83,7 @@ def feature_variant(mask: str, others: tuple[str, ...], dtype: str, dims: tuple[
 
 
 def feature_variants() -> list[Variant]:
-    """Every mask, every score modifier and every other feature that changes the kernel, each at least once."""
+    """Every mask, score modifier and other feature that changes the kernel, each at least once."""
     masks = [feature.name for feature in of_kind("mask")]
     others = [feature.name for kind in ("score", "bias", "sink") for feature in of_kind(kind)]
     others += ["cosine", "cosine_with_temperature", "other_scale", "tensor_scale"]
@@ -92,7 +93,22 @@ def feature_variants() -> list[Variant]:
     return [
         feature_variant(cycle(masks, i), (cycle(others, i),), cycle(["bf16", "fp16"], i), cycle(dims, i))
         for i in range(count)
-    ]
+    ] + [ones_variant()]
+
+
+def ones_variant() -> Variant:
+    """Triton compiles a run-time integer that is 1 into the code; here every one of them is."""
+
+    def run() -> None:
+        q = k = v = torch.empty(1, 1, 1, 1, dtype=torch.bfloat16)
+        one = torch.ones(1, dtype=torch.int32)
+        masks = tilewise.Causal() & tilewise.Window(1, 1) & tilewise.Prefix(1) & tilewise.Padding(one)
+        masks = masks & tilewise.Padding(1, side="left") & tilewise.Documents(one) & torch.ones(1, 1).bool()
+        scores = [tilewise.ALiBi(torch.ones(1)), tilewise.Softcap(1.0)]
+        given = dict(mask=masks, score=scores, similarity="cosine", sink=torch.ones(1), bias=torch.ones(1))
+        launch(q, k, v, Tile(16, 16), return_lse=True, **given)
+
+    return Variant("all ones", run)
 
 
 def oldest_variants() -> list[Variant]:
