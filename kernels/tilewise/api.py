@@ -119,7 +119,7 @@ def run_portable(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | N
     """The fused Triton kernel."""
     q, k, v, shape = request.q, request.k, request.v, request.shape
     scale = default_scale(request.similarity, shape.head_dim) if request.scale is None else request.scale
-    similarity, unit_log2 = bind_similarity(q, k, shape, request.similarity, scale, bool(request.scores))
+    similarity, unit = bind_similarity(q, k, shape, request.similarity, scale, bool(request.scores))
     out = empty_in_order_of(q, shape.value_dim)
     lse = q.new_empty(shape.scores[:3], dtype=torch.float32) if return_lse else None
     call = ForwardCall(
@@ -132,7 +132,7 @@ def run_portable(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | N
         sink=request.sink,
         masks=tuple(mask.bind(shape) for mask in request.masks),
         scores=similarity + tuple(score.bind(shape) for score in request.scores),
-        unit_log2=unit_log2,
+        unit=unit,
         has_gaps=any(mask.has_gaps for mask in request.masks),
     )
     launch_forward(call, choose_tile(q, shape))

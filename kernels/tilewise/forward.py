@@ -29,7 +29,7 @@ import triton.language as tl
 from .addressing import head_ptr, load_tile, store_tile
 from .intervals import intersect_intervals, kept_pairs, kv_range
 from .masks import BoundMask
-from .numerics import LOG2E, float32_precision, matmul, round_to, widen
+from .numerics import float32_precision, matmul, round_to, widen
 from .problem import Shape
 from .scores import BoundScore, apply_scores
 from .softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
@@ -53,7 +53,7 @@ def forward_kernel(
     group,  # query heads that share a head of keys and values
     q_len,
     kv_len,
-    unit_log2,  # exp(score) = exp2(s · unit_log2)
+    unit,  # exp(score) = exp(s · unit) for the s that SCORES leave; None: they are in natural units
     mask_args,
     score_args,
     INTERVALS: tl.constexpr,  # a function or None for each mask
@@ -118,18 +118,19 @@ def forward_kernel(
                     seen = tl.max(kept.to(tl.int32), 0) != 0
                     v = tl.where(seen[:, None], v, tl.zeros_like(v))
 
-            row_max, row_sum, p, rescale = softmax_step(s, row_max, row_sum, unit_log2)
+            row_max, row_sum, p, rescale = softmax_step(s, row_max, row_sum, unit)
             # O = O · rescale + P V
             o = matmul(round_to(p, v.dtype), v, o * rescale[:, None], PRECISION)  # [TILE_Q, VALUE_TILE]
 
-    row_max_log2 = row_max * unit_log2
+    if unit is not None:
+        row_max *= unit
     if sink_ptr is not None:
         # A sink is the state of one more key, whose value is 0.
-        sink_max = tl.zeros_like(row_max) + widen(tl.load(sink_ptr + head.to(tl.int64) * sink_stride)) * LOG2E
+        sink_max = tl.zeros_like(row_max) + widen(tl.load(sink_ptr + head.to(tl.int64) * sink_stride))
         sink_sum = tl.full([TILE_Q], 1.0, tl.float32)
         sink_o = tl.zeros_like(o)
-        row_max_log2, row_sum, o = softmax_merge(row_max_log2, row_sum, o, sink_max, sink_sum, sink_o)
-    o, lse = softmax_finish(row_max_log2, row_sum, o)
+        row_max, row_sum, o = softmax_merge(row_max, row_sum, o, sink_max, sink_sum, sink_o)
+    o, lse = softmax_finish(row_max, row_sum, o)
 
     out = round_to(o, out_ptr.dtype.element_ty)
     out_head_ptr = head_ptr(out_ptr, batch, head, out_strides)
@@ -151,7 +152,7 @@ class ForwardCall(NamedTuple):
     sink: torch.Tensor | None  # [q_heads]
     masks: tuple[BoundMask, ...]
     scores: tuple[BoundScore, ...]
-    unit_log2: float
+    unit: float | None
     has_gaps: bool
 
 
@@ -180,7 +181,7 @@ def forward_launch(call: ForwardCall, tile: Tile) -> tuple[tuple[int, ...], dict
         group=shape.group,
         q_len=shape.q_len,
         kv_len=shape.kv_len,
-        unit_log2=call.unit_log2,
+        unit=call.unit,
         mask_args=tuple(mask.args for mask in call.masks),
         score_args=tuple(score.args for score in call.scores),
         INTERVALS=tuple(mask.interval for mask in call.masks),

@@ -75,20 +75,19 @@ def bind_similarity(
     similarity: str | Cosine,
     scale: float | torch.Tensor,
     modified: bool,
-) -> tuple[tuple[BoundScore, ...], float]:
+) -> tuple[tuple[BoundScore, ...], float | None]:
     """The modifiers that turn dot products into scores, and the unit of what they leave, as `softmax_step`
-    takes it: exp(score) = exp2(s · unit_log2). `modified`: the caller's own modifiers follow."""
-    log2e = float(LOG2E.value)
+    takes it (None: natural). `modified`: the caller's own modifiers follow."""
     if similarity == "cosine":
         similarity = Cosine()
     if isinstance(similarity, Cosine):
         factors = cosine_factors(q, k, scale, similarity.temperature)
         sizes = (shape.q_heads, shape.kv_heads, shape.q_len, shape.kv_len)
-        return (BoundScore(cosine_score, (*factors, *sizes)),), log2e
+        return (BoundScore(cosine_score, (*factors, *sizes)),), None
     if isinstance(scale, torch.Tensor):
-        return (BoundScore(tensor_scale_score, (scale,)),), log2e
+        return (BoundScore(tensor_scale_score, (scale,)),), None
     # Maxima of scaled and unscaled products agree only for a positive scale; and the unit must be a number.
     fp32 = torch.finfo(torch.float32)
-    if modified or not fp32.tiny <= scale * log2e <= fp32.max:
-        return (BoundScore(scale_score, (float(scale),)),), log2e
-    return (), scale * log2e
+    if modified or not fp32.tiny <= scale <= fp32.max / LOG2E.value:
+        return (BoundScore(scale_score, (float(scale),)),), None
+    return (), float(scale)

@@ -5,8 +5,9 @@ and the values weighted by the same exponentials. `start` is its neutral element
 scores, `merge` joins the states of two disjoint sets of keys in any order, and `finish` divides.
 The loop over keys, the sink and split walks are all built from these four.
 
-Scores reach `step` in whatever unit the walk finds cheapest; `unit_log2` converts that unit to powers of two:
-exp(score) = exp2(s · unit_log2). `merge` and `finish` work in base 2 throughout.
+A maximum is kept in the unit in which scores reach `step`: exp(score) = exp(s · unit). Plain dot products keep
+the scale for that unit and save a multiplication; scores from modifiers are in natural units (unit None), as
+are the maxima that `merge` and `finish` take. The exponential that the hardware computes is that of base 2.
 
 Method: Milakov & Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867).
 """
@@ -14,7 +15,7 @@ Method: Milakov & Gimelshein, "Online normalizer calculation for softmax" (arXiv
 import triton
 import triton.language as tl
 
-from .numerics import LN2
+from .numerics import LN2, LOG2E
 
 
 @triton.jit
@@ -33,29 +34,36 @@ def softmax_start(TILE_Q: tl.constexpr, VALUE_TILE: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(s, row_max, row_sum, unit_log2):
+def softmax_step(s, row_max, row_sum, unit):
     """Take in scores s [TILE_Q, TILE_KV]: the new maxima and sums, P, and the factor that is due to o."""
     new_max = tl.maximum(row_max, tl.max(s, 1))  # [TILE_Q]
-    base = anchor(new_max) * unit_log2
-    p = tl.exp2(s * unit_log2 - base[:, None])  # [TILE_Q, TILE_KV]
-    rescale = tl.exp2(row_max * unit_log2 - base)  # [TILE_Q]
-    row_sum = row_sum * rescale + tl.sum(p, 1)
-    return new_max, row_sum, p, rescale
+    base = anchor(new_max)
+    if unit is None:
+        # Subtract first: a bias of finfo.min, the mask of many models, would overflow if it were scaled.
+        p = tl.exp2((s - base[:, None]) * LOG2E)  # [TILE_Q, TILE_KV]
+        rescale = tl.exp2((row_max - base) * LOG2E)  # [TILE_Q]
+    else:
+        # Scale first: multiplication and subtraction are one instruction.
+        unit_log2 = unit * LOG2E
+        base_log2 = base * unit_log2
+        p = tl.exp2(s * unit_log2 - base_log2[:, None])
+        rescale = tl.exp2(row_max * unit_log2 - base_log2)
+    return new_max, row_sum * rescale + tl.sum(p, 1), p, rescale
 
 
 @triton.jit
-def softmax_merge(max_a_log2, sum_a, o_a, max_b_log2, sum_b, o_b):
-    """The state of rows that have seen the keys of state a and those of state b."""
-    row_max = tl.maximum(max_a_log2, max_b_log2)
+def softmax_merge(max_a, sum_a, o_a, max_b, sum_b, o_b):
+    """The state of rows that have seen the keys of state a and those of state b; maxima in natural units."""
+    row_max = tl.maximum(max_a, max_b)
     base = anchor(row_max)
-    a = tl.exp2(max_a_log2 - base)
-    b = tl.exp2(max_b_log2 - base)
+    a = tl.exp2((max_a - base) * LOG2E)
+    b = tl.exp2((max_b - base) * LOG2E)
     return row_max, sum_a * a + sum_b * b, o_a * a[:, None] + o_b * b[:, None]
 
 
 @triton.jit
-def softmax_finish(row_max_log2, row_sum, o):
-    """O = o / row_sum and LSE = ln Σ exp(score); rows that saw no key give 0 and -inf."""
+def softmax_finish(row_max, row_sum, o):
+    """O = o / row_sum and LSE = row_max + ln row_sum; rows that saw no key give 0 and -inf."""
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-    lse = (row_max_log2 + tl.log2(row_sum)) * LN2  # [TILE_Q]
+    lse = row_max + tl.log2(row_sum) * LN2  # [TILE_Q]
     return o / row_sum[:, None], lse

@@ -23,8 +23,7 @@ A mask is one interval of keys a row: query i sees the keys lo[i] <= j < hi[i].
 A tile of queries visits first the key tiles in which every pair counts, without any masking work, then the
 tiles that some interval cuts, and never the others.
 
-Exponentials are in base 2, which is what the hardware computes: exp(x) = exp2(x · log2 e), with the log2 e
-folded into the scale. Quantities in base 2 end in ``_log2``; lse is the natural logarithm.
+Exponentials are in base 2, which is what the hardware computes: exp(x) = exp2(x · log2 e).
 
 Sources: online softmax, Milakov & Gimelshein 2018 (arXiv 1805.02867); the same with values, by tiles,
 FlashAttention, Dao et al. 2022 (arXiv 2205.14135); one division at the end and queries in the outer loop,
@@ -45,7 +44,7 @@ LOG2E = math.log2(math.e)
 class State(NamedTuple):
     """What is kept of the keys seen so far, for a tile of query rows."""
 
-    row_max_log2: Tensor  # [rows], -inf where no key was seen
+    row_max: Tensor  # [rows], -inf where no key was seen
     row_sum: Tensor  # [rows]
     o: Tensor  # [rows, value_dim]
 
@@ -53,31 +52,31 @@ class State(NamedTuple):
 def start(rows: int, value_dim: int, like: Tensor) -> State:
     """The state that has seen no key. dtype and device are those of ``like``."""
     return State(
-        row_max_log2=like.new_full((rows,), -math.inf),
+        row_max=like.new_full((rows,), -math.inf),
         row_sum=like.new_zeros(rows),
         o=like.new_zeros(rows, value_dim),
     )
 
 
-def step(state: State, s_log2: Tensor, v: Tensor) -> State:
-    """Take in one tile of keys: s_log2 [rows, keys], -inf where masked, and v [keys, value_dim]."""
-    row_max_log2 = torch.maximum(state.row_max_log2, s_log2.amax(dim=1))  # [rows]
-    base = _finite(row_max_log2)
-    p = torch.exp2(s_log2 - base[:, None])  # [rows, keys]
-    rescale = torch.exp2(state.row_max_log2 - base)  # [rows], 0 at the first key
+def step(state: State, s: Tensor, v: Tensor) -> State:
+    """Take in one tile of keys: s [rows, keys], -inf where masked, and v [keys, value_dim]."""
+    row_max = torch.maximum(state.row_max, s.amax(dim=1))  # [rows]
+    base = _finite(row_max)
+    p = torch.exp2((s - base[:, None]) * LOG2E)  # [rows, keys]
+    rescale = torch.exp2((state.row_max - base) * LOG2E)  # [rows], 0 at the first key
     row_sum = state.row_sum * rescale + p.sum(dim=1)
     # O = P V
     o = state.o * rescale[:, None] + p @ v
-    return State(row_max_log2, row_sum, o)
+    return State(row_max, row_sum, o)
 
 
 def merge(a: State, b: State) -> State:
     """The state that has seen the keys of both, which must have none in common."""
-    row_max_log2 = torch.maximum(a.row_max_log2, b.row_max_log2)
-    base = _finite(row_max_log2)
-    rescale_a, rescale_b = torch.exp2(a.row_max_log2 - base), torch.exp2(b.row_max_log2 - base)
+    row_max = torch.maximum(a.row_max, b.row_max)
+    base = _finite(row_max)
+    rescale_a, rescale_b = (torch.exp2((state.row_max - base) * LOG2E) for state in (a, b))
     return State(
-        row_max_log2,
+        row_max,
         a.row_sum * rescale_a + b.row_sum * rescale_b,
         a.o * rescale_a[:, None] + b.o * rescale_b[:, None],
     )
@@ -86,20 +85,20 @@ def merge(a: State, b: State) -> State:
 def finish(state: State) -> tuple[Tensor, Tensor]:
     """out [rows, value_dim] and the natural lse [rows]; 0 and -inf for a row that has seen no key."""
     row_sum = torch.where(state.row_sum == 0, 1.0, state.row_sum)
-    lse = (state.row_max_log2 + torch.log2(row_sum)) / LOG2E
+    lse = state.row_max + torch.log2(row_sum) / LOG2E
     return state.o / row_sum[:, None], lse
 
 
-def _finite(row_max_log2: Tensor) -> Tensor:
+def _finite(row_max: Tensor) -> Tensor:
     """The number to subtract before exponentials: the maximum, or 0 where it is -inf, for -inf - -inf is NaN
     and exp2(-inf - 0) is the 0 that is wanted."""
-    return torch.where(row_max_log2 == -math.inf, 0.0, row_max_log2)
+    return torch.where(row_max == -math.inf, 0.0, row_max)
 
 
 def sink_state(sink: float | Tensor, rows: int, value_dim: int, like: Tensor) -> State:
-    """The sink is a key of score ``sink`` (natural units, a float or a 0-d tensor) whose value is 0."""
-    score_log2 = torch.as_tensor(sink, dtype=like.dtype, device=like.device) * LOG2E
-    return State(score_log2.expand(rows), like.new_ones(rows), like.new_zeros(rows, value_dim))
+    """The sink is a key of score ``sink`` (a float or a 0-d tensor) whose value is 0."""
+    score = torch.as_tensor(sink, dtype=like.dtype, device=like.device)
+    return State(score.expand(rows), like.new_ones(rows), like.new_zeros(rows, value_dim))
 
 
 def key_tiles(lo: Tensor, hi: Tensor, kv_len: int, tile_kv: int) -> tuple[range, list[int]]:
@@ -143,7 +142,7 @@ def attention_one_head(
     if tile_q < 1 or tile_kv < 1:
         raise ValueError(f"{tile_q=} and {tile_kv=} must be at least 1")
     q_len, kv_len, value_dim = q.shape[0], k.shape[0], v.shape[1]
-    scale_log2 = (1 / math.sqrt(q.shape[1]) if scale is None else scale) * LOG2E
+    scale = 1 / math.sqrt(q.shape[1]) if scale is None else scale
     out, lse = q.new_empty(q_len, value_dim), q.new_empty(q_len)
 
     for q_start in range(0, q_len, tile_q):
@@ -155,17 +154,17 @@ def attention_one_head(
         for kv_start in full:
             keys = slice(kv_start, kv_start + tile_kv)
             # S = scale · Q Kᵀ
-            s_log2 = scale_log2 * (q_tile @ k[keys].T)  # [rows, keys]
-            state = step(state, s_log2, v[keys])
+            s = scale * (q_tile @ k[keys].T)  # [rows, keys]
+            state = step(state, s, v[keys])
 
         for kv_start in cut:
             keys = slice(kv_start, min(kv_start + tile_kv, kv_len))
             kv_idx = torch.arange(keys.start, keys.stop, device=q.device)
             keep = (lo_tile <= kv_idx) & (kv_idx < hi_tile)  # [rows, keys]
-            s_log2 = (scale_log2 * (q_tile @ k[keys].T)).masked_fill(~keep, -math.inf)
+            s = (scale * (q_tile @ k[keys].T)).masked_fill(~keep, -math.inf)
             # A key that none of these rows sees has p = 0, but 0 · NaN would be NaN.
             v_tile = v[keys].masked_fill(~keep.any(dim=0)[:, None], 0)
-            state = step(state, s_log2, v_tile)
+            state = step(state, s, v_tile)
 
         if sink is not None:
             state = merge(state, sink_state(sink, len(q_tile), value_dim, like=q))

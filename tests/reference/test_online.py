@@ -17,12 +17,10 @@ def random(*shape, seed=0):
 
 def random_state(seed, rows=4, value_dim=3, keys=5):
     """The state after one tile of random scores; a masked pair here and there, row 0 with no key at all."""
-    s_log2 = 4 * random(rows, keys, seed=seed)
-    s_log2[torch.rand(rows, keys, generator=torch.Generator().manual_seed(seed)) < 0.3] = -math.inf
-    s_log2[0] = -math.inf
-    return online.step(
-        online.start(rows, value_dim, s_log2), s_log2, random(keys, value_dim, seed=seed + 100)
-    )
+    s = 4 * random(rows, keys, seed=seed)
+    s[torch.rand(rows, keys, generator=torch.Generator().manual_seed(seed)) < 0.3] = -math.inf
+    s[0] = -math.inf
+    return online.step(online.start(rows, value_dim, s), s, random(keys, value_dim, seed=seed + 100))
 
 
 def assert_same(a, b):
@@ -130,30 +128,32 @@ class TestMonoid:
 
     def test_step_is_a_merge_with_the_state_of_one_tile(self):
         state = random_state(1)
-        s_log2, v = 3 * random(4, 6, seed=7), random(6, 3, seed=8)
-        s_log2[1] = -math.inf
-        tile = online.step(online.start(4, 3, state.o), s_log2, v)
-        assert_same(online.step(state, s_log2, v), online.merge(state, tile))
+        s, v = 3 * random(4, 6, seed=7), random(6, 3, seed=8)
+        s[1] = -math.inf
+        tile = online.step(online.start(4, 3, state.o), s, v)
+        assert_same(online.step(state, s, v), online.merge(state, tile))
 
     def test_any_order_of_tiles_gives_the_same_result(self):
-        s_log2, v = 5 * random(4, 9, seed=3), random(9, 3, seed=4)
+        s, v = 5 * random(4, 9, seed=3), random(9, 3, seed=4)
         results = []
         for order in itertools.permutations([slice(0, 4), slice(4, 5), slice(5, 9)]):
             state = online.start(4, 3, v)
             for keys in order:
-                state = online.step(state, s_log2[:, keys], v[keys])
+                state = online.step(state, s[:, keys], v[keys])
             results.append(online.finish(state))
         for result in results[1:]:
             assert_same(result, results[0])
 
     def test_finish_by_hand(self):
-        # One row, base-2 scores 1 and 3 (weights 2 and 8), values 10 and 5: (20 + 40) / 10, lse = ln 10.
-        s_log2, v = torch.tensor([[1.0, 3.0]], dtype=F64), torch.tensor([[10.0], [5.0]], dtype=F64)
-        state = online.step(online.start(1, 1, v), s_log2, v)
-        # With the maximum 3 taken out: row_sum = 2/8 + 1, o = 10 · 2/8 + 5.
-        assert [t.item() for t in state] == [3.0, 1.25, 7.5]
+        # One row, scores ln 2 and ln 8 (weights 2 and 8), values 10 and 5: (20 + 40) / 10, lse = ln 10.
+        s, v = torch.tensor([[2.0, 8.0]], dtype=F64).log(), torch.tensor([[10.0], [5.0]], dtype=F64)
+        state = online.step(online.start(1, 1, v), s, v)
+        # With the maximum ln 8 taken out: row_sum = 2/8 + 1, o = 10 · 2/8 + 5.
+        assert [t.item() for t in state] == pytest.approx([math.log(8), 1.25, 7.5], rel=1e-15)
         out, lse = online.finish(state)
-        assert out.item() == 6.0 and lse.item() == pytest.approx(math.log(10), rel=1e-15)
+        assert out.item() == pytest.approx(6.0, rel=1e-15) and lse.item() == pytest.approx(
+            math.log(10), rel=1e-15
+        )
         # A sink of ln 2 adds 2 to the sum: 60 / 12, lse = ln 12.
         out, lse = online.finish(online.merge(state, online.sink_state(math.log(2), 1, 1, v)))
         assert out.item() == pytest.approx(5.0, rel=1e-15)
