@@ -165,7 +165,6 @@ def test_empty_inputs_with_features(device, q_len, kv_len, features):
     run(device, *features.split(), q_len=q_len, kv_len=kv_len)
 
 
-@pytest.mark.oldest
 @pytest.mark.parametrize("tile_q", [16, 32, 64])
 @pytest.mark.parametrize("tile_kv", [16, 32, 64])
 def test_tiles(device, tile_q, tile_kv):
@@ -173,6 +172,7 @@ def test_tiles(device, tile_q, tile_kv):
     run(device, "window", "causal", "softcap", "float16", tile=Tile(tile_q, tile_kv), batch=1, **sizes)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles_of_the_table(device, dtype):
     run(device, dtype, "causal", "grouped_heads", tile=None, batch=1, **lengths(device, (77, 150)))

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import LOG2E, widen
+from .numerics import widen
 from .problem import Shape
 from .scores import BoundScore
 
@@ -88,6 +88,6 @@ def bind_similarity(
         return (BoundScore(tensor_scale_score, (scale,)),), None
     # Maxima of scaled and unscaled products agree only for a positive scale; and the unit must be a number.
     fp32 = torch.finfo(torch.float32)
-    if modified or not fp32.tiny <= scale <= fp32.max / LOG2E.value:
+    if modified or not fp32.tiny <= scale <= fp32.max / 2:
         return (BoundScore(scale_score, (float(scale),)),), None
     return (), float(scale)

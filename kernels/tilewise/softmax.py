@@ -5,9 +5,9 @@ and the values weighted by the same exponentials. `start` is its neutral element
 scores, `merge` joins the states of two disjoint sets of keys in any order, and `finish` divides.
 The loop over keys, the sink and split walks are all built from these four.
 
-A maximum is kept in the unit in which scores reach `step`: exp(score) = exp(s · unit). Plain dot products keep
-the scale for that unit and save a multiplication; scores from modifiers are in natural units (unit None), as
-are the maxima that `merge` and `finish` take. The exponential that the hardware computes is that of base 2.
+A maximum is kept in the unit in which scores reach `step`: exp(score) = exp(s · unit). Plain dot products
+keep the scale for that unit, which saves a multiplication; scores from modifiers are in natural units (unit
+None), as are the maxima that `merge` and `finish` take. The hardware's exponential is that of base 2.
 
 Method: Milakov & Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867).
 """

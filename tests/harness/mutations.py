@@ -36,15 +36,15 @@ MUTATIONS = (
     Mutation(
         "softmax: maximum not updated",
         SOFTMAX,
-        "return new_max, row_sum, p, rescale",
-        "return row_max, row_sum, p, rescale",
+        "return new_max, row_sum * rescale",
+        "return row_max, row_sum * rescale",
         GROUPINGS,
     ),
     Mutation(
         "softmax: sum not rescaled",
         SOFTMAX,
-        "row_sum = row_sum * rescale + tl.sum(p, 1)",
-        "row_sum = row_sum + tl.sum(p, 1)",
+        "row_sum * rescale + tl.sum(p, 1)",
+        "row_sum + tl.sum(p, 1)",
         GROUPINGS,
     ),
     Mutation(
@@ -57,16 +57,16 @@ MUTATIONS = (
     Mutation(
         "softmax: lse in base 2",
         SOFTMAX,
-        "lse = (row_max_log2 + tl.log2(row_sum)) * LN2",
-        "lse = row_max_log2 + tl.log2(row_sum)",
+        "lse = row_max + tl.log2(row_sum) * LN2",
+        "lse = row_max + tl.log2(row_sum)",
         tests("softmax", "lse_is_the_natural_logarithm"),
     ),
     Mutation(
         "softmax: lse mixes two bases",
         SOFTMAX,
-        "tl.log2(row_sum)",
-        "tl.log(row_sum)",
-        tests("softmax", "lse_is_the_natural_logarithm"),
+        "lse = row_max + tl.log2(row_sum) * LN2",
+        "lse = (row_max + tl.log2(row_sum)) * LN2",
+        GROUPINGS,
     ),
     Mutation(
         "softmax: empty row divides by 0",
@@ -85,9 +85,23 @@ MUTATIONS = (
     Mutation(
         "softmax: unit left out of the exponent's base",
         SOFTMAX,
-        "base = anchor(new_max) * unit_log2",
-        "base = anchor(new_max)",
-        GROUPINGS,
+        "base_log2 = base * unit_log2",
+        "base_log2 = base * LOG2E",
+        tests("softmax", "the_unit_of_the_scores_is_folded_into_the_exponentials"),
+    ),
+    Mutation(
+        "softmax: lowest number scaled before it is subtracted",
+        SOFTMAX,
+        "tl.exp2((s - base[:, None]) * LOG2E)",
+        "tl.exp2(s * LOG2E - base[:, None] * LOG2E)",
+        tests("forward", "additive_mask[finfo.min-torch.float32-float32]"),
+    ),
+    Mutation(
+        "softmax: rescaling in the wrong base",
+        SOFTMAX,
+        "rescale = tl.exp2((row_max - base) * LOG2E)",
+        "rescale = tl.exp2(row_max - base)",
+        tests("forward", "score[softcap-float32]"),
     ),
     # ---- The kernel
     Mutation(
@@ -151,14 +165,14 @@ MUTATIONS = (
         FORWARD,
         "kv_mask = (kv_idx >= start) & (kv_idx < stop)",
         "kv_mask = kv_idx < stop",
-        tests("special_data", "nan_and_inf_in_unseen_keys_never_show"),
+        tests("data", "unseen_keys_and_values_have_no_influence[left padding-torch.float32]"),
     ),
     Mutation(
         "forward: value of a key that no row sees",
         FORWARD,
         "v = tl.where(seen[:, None], v, tl.zeros_like(v))",
         "v = tl.where(seen[:, None], v, v)",
-        tests("special_data", "nan_and_inf_in_unseen_keys_never_show"),
+        tests("data", "unseen_keys_and_values_have_no_influence[columns-torch.float32]"),
     ),
     Mutation(
         "forward: one cut tile too few",
@@ -189,10 +203,10 @@ MUTATIONS = (
         tests("forward", "rows_without_a_key[float32]"),
     ),
     Mutation(
-        "forward: sink not in base 2",
+        "forward: sink of the first head for all",
         FORWARD,
-        "* sink_stride)) * LOG2E",
-        "* sink_stride))",
+        "head.to(tl.int64) * sink_stride",
+        "0 * sink_stride",
         tests("forward", "rows_without_a_key[float32]"),
     ),
     Mutation(
@@ -222,7 +236,7 @@ MUTATIONS = (
         ADDRESSING,
         "rows.to(tl.int64)[:, None] * strides[2]",
         "rows[:, None] * strides[2]",
-        tests("addresses", "offsets_beyond_32_bits[k × row]"),
+        tests("addresses", "offsets_beyond_32_bits"),
     ),
     Mutation(
         "addressing: row and dim strides exchanged",
@@ -440,16 +454,16 @@ MUTATIONS = (
     Mutation(
         "scale: applied twice where modifiers follow",
         SIMILARITY,
-        "return (BoundScore(scale_score, (float(scale),)),), log2e",
-        "return (BoundScore(scale_score, (float(scale),)),), scale * log2e",
+        "return (BoundScore(scale_score, (float(scale),)),), None",
+        "return (BoundScore(scale_score, (float(scale),)),), float(scale)",
         tests("forward", "scale[0.7-dot]"),
     ),
     Mutation(
-        "scale: 0 folded into the exponentials",
+        "scale: a negative one folded into the exponentials",
         SIMILARITY,
-        "scale <= 0",
-        "scale < 0",
-        tests("forward", "scale[0.0-dot]"),
+        "not fp32.tiny <= scale <= fp32.max",
+        "not scale <= fp32.max",
+        tests("forward", "scale[-0.7-dot]"),
     ),
     Mutation(
         "scale: not the root of head_dim",
@@ -493,7 +507,7 @@ MUTATIONS = (
         API,
         "has_gaps=any(mask.has_gaps for mask in request.masks)",
         "has_gaps=all(mask.has_gaps for mask in request.masks[:1])",
-        tests("special_data", "nan_and_inf_in_unseen_keys_never_show"),
+        tests("data", "unseen_keys_and_values_have_no_influence[several-torch.float32]"),
     ),
     Mutation(
         "sdpa: causal to the bottom right",
@@ -527,7 +541,7 @@ MUTATIONS = (
     Mutation(
         "checks: infinite scale",
         CHECKS,
-        "math.isfinite(r.scale)",
+        "abs(r.scale) <= FINITE",
         "r.scale == r.scale",
         tests("checks", f"{RULES}[scale_is_a_number-scale=inf]"),
     ),

@@ -17,9 +17,9 @@ yardstick there.
 Luck must not set the mark. PyTorch's fp32 result is exact where one logit stands alone in its row (lse is
 that logit), hence the max: the kernel's way through powers of two costs a few roundings. And where a result
 has few elements (one query, two keys), or few that no huge score decides, all its roundings may happen to
-vanish. So small results are measured on neighbouring problems too: every row of q and every value is multiplied
-by a random factor near 1, and each such problem is compared with its own float64 result, until SAMPLES elements
-are seen, in at most NEIGHBOURS problems. Large results need none.
+vanish. So small results are measured on neighbouring problems too: every row of q and every value is
+multiplied by a random factor near 1, and each such problem is compared with its own float64 result, until
+SAMPLES elements are seen, in at most NEIGHBOURS problems. Large results need none.
 """
 
 from __future__ import annotations
