@@ -32,7 +32,7 @@ import torch
 
 import tilewise
 import tilewise_reference
-from tilewise.api import make_request
+from tilewise.api import make_request, oracle_arguments
 from tilewise.checks import Request
 from tilewise.similarity import Cosine, default_scale
 
@@ -77,21 +77,8 @@ def assert_matches(out: Tensor, lse: Tensor, request: Request) -> None:
 
 def exact(request: Request) -> tuple[Tensor, Tensor]:
     """out and lse of the float64 oracle."""
-    shape, similarity = request.shape, request.similarity
-    cosine = isinstance(similarity, Cosine)
-    return tilewise_reference.attention(
-        request.q,
-        request.k,
-        request.v,
-        mask=[mask.twin(shape) for mask in request.masks],
-        score=[score.twin(shape) for score in request.scores],
-        scale=request.scale,
-        similarity="cosine" if cosine else similarity,
-        temperature=similarity.temperature if cosine else None,
-        sink=request.sink,
-        return_lse=True,
-        dtype=torch.float64,
-    )
+    arguments = oracle_arguments(request)
+    return tilewise_reference.attention(request.q, request.k, request.v, **arguments, return_lse=True)
 
 
 def indices(request: Request) -> list[Tensor]:

@@ -15,16 +15,16 @@ from .features import FEATURES, KINDS
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
 FORWARD = "tested: interpreter"  # not yet on a GPU
-BACKWARD = "plain PyTorch path; kernel: `NotImplementedError`"
+KERNEL_BACKWARD, PLAIN_BACKWARD = "not built: raises `NotImplementedError`", "yes"
 
 
 def table() -> str:
     """One line a kind of feature. Every name in it is an entry of FEATURES, which has a test of its own."""
-    lines = ["| | feature | forward | backward |", "|---|---|---|---|"]
+    lines = ["| | feature | forward | backward | backward, plain PyTorch path |", "|---|---|---|---|---|"]
     in_order = sorted(FEATURES.values(), key=lambda entry: list(KINDS).index(entry.kind))
     for kind, entries in groupby(in_order, key=lambda entry: entry.kind):
         texts = "<br>".join(entry.text for entry in entries)
-        lines.append(f"| {KINDS[kind]} | {texts} | {FORWARD} | {BACKWARD} |")
+        lines.append(f"| {KINDS[kind]} | {texts} | {FORWARD} | {KERNEL_BACKWARD} | {PLAIN_BACKWARD} |")
     return "\n".join(lines)
 
 
