@@ -95,7 +95,7 @@ def try_mutation(tree: Path, mutation: Mutation, timeout: float) -> tuple[str, s
             f"{mutation.old!r} -> {mutation.new!r} in {mutation.file}: {' '.join(mutation.tests)}",
         )
     if done.returncode == 1:
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.M)
         return "caught", failed[1] if failed else ""
     if done.returncode < 0:
         return "caught", f"killed by signal {-done.returncode}"
