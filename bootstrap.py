@@ -384,7 +384,7 @@ def pytest_options(arguments: list[str]) -> list[str]:
     if any(re.match(r"(-n|--numprocesses|--pdb$|-p$)", argument) for argument in arguments):
         return []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ["-n", str(min(max(cores, 2), 8)), "--dist", "loadgroup"]
+    return ["-n", str(min(max(cores, 2), 8))]
 
 
 def main() -> int:

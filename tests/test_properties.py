@@ -68,5 +68,3 @@ def test_readme_says_what_is_tested():
     assert support_table.filled(text) == text, (
         "README.md is out of date; run: PYTHONPATH=kernels:reference:tests python -m harness.support_table"
     )
-
-

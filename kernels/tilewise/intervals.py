@@ -46,7 +46,7 @@ def kv_range(lo, hi, whole, kv_len, TILE_KV: tl.constexpr):
     first = start // TILE_KV
     last = tl.maximum(tl.cdiv(stop, TILE_KV), first)
     full_first = tl.maximum(tl.cdiv(tl.max(lo), TILE_KV), first)
-    full_last = tl.minimum(tl.min(tl.where(whole & sees, hi, 0)) // TILE_KV, last)
+    full_last = tl.minimum(tl.min(tl.where(whole, hi, 0)) // TILE_KV, last)
     none_full = full_last <= full_first
     full_first = tl.where(none_full, last, full_first)
     full_last = tl.where(none_full, last, full_last)

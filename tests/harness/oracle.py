@@ -34,7 +34,7 @@ import tilewise
 import tilewise_reference
 from tilewise.api import make_request, oracle_arguments
 from tilewise.checks import Request
-from tilewise.similarity import Cosine, default_scale
+from tilewise.similarity import Cosine
 
 Tensor = torch.Tensor
 SAMPLES, NEIGHBOURS = 4096, 8
@@ -107,7 +107,9 @@ def pytorch(request: Request, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     q = torch.where(sees, request.q, 0).to(dtype)  # NaN where nobody looks is no part of the yardstick
     k = torch.where(seen, request.k, 0).to(dtype).repeat_interleave(shape.group, dim=1)
     v = torch.where(seen, request.v, 0).to(dtype).repeat_interleave(shape.group, dim=1)
-    factor = default_scale(similarity, shape.head_dim) if request.scale is None else request.scale
+    factor = request.scale
+    if factor is None:
+        factor = 1 / math.sqrt(shape.head_dim) if similarity == "scaled_dot" else 1.0
     if similarity == "cosine" or isinstance(similarity, Cosine):
         q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
         temperature = similarity.temperature if isinstance(similarity, Cosine) else 1.0

@@ -12,7 +12,7 @@ import torch
 
 import tilewise
 
-from .oracle import check
+from .oracle import check, kept_pairs, request_of
 from .sanitizer import sanitize
 
 # In the order in which a problem is built: sizes before what must fit them.
@@ -140,3 +140,24 @@ def judge(problem: Problem) -> None:
     forced = contextlib.nullcontext() if problem.tile is None else tilewise.tiles.use(problem.tile)
     with forced, sanitize():
         check(q, k, v, **arguments)
+
+
+def run(device: torch.device, *features: str, seed: object = 0, **sizes: object) -> None:
+    """Judge a problem that has these features and, unless a length is 0, keeps some pairs; `seed` decides
+    what the features leave open."""
+    for attempt in range(100):
+        p = build(device, random.Random(str((features, seed, attempt))), features, **sizes)
+        if 0 in (p.batch, p.q_len, p.kv_len) or keeps_pairs(p):
+            return judge(p)
+    raise AssertionError(f"no pair counts under {features} in 100 draws")
+
+
+def keeps_pairs(p: Problem) -> bool:
+    """Whether at least a tenth of the queries see a key, in every head."""
+    keep = kept_pairs(request_of(*p.tensors(), **p.keywords()))
+    return bool((keep.any(3).float().mean((0, 2)) > 0.1).all())
+
+
+def lengths(device: torch.device, pair: tuple[int, int]) -> dict[str, int]:
+    times = 13 if device.type == "cuda" else 1
+    return {"q_len": pair[0] * times, "kv_len": pair[1] * times}

@@ -1,7 +1,7 @@
 """The README's table of what is supported, printed from the features that the tests run.
 
-    python -m harness.support_table            write the table into README.md, between its two markers
-    python -m harness.support_table --check    exit with 1 if the table there is out of date
+python -m harness.support_table            write the table into README.md, between its two markers
+python -m harness.support_table --check    exit with 1 if the table there is out of date
 """
 
 from __future__ import annotations
