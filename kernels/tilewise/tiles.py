@@ -40,30 +40,30 @@ class Tile:
 # a power of two. Evidence: registers a thread and bytes of shared memory of the causal kernel, compiled ahead
 # of time by Triton 3.9.0; none of them spills (tests/test_compiled.py). No row has been timed on a GPU yet.
 TABLE: dict[tuple[str, int, int], Tile] = {
-    ("sm_80", 2, 64): Tile(128, 64, num_warps=8),  # 175 registers, 32768 bytes
+    ("sm_80", 2, 64): Tile(128, 64, num_warps=8),  # 164, 32768
     ("sm_80", 2, 128): Tile(128, 64, num_warps=8),  # 210, 65536
     ("sm_80", 2, 256): Tile(64, 64, num_warps=8),  # 255, 106496
     ("sm_80", 4, 64): Tile(32, 32, num_warps=4),  # 104, 28800
-    ("sm_80", 4, 128): Tile(32, 32, num_warps=8),  # 80, 53248
-    ("sm_80", 4, 256): Tile(16, 32, num_warps=8),  # 75, 84032
-    ("sm_90", 2, 64): Tile(128, 128, num_warps=8),  # 209, 81920
-    ("sm_90", 2, 128): Tile(128, 128, num_warps=8),  # 253, 163840
-    ("sm_90", 2, 256): Tile(128, 32, num_warps=8),  # 240, 131072
-    ("sm_90", 4, 64): Tile(32, 32, num_warps=4),  # 92, 28800
-    ("sm_90", 4, 128): Tile(16, 32, num_warps=8),  # 66, 43072
-    ("sm_90", 4, 256): Tile(16, 32, num_warps=8),  # 78, 84032
-    ("sm_100", 2, 64): Tile(128, 128, num_warps=8),  # 233, 82944
-    ("sm_100", 2, 128): Tile(128, 64, num_warps=8),  # 225, 98848
+    ("sm_80", 4, 128): Tile(32, 32, num_warps=8),  # 78, 53248
+    ("sm_80", 4, 256): Tile(16, 32, num_warps=8),  # 73, 84032
+    ("sm_90", 2, 64): Tile(128, 128, num_warps=8),  # 211, 81920
+    ("sm_90", 2, 128): Tile(128, 128, num_warps=8),  # 254, 163840
+    ("sm_90", 2, 256): Tile(128, 32, num_warps=8),  # 243, 131072
+    ("sm_90", 4, 64): Tile(32, 32, num_warps=4),  # 90, 28800
+    ("sm_90", 4, 128): Tile(16, 32, num_warps=8),  # 68, 43072
+    ("sm_90", 4, 256): Tile(16, 32, num_warps=8),  # 76, 84032
+    ("sm_100", 2, 64): Tile(128, 128, num_warps=8),  # 210, 82944
+    ("sm_100", 2, 128): Tile(128, 64, num_warps=8),  # 220, 98848
     ("sm_100", 2, 256): Tile(64, 64, num_warps=8),  # 196, 164896
-    ("sm_100", 4, 64): Tile(32, 32, num_warps=4),  # 212, 28800
-    ("sm_100", 4, 128): Tile(16, 32, num_warps=8),  # 52, 43072
-    ("sm_100", 4, 256): Tile(16, 32, num_warps=8),  # 75, 84032
-    ("gfx942", 2, 64): Tile(128, 64, num_warps=4),  # 241, 16384
-    ("gfx942", 2, 128): Tile(128, 64, num_warps=4),  # 288 of 512, 32768
-    ("gfx942", 2, 256): Tile(64, 32, num_warps=4),  # 279, 36864
-    ("gfx942", 4, 64): Tile(32, 32, num_warps=4),  # 140, 16384
-    ("gfx942", 4, 128): Tile(32, 32, num_warps=4),  # 186, 32768
-    ("gfx942", 4, 256): Tile(16, 32, num_warps=4, num_stages=1),  # 316, 32768
+    ("sm_100", 4, 64): Tile(32, 32, num_warps=4),  # 92, 28800
+    ("sm_100", 4, 128): Tile(16, 32, num_warps=8),  # 56, 43072
+    ("sm_100", 4, 256): Tile(16, 32, num_warps=8),  # 78, 84032
+    ("gfx942", 2, 64): Tile(128, 64, num_warps=4),  # 246, 16384
+    ("gfx942", 2, 128): Tile(128, 64, num_warps=4),  # 324, 32768
+    ("gfx942", 2, 256): Tile(64, 32, num_warps=4),  # 288, 36864
+    ("gfx942", 4, 64): Tile(32, 32, num_warps=4),  # 151, 16384
+    ("gfx942", 4, 128): Tile(32, 32, num_warps=4),  # 198, 32768
+    ("gfx942", 4, 256): Tile(16, 32, num_warps=4, num_stages=1),  # 314, 32768
 }
 
 # Shared memory that one block may use, in bytes (CUDA programming guide, "compute capabilities"; CDNA3 ISA).
@@ -177,6 +177,7 @@ def choose_tile(q: torch.Tensor, shape: Shape) -> Tile:
 
 
 def short_tile(tile: Tile, tile_q: int, dim: int) -> Tile:
-    """A tile cut to fewer rows: fewer warps share them, unless a wide O needs the registers of all."""
-    num_warps = tile.num_warps if dim > 128 else min(4, tile.num_warps)
-    return Tile(tile_q, min(64, tile.tile_kv), num_warps, tile.num_stages)
+    """A tile cut to fewer rows: fewer warps share them, or fewer keys, where O is wide."""
+    if dim > 128:
+        return Tile(tile_q, min(32, tile.tile_kv), tile.num_warps, tile.num_stages)
+    return Tile(tile_q, min(64, tile.tile_kv), min(4, tile.num_warps), tile.num_stages)
