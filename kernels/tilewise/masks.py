@@ -40,7 +40,8 @@ class Mask:
     """A rule for which query-key pairs count. Combine rules with `&`; a bool tensor may stand on either side.
 
     `has_gaps` says that a key between two keys seen by a tile of rows may be seen by none of them; the kernel
-    then keeps such a key's value, which may be NaN, out of its sums.
+    then keeps such a key's value, which may be NaN, out of its sums. Intervals whose ends rise by at most one
+    key a row, as those of Causal, Window, Prefix and Padding do, leave no gaps, nor do their intersections.
     """
 
     has_gaps = False
