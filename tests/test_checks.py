@@ -371,3 +371,11 @@ def test_combined_masks_and_given_scores_are_all_judged(device):
 def test_triton_functions_are_taken_as_masks_and_scores(device):
     """A bare @triton.jit function needs no wrapper, compiled or interpreted."""
     assert tilewise.why_not(**(good(device) | dict(mask=even_keys, score=[doubled], impl="portable"))) == []
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_two_modifiers_of_one_kind_are_both_checked(device, position):
+    biases = [torch.zeros(Q_LEN, KV_LEN, device=device) for _ in range(2)]
+    biases[position] = biases[position].to("meta")
+    arguments = good(device) | {"score": [tilewise.Bias(bias) for bias in biases]}
+    assert [why.split(" is on ")[0] for why in tilewise.why_not(**arguments)] == ["Bias.bias"]

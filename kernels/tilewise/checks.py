@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from .masks import UNLIMITED, Mask
 from .numerics import INTERPRETED
-from .problem import FLOATS, Shape
+from .problem import FLOATS, Shape, ceil_div
 from .scores import Score
 from .similarity import Cosine
 
@@ -38,7 +39,7 @@ class Request:
     sink: torch.Tensor | None
     impl: str | None
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = self.q.shape, self.k.shape
         return Shape(batch, q_heads, kv_heads, q_len, kv_len, head_dim, self.v.shape[3])
@@ -57,13 +58,14 @@ class Request:
     def qkv(self) -> dict[str, torch.Tensor]:
         return {"q": self.q, "k": self.k, "v": self.v}
 
-    def other_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor besides q, k and v, by the name of its argument."""
+    @cached_property
+    def other_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """Every tensor besides q, k and v, with the name of its argument."""
         temperature = self.similarity.temperature if isinstance(self.similarity, Cosine) else None
-        given = {"scale": self.scale, "temperature": temperature, "sink": self.sink}
-        found = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        given = (("scale", self.scale), ("temperature", temperature), ("sink", self.sink))
+        found = [(name, value) for name, value in given if isinstance(value, torch.Tensor)]
         for part in self.plugs:
-            found |= {f"{type(part).__name__}.{name}": t for name, t in part.tensors().items()}
+            found += [(f"{type(part).__name__}.{name}", t) for name, t in part.tensors().items()]
         return found
 
 
@@ -115,7 +117,7 @@ def lengths_are_indexable(r: Request) -> str | None:
 
 def grid_is_launchable(r: Request) -> str | None:
     batch, q_heads, q_len, _ = r.q.shape
-    programs = batch * q_heads * -(-q_len // 16)
+    programs = batch * q_heads * ceil_div(q_len, 16)
     if programs < 1 << 31:
         return None
     return f"{batch=} · {q_heads=} · {q_len=} needs {programs} programs, above 2³¹ - 1: split the batch"
@@ -192,14 +194,14 @@ def sink_fits(r: Request) -> str | None:
 
 def parameters_are_floating(r: Request) -> str | None:
     """scale, temperature and sink enter scores, so they come in a dtype that scores may have."""
-    for name, tensor in r.other_tensors().items():
+    for name, tensor in r.other_tensors:
         if name in ("scale", "temperature", "sink") and tensor.dtype not in FLOATS:
             return f"{name}.dtype={tensor.dtype} must be torch.float16, torch.bfloat16 or torch.float32"
     return None
 
 
 def other_devices_agree(r: Request) -> str | None:
-    for name, tensor in r.other_tensors().items():
+    for name, tensor in r.other_tensors:
         if tensor.device != r.q.device:
             return f"{name} is on {tensor.device}, q on {r.q.device}: move it with .to(q.device)"
     return None
@@ -241,7 +243,7 @@ def twins_exist(r: Request) -> str | None:
 def backward_exists(r: Request) -> str | None:
     if r.implementation == "torch" or not torch.is_grad_enabled():
         return None
-    for name, tensor in {**r.qkv(), **r.other_tensors()}.items():
+    for name, tensor in (*r.qkv().items(), *r.other_tensors):
         if tensor.requires_grad:
             return (
                 f"{name} requires a gradient, and impl='portable' has no backward yet: call it under "

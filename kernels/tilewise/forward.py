@@ -30,7 +30,7 @@ from .addressing import head_ptr, load_tile, store_tile
 from .intervals import intersect_intervals, kept_pairs, kv_range
 from .masks import BoundMask
 from .numerics import float32_precision, matmul, round_to, widen
-from .problem import Shape
+from .problem import Shape, ceil_div, next_power_of_two
 from .scores import BoundScore, apply_scores
 from .softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
 from .tiles import Tile
@@ -158,13 +158,13 @@ class ForwardCall(NamedTuple):
 
 def power_of_two_tile(dim: int) -> int:
     """The columns of a tile that holds rows of `dim`: a power of two, at least the 16 a matmul needs."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power_of_two(dim))
 
 
 def forward_launch(call: ForwardCall, tile: Tile) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The grid and the arguments with which `forward_kernel` answers `call`."""
     shape = call.shape
-    q_tiles = triton.cdiv(shape.q_len, tile.tile_q)
+    q_tiles = ceil_div(shape.q_len, tile.tile_q)
     arguments = dict(
         q_ptr=call.q,
         k_ptr=call.k,

@@ -64,3 +64,16 @@ def misfits(name: str, tensor: torch.Tensor, wanted: tuple[int, ...]) -> list[st
 def broadcast_strides(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides with which `tensor` reads as `shape`: 0 along every broadcast dimension."""
     return tensor.expand(shape).stride()
+
+
+# Plain Python on purpose: Triton's functions of the same purpose cost 5 µs a call on the host.
+
+
+def ceil_div(size: int, tile: int) -> int:
+    """How many tiles cover `size`."""
+    return -(-size // tile)
+
+
+def next_power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`; 1 for 0."""
+    return 1 << max(0, size - 1).bit_length()

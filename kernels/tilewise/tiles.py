@@ -14,10 +14,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 from .numerics import INTERPRETED
-from .problem import Shape
+from .problem import Shape, next_power_of_two
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def architecture(device: torch.device) -> str:
 
 def length_tile(length: int, most: int) -> int:
     """The tile for an axis: no longer than the axis needs."""
-    return min(most, max(16, triton.next_power_of_2(length)))
+    return min(most, max(16, next_power_of_two(length)))
 
 
 _forced: ContextVar[Tile | None] = ContextVar("tilewise_tile", default=None)
@@ -168,7 +167,7 @@ def choose_tile(q: torch.Tensor, shape: Shape) -> Tile:
         return forced
     if INTERPRETED:  # its cost is by the operation, hardly by the element
         return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
-    dim = triton.next_power_of_2(max(shape.head_dim, shape.value_dim))
+    dim = next_power_of_two(max(shape.head_dim, shape.value_dim))
     tile = table_tile(architecture(q.device), q.element_size(), dim)
     tile_q = length_tile(shape.q_len, tile.tile_q)
     if tile_q == tile.tile_q:

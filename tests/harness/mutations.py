@@ -287,7 +287,7 @@ MUTATIONS = (
              "    masks_and_scores_fit,\n", "",
              tests("checks", "every_rule_has_a_case")),
     Mutation("checks: gradient of a bias silently lost", CHECKS,
-             "for name, tensor in {**r.qkv(), **r.other_tensors()}.items():",
+             "for name, tensor in (*r.qkv().items(), *r.other_tensors):",
              "for name, tensor in r.qkv().items():",
              tests("torch_path", "the_kernel_refuses_what_requires_a_gradient")),
 )
