@@ -197,7 +197,7 @@ def scaled_dot_product_attention(
             f"query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)} and "
             f"value.shape={tuple(value.shape)} must have at least 2 dimensions"
         )
-    # Everything to [*lead, heads, length, dim] with common leading dimensions; none of it copies.
+    # Everything to [*lead, heads, length, dim] with common leading dimensions.
     rank = max(3, query.dim(), key.dim(), value.dim())
     q, k, v = (t.reshape((1,) * (rank - t.dim()) + tuple(t.shape)) for t in (query, key, value))
     apart = 3 if enable_gqa else 2  # the dimensions at the end that do not broadcast
