@@ -73,6 +73,14 @@ def test_long_16_bit_tiles_use_the_chips_matmul_instruction(main_tiles, target):
             assert each.uses_tensor_cores, each
 
 
+def test_hoppers_matmuls_are_not_serialised(main_tiles):
+    """Short of registers, ptxas waits after every single wgmma. In each of the two loops there are two
+    products, Q Kᵀ and P V, and to each belong one WARPGROUP.ARRIVE and one WARPGROUP.DEPBAR."""
+    for name, each in main_tiles["sm_90"].items():
+        if name.startswith(("bf16", "fp16")) and "q_len" not in name:
+            assert each.instructions["WARPGROUP"] == 2 * 2 * 2, each
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_short_16_bit_tiles_use_tensor_cores(main_tiles, target):
     """Fewer rows than Hopper's and Blackwell's instructions take: there the smaller HMMA serves."""
