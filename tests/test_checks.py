@@ -192,7 +192,7 @@ def test_a_broken_rule_raises_and_says_why(case, device, nothing_runs, monkeypat
 
 
 def test_every_rule_has_a_case():
-    rules = {rule.__name__ for rule in checks.BASIC_RULES + checks.FURTHER_RULES}
+    rules = {rule.__name__ for stage in checks.STAGES for rule in stage}
     assert rules == {case.rule for case in CASES}
 
 

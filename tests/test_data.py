@@ -10,9 +10,10 @@ import triton.language as tl
 
 import tilewise
 from harness.features import build
-from harness.oracle import check, kept_pairs, request_of
+from harness.oracle import check, kept_pairs
 from harness.sanitizer import sanitize
 from tilewise import Causal, Dense, Documents, Intervals, Padding, Prefix, Softcap, UserMask, Window
+from tilewise.api import make_request
 from tilewise.tiles import Tile
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -185,7 +186,7 @@ def test_unseen_keys_and_values_have_no_influence(qkv, device, name, dtype):
     """NaN and infinities in their place leave every bit as it is with zeros there."""
     mask, q_len = masks_with_unseen_keys(device)[name]
     q, k, v = qkv(dtype, q_len=q_len, q_heads=4, kv_heads=2)
-    keep = kept_pairs(request_of(q, k, v, mask=mask))
+    keep = kept_pairs(make_request(q, k, v, mask=mask))
     unseen = ~keep.unflatten(1, (2, 2)).any(dim=3).any(dim=2)[..., None]  # [batch, kv_heads, kv_len, 1]
     blind = ~keep.any(dim=3, keepdim=True)  # queries that see nothing are junk too
     assert unseen.any()
@@ -208,7 +209,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tilewise.Mas
 def test_unseen_keys_have_no_influence_through_scores(qkv, device, name, score):
     mask, q_len = masks_with_unseen_keys(device)[name]
     q, k, v = qkv(torch.float16, q_len=q_len)
-    keep = kept_pairs(request_of(q, k, v, mask=mask))
+    keep = kept_pairs(make_request(q, k, v, mask=mask))
     hidden = ~keep.any(dim=2)[..., None]
     arguments = {"cosine": {"similarity": "cosine"}, "bias": {"bias": torch.randn(19, 45, device=device)}}
     arguments = arguments.get(score, {"score": score}) | {"mask": mask}

@@ -13,8 +13,8 @@ import triton.language as tl
 
 import tilewise
 from harness.features import FEATURES, Problem, block_interval, build, judge, of_kind
-from harness.oracle import check, kept_pairs, request_of
-from harness.problem import lengths, run
+from harness.oracle import check, kept_pairs
+from harness.problem import lengths, longer, run
 from tilewise import (
     ALiBi,
     Causal,
@@ -27,6 +27,7 @@ from tilewise import (
     UserScore,
     Window,
 )
+from tilewise.api import make_request
 from tilewise.tiles import Tile
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -174,7 +175,7 @@ def test_rows_without_a_key(device, dtype):
 
 @pytest.mark.parametrize("ids", ["packed", "interrupted", "unsorted", "cross"])
 def test_documents(device, ids):
-    times = 13 if device.type == "cuda" else 1
+    times = longer(device)
     rows = {
         "packed": [0] * 7 + [1] * 20 + [5] * 1 + [2] * 17,
         "interrupted": [4] * 10 + [-1] * 20 + [4] * 15,
@@ -250,7 +251,7 @@ def walk(device, tile, mask_of):
     counts = torch.zeros(-(-77 // tile.tile_q), -(-90 // tile.tile_kv), dtype=torch.int32, device=device)
     mask_of(p, (counts, tile.tile_q, tile.tile_kv, counts.shape[1]))
     judge(p)
-    keep = kept_pairs(request_of(*p.tensors(), **p.keywords()))
+    keep = kept_pairs(make_request(*p.tensors(), **p.keywords()))
     return keep[0, 0], counts.tolist()
 
 

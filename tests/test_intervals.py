@@ -210,7 +210,7 @@ def test_the_kernel_visits_the_tiles_of_the_mask_and_no_other(name, device):
     with tilewise.tiles.use(tilewise.tiles.Tile(TILE, TILE)):
         tilewise.attention(q, k, v, mask=mask, score=score, impl="portable")
 
-    shape = tilewise.api.make_request(q, k, v, mask, *[None] * 3, "dot", None, None).shape
+    shape = tilewise.api.make_request(q, k, v, mask=mask).shape
     index = [torch.arange(n, device=device).view([-1 if a == i else 1 for i in range(4)])
              for a, n in enumerate(shape.scores)]  # fmt: skip
     kept = torch.ones(shape.scores, dtype=torch.bool, device=device)

@@ -113,13 +113,6 @@ FEATURES: dict[str, Callable[[torch.device], Arguments]] = {
 }
 
 
-def request_of(q, k, v, **arguments: Any):
-    defaults = dict.fromkeys(("mask", "bias", "score", "scale", "sink", "impl")) | {
-        "similarity": "scaled_dot"
-    }
-    return make_request(q, k, v, **(defaults | arguments))
-
-
 def loss_of(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     """A weighted sum of out and of every finite lse, so that each has a gradient of its own."""
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
@@ -137,7 +130,7 @@ def check_feature(name: str, device: torch.device, impl: str | None) -> None:
 
     out, lse = tilewise.attention(q, k, v, **arguments, return_lse=True, impl=impl)
     assert out.dtype == lse.dtype == torch.float32
-    exact = oracle_arguments(request_of(q, k, v, **arguments))
+    exact = oracle_arguments(make_request(q, k, v, **arguments))
     want = tilewise_reference.attention(q, k, v, **exact, return_lse=True, dtype=torch.float64)
     got_gradients = torch.autograd.grad(loss_of(out, lse), list(leaves.values()))
     want_gradients = torch.autograd.grad(loss_of(*want), list(leaves.values()))

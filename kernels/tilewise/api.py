@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import Any, Literal, overload
 
 import torch
@@ -74,7 +75,9 @@ def attention(
     Raises ValueError for arguments that break the contract, NotImplementedError for what is not built;
     `why_not` lists the reasons instead.
     """
-    request = make_request(q, k, v, mask, bias, score, scale, similarity, sink, impl)
+    request = make_request(
+        q, k, v, mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink, impl=impl
+    )
     for violation in violations(request):
         raise violation
     run = run_torch if request.implementation == "torch" else run_portable
@@ -84,14 +87,13 @@ def attention(
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
     """The reasons why `attention` with the same arguments would raise; an empty list if it would not."""
-    known = {"mask", "bias", "score", "scale", "similarity", "sink", "impl"}
     arguments.pop("return_lse", None)
+    known = signature(make_request).parameters.keys() - {"q", "k", "v"}
     unknown = sorted(arguments.keys() - known)
     if unknown:
         return [f"attention() has no argument {', '.join(unknown)}; it takes {', '.join(sorted(known))}"]
-    defaults: dict[str, Any] = {name: None for name in known} | {"similarity": "scaled_dot"}
     try:
-        request = make_request(q, k, v, **(defaults | arguments))
+        request = make_request(q, k, v, **arguments)
     except ValueError as error:
         return [str(error)]
     return [str(violation) for violation in violations(request)]
@@ -101,15 +103,16 @@ def make_request(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Any,
-    bias: Tensor | None,
-    score: Any,
-    scale: float | Tensor | None,
-    similarity: str | Cosine,
-    sink: Tensor | None,
-    impl: str | None,
+    *,
+    mask: Any = None,
+    bias: Tensor | None = None,
+    score: Any = None,
+    scale: float | Tensor | None = None,
+    similarity: str | Cosine = "scaled_dot",
+    sink: Tensor | None = None,
+    impl: str | None = None,
 ) -> Request:
-    """The arguments in their final form: a tuple of masks, and the bias as the last score modifier."""
+    """The arguments of `attention` in their final form: masks as a tuple, the bias as the last modifier."""
     masks = () if mask is None else as_mask(mask).parts()
     scores = as_scores(score) if bias is None else (*as_scores(score), Bias(bias))
     return Request(q, k, v, masks, scores, scale, similarity, sink, impl)

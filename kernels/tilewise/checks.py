@@ -253,42 +253,45 @@ def backward_exists(r: Request) -> str | None:
 
 
 Rule = Callable[[Request], "str | None"]
-BASIC_RULES: tuple[Rule, ...] = (
-    tensors_are_given,
-    ranks_are_four,
-    batches_agree,
-    kv_heads_agree,
-    heads_have_a_whole_ratio,
-    kv_lengths_agree,
-    lengths_are_indexable,
-    grid_is_launchable,
-    head_dims_agree,
-    dims_are_supported,
-    dtypes_agree,
-    dtype_is_supported,
-    devices_agree,
-)
-FURTHER_RULES: tuple[Rule, ...] = (
-    scale_is_a_number,
-    similarity_is_known,
-    temperature_fits,
-    sink_fits,
-    parameters_are_floating,
-    other_devices_agree,
-    masks_and_scores_fit,
-    implementation_is_known,
-    kernel_can_run,
-    twins_exist,
-    backward_exists,
+# In stages: a rule may rely on those of the stages before its own.
+STAGES: tuple[tuple[Rule, ...], ...] = (
+    (tensors_are_given,),
+    (ranks_are_four,),
+    (
+        batches_agree,
+        kv_heads_agree,
+        heads_have_a_whole_ratio,
+        kv_lengths_agree,
+        lengths_are_indexable,
+        grid_is_launchable,
+        head_dims_agree,
+        dims_are_supported,
+        dtypes_agree,
+        dtype_is_supported,
+        devices_agree,
+    ),
+    (
+        scale_is_a_number,
+        similarity_is_known,
+        temperature_fits,
+        sink_fits,
+        parameters_are_floating,
+        other_devices_agree,
+        masks_and_scores_fit,
+        implementation_is_known,
+        kernel_can_run,
+        twins_exist,
+        backward_exists,
+    ),
 )
 NOT_BUILT: frozenset[Rule] = frozenset({backward_exists})
 
 
 def violations(request: Request) -> Iterator[Exception]:
-    """An exception for every rule that the request breaks. Rules on q, k and v come first; while one of
-    those is broken, the rest cannot be judged."""
+    """An exception for every rule that the request breaks, up to the first stage with a broken one: what
+    comes after it cannot be judged."""
     broken = False
-    for rules in (BASIC_RULES[:1], BASIC_RULES[1:2], BASIC_RULES[2:], FURTHER_RULES):
+    for rules in STAGES:
         for rule in rules:
             reason = rule(request)
             if reason is not None:

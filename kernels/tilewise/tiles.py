@@ -167,16 +167,17 @@ def choose_tile(q: torch.Tensor, shape: Shape) -> Tile:
         return forced
     if INTERPRETED:  # its cost is by the operation, hardly by the element
         return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
+    return gpu_tile(architecture(q.device), q.element_size(), shape)
+
+
+def gpu_tile(arch: str, element_bytes: int, shape: Shape) -> Tile:
+    """The tile for a call on a chip: the table's, or fewer rows of it where q_len is short; then fewer warps
+    share them, or fewer keys, where O is wide."""
     dim = next_power_of_two(max(shape.head_dim, shape.value_dim))
-    tile = table_tile(architecture(q.device), q.element_size(), dim)
+    tile = table_tile(arch, element_bytes, dim)
     tile_q = length_tile(shape.q_len, tile.tile_q)
     if tile_q == tile.tile_q:
         return tile
-    return short_tile(tile, tile_q, dim)
-
-
-def short_tile(tile: Tile, tile_q: int, dim: int) -> Tile:
-    """A tile cut to fewer rows: fewer warps share them, or fewer keys, where O is wide."""
     if dim > 128:
         return Tile(tile_q, min(32, tile.tile_kv), tile.num_warps, tile.num_stages)
     return Tile(tile_q, min(64, tile.tile_kv), min(4, tile.num_warps), tile.num_stages)

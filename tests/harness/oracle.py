@@ -50,14 +50,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Te
     """
     arguments = {"impl": "portable"} | arguments
     out, lse = tilewise.attention(q, k, v, **arguments, return_lse=True)
-    assert_matches(out, lse, request_of(q, k, v, **arguments))
+    assert_matches(out, lse, make_request(q, k, v, **arguments))
     return out, lse
-
-
-def request_of(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Request:
-    """The arguments of `attention` in their final form."""
-    defaults = dict.fromkeys(("mask", "bias", "score", "scale", "sink", "impl"))
-    return make_request(q, k, v, **(defaults | {"similarity": "scaled_dot"} | arguments))
 
 
 def assert_matches(out: Tensor, lse: Tensor, request: Request) -> None:

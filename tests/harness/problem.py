@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 import tilewise
+from tilewise.api import make_request
 
-from .oracle import check, kept_pairs, request_of
+from .oracle import check, kept_pairs
 from .sanitizer import sanitize
 
 # In the order in which a problem is built: sizes before what must fit them.
@@ -31,6 +32,11 @@ KINDS = {
     "mask": "masks, alone and combined with `&`",
 }
 ALIGNS = ("bottom_right", "top_left")
+
+
+def longer(device: torch.device) -> int:
+    """How many times the interpreter's lengths a test affords: a GPU takes tens of tiles."""
+    return 13 if device.type == "cuda" else 1
 
 
 @dataclass
@@ -54,8 +60,7 @@ class Problem:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def longer(self) -> int:
-        """How many times the interpreter's lengths a test affords: a GPU takes tens of tiles."""
-        return 13 if self.device.type == "cuda" else 1
+        return longer(self.device)
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.rng.randrange(1 << 20))
@@ -154,10 +159,10 @@ def run(device: torch.device, *features: str, seed: object = 0, **sizes: object)
 
 def keeps_pairs(p: Problem) -> bool:
     """Whether at least a tenth of the queries see a key, in every head."""
-    keep = kept_pairs(request_of(*p.tensors(), **p.keywords()))
+    keep = kept_pairs(make_request(*p.tensors(), **p.keywords()))
     return bool((keep.any(3).float().mean((0, 2)) > 0.1).all())
 
 
 def lengths(device: torch.device, pair: tuple[int, int]) -> dict[str, int]:
-    times = 13 if device.type == "cuda" else 1
+    times = longer(device)
     return {"q_len": pair[0] * times, "kv_len": pair[1] * times}

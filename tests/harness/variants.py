@@ -11,7 +11,7 @@ import triton
 
 import tilewise
 from tilewise.api import make_request, run_portable
-from tilewise.tiles import Tile, length_tile, short_tile, table_tile
+from tilewise.tiles import gpu_tile
 
 from .compiled import Variant
 from .features import build, of_kind
@@ -26,13 +26,10 @@ def target_name() -> str:
     return arch if isinstance(arch, str) else f"sm_{arch}"
 
 
-def launch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: Tile, return_lse: bool, **given: Any
-) -> None:
+def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool, **given: Any) -> None:
     """What `attention` does on a GPU once a call has passed the checks."""
-    arguments: dict[str, Any] = dict.fromkeys(("mask", "bias", "score", "scale", "sink", "impl"))
-    request = make_request(q, k, v, **(arguments | {"similarity": "scaled_dot"} | given))
-    with tilewise.tiles.use(tile):
+    request = make_request(q, k, v, **given)
+    with tilewise.tiles.use(gpu_tile(target_name(), q.element_size(), request.shape)):
         run_portable(request, return_lse)
 
 
@@ -46,10 +43,7 @@ def main_tile(
         torch.set_float32_matmul_precision(float32_precision)
         q = torch.empty(1, 4, q_len, dim, dtype=DTYPES[dtype])
         k = torch.empty(1, 2, 512, dim, dtype=DTYPES[dtype])
-        tile = table_tile(target_name(), q.element_size(), dim)
-        tile_q = length_tile(q_len, tile.tile_q)
-        tile = tile if tile_q == tile.tile_q else short_tile(tile, tile_q, dim)
-        launch(q, k, torch.empty_like(k), tile, return_lse=True, mask=mask)
+        launch(q, k, torch.empty_like(k), return_lse=True, mask=mask)
         torch.set_float32_matmul_precision(precision)
 
     name = "full" if mask is None else "causal"
@@ -74,10 +68,7 @@ def feature_variant(mask: str, others: tuple[str, ...], dtype: str, dims: tuple[
     def run() -> None:
         sizes = dict(q_heads=4, kv_heads=2, q_len=300, kv_len=300, head_dim=dims[0], value_dim=dims[1])
         problem = build(torch.device("cpu"), random.Random(0), (mask, *others), dtype=DTYPES[dtype], **sizes)
-        q, k, v = problem.tensors()
-        dim = max(64, triton.next_power_of_2(max(dims)))
-        tile = table_tile(target_name(), q.element_size(), dim)
-        launch(q, k, v, tile, return_lse=False, **problem.keywords())
+        launch(*problem.tensors(), return_lse=False, **problem.keywords())
 
     return Variant(" & ".join((mask, *others, dtype, "x".join(map(str, dims)))), run)
 
@@ -106,7 +97,7 @@ def ones_variant() -> Variant:
         masks = masks & tilewise.Padding(1, side="left") & tilewise.Documents(one) & torch.ones(1, 1).bool()
         scores = [tilewise.ALiBi(torch.ones(1)), tilewise.Softcap(1.0)]
         given = dict(mask=masks, score=scores, similarity="cosine", sink=torch.ones(1), bias=torch.ones(1))
-        launch(q, k, v, Tile(16, 16), return_lse=True, **given)
+        launch(q, k, v, return_lse=True, **given)
 
     return Variant("all ones", run)
 

@@ -49,8 +49,9 @@ class Encoder(nn.Module):
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         position = torch.arange(ids.shape[1], device=ids.device)
         x = self.norm(self.words(ids) + self.positions(position))
+        mask = Padding(lengths)
         for layer in self.layers:
-            x = layer(x, Padding(lengths))
+            x = layer(x, mask)
         is_piece = position < lengths[:, None]
         return (x.float() * is_piece[..., None]).sum(dim=1) / lengths[:, None]
 
