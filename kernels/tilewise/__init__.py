@@ -1,10 +1,11 @@
 """tilewise: fused attention kernels in Triton for PyTorch."""
 
 from . import nn, tiles
-from .api import attention, scaled_dot_product_attention, why_not
+from .api import attention, dropout_mask, scaled_dot_product_attention, why_not
 from .documents import Documents
 from .masks import Causal, Dense, Intervals, Mask, Padding, Prefix, UserMask, Window
-from .scores import ALiBi, Bias, RelativePosition, Score, Softcap, UserScore, alibi_slopes
+from .positions import ALiBi, RelativePosition, alibi_slopes
+from .scores import Bias, Score, Softcap, UserScore
 from .similarity import Cosine
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "Window",
     "alibi_slopes",
     "attention",
+    "dropout_mask",
     "nn",
     "scaled_dot_product_attention",
     "tiles",

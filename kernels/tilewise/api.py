@@ -7,16 +7,19 @@ from inspect import signature
 from typing import Any, Literal, overload
 
 import torch
+from torch.autograd import forward_ad
 
 import tilewise_reference
 
-from .checks import Request, violations
-from .forward import ForwardCall, launch_forward
+from . import ops as ops  # defines torch.ops.tilewise
+from .autograd import Attention, empty_in_order_of, run_forward
+from .checks import Request, dropout_fits, implementation_is_known, kernel_can_run, violations
+from .dropout import Dropout, launch_dropout_mask
+from .encoding import encode
 from .masks import Causal, Mask, as_mask
 from .problem import misfits
 from .scores import Bias, Score, as_scores
-from .similarity import Cosine, bind_similarity, default_scale
-from .tiles import choose_tile
+from .similarity import Cosine
 
 Tensor = torch.Tensor
 
@@ -25,12 +28,14 @@ Tensor = torch.Tensor
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
     return_lse: Literal[False] = False, impl: str | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
     return_lse: Literal[True], impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
@@ -44,6 +49,8 @@ def attention(
     scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot",
     sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -63,6 +70,9 @@ def attention(
     scale:      a number or a tensor without dimensions; by default 1/√head_dim for "scaled_dot", else 1.
     similarity: "dot", "scaled_dot", "cosine", or Cosine(temperature).
     sink:       [q_heads], a logit a head that takes weight and adds no value (arXiv 2309.17453).
+    dropout_p:  the probability that a pair's weight is set to 0; the others are divided by 1 - dropout_p.
+    dropout_seed: a tensor of one int64 on q's device that decides which pairs are dropped; `dropout_mask` shows
+                them. None: drawn from PyTorch's generator of the device.
     return_lse: also return the natural logarithm of each row's sum of exponentials (with the sink's).
     impl:       "portable", the Triton kernel; "torch", plain PyTorch, whose memory is quadratic in length;
                 None: the kernel on a GPU, and on a CPU in Triton's interpreter if TRITON_INTERPRET=1 was set
@@ -70,19 +80,23 @@ def attention(
 
     Returns out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, and lse
     [batch, q_heads, q_len] in fp32 if asked. A row that sees no key gives 0 and -inf (the sink's logit, if
-    there is one). NaN in keys and values that no query may see never reaches a result.
+    there is one). NaN in keys and values that no query may see never reaches a result or a gradient.
+
+    Differentiable once, in reverse mode, in q, k, v, bias, scale, sink, a temperature, slopes, tables and what a
+    UserScore declares; through out and lse. Under autocast q, k and v are cast to its dtype.
 
     Raises ValueError for arguments that break the contract, NotImplementedError for what is not built;
     `why_not` lists the reasons instead.
     """
     request = make_request(
-        q, k, v, mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink, impl=impl
-    )
+        q, k, v, mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl,
+    )  # fmt: skip
     for violation in violations(request):
         raise violation
     run = run_torch if request.implementation == "torch" else run_portable
     out, lse = run(request, return_lse)
-    return (out, lse) if lse is not None else out
+    return (out, lse) if return_lse else out
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
@@ -110,50 +124,109 @@ def make_request(
     scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot",
     sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     impl: str | None = None,
 ) -> Request:
-    """The arguments of `attention` in their final form: masks as a tuple, the bias as the last modifier."""
+    """The arguments of `attention` in their final form: masks as a tuple, the bias as the last modifier, q, k
+    and v in autocast's dtype, a seed."""
     masks = () if mask is None else as_mask(mask).parts()
     scores = as_scores(score) if bias is None else (*as_scores(score), Bias(bias))
-    return Request(q, k, v, masks, scores, scale, similarity, sink, impl)
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v))
+    dropout = None
+    if dropout_p != 0:
+        dropout = Dropout(dropout_p, draw_seed(q.device) if dropout_seed is None else dropout_seed)
+    return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from PyTorch's generator: a CUDA graph draws another one at each replay."""
+    return torch.randint(-(1 << 62), 1 << 62, (1,), dtype=torch.int64, device=device)
+
+
+def dropout_mask(
+    shape: tuple[int, int, int, int], dropout_p: float, dropout_seed: Tensor, *, impl: str | None = None
+) -> Tensor:
+    """The pairs that `attention(..., dropout_p=, dropout_seed=)` keeps, bool, True where kept.
+
+    shape: (batch, q_heads, q_len, kv_len). impl as in `attention`; both give the same pairs. The mask has a
+    number of elements quadratic in length, which `attention` never stores: this function is for tests and for
+    looking. Raises ValueError for a probability or a seed that `attention` refuses.
+    """
+    batch, q_heads, q_len, kv_len = shape
+    like = torch.empty(0, device=dropout_seed.device)
+    q, k = like.expand(batch, q_heads, q_len, 0), like.expand(batch, q_heads, kv_len, 0)
+    request = Request(q, k, k, (), (), None, "dot", None, impl, Dropout(dropout_p, dropout_seed))
+    for rule in (dropout_fits, implementation_is_known, kernel_can_run):
+        if (reason := rule(request)) is not None:
+            raise ValueError(reason)
+    if request.implementation == "torch":
+        return tilewise_reference.dropout_keep(dropout_seed, dropout_p, shape, dropout_seed.device)
+    return launch_dropout_mask(Dropout(dropout_p, dropout_seed), request.shape)
 
 
 def run_portable(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """The fused Triton kernel."""
-    q, k, v, shape = request.q, request.k, request.v, request.shape
-    scale = default_scale(request.similarity, shape.head_dim) if request.scale is None else request.scale
-    similarity, unit = bind_similarity(q, k, shape, request.similarity, scale, bool(request.scores))
-    out = empty_in_order_of(q, shape.value_dim)
-    lse = q.new_empty(shape.scores[:3], dtype=torch.float32) if return_lse else None
-    call = ForwardCall(
-        shape=shape,
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        lse=lse,
-        sink=request.sink,
-        masks=tuple(mask.bind(shape) for mask in request.masks),
-        scores=similarity + tuple(score.bind(shape) for score in request.scores),
-        unit=unit,
-        has_gaps=any(mask.has_gaps for mask in request.masks),
+    """The fused Triton kernels."""
+    refuse_transforms(request)
+    if not is_plain_eager(request):
+        tensors, *words = encode(request)
+        return torch.ops.tilewise.attention_forward(request.q, request.k, request.v, tensors, *words)
+    if not request.needs_gradient:
+        return run_forward(request, return_lse)
+    encoded = encode(request)
+    return Attention.apply(request, encoded, request.q, request.k, request.v, *encoded.tensors)
+
+
+def is_plain_eager(request: Request) -> bool:
+    """Whether nobody watches or transforms this call: no tracing, no dispatch mode, no tensor subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or request.q.is_meta
+        or any([type(x) not in (Tensor, torch.nn.Parameter) for x in (request.q, request.k, request.v)])
     )
-    launch_forward(call, choose_tile(q, shape))
-    return out, lse
+
+
+def refuse_transforms(request: Request) -> None:
+    """Raise where PyTorch would otherwise go on without a derivative, or with a wrong one."""
+    if torch.compiler.is_compiling():
+        return
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if any([level.key() == torch._C._functorch.TransformType.Vmap for level in stack]):
+        raise NotImplementedError(
+            "torch.vmap over tilewise.attention is not built: put the mapped dimension into batch, "
+            "for example with flatten(0, 1)"
+        )
+    if forward_ad._current_level >= 0:
+        named = [*request.qkv().items(), *request.other_tensors]
+        for name, tensor in named:
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(
+                    f"{name} has a forward-mode tangent, and tilewise.attention has no forward-mode "
+                    "derivative: use reverse mode, or give impl='torch' for the plain PyTorch path"
+                )
 
 
 def run_torch(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Plain PyTorch in fp32, differentiable; it holds the score matrix in memory."""
     q, k, v = request.q, request.k, request.v
     arguments = oracle_arguments(request)
-    out, lse = tilewise_reference.attention(q, k, v, **arguments, return_lse=True, dtype=torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = tilewise_reference.attention(q, k, v, **arguments, return_lse=True, dtype=torch.float32)
     # A copy in q's dtype and memory order, as the kernel's result has them.
     return empty_in_order_of(request.q, out.shape[3]).copy_(out), lse if return_lse else None
 
 
 def oracle_arguments(request: Request) -> dict[str, Any]:
     """The request as `tilewise_reference.attention` takes it: every mask and score by its twin."""
-    similarity = request.similarity
+    similarity, dropped = request.similarity, {}
+    if request.dropout is not None:
+        p, seed = request.dropout
+        keep = tilewise_reference.dropout_keep(seed, p, request.shape.scores, seed.device)
+        dropped = dict(dropout_p=p, dropout_keep=keep)
     return dict(
         mask=[mask.twin(request.shape) for mask in request.masks],
         score=[score.twin(request.shape) for score in request.scores],
@@ -161,15 +234,8 @@ def oracle_arguments(request: Request) -> dict[str, Any]:
         similarity="cosine" if isinstance(similarity, Cosine) else similarity,
         temperature=similarity.temperature if isinstance(similarity, Cosine) else None,
         sink=request.sink,
+        **dropped,
     )
-
-
-def empty_in_order_of(q: Tensor, value_dim: int) -> Tensor:
-    """An output [batch, q_heads, q_len, value_dim], dense, its dimensions in memory in the order of q's, so
-    that a caller who transposed [batch, length, heads, dim] inputs can transpose back without a copy."""
-    order = sorted(range(3), key=q.stride, reverse=True)
-    sizes = [q.shape[axis] for axis in order]
-    return q.new_empty((*sizes, value_dim)).permute(*(order.index(axis) for axis in range(3)), 3)
 
 
 def scaled_dot_product_attention(
@@ -186,11 +252,10 @@ def scaled_dot_product_attention(
 
     query [..., q_heads, q_len, head_dim], key and value [..., kv_heads, kv_len, dim]: leading dimensions, and
     heads unless enable_gqa, broadcast. attn_mask: bool (True = may attend), or additive in query's dtype
-    or fp32; broadcasts to [..., q_heads, q_len, kv_len]. is_causal aligns to the top left corner. Returns
-    [..., q_heads, q_len, value_dim]. Raises NotImplementedError for dropout_p > 0.
+    or fp32; broadcasts to [..., q_heads, q_len, kv_len]. is_causal aligns to the top left corner. dropout_p
+    draws from PyTorch's generator, though not the pairs that PyTorch would drop. Returns
+    [..., q_heads, q_len, value_dim].
     """
-    if dropout_p != 0.0:
-        raise NotImplementedError(f"{dropout_p=} must be 0: dropout is not built yet")
     if attn_mask is not None and is_causal:
         raise ValueError(
             "attn_mask and is_causal=True cannot be given together: put the corner into attn_mask"
@@ -229,6 +294,8 @@ def scaled_dot_product_attention(
         if len(lead) > 1 and attn_mask.dim() > 3:
             given = attn_mask.expand(scores).reshape(batch, *scores[-3:])
         mask, bias = (given, None) if attn_mask.dtype == torch.bool else (None, given)
-    out = attention(q4, k4, v4, mask=Causal("top_left") if is_causal else mask, bias=bias, scale=scale)
+    if is_causal:
+        mask = Causal("top_left")
+    out = attention(q4, k4, v4, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
     out = out.reshape(*lead, *out.shape[1:])
     return out.reshape(out.shape[-max(query.dim(), key.dim(), value.dim()) :])

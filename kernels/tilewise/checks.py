@@ -9,25 +9,26 @@ the host wait for the GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 
+from .dropout import Dropout
 from .masks import UNLIMITED, Mask
 from .numerics import INTERPRETED
 from .problem import FLOATS, Shape, ceil_div
 from .scores import Score
-from .similarity import Cosine
+from .similarity import Cosine, Similarity, similarity_scores
 
 IMPLEMENTATIONS = ("portable", "torch")
 MAX_DIM = 256
 FINITE = torch.finfo(torch.float32).max  # scores are fp32, and so is what multiplies them
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Request:
-    """The arguments of one call to `attention`, with mask and score in their final form."""
+    """The arguments of one call to `attention`, with mask and score in their final form. What follows from
+    them is worked out when first asked for (by hand: torch.compile cannot trace `functools.cached_property`)."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -38,35 +39,73 @@ class Request:
     similarity: str | Cosine
     sink: torch.Tensor | None
     impl: str | None
+    dropout: Dropout | None = None
+    _shape: Shape | None = field(default=None, init=False)
+    _similarity_scores: Similarity | None = field(default=None, init=False)
+    _other_tensors: list[tuple[str, torch.Tensor]] | None = field(default=None, init=False)
 
-    @cached_property
+    @property
     def shape(self) -> Shape:
-        (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = self.q.shape, self.k.shape
-        return Shape(batch, q_heads, kv_heads, q_len, kv_len, head_dim, self.v.shape[3])
+        if self._shape is None:
+            (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = self.q.shape, self.k.shape
+            self._shape = Shape(batch, q_heads, kv_heads, q_len, kv_len, head_dim, self.v.shape[3])
+        return self._shape
 
     @property
     def implementation(self) -> str:
         """The implementation that answers: the one asked for, else the fused kernel wherever it can run."""
         if self.impl is not None:
             return self.impl
-        return "portable" if self.q.is_cuda or INTERPRETED else "torch"
+        return "portable" if INTERPRETED or self.q.device.type in ("cuda", "meta") else "torch"
 
     @property
     def plugs(self) -> tuple[Mask | Score, ...]:
         return (*self.masks, *self.scores)
 
+    @property
+    def similarity_scores(self) -> Similarity:
+        if self._similarity_scores is None:
+            self._similarity_scores = similarity_scores(
+                self.q, self.k, self.similarity, self.scale, bool(self.scores)
+            )
+        return self._similarity_scores
+
+    @property
+    def chain(self) -> tuple[Score, ...]:
+        """Every modifier that acts on the dot products, in order."""
+        return (*self.similarity_scores.scores, *self.scores)
+
     def qkv(self) -> dict[str, torch.Tensor]:
         return {"q": self.q, "k": self.k, "v": self.v}
 
-    @cached_property
+    @property
     def other_tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """Every tensor besides q, k and v, with the name of its argument."""
+        """Every tensor besides q, k and v, with the name of its argument: first those of the call itself, then
+        those of each part of `plugs`."""
+        if self._other_tensors is not None:
+            return self._other_tensors
         temperature = self.similarity.temperature if isinstance(self.similarity, Cosine) else None
-        given = (("scale", self.scale), ("temperature", temperature), ("sink", self.sink))
+        seed = None if self.dropout is None else self.dropout.seed
+        given = (
+            ("scale", self.scale),
+            ("temperature", temperature),
+            ("sink", self.sink),
+            ("dropout_seed", seed),
+        )
         found = [(name, value) for name, value in given if isinstance(value, torch.Tensor)]
         for part in self.plugs:
             found += [(f"{type(part).__name__}.{name}", t) for name, t in part.tensors().items()]
+        self._other_tensors = found
         return found
+
+    @property
+    def needs_gradient(self) -> bool:
+        return torch.is_grad_enabled() and (
+            self.q.requires_grad
+            or self.k.requires_grad
+            or self.v.requires_grad
+            or any([tensor.requires_grad for _, tensor in self.other_tensors])
+        )
 
 
 # ---- Rules on q, k and v alone; all others may rely on them
@@ -218,9 +257,10 @@ def implementation_is_known(r: Request) -> str | None:
 
 
 def kernel_can_run(r: Request) -> str | None:
-    if r.implementation != "portable" or r.q.is_cuda or (INTERPRETED and r.q.device.type == "cpu"):
+    device = r.q.device.type
+    if r.implementation != "portable" or device in ("cuda", "meta") or (INTERPRETED and device == "cpu"):
         return None
-    if r.q.device.type == "cpu":
+    if device == "cpu":
         return (
             "impl='portable' on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 in the "
             "environment before tilewise is imported, or leave impl=None for plain PyTorch"
@@ -240,15 +280,37 @@ def twins_exist(r: Request) -> str | None:
     return None
 
 
-def backward_exists(r: Request) -> str | None:
-    if r.implementation == "torch" or not torch.is_grad_enabled():
+def gradients_exist(r: Request) -> str | None:
+    """The plain PyTorch path differentiates what its twins compute; the kernels need the derivatives."""
+    if r.implementation == "torch" or not r.needs_gradient:
         return None
-    for name, tensor in (*r.qkv().items(), *r.other_tensors):
-        if tensor.requires_grad:
-            return (
-                f"{name} requires a gradient, and impl='portable' has no backward yet: call it under "
-                "torch.no_grad(), or give impl='torch' for the plain PyTorch path, which has one"
-            )
+    for part in r.masks:
+        for name, tensor in part.tensors().items():
+            if tensor.requires_grad:
+                return f"{type(part).__name__}.{name} requires a gradient, and a mask has none: detach() it"
+    for score in r.scores:
+        why_not, trained = score.no_gradient(), score.parameters(r.shape)
+        if why_not is not None:
+            return why_not
+        for name, tensor in score.tensors().items():
+            if tensor.requires_grad and name not in trained:
+                given = f"{type(score).__name__}.{name}"
+                return (
+                    f"{given} requires a gradient, and no derivative with respect to it is known: give "
+                    "UserScore(..., parameters={position: (axes, derivative)}), or detach() it"
+                )
+    return None
+
+
+def dropout_fits(r: Request) -> str | None:
+    if r.dropout is None:
+        return None
+    p, seed = r.dropout
+    if not (isinstance(p, (int, float)) and 0 <= p < 1):
+        return f"dropout_p={p!r} must be a number from 0 to below 1"
+    if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        given = f"{tuple(seed.shape)} of {seed.dtype}" if isinstance(seed, torch.Tensor) else repr(seed)
+        return f"dropout_seed={given} must be a tensor of one torch.int64 number, on q's device"
     return None
 
 
@@ -281,13 +343,13 @@ STAGES: tuple[tuple[Rule, ...], ...] = (
         implementation_is_known,
         kernel_can_run,
         twins_exist,
-        backward_exists,
+        dropout_fits,
     ),
+    (gradients_exist,),
 )
-NOT_BUILT: frozenset[Rule] = frozenset({backward_exists})
 
 
-def violations(request: Request) -> Iterator[Exception]:
+def violations(request: Request) -> Iterator[ValueError]:
     """An exception for every rule that the request breaks, up to the first stage with a broken one: what
     comes after it cannot be judged."""
     broken = False
@@ -296,6 +358,6 @@ def violations(request: Request) -> Iterator[Exception]:
             reason = rule(request)
             if reason is not None:
                 broken = True
-                yield NotImplementedError(reason) if rule in NOT_BUILT else ValueError(reason)
+                yield ValueError(reason)
         if broken:
             return

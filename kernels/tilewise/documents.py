@@ -41,6 +41,7 @@ class Documents(Mask):
     """
 
     has_gaps = True
+    FIELDS = ("ids", "kv_ids", "hulls")
 
     def __init__(self, ids: torch.Tensor, kv_ids: torch.Tensor | None = None) -> None:
         kv_ids = ids if kv_ids is None else kv_ids
@@ -54,7 +55,7 @@ class Documents(Mask):
         self.hulls = document_hulls(torch.atleast_2d(ids), torch.atleast_2d(kv_ids))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"ids": self.ids, "kv_ids": self.kv_ids}
+        return {"ids": self.ids, "kv_ids": self.kv_ids, "hulls": self.hulls}
 
     def misfits(self, shape: Shape) -> list[str]:
         return misfits("ids", self.ids, (shape.batch, shape.q_len)) + misfits(

@@ -20,18 +20,19 @@ Method: FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .addressing import head_ptr, load_tile, store_tile
-from .intervals import intersect_intervals, kept_pairs, kv_range
-from .masks import BoundMask
-from .numerics import float32_precision, matmul, round_to, widen
-from .problem import Shape, ceil_div, next_power_of_two
-from .scores import BoundScore, apply_scores
+from .call import Call, shared_arguments
+from .dropout import drop, dropout_keep, on_device_of
+from .intervals import cut_tile, intersect_intervals, kept_pairs, kv_range
+from .numerics import matmul, round_to, widen
+from .problem import ceil_div
+from .scores import apply_scores
 from .softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
 from .tiles import Tile
 
@@ -41,32 +42,33 @@ def forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    out_ptr,
-    lse_ptr,  # [batch, q_heads, q_len] contiguous, or None
-    sink_ptr,  # [q_heads], or None
-    q_strides,  # (batch, head, row, dim), as for the next three
+    q_strides,  # (batch, head, row, dim), as for the next two and out_strides
     k_strides,
     v_strides,
-    out_strides,
-    sink_stride,
     q_heads,
     group,  # query heads that share a head of keys and values
     q_len,
     kv_len,
     unit,  # exp(score) = exp(s · unit) for the s that SCORES leave; None: they are in natural units
+    dropout,  # seed, threshold and factor, or ()
     mask_args,
     score_args,
     INTERVALS: tl.constexpr,  # a function or None for each mask
     KEEPS: tl.constexpr,  # a function or None for each mask
     SCORES: tl.constexpr,  # a function for each modifier
-    HAS_GAPS: tl.constexpr,  # some key inside a row tile's range may be seen by none of its rows
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_TILE: tl.constexpr,  # HEAD_DIM rounded up to a power of two; the rest reads as 0
     VALUE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    out_ptr,
+    lse_ptr,  # [batch, q_heads, q_len] contiguous, or None
+    sink_ptr,  # [q_heads], or None
+    out_strides,
+    sink_stride,
+    HAS_GAPS: tl.constexpr,  # some key inside a row tile's range may be seen by none of its rows
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     # Heads are neighbours in the grid where they share keys; the last query tiles, the longest under a causal
     # mask, start first.
@@ -92,14 +94,14 @@ def forward_kernel(
         if IS_CUT:
             tiles = last - first - tiles
         for step in range(tiles):
-            if IS_CUT:  # first .. full_first, then full_last .. last
-                tile = first + step
-                kv_tile = tl.where(tile < full_first, tile, tile + (full_last - full_first))
-                kv_idx = kv_tile * TILE_KV + tl.arange(0, TILE_KV)  # [TILE_KV]
+            if IS_CUT:
+                kv_start = cut_tile(step, first, full_first, full_last) * TILE_KV
+                kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
                 kv_mask = (kv_idx >= start) & (kv_idx < stop)
                 kv_row = tl.minimum(kv_idx, kv_len - 1)
             else:
-                kv_idx = (full_first + step) * TILE_KV + tl.arange(0, TILE_KV)
+                kv_start = (full_first + step) * TILE_KV
+                kv_idx = kv_start + tl.arange(0, TILE_KV)
                 kv_mask = None
                 kv_row = kv_idx
 
@@ -110,15 +112,16 @@ def forward_kernel(
             # S = scores(Q Kᵀ)
             s = tl.zeros([TILE_Q, TILE_KV], tl.float32)
             s = matmul(q, tl.trans(k), s, PRECISION)  # [TILE_Q, TILE_KV]
-            s = apply_scores(s, batch, head, row, kv_row, SCORES, score_args)
+            s, _ = apply_scores(s, batch, head, row[:, None], kv_row[None, :], SCORES, score_args)
             if IS_CUT:
-                kept = kept_pairs(row, kv_idx, kv_len, lo, hi, batch, head, KEEPS, mask_args)
+                kept = kept_pairs(row[:, None], kv_idx[None, :], kv_len, lo[:, None], hi[:, None], batch, head, KEEPS, mask_args)
                 s = tl.where(kept, s, float("-inf"))
                 if HAS_GAPS:  # 0 · NaN is NaN: the value of a key that no row sees must not enter the sum
                     seen = tl.max(kept.to(tl.int32), 0) != 0
                     v = tl.where(seen[:, None], v, tl.zeros_like(v))
 
             row_max, row_sum, p, rescale = softmax_step(s, row_max, row_sum, unit)
+            p = drop(p, dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, False), dropout)
             # O = O · rescale + P V
             o = matmul(round_to(p, v.dtype), v, o * rescale[:, None], PRECISION)  # [TILE_Q, VALUE_TILE]
 
@@ -140,75 +143,29 @@ def forward_kernel(
         tl.store(lse_ptr + lse_row + q_idx, lse, mask=q_idx < q_len)
 
 
-class ForwardCall(NamedTuple):
-    """Everything that one launch of the forward needs; `api` has checked it."""
-
-    shape: Shape
-    q: torch.Tensor  # [batch, q_heads, q_len, head_dim]
-    k: torch.Tensor  # [batch, kv_heads, kv_len, head_dim]
-    v: torch.Tensor  # [batch, kv_heads, kv_len, value_dim]
-    out: torch.Tensor  # [batch, q_heads, q_len, value_dim]
-    lse: torch.Tensor | None  # [batch, q_heads, q_len] fp32, contiguous
-    sink: torch.Tensor | None  # [q_heads]
-    masks: tuple[BoundMask, ...]
-    scores: tuple[BoundScore, ...]
-    unit: float | None
-    has_gaps: bool
-
-
-def power_of_two_tile(dim: int) -> int:
-    """The columns of a tile that holds rows of `dim`: a power of two, at least the 16 a matmul needs."""
-    return max(16, next_power_of_two(dim))
-
-
-def forward_launch(call: ForwardCall, tile: Tile) -> tuple[tuple[int, ...], dict[str, Any]]:
+def forward_launch(
+    call: Call, out: torch.Tensor, lse: torch.Tensor | None, tile: Tile
+) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the arguments with which `forward_kernel` answers `call`."""
     shape = call.shape
-    q_tiles = ceil_div(shape.q_len, tile.tile_q)
-    arguments = dict(
-        q_ptr=call.q,
-        k_ptr=call.k,
-        v_ptr=call.v,
-        out_ptr=call.out,
-        lse_ptr=call.lse,
+    arguments = shared_arguments(call) | dict(
+        out_ptr=out,
+        lse_ptr=lse,
         sink_ptr=call.sink,
-        q_strides=call.q.stride(),
-        k_strides=call.k.stride(),
-        v_strides=call.v.stride(),
-        out_strides=call.out.stride(),
+        out_strides=out.stride(),
         sink_stride=0 if call.sink is None else call.sink.stride(0),
-        q_heads=shape.q_heads,
-        group=shape.group,
-        q_len=shape.q_len,
-        kv_len=shape.kv_len,
-        unit=call.unit,
-        mask_args=tuple(mask.args for mask in call.masks),
-        score_args=tuple(score.args for score in call.scores),
-        INTERVALS=tuple(mask.interval for mask in call.masks),
-        KEEPS=tuple(mask.keep for mask in call.masks),
-        SCORES=tuple(score.score for score in call.scores),
         HAS_GAPS=call.has_gaps,
-        HEAD_DIM=shape.head_dim,
-        VALUE_DIM=shape.value_dim,
-        HEAD_TILE=power_of_two_tile(shape.head_dim),
-        VALUE_TILE=power_of_two_tile(shape.value_dim),
         TILE_Q=tile.tile_q,
         TILE_KV=tile.tile_kv,
-        PRECISION=float32_precision(),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        enable_fp_fusion=True,
     )
-    return (q_tiles * shape.q_heads * shape.batch,), arguments
+    return (ceil_div(shape.q_len, tile.tile_q) * shape.q_heads * shape.batch,), arguments
 
 
-def launch_forward(call: ForwardCall, tile: Tile) -> None:
-    """Fill call.out and call.lse on the tensors' device."""
-    if call.out.numel() == 0 and (call.lse is None or call.lse.numel() == 0):
-        return
-    grid, arguments = forward_launch(call, tile)
-    if call.q.is_cuda:
-        with torch.cuda.device(call.q.device):
+def launch_forward(call: Call, out: torch.Tensor, lse: torch.Tensor | None, tile: Tile) -> None:
+    """Fill out [batch, q_heads, q_len, value_dim] and lse [batch, q_heads, q_len], fp32 and contiguous."""
+    grid, arguments = forward_launch(call, out, lse, tile)
+    if grid[0]:
+        with on_device_of(out):
             forward_kernel[grid](**arguments)
-    else:
-        forward_kernel[grid](**arguments)

@@ -55,11 +55,69 @@ def kv_range(lo, hi, whole, kv_len, TILE_KV: tl.constexpr):
 
 @triton.jit
 def kept_pairs(q_idx, kv_idx, kv_len, lo, hi, batch, head, KEEPS: tl.constexpr, mask_args):
-    """The pairs that count in a tile that a mask cuts, [TILE_Q, TILE_KV]. Keep functions see valid keys only:
-    what lies beyond kv_len is out by its interval and asks about the last key instead."""
+    """The pairs that count in a tile that a mask cuts: rows q_idx with their lo and hi against keys kv_idx,
+    shaped to broadcast to the tile or to its transpose. Keep functions see valid keys only: what lies beyond
+    kv_len is out by its interval and asks about the last key instead."""
     valid_idx = tl.minimum(kv_idx, kv_len - 1)
-    kept = (kv_idx[None, :] >= lo[:, None]) & (kv_idx[None, :] < hi[:, None])
+    kept = (kv_idx >= lo) & (kv_idx < hi)
     for i in tl.static_range(len(KEEPS)):
         if KEEPS[i] is not None:
-            kept = kept & KEEPS[i](q_idx[:, None], valid_idx[None, :], batch, head, mask_args[i])
+            kept = kept & KEEPS[i](q_idx, valid_idx, batch, head, mask_args[i])
     return kept
+
+
+# ---- The same question from the side of the keys: which tiles of rows visit a tile of keys?
+#
+# Before the backward, every tile of rows writes down four numbers: the keys start..stop that it visits, and the
+# keys full_start..full_stop that all of its rows see. A tile of keys reads them, a chunk of tiles at a time.
+
+
+@triton.jit
+def store_range(ranges_ptr, lo, hi, whole, kv_len, is_partial):
+    """Write the four numbers of one tile of rows. A tile that reaches beyond q_len (is_partial) says that none
+    of its keys is seen by all rows, so that its missing rows are masked out."""
+    sees = lo < hi
+    tl.store(ranges_ptr, tl.min(tl.where(sees, lo, kv_len)))
+    tl.store(ranges_ptr + 1, tl.max(tl.where(sees, hi, 0)))
+    tl.store(ranges_ptr + 2, tl.max(lo))
+    tl.store(ranges_ptr + 3, tl.where(is_partial, 0, tl.min(tl.where(whole, hi, 0))))
+
+
+@triton.jit
+def visits_and_full(ranges_ptr, q_tile, q_tiles, kv_start, kv_stop):
+    """Whether these tiles of rows visit any of the keys kv_start..kv_stop, and whether every pair counts."""
+    valid = q_tile < q_tiles
+    ptrs = ranges_ptr + q_tile * 4
+    start, stop = tl.load(ptrs, mask=valid, other=0), tl.load(ptrs + 1, mask=valid, other=0)
+    full_start, full_stop = tl.load(ptrs + 2, mask=valid, other=0), tl.load(ptrs + 3, mask=valid, other=0)
+    return (start < kv_stop) & (stop > kv_start), (full_start <= kv_start) & (full_stop >= kv_stop)
+
+
+@triton.jit
+def q_range(ranges_ptr, q_tiles, kv_start, kv_stop, CHUNK: tl.constexpr):
+    """The tiles of rows first..last that visit the keys kv_start..kv_stop (and perhaps some between them that do
+    not); of these, full_first..full_last is the first run of tiles in which every pair counts. Without any,
+    full_first = full_last = last."""
+    first, last, full_first = q_tiles, q_tiles * 0, q_tiles
+    for chunk in range(0, q_tiles, CHUNK):
+        q_tile = chunk + tl.arange(0, CHUNK)
+        visits, full = visits_and_full(ranges_ptr, q_tile, q_tiles, kv_start, kv_stop)
+        first = tl.minimum(first, tl.min(tl.where(visits, q_tile, q_tiles)))
+        last = tl.maximum(last, tl.max(tl.where(visits, q_tile + 1, 0)))
+        full_first = tl.minimum(full_first, tl.min(tl.where(full, q_tile, q_tiles)))
+    first = tl.minimum(first, last)
+    full_first = tl.minimum(full_first, last)
+    full_last = last
+    for chunk in range(full_first // CHUNK * CHUNK, last, CHUNK):
+        q_tile = chunk + tl.arange(0, CHUNK)
+        _, full = visits_and_full(ranges_ptr, q_tile, q_tiles, kv_start, kv_stop)
+        ends = (q_tile >= full_first) & (full == 0)
+        full_last = tl.minimum(full_last, tl.min(tl.where(ends, q_tile, q_tiles)))
+    return first, full_first, full_last, last
+
+
+@triton.jit
+def cut_tile(step, first, full_first, full_last):
+    """The step-th tile of a range that is not one of its full tiles."""
+    tile = first + step
+    return tl.where(tile < full_first, tile, tile + (full_last - full_first))

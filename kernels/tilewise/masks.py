@@ -5,8 +5,9 @@ A mask answers on the device with one or both of
     interval(q_idx, batch, head, args) -> lo, hi, whole       per row: the keys lo..hi, and whether all count
     keep(q_idx, kv_idx, batch, head, args) -> bool tile       pair by pair, where an interval is not enough
 
-`intervals.py` shows what the kernel makes of them. Indices are int32 and always those of valid rows and keys,
-so loads need no bounds check; q_idx is [TILE_Q] for an interval, [TILE_Q, 1] against [1, TILE_KV] for keep.
+`intervals.py` shows what the kernels make of them. Indices are int32 and always those of valid rows and keys,
+so loads need no bounds check. q_idx is [TILE_Q] for an interval. For keep, q_idx and kv_idx have the tile's two
+dimensions, one of them of size 1: [TILE_Q, 1] against [1, TILE_KV], and in the backward also the transpose.
 `args` is the tuple that `bind` returned. Every mask names its specification, a plain PyTorch function, as
 its `twin`.
 """
@@ -14,7 +15,7 @@ its `twin`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import triton
@@ -45,6 +46,8 @@ class Mask:
     """
 
     has_gaps = False
+    # The attributes that make up the object, by which `encoding` takes it apart and builds it again.
+    FIELDS: ClassVar[tuple[str, ...]] = ()
 
     def parts(self) -> tuple[Mask, ...]:
         """The rules that must all hold."""
@@ -151,6 +154,8 @@ class Causal(Mask):
     first query at the first key, as PyTorch's `is_causal=True` does. The two agree where q_len = kv_len.
     """
 
+    FIELDS = ("align",)
+
     def __init__(self, align: Align = "bottom_right") -> None:
         check_align(align)
         self.align = align
@@ -177,6 +182,8 @@ class Window(Mask):
     None sets no limit on that side; Window(w - 1, 0) is a causal window of w keys. Source: Longformer
     (arXiv 2004.05150). `align` as in Causal.
     """
+
+    FIELDS = ("left", "right", "align")
 
     def __init__(self, left: int | None, right: int | None, align: Align = "bottom_right") -> None:
         check_align(align)
@@ -206,6 +213,8 @@ def prefix_interval(q_idx, batch, head, args):
 class Prefix(_PerBatch):
     """Every query sees the first `lengths` keys; the rest are causal (prefix language model, T5,
     arXiv 1910.10683). lengths: an int, or an int32 or int64 tensor [batch]. `align` as in Causal."""
+
+    FIELDS = ("name", "lengths", "align")
 
     def __init__(self, lengths: int | torch.Tensor, align: Align = "bottom_right") -> None:
         check_align(align)
@@ -239,6 +248,8 @@ class Padding(_PerBatch):
     kv_lens: an int, or an int32 or int64 tensor [batch]. Lengths in a tensor are not read on the host; one
     above kv_len counts as kv_len, one below 0 as 0.
     """
+
+    FIELDS = ("name", "lengths", "side")
 
     def __init__(self, kv_lens: int | torch.Tensor, side: Literal["right", "left"] = "right") -> None:
         if side not in ("right", "left"):
@@ -274,6 +285,7 @@ class Intervals(Mask):
     """
 
     has_gaps = True
+    FIELDS = ("start", "end")
 
     def __init__(self, start: torch.Tensor, end: torch.Tensor) -> None:
         check_dtype("start", start, INTS)
@@ -311,6 +323,7 @@ class Dense(Mask):
     is skipped: combine it with a structured mask (`Causal() & tensor`) where one bounds it."""
 
     has_gaps = True
+    FIELDS = ("mask",)
 
     def __init__(self, mask: torch.Tensor) -> None:
         if not isinstance(mask, torch.Tensor):
@@ -340,7 +353,7 @@ class Dense(Mask):
 class UserMask(Mask):
     """A mask from the caller's own module-level `@triton.jit` functions.
 
-    keep(q_idx, kv_idx, batch, head, args) -> bool tile. q_idx [TILE_Q, 1], kv_idx [1, TILE_KV].
+    keep(q_idx, kv_idx, batch, head, args) -> bool tile; indices as described at the head of this file.
     args: a tuple of tensors, ints and floats, handed on to every function.
     interval(q_idx, batch, head, args) -> lo, hi, whole, optional: keys outside lo..hi are not visited; where
         `whole` is true for all rows of a tile, `keep` is not asked inside it.
@@ -349,6 +362,7 @@ class UserMask(Mask):
     """
 
     has_gaps = True
+    FIELDS = ("keep", "args", "interval")
 
     def __init__(
         self, keep: Any, args: tuple[Any, ...] = (), *, interval: Any = None, twin: Twin | None = None

@@ -2,19 +2,26 @@
 
 A modifier is, on the device,
 
-    score(s, batch, head, q_idx, kv_idx, args) -> s          s [TILE_Q, TILE_KV] in fp32, natural units
+    score(s, batch, head, q_idx, kv_idx, args) -> s            s: a tile of scores in fp32, natural units
 
-called for each tile, in the caller's order, after the dot product. Indices are int32, q_idx [TILE_Q, 1] and
-kv_idx [1, TILE_KV], and always those of valid rows and keys, so loads need no bounds check. `args` is the
-tuple that `bind` returned. Every modifier names its specification, a plain PyTorch function, as its `twin`.
+called for each tile, in the caller's order, after the dot product. Indices are int32 and always those of valid
+rows and keys, so loads need no bounds check; q_idx and kv_idx have the tile's two dimensions, one of them of
+size 1. The forward's tiles are [TILE_Q, TILE_KV], the backward's also [TILE_KV, TILE_Q]: a modifier broadcasts
+its indices and does not care. `args` is the tuple that `bind` returned.
 
-The scale and the similarity are modifiers too, so a kernel knows of nothing but `apply_scores`.
+The backward needs two kinds of derivatives, functions of the same arguments, s being the modifier's input:
+
+    derivative(s, batch, head, q_idx, kv_idx, args)            ∂score/∂s            None: it is 1
+    Parameter.derivative(s, batch, head, q_idx, kv_idx, args)  ∂score/∂parameter    None: it is 1
+
+Every modifier names its specification, a plain PyTorch function, as its `twin`. The scale and the similarity
+are modifiers too, so a kernel knows of nothing but `apply_scores` and `pull_back`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -23,31 +30,63 @@ import triton.language as tl
 import tilewise_reference.scores as dense
 
 from .numerics import LOG2E, widen
-from .problem import FLOATS, Align, Shape, broadcast_strides, check_align, check_dtype, misfits
+from .problem import FLOATS, Shape, broadcast_strides, check_dtype, misfits
 
 Twin = Callable[..., torch.Tensor]
+AXES = "bhqk"  # batch, query head, query, key: what a dimension of a parameter may follow
 
 
 class BoundScore(NamedTuple):
-    """A modifier tied to the sizes of one call: its device function and that function's runtime arguments."""
+    """A modifier tied to the sizes of one call: its device functions and their runtime arguments."""
 
     score: Any
     args: tuple[Any, ...]
+    derivative: Any = None
+
+
+class Parameter(NamedTuple):
+    """A tensor that a modifier reads, and how a pair's score depends on the element that the pair reads.
+
+    sizes: the tensor's along batch, query heads, queries and keys, 1 where pairs share an element; or
+    buckets: int32 [2 · max_distance + 1], for a table [q_heads, buckets] read by the distance between key and
+    query; `shift` as in `Shape.shift`.
+    """
+
+    derivative: Any
+    sizes: tuple[int, ...] = ()
+    buckets: torch.Tensor | None = None
+    shift: int = 0
 
 
 @triton.jit
 def apply_scores(s, batch, head, q_idx, kv_idx, SCORES: tl.constexpr, score_args):
-    """S under all modifiers, in order; q_idx [TILE_Q] and kv_idx [TILE_KV] are valid rows and keys."""
+    """S under all modifiers, in order, and what each of them was given: (S, inputs)."""
+    inputs = ()
     for i in tl.static_range(len(SCORES)):
-        s = SCORES[i](s, batch, head, q_idx[:, None], kv_idx[None, :], score_args[i])
-    return s
+        inputs = inputs + (s,)
+        s = SCORES[i](s, batch, head, q_idx, kv_idx, score_args[i])
+    return s, inputs
+
+
+@triton.jit
+def pull_back(
+    ds, inputs, batch, head, q_idx, kv_idx, DERIVATIVES: tl.constexpr, score_args, DOWN_TO: tl.constexpr
+):
+    """dS before modifier DOWN_TO, from dS after the last one: the chain rule, in reverse order."""
+    for i in tl.static_range(len(DERIVATIVES) - 1, DOWN_TO - 1, -1):
+        if DERIVATIVES[i] is not None:
+            ds = ds * DERIVATIVES[i](inputs[i], batch, head, q_idx, kv_idx, score_args[i])
+    return ds
 
 
 class Score:
     """A change to scores before the mask and the softmax."""
 
+    # The attributes that make up the object, by which `encoding` takes it apart and builds it again.
+    FIELDS: ClassVar[tuple[str, ...]] = ()
+
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that the device function reads, by argument name."""
+        """The tensors that the device functions read, by argument name."""
         return {}
 
     def misfits(self, shape: Shape) -> list[str]:
@@ -56,6 +95,14 @@ class Score:
 
     def bind(self, shape: Shape) -> BoundScore:
         raise NotImplementedError(f"{type(self).__name__} defines no bind()")
+
+    def parameters(self, shape: Shape) -> dict[str, Parameter]:
+        """Those of `tensors` that have a gradient."""
+        return {}
+
+    def no_gradient(self) -> str | None:
+        """Why scores cannot be differentiated through this modifier; None if they can."""
+        return None
 
     def twin(self, shape: Shape) -> Twin:
         """The same rule as f(s, batch, head, q_idx, kv_idx) -> s, in plain PyTorch."""
@@ -78,6 +125,11 @@ def as_scores(given: Any) -> tuple[Score, ...]:
     )
 
 
+def padded_sizes(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The sizes of a tensor that broadcasts to four dimensions, in four dimensions."""
+    return (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
+
+
 # ---- Softcap
 
 
@@ -97,8 +149,17 @@ def softcap_score(s, batch, head, q_idx, kv_idx, args):
     return cap * tanh(s / cap)
 
 
+@triton.jit
+def softcap_derivative(s, batch, head, q_idx, kv_idx, args):
+    """1 - tanh² x at x = s / cap, as 4e / (1 + e)² with e = exp(-2|x|): nothing cancels where tanh is near 1."""
+    e = tl.exp2(tl.abs(s / args[0]) * (-2.0 * LOG2E))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
 class Softcap(Score):
     """s becomes cap · tanh(s / cap), so that scores stay within ±cap (Gemma 2, arXiv 2408.00118). cap > 0."""
+
+    FIELDS = ("cap",)
 
     def __init__(self, cap: float) -> None:
         if not (isinstance(cap, (int, float)) and 0 < cap < float("inf")):
@@ -106,115 +167,10 @@ class Softcap(Score):
         self.cap = float(cap)
 
     def bind(self, shape: Shape) -> BoundScore:
-        return BoundScore(softcap_score, (self.cap,))
+        return BoundScore(softcap_score, (self.cap,), softcap_derivative)
 
     def twin(self, shape: Shape) -> Twin:
         return dense.softcap(self.cap)
-
-
-# ---- ALiBi
-
-
-@triton.jit
-def alibi_score(s, batch, head, q_idx, kv_idx, args):
-    slopes_ptr, strides, shift = args
-    slope = tl.load(slopes_ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1])
-    return s - widen(slope) * tl.abs(kv_idx - q_idx - shift).to(tl.float32)
-
-
-class ALiBi(Score):
-    """s becomes s - slope · |key position - query position| (arXiv 2108.12409).
-
-    slopes: tensor [q_heads] or [batch, q_heads]; `alibi_slopes(q_heads)` gives the paper's.
-    align: where the queries stand among the keys, as in `Causal`.
-    """
-
-    def __init__(self, slopes: torch.Tensor, align: Align = "bottom_right") -> None:
-        check_align(align)
-        check_dtype("slopes", slopes, FLOATS)
-        self.slopes, self.align = slopes, align
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"slopes": self.slopes}
-
-    def misfits(self, shape: Shape) -> list[str]:
-        return misfits("slopes", self.slopes, shape.scores[:2])
-
-    def bind(self, shape: Shape) -> BoundScore:
-        strides = broadcast_strides(self.slopes, shape.scores[:2])
-        return BoundScore(alibi_score, (self.slopes, strides, shape.shift(self.align)))
-
-    def twin(self, shape: Shape) -> Twin:
-        return dense.alibi(self.slopes, shape.q_len, shape.kv_len, self.align)
-
-
-def alibi_slopes(q_heads: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """The slopes of the ALiBi paper (section 3), [q_heads] fp32: 2^(-8/n), 2^(-16/n), … for n heads; where n
-    is no power of two, those of the power of two below it and every other one of the power above."""
-
-    def geometric(n: int) -> list[float]:
-        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
-
-    below = 1 << (q_heads.bit_length() - 1)
-    slopes = geometric(below) + geometric(2 * below)[::2][: q_heads - below]
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
-
-
-# ---- Relative position
-
-
-@triton.jit
-def relative_score(s, batch, head, q_idx, kv_idx, args):
-    table_ptr, max_distance, shift = args  # [q_heads, 2 · max_distance + 1], by key position - query position
-    distance = tl.minimum(tl.maximum(kv_idx - q_idx - shift, -max_distance), max_distance)
-    row_ptr = table_ptr + head.to(tl.int64) * (2 * max_distance + 1) + max_distance
-    return s + widen(tl.load(row_ptr + distance))
-
-
-class RelativePosition(Score):
-    """s becomes s + table[head, bucket(key position - query position)], with the buckets of T5
-    (arXiv 1910.10683): one a distance when near, logarithmic up to max_distance, one for all beyond.
-
-    table: tensor [q_heads, buckets] (T5 checkpoints store its transpose). bidirectional: half of the buckets
-    serve keys after the query; else those share the bucket of distance 0. `align` as in `Causal`.
-    """
-
-    def __init__(
-        self,
-        table: torch.Tensor,
-        max_distance: int = 128,
-        bidirectional: bool = True,
-        align: Align = "bottom_right",
-    ) -> None:
-        check_align(align)
-        check_dtype("table", table, FLOATS)
-        if table.dim() != 2:
-            raise ValueError(f"table.shape={tuple(table.shape)} must be [q_heads, buckets]")
-        self.table, self.max_distance = table, max_distance
-        self.bidirectional, self.align = bidirectional, align
-        # Beyond max_distance the bucket stays the same, so one bucket a distance up to it says everything.
-        distances = torch.arange(-max_distance, max_distance + 1)
-        buckets = dense.t5_bucket(distances, table.shape[1], max_distance, bidirectional)
-        self.buckets = buckets.to(table.device)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"table": self.table}
-
-    def misfits(self, shape: Shape) -> list[str]:
-        if self.table.shape[0] == shape.q_heads:
-            return []
-        return [
-            f"table.shape={tuple(self.table.shape)} must be [{shape.q_heads}, buckets], a row a query head"
-        ]
-
-    def bind(self, shape: Shape) -> BoundScore:
-        by_distance = self.table.index_select(1, self.buckets).contiguous()
-        return BoundScore(relative_score, (by_distance, self.max_distance, shape.shift(self.align)))
-
-    def twin(self, shape: Shape) -> Twin:
-        return dense.relative_position(
-            self.table, shape.q_len, shape.kv_len, self.max_distance, self.bidirectional, self.align
-        )
 
 
 # ---- Bias
@@ -232,6 +188,8 @@ class Bias(Score):
     """s becomes s + bias. bias: fp16, bf16 or fp32 tensor that broadcasts to [batch, q_heads, q_len, kv_len],
     with any strides and alignment. `attention(..., bias=b)` is Bias(b) after all other modifiers."""
 
+    FIELDS = ("bias",)
+
     def __init__(self, bias: torch.Tensor) -> None:
         check_dtype("bias", bias, FLOATS)
         self.bias = bias
@@ -245,6 +203,9 @@ class Bias(Score):
     def bind(self, shape: Shape) -> BoundScore:
         return BoundScore(bias_score, (self.bias, broadcast_strides(self.bias, shape.scores)))
 
+    def parameters(self, shape: Shape) -> dict[str, Parameter]:
+        return {"bias": Parameter(None, padded_sizes(self.bias))}
+
     def twin(self, shape: Shape) -> Twin:
         bias = self.bias.expand(shape.scores)
         return lambda s, batch, head, q_idx, kv_idx: s + bias[batch, head, q_idx, kv_idx].to(s.dtype)
@@ -254,22 +215,65 @@ class Bias(Score):
 
 
 class UserScore(Score):
-    """A modifier from the caller's own module-level `@triton.jit` function.
+    """A modifier from the caller's own module-level `@triton.jit` functions.
 
     score(s, batch, head, q_idx, kv_idx, args) -> s, on tiles as described at the head of this file.
-    args: a tuple of tensors, ints and floats, handed on to it. Functions cannot close over values.
+    args: a tuple of tensors, ints and floats, handed on to every function. Functions cannot close over values.
     twin(s, batch, head, q_idx, kv_idx, *args) -> s, optional: the same rule in plain PyTorch, needed for CPU
         tensors outside the interpreter.
+    derivative(s, batch, head, q_idx, kv_idx, args) -> ∂score/∂s at the input s, needed for gradients.
+    parameters: for the tensors among args that are trained, {position: (axes, derivative)}. axes names what
+        each of the tensor's dimensions follows, in this order: "b" batch, "h" query head, "q" query, "k" key
+        (so "h" for [q_heads]; "" for a tensor without dimensions); derivative is ∂score/∂element.
     """
 
-    def __init__(self, score: Any, args: tuple[Any, ...] = (), *, twin: Twin | None = None) -> None:
-        self.score, self.args, self._twin = score, tuple(args), twin
+    FIELDS = ("score", "args", "derivative", "_parameters")
+
+    def __init__(
+        self,
+        score: Any,
+        args: tuple[Any, ...] = (),
+        *,
+        twin: Twin | None = None,
+        derivative: Any = None,
+        parameters: Mapping[int, tuple[str, Any]] | None = None,
+    ) -> None:
+        self.score, self.args, self._twin, self.derivative = score, tuple(args), twin, derivative
+        self._parameters = tuple((i, axes, function) for i, (axes, function) in (parameters or {}).items())
+        for position, axes, _ in self._parameters:
+            if not (0 <= position < len(self.args) and isinstance(self.args[position], torch.Tensor)):
+                raise ValueError(f"parameters has the key {position}, which must be the position of a tensor in args")
+            if list(axes) != [axis for axis in AXES if axis in axes]:
+                raise ValueError(f"parameters[{position}]: axes {axes!r} must be letters of {AXES!r} in this order")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"args[{i}]": arg for i, arg in enumerate(self.args) if isinstance(arg, torch.Tensor)}
 
+    def misfits(self, shape: Shape) -> list[str]:
+        found = []
+        for i, axes, _ in self._parameters:
+            wanted = tuple(shape.scores[AXES.index(axis)] for axis in axes)
+            if tuple(self.args[i].shape) != wanted:
+                found.append(f"args[{i}].shape={tuple(self.args[i].shape)} must be {wanted}, by its axes {axes!r}")
+        return found
+
     def bind(self, shape: Shape) -> BoundScore:
-        return BoundScore(self.score, self.args)
+        return BoundScore(self.score, self.args, self.derivative)
+
+    def parameters(self, shape: Shape) -> dict[str, Parameter]:
+        sizes = dict(zip(AXES, shape.scores, strict=True))
+        return {
+            f"args[{i}]": Parameter(function, tuple(sizes[axis] if axis in axes else 1 for axis in AXES))
+            for i, axes, function in self._parameters
+        }
+
+    def no_gradient(self) -> str | None:
+        if self.derivative is not None:
+            return None
+        return (
+            f"UserScore({self.score.__name__}) has no derivative: give UserScore(..., derivative=f) with a "
+            "@triton.jit function f(s, batch, head, q_idx, kv_idx, args) -> ∂score/∂s"
+        )
 
     def twin(self, shape: Shape) -> Twin:
         if self._twin is None:

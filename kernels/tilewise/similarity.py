@@ -6,13 +6,21 @@ A kernel computes the dot products q·k. What a caller means by a score is
     scaled dot:  scale · q·k                              scale = 1/√head_dim (arXiv 1706.03762)
     cosine:      scale · t · q·k / (|q| |k|)              t: an optional temperature a head (arXiv 2111.09883)
 
-A positive number as scale costs nothing: where no modifier follows, it is folded into the exponentials' base.
+Each factor is a modifier of its own, so that each has its derivative beside it. A positive number as scale
+costs nothing: where no modifier follows, it is folded into the exponentials' base.
+
+The lengths |q| and |k| are computed once, outside the kernel. Their own derivative needs no sum over pairs:
+with q̂ = q / |q| and dq̂ the gradient that ignores that |q| depends on q,
+
+    dq = dq̂ - q̂ (q̂ · dq̂)                                  the part of dq̂ that is orthogonal to q
+
+which a kernel applies to its finished tile of dQ, and likewise of dK.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,9 +28,10 @@ import triton.language as tl
 
 from .numerics import widen
 from .problem import Shape
-from .scores import BoundScore
+from .scores import BoundScore, Parameter, Score, padded_sizes
 
-EPSILON = 1e-12  # the shortest length a vector is divided by, as in torch.nn.functional.normalize
+EPSILON = tl.constexpr(1e-12)  # the shortest length a vector is divided by, as in torch.nn.functional.normalize
+SMALLEST_UNIT, LARGEST_UNIT = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 2
 
 
 class Cosine(NamedTuple):
@@ -37,57 +46,117 @@ def scale_score(s, batch, head, q_idx, kv_idx, args):
 
 
 @triton.jit
+def scale_factor(s, batch, head, q_idx, kv_idx, args):
+    return args[0]
+
+
+@triton.jit
 def tensor_scale_score(s, batch, head, q_idx, kv_idx, args):
-    return s * widen(tl.load(args[0]))
+    return s * tensor_scale_factor(s, batch, head, q_idx, kv_idx, args)
+
+
+@triton.jit
+def tensor_scale_factor(s, batch, head, q_idx, kv_idx, args):
+    return widen(tl.load(args[0] + head.to(tl.int64) * args[1]))
+
+
+@triton.jit
+def score_itself(s, batch, head, q_idx, kv_idx, args):
+    return s
+
+
+class Scale(Score):
+    """s becomes scale · s. scale: a number, a tensor without dimensions, or one factor a head [q_heads].
+    `name` is the argument of `attention` that it comes from."""
+
+    def __init__(self, name: str, scale: float | torch.Tensor) -> None:
+        self.name, self.scale = name, scale
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {self.name: self.scale} if isinstance(self.scale, torch.Tensor) else {}
+
+    def bind(self, shape: Shape) -> BoundScore:
+        if isinstance(self.scale, torch.Tensor):
+            stride = self.scale.stride(0) if self.scale.dim() else 0
+            return BoundScore(tensor_scale_score, (self.scale, stride), tensor_scale_factor)
+        return BoundScore(scale_score, (float(self.scale),), scale_factor)
+
+    def parameters(self, shape: Shape) -> dict[str, Parameter]:
+        return {
+            name: Parameter(score_itself, padded_sizes(tensor[..., None, None]))
+            for name, tensor in self.tensors().items()
+        }
 
 
 @triton.jit
 def cosine_score(s, batch, head, q_idx, kv_idx, args):
+    return s * cosine_factor(s, batch, head, q_idx, kv_idx, args)
+
+
+@triton.jit
+def cosine_factor(s, batch, head, q_idx, kv_idx, args):
+    """1 / (|q| |k|) of each pair."""
     q_factor_ptr, k_factor_ptr, q_heads, kv_heads, q_len, kv_len = args
     q_row = (batch.to(tl.int64) * q_heads + head) * q_len
     kv_row = (batch.to(tl.int64) * kv_heads + head // (q_heads // kv_heads)) * kv_len
-    return s * tl.load(q_factor_ptr + q_row + q_idx) * tl.load(k_factor_ptr + kv_row + kv_idx)
+    return tl.load(q_factor_ptr + q_row + q_idx) * tl.load(k_factor_ptr + kv_row + kv_idx)
+
+
+@triton.jit
+def orthogonal_part(dx, x):
+    """dX = dX̂ - X̂ (X̂ · dX̂) of each row [.., dim]; rows too short to be divided by their length keep dX̂."""
+    square = tl.sum(x * x, 1)
+    is_long = square > EPSILON * EPSILON
+    along = tl.where(is_long, tl.sum(dx * x, 1) / tl.where(is_long, square, 1.0), 0.0)
+    return dx - along[:, None] * x
+
+
+class Normalised(Score):
+    """s becomes s / (|q| |k|): the cosine of the angle between query and key."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        self.q, self.k = q, k
+
+    def bind(self, shape: Shape) -> BoundScore:
+        factors = inverse_lengths(self.q), inverse_lengths(self.k)
+        sizes = (shape.q_heads, shape.kv_heads, shape.q_len, shape.kv_len)
+        return BoundScore(cosine_score, (*factors, *sizes), cosine_factor)
 
 
 def inverse_lengths(x: torch.Tensor) -> torch.Tensor:
     """1 / max(|row|, ε) of each row of [batch, heads, length, head_dim], in fp32 and contiguous."""
     lengths = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
-    return lengths.clamp_min(EPSILON).reciprocal().contiguous()
-
-
-def cosine_factors(
-    q: torch.Tensor, k: torch.Tensor, scale: float | torch.Tensor, temperature: float | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """scale · t / |q| of each query row and 1 / |k| of each key row, fp32."""
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.float()[:, None]
-    return inverse_lengths(q) * scale * temperature, inverse_lengths(k)
+    return lengths.clamp_min(EPSILON.value).reciprocal().contiguous()
 
 
 def default_scale(similarity: str | Cosine, head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if similarity == "scaled_dot" else 1.0
 
 
-def bind_similarity(
+class Similarity(NamedTuple):
+    """The modifiers that turn dot products into scores; the unit of what they leave, as `softmax_step` takes
+    it (None: natural); and what finishes a tile of dQ or dK (None: nothing does)."""
+
+    scores: tuple[Score, ...]
+    unit: float | None
+    project: Any
+
+
+def similarity_scores(
     q: torch.Tensor,
     k: torch.Tensor,
-    shape: Shape,
     similarity: str | Cosine,
-    scale: float | torch.Tensor,
+    scale: float | torch.Tensor | None,
     modified: bool,
-) -> tuple[tuple[BoundScore, ...], float | None]:
-    """The modifiers that turn dot products into scores, and the unit of what they leave, as `softmax_step`
-    takes it (None: natural). `modified`: the caller's own modifiers follow."""
-    if similarity == "cosine":
-        similarity = Cosine()
-    if isinstance(similarity, Cosine):
-        factors = cosine_factors(q, k, scale, similarity.temperature)
-        sizes = (shape.q_heads, shape.kv_heads, shape.q_len, shape.kv_len)
-        return (BoundScore(cosine_score, (*factors, *sizes)),), None
-    if isinstance(scale, torch.Tensor):
-        return (BoundScore(tensor_scale_score, (scale,)),), None
+) -> Similarity:
+    """The similarity and the scale as modifiers. `modified`: the caller's own modifiers follow."""
+    scale = default_scale(similarity, q.shape[3]) if scale is None else scale
+    if similarity == "cosine" or isinstance(similarity, Cosine):
+        temperature = similarity.temperature if isinstance(similarity, Cosine) else 1.0
+        factors = (Scale("scale", scale), Scale("temperature", temperature))
+        kept = tuple(f for f in factors if isinstance(f.scale, torch.Tensor) or f.scale != 1.0)
+        return Similarity((Normalised(q, k), *kept), None, orthogonal_part)
     # Maxima of scaled and unscaled products agree only for a positive scale; and the unit must be a number.
-    fp32 = torch.finfo(torch.float32)
-    if modified or not fp32.tiny <= scale <= fp32.max / 2:
-        return (BoundScore(scale_score, (float(scale),)),), None
-    return (), float(scale)
+    if isinstance(scale, torch.Tensor) or modified or not SMALLEST_UNIT <= scale <= LARGEST_UNIT:
+        return Similarity((Scale("scale", scale),), None, None)
+    return Similarity((), float(scale), None)

@@ -52,6 +52,16 @@ def softmax_step(s, row_max, row_sum, unit):
 
 
 @triton.jit
+def softmax_probabilities(s, lse, unit):
+    """P = exp(S - LSE) again, in the backward: lse is that of each score's row, shaped to broadcast."""
+    base = anchor(lse)
+    if unit is None:
+        return tl.exp2((s - base) * LOG2E)
+    else:
+        return tl.exp2(s * (unit * LOG2E) - base * LOG2E)
+
+
+@triton.jit
 def softmax_merge(max_a, sum_a, o_a, max_b, sum_b, o_b):
     """The state of rows that have seen the keys of state a and those of state b; maxima in natural units."""
     row_max = tl.maximum(max_a, max_b)

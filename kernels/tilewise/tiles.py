@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -34,6 +35,8 @@ class Tile:
             if size < 16 or size & (size - 1):
                 raise ValueError(f"{name}={size} must be a power of two, at least 16")
 
+
+Pass = Literal["forward", "dkv", "dq"]
 
 # By architecture, bytes an element (2: fp16 and bf16, 4: fp32) and the wider of head_dim and value_dim, up to
 # a power of two. Evidence: registers a thread and bytes of shared memory of the causal kernel, compiled ahead
@@ -159,18 +162,23 @@ def use(tile: Tile) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose_tile(q: torch.Tensor, shape: Shape) -> Tile:
-    """The tile for a call. Short queries get short tiles; kv_len plays no part on a GPU, so that a row's
+def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
+    """The tile for a pass over a call. Short queries get short tiles; kv_len plays no part on a GPU, so that a row's
     result does not depend on how much padding follows it."""
     forced = _forced.get()
     if forced is not None:
         return forced
     if INTERPRETED:  # its cost is by the operation, hardly by the element
         return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
-    return gpu_tile(architecture(q.device), q.element_size(), shape)
+    return gpu_tile(architecture(q.device), q.element_size(), shape, work)
 
 
-def gpu_tile(arch: str, element_bytes: int, shape: Shape) -> Tile:
+def square_tile(tile: Tile) -> Tile:
+    """The tile of the parameters' gradients: square, with the rows of the dK and dV pass."""
+    return replace(tile, tile_kv=tile.tile_q)
+
+
+def gpu_tile(arch: str, element_bytes: int, shape: Shape, work: Pass = "forward") -> Tile:
     """The tile for a call on a chip: the table's, or fewer rows of it where q_len is short; then fewer warps
     share them, or fewer keys, where O is wide."""
     dim = next_power_of_two(max(shape.head_dim, shape.value_dim))

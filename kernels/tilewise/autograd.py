@@ -1,0 +1,130 @@
+"""Forward and backward of a request, and what ties them together for PyTorch's autograd in eager mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .backward import launch_dkv, launch_dq, prepare
+from .call import bind
+from .checks import Request
+from .encoding import Encoded, decode
+from .forward import launch_forward
+from .parameters import parameter_gradient
+from .scores import Parameter
+from .tiles import choose_tile, square_tile
+
+Tensor = torch.Tensor
+
+
+def run_forward(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, and lse [batch, q_heads, q_len]."""
+    q, shape = request.q, request.shape
+    out = empty_in_order_of(q, shape.value_dim)
+    lse = q.new_empty(shape.scores[:3], dtype=torch.float32) if return_lse else None
+    launch_forward(bind(request), out, lse, choose_tile(q, shape, "forward"))
+    return out, lse
+
+
+def run_backward(
+    request: Request, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, needs: list[bool]
+) -> list[Tensor]:
+    """The gradients of those of (q, k, v, *other tensors) that `needs` names, in order."""
+    q, k, v, shape = request.q, request.k, request.v, request.shape
+    tile = choose_tile(q, shape, "dkv")
+    # The kernels index lse and dlse as one dense array.
+    dlse = None if dlse is None else dlse.contiguous()
+    backward = prepare(bind(request), out, lse.contiguous(), do, dlse, tile.tile_q)
+    grads: list[Tensor | None] = [None] * len(needs)
+    if needs[0]:
+        grads[0] = empty_in_order_of(q, shape.head_dim)
+        launch_dq(backward, grads[0], choose_tile(q, shape, "dq"))
+    if needs[1] or needs[2]:
+        grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
+        launch_dkv(backward, grads[1], grads[2], tile)
+    for slot, modifier, parameter in parameter_slots(request):
+        if needs[3 + slot]:
+            tensor = request.other_tensors[slot][1]
+            grads[3 + slot] = parameter_gradient(backward, modifier, parameter, tensor, square_tile(tile))
+    for slot, (name, _) in enumerate(request.other_tensors):
+        if name == "sink" and needs[3 + slot]:
+            grads[3 + slot] = sink_gradient(request.sink, lse, backward.delta)
+    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]  # type: ignore[misc]
+
+
+def parameter_slots(request: Request) -> list[tuple[int, int, Parameter]]:
+    """For each parameter of a score: its place among `other_tensors`, its modifier's place in `chain`, itself."""
+    names = [name for name, _ in request.other_tensors]
+    found = []
+    own = len(request.similarity_scores.scores)
+    for modifier, score in enumerate(request.chain[:own]):
+        for name, parameter in score.parameters(request.shape).items():
+            found.append((names.index(name), modifier, parameter))
+    slot = len(names) - sum(len(score.tensors()) for score in request.scores)
+    for modifier, score in enumerate(request.scores, start=own):
+        parameters = score.parameters(request.shape)
+        for name in score.tensors():
+            if name in parameters:
+                found.append((slot, modifier, parameters[name]))
+            slot += 1
+    return found
+
+
+def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """dsink = -Σ P_sink · delta, with P_sink = exp(sink - LSE): a sink is one more key, whose value is 0."""
+    p = torch.exp(sink.float()[:, None] - lse)  # [batch, q_heads, q_len]
+    p = torch.where(lse == -torch.inf, 0.0, p)
+    return -(p * delta).sum((0, 2)).to(sink.dtype)
+
+
+def empty_in_order_of(x: Tensor, dim: int) -> Tensor:
+    """A tensor with x's first three sizes and `dim`, dense, its dimensions in memory in the order of x's, so
+    that a caller who transposed [batch, length, heads, dim] inputs can transpose back without a copy."""
+    order = sorted(range(3), key=x.stride, reverse=True)
+    sizes = [x.shape[axis] for axis in order]
+    return x.new_empty((*sizes, dim)).permute(*[order.index(axis) for axis in range(3)], 3)
+
+
+SECOND_ORDER = (
+    "tilewise.attention has no second-order gradients: its gradient was differentiated again. Give impl='torch' "
+    "for the plain PyTorch path, which has them, or drop create_graph=True"
+)
+
+
+class Attention(torch.autograd.Function):
+    """The fast path of eager mode: no op dispatch between autograd and the kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, request: Request, encoded: Encoded, *tensors: Tensor) -> Any:
+        out, lse = run_forward(request, return_lse=True)
+        # Tensors are kept by autograd alone, so that its hooks (checkpointing, offloading) see them all.
+        ctx.encoded = encoded._replace(tensors=[])
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
+        q, k, v, *others, out, lse = ctx.saved_tensors
+        request = decode(q, k, v, ctx.encoded._replace(tensors=others))
+        needs = list(ctx.needs_input_grad[2:])
+        do = torch.zeros_like(out) if do is None else do
+        with torch.no_grad():
+            grads = iter(run_backward(request, out, lse, do, dlse, needs))
+        result = [next(grads) if needed else None for needed in needs]
+        if torch.is_grad_enabled():  # create_graph=True
+            result = list(Undifferentiable.apply(q, *result))[1:]
+        return None, None, *result
+
+
+class Undifferentiable(torch.autograd.Function):
+    """The identity, whose own gradient raises. One of the tensors requires a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> Any:
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise NotImplementedError(SECOND_ORDER)

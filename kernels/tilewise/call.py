@@ -1,0 +1,82 @@
+"""One call, ready for the kernels: the request's masks and scores tied to its sizes, and what every kernel is
+told of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .checks import Request
+from .masks import BoundMask
+from .numerics import float32_precision
+from .problem import Shape, next_power_of_two
+from .scores import BoundScore
+
+
+class Call(NamedTuple):
+    """What forward and backward have in common; `checks` has passed it."""
+
+    shape: Shape
+    q: torch.Tensor  # [batch, q_heads, q_len, head_dim]
+    k: torch.Tensor  # [batch, kv_heads, kv_len, head_dim]
+    v: torch.Tensor  # [batch, kv_heads, kv_len, value_dim]
+    sink: torch.Tensor | None  # [q_heads]
+    masks: tuple[BoundMask, ...]
+    scores: tuple[BoundScore, ...]
+    unit: float | None  # of what the scores leave: softmax.py
+    project: Any  # finishes a tile of dQ or dK: similarity.py
+    has_gaps: bool
+    dropout: tuple[Any, ...]
+
+
+def bind(request: Request) -> Call:
+    shape, chain = request.shape, request.chain
+    return Call(
+        shape=shape,
+        q=request.q,
+        k=request.k,
+        v=request.v,
+        sink=request.sink,
+        masks=tuple([mask.bind(shape) for mask in request.masks]),
+        scores=tuple([score.bind(shape) for score in chain]),
+        unit=request.similarity_scores.unit,
+        project=request.similarity_scores.project,
+        has_gaps=any([mask.has_gaps for mask in request.masks]),
+        dropout=() if request.dropout is None else request.dropout.args(),
+    )
+
+
+def power_of_two_tile(dim: int) -> int:
+    """The columns of a tile that holds rows of `dim`: a power of two, at least the 16 a matmul needs."""
+    return max(16, next_power_of_two(dim))
+
+
+def shared_arguments(call: Call) -> dict[str, Any]:
+    """The arguments that every kernel takes, by the names they have there."""
+    shape = call.shape
+    return dict(
+        q_ptr=call.q,
+        k_ptr=call.k,
+        v_ptr=call.v,
+        q_strides=call.q.stride(),
+        k_strides=call.k.stride(),
+        v_strides=call.v.stride(),
+        q_heads=shape.q_heads,
+        group=shape.group,
+        q_len=shape.q_len,
+        kv_len=shape.kv_len,
+        unit=call.unit,
+        dropout=call.dropout,
+        mask_args=tuple([mask.args for mask in call.masks]),
+        score_args=tuple([score.args for score in call.scores]),
+        INTERVALS=tuple([mask.interval for mask in call.masks]),
+        KEEPS=tuple([mask.keep for mask in call.masks]),
+        SCORES=tuple([score.score for score in call.scores]),
+        HEAD_DIM=shape.head_dim,
+        VALUE_DIM=shape.value_dim,
+        HEAD_TILE=power_of_two_tile(shape.head_dim),
+        VALUE_TILE=power_of_two_tile(shape.value_dim),
+        PRECISION=float32_precision(),
+        enable_fp_fusion=True,
+    )

@@ -1,0 +1,124 @@
+"""A request as tensors, numbers and one string: what PyTorch's library ops can take as arguments, and back.
+
+Masks and scores are objects that hold jit functions, which no op schema knows. Here an object becomes words
+
+    Causal bottom_right                    a class, then its FIELDS in order
+    Padding s:kv_lens T s:right            T, I and F: the next of the tensors, ints and floats
+    UserMask f:module:keep (1 I N          a function by its name; a tuple, its length first; None
+
+joined by line breaks. Tensors stay tensors, so that autograd, tracing and devices see them; numbers stay numbers,
+so that a length that changes does not compile a new graph. Functions and classes are kept in a registry: two
+functions of one name (in a notebook, a cell run twice) get two names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .checks import Request
+from .dropout import Dropout
+from .similarity import Cosine
+
+_registry: dict[str, Any] = {}
+
+
+class Encoded(NamedTuple):
+    """What stands for everything in a request but q, k and v."""
+
+    tensors: list[torch.Tensor]
+    ints: list[int]
+    floats: list[float]
+    spec: str
+
+
+def registered_name(thing: Any) -> str:
+    """A name that `_registry` has for this class or function, and for no other."""
+    origin = getattr(thing, "fn", thing)  # a jit function wraps the Python function that it was
+    name = f"{origin.__module__}:{origin.__qualname__}"
+    while _registry.setdefault(name, thing) is not thing:
+        name += "'"
+    return name
+
+
+def encode(request: Request) -> Encoded:
+    """The request in words. Its tensors come in the order of `request.other_tensors`."""
+    encoded = Encoded([], [], [], "")
+    words: list[str] = []
+
+    def put(value: Any) -> None:
+        if value is None:
+            words.append("N")
+        elif isinstance(value, torch.Tensor):
+            encoded.tensors.append(value)
+            words.append("T")
+        elif isinstance(value, bool):
+            words.append(f"b:{int(value)}")
+        elif isinstance(value, int):
+            encoded.ints.append(value)
+            words.append("I")
+        elif isinstance(value, float):
+            encoded.floats.append(value)
+            words.append("F")
+        elif isinstance(value, str):
+            words.append(f"s:{value}")
+        elif isinstance(value, tuple):
+            words.append(f"({len(value)}")
+            for each in value:
+                put(each)
+        else:
+            words.append(f"f:{registered_name(value)}")
+
+    cosine = isinstance(request.similarity, Cosine)
+    put(request.scale)
+    put(request.similarity.temperature if isinstance(request.similarity, Cosine) else None)
+    put("cosine with a temperature" if cosine else request.similarity)
+    put(request.sink)
+    put(None if request.dropout is None else request.dropout.seed)
+    put(None if request.dropout is None else request.dropout.p)
+    for parts in (request.masks, request.scores):
+        words.append(f"({len(parts)}")
+        for part in parts:
+            words.append(f"f:{registered_name(type(part))}")
+            for name in part.FIELDS:
+                put(getattr(part, name))
+    return encoded._replace(spec="\n".join(words))
+
+
+def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) -> Request:
+    """The request that `encode` was given, but for the plain PyTorch twins of masks and scores."""
+    words = iter(encoded.spec.split("\n"))
+    tensors, ints, floats = iter(encoded.tensors), iter(encoded.ints), iter(encoded.floats)
+    take = lambda: _take(words, tensors, ints, floats)  # noqa: E731
+
+    scale, temperature, similarity, sink, seed, p = (take() for _ in range(6))
+    parts: list[tuple[Any, ...]] = []
+    for _ in range(2):
+        count = int(next(words)[1:])
+        found = []
+        for _ in range(count):
+            cls = take()
+            part = object.__new__(cls)
+            for name in cls.FIELDS:
+                setattr(part, name, take())
+            found.append(part)
+        parts.append(tuple(found))
+    return Request(
+        q, k, v, parts[0], parts[1], scale,
+        Cosine(temperature) if similarity == "cosine with a temperature" else similarity,
+        sink, "portable", None if seed is None else Dropout(p, seed),
+    )  # fmt: skip
+
+
+def _take(
+    words: Iterator[str], tensors: Iterator[torch.Tensor], ints: Iterator[int], floats: Iterator[float]
+) -> Any:
+    word = next(words)
+    if word in ("N", "T", "I", "F"):
+        return None if word == "N" else next({"T": tensors, "I": ints, "F": floats}[word])
+    if word[0] == "(":
+        return tuple([_take(words, tensors, ints, floats) for _ in range(int(word[1:]))])
+    kind, text = word[0], word[2:]
+    return text if kind == "s" else text == "1" if kind == "b" else _registry[text]
