@@ -1,7 +1,22 @@
 """The oracle of tilewise: attention in plain PyTorch, slow and clear. It imports nothing of tilewise."""
 
-from . import cases, masks, online, scores
+from . import cases, dropout, masks, online, scores
 from .attention import attention
 from .cases import CASES, Case, paper_grid
+from .dropout import dropout_keep
+from .gradients import Gradients, gradients
 
-__all__ = ["CASES", "Case", "attention", "cases", "masks", "online", "paper_grid", "scores"]
+__all__ = [
+    "CASES",
+    "Case",
+    "Gradients",
+    "attention",
+    "cases",
+    "dropout",
+    "dropout_keep",
+    "gradients",
+    "masks",
+    "online",
+    "paper_grid",
+    "scores",
+]

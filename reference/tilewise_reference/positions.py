@@ -1,4 +1,4 @@
-"""Where a query stands among the keys, and how a small table is read at broadcast indices."""
+"""Where a query stands among the keys, and how tensors are broadcast to the pairs of query and key."""
 
 from __future__ import annotations
 
@@ -36,3 +36,11 @@ def lookup(table: Tensor, *index: Tensor) -> Tensor:
     return table[
         tuple(torch.zeros_like(i) if size == 1 else i for size, i in zip(table.shape, index, strict=True))
     ]
+
+
+def expand(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor broadcast to the shape of the scores, or a ValueError that names it."""
+    try:
+        return tensor.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{name}.shape={tuple(tensor.shape)} must broadcast to {shape}") from None

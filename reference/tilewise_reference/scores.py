@@ -1,23 +1,54 @@
 """What a score is: the modifiers that act on s = scale * similarity(q, k) before the mask.
 
-Each function returns ``score(s, batch, head, q_idx, kv_idx) -> s``. ``s`` is [B, Hq, Nq, Nk] and the index
-tensors broadcast to it, as in ``masks``. Everything is differentiable by autograd, in ``s`` and in the
-tables. ``align`` has the meaning it has in ``masks``.
+Each function returns a ``Score``, called as ``score(s, batch, head, q_idx, kv_idx) -> s``. ``s`` is
+[B, Hq, Nq, Nk] and the index tensors broadcast to it, as in ``masks``. Everything is differentiable by
+autograd, in ``s`` and in the tables; the derivatives by formula, which ``gradients`` uses, stand beside each
+rule. ``align`` has the meaning it has in ``masks``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .positions import Align, lookup, shift
+from .positions import Align, expand, lookup, shift
 
 ScoreFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+ParameterFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def softcap(cap: float) -> ScoreFn:
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """A tensor that a modifier reads, and its gradient.
+
+    gradient(ds, s, batch, head, q_idx, kv_idx) -> a tensor of the shape of ``tensor``: ds [B, Hq, Nq, Nk] is
+    the gradient of the modifier's result, s its input.
+    """
+
+    tensor: Tensor
+    gradient: ParameterFn
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """A modifier with its derivatives beside it.
+
+    function(s, batch, head, q_idx, kv_idx) -> s. derivative: the same arguments -> d function / d s at s,
+    each score by itself. parameters: the tensors that the function reads.
+    """
+
+    function: ScoreFn
+    derivative: ScoreFn
+    parameters: tuple[Parameter, ...] = ()
+
+    def __call__(self, s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return self.function(s, batch, head, q_idx, kv_idx)
+
+
+def softcap(cap: float) -> Score:
     """s -> cap * tanh(s / cap): scores stay inside (-cap, cap) (Gemma 2, arXiv 2408.00118).
 
     Raises ValueError unless cap > 0.
@@ -28,10 +59,14 @@ def softcap(cap: float) -> ScoreFn:
     def score(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return cap * torch.tanh(s / cap)
 
-    return score
+    # d tanh x / dx = 1 - tanh² x = 1 / cosh² x: the second form does not cancel near the cap.
+    def derivative(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return torch.cosh(s / cap) ** -2
+
+    return Score(score, derivative)
 
 
-def alibi(slopes: Tensor, q_len: int, kv_len: int, align: Align = "bottom_right") -> ScoreFn:
+def alibi(slopes: Tensor, q_len: int, kv_len: int, align: Align = "bottom_right") -> Score:
     """s -> s - slope * |distance|: attention with linear biases (Press et al. 2021, arXiv 2108.12409).
 
     slopes: [Hq] or [B, Hq].
@@ -42,7 +77,12 @@ def alibi(slopes: Tensor, q_len: int, kv_len: int, align: Align = "bottom_right"
         distance = (kv_idx - (q_idx + offset)).abs()
         return s - lookup(slopes.to(s.dtype), batch, head) * distance
 
-    return score
+    # dslope = -Σ_ij ds_ij · |distance_ij|
+    def gradient(ds: Tensor, s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        distance = (kv_idx - (q_idx + offset)).abs()
+        return -(ds * distance).sum(dim=(2, 3)).sum_to_size(slopes.shape)
+
+    return Score(score, _one, (Parameter(slopes, gradient),))
 
 
 def relative_position(
@@ -52,7 +92,7 @@ def relative_position(
     max_distance: int = 128,
     bidirectional: bool = True,
     align: Align = "bottom_right",
-) -> ScoreFn:
+) -> Score:
     """s -> s + table[head, bucket(distance)]: the relative position bias of T5 (arXiv 1910.10683).
 
     table: [Hq, num_buckets]. ``t5_bucket`` gives the bucket of a distance.
@@ -63,7 +103,31 @@ def relative_position(
         distance = kv_idx - (q_idx + offset)
         return s + table.to(s.dtype)[head, t5_bucket(distance, table.shape[1], max_distance, bidirectional)]
 
-    return score
+    # dtable[h, n] = Σ ds_bhij over the batch and the pairs whose bucket is n
+    def gradient(ds: Tensor, s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        bucket = t5_bucket(kv_idx - (q_idx + offset), table.shape[1], max_distance, bidirectional)
+        zero = ds.new_zeros(table.shape)
+        return zero.index_put((head, bucket), ds.sum(dim=0, keepdim=True), accumulate=True)
+
+    return Score(score, _one, (Parameter(table, gradient),))
+
+
+def additive_bias(bias: Tensor) -> Score:
+    """s -> s + bias. bias: broadcastable to [B, Hq, Nq, Nk]."""
+
+    def score(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return s + expand("bias", bias.to(s.dtype), tuple(s.shape))
+
+    # dbias = Σ ds over the dimensions along which the bias was repeated
+    def gradient(ds: Tensor, s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return ds.sum_to_size(bias.shape)
+
+    return Score(score, _one, (Parameter(bias, gradient),))
+
+
+def _one(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """The derivative of whatever adds to s."""
+    return torch.ones_like(s)
 
 
 def t5_bucket(

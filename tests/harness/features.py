@@ -247,6 +247,16 @@ def checkered_score_twin(s, batch, head, q_idx, kv_idx, offsets, factor):
     return torch.where((q_idx + kv_idx) % 2 == 0, s, s * factor) + offsets[head].to(s.dtype)
 
 
+@triton.jit
+def checkered_derivative(s, batch, head, q_idx, kv_idx, args):
+    return tl.where((q_idx + kv_idx) % 2 == 0, 1.0, args[1])
+
+
+@triton.jit
+def checkered_by_offset(s, batch, head, q_idx, kv_idx, args):
+    return s * 0.0 + 1.0
+
+
 def any_float(p: Problem) -> torch.dtype:
     return p.rng.choice((torch.float32, torch.float16, torch.bfloat16))
 
@@ -281,7 +291,15 @@ def bias_modifier(p: Problem) -> None:
 @feature("score", "`UserScore`: a function of your own")
 def user_score(p: Problem) -> None:
     args = (p.randn(p.q_heads), p.rng.choice((0.5, -1.0)))
-    p.scores.append(tilewise.UserScore(checkered_score, args, twin=checkered_score_twin))
+    p.scores.append(
+        tilewise.UserScore(
+            checkered_score,
+            args,
+            twin=checkered_score_twin,
+            derivative=checkered_derivative,
+            parameters={0: ("h", checkered_by_offset)},
+        )
+    )
 
 
 @feature("bias", "bias that broadcasts along any dimension, in any float dtype")
@@ -299,6 +317,12 @@ def strided_bias(p: Problem) -> None:
 @feature("sink", "sink, a logit a head")
 def sink(p: Problem) -> None:
     p.arguments["sink"] = p.randn(p.q_heads, dtype=any_float(p))
+
+
+@feature("dropout", "dropout from a seed on the device")
+def dropout(p: Problem) -> None:
+    p.arguments["dropout_p"] = p.rng.choice((0.1, 0.5, 0.9))
+    p.arguments["dropout_seed"] = torch.tensor([p.rng.randrange(-(2**63), 2**63)], device=p.device)
 
 
 # ---- Masks

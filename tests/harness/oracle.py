@@ -10,7 +10,7 @@ One rounding is half a unit in the last place of the element itself. There is no
 measured on the data of the test, over the whole tensor.
 
 "PyTorch in the same dtype" is the way its math paths compute attention: Q Kᵀ in the dtype; scale, modifiers,
-mask and softmax in fp32; P rounded to the dtype; P V in the dtype. The lse that goes with it would carry the
+mask and softmax in fp32; P rounded to the dtype; P V in the dtype. Gradients: `harness.gradients`. The lse that goes with it would carry the
 rounding of Q Kᵀ, which the kernel, returning lse in fp32, may not hide behind: PyTorch's fp32 result is the
 yardstick there.
 
@@ -118,9 +118,37 @@ def pytorch(request: Request, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if request.sink is not None:
         sink = request.sink.float().reshape(1, -1, 1, 1).expand(*shape.scores[:3], 1)
         s = torch.cat([s, sink], dim=3)
-    lse = torch.logsumexp(s, dim=3)
-    p = torch.softmax(s, dim=3).masked_fill((s == -math.inf).all(dim=3, keepdim=True), 0)
-    return p[..., : shape.kv_len].to(dtype) @ v, lse
+    kept = None
+    if request.dropout is not None:
+        probability, seed = request.dropout
+        kept = tilewise_reference.dropout_keep(seed, probability, shape.scores).to(dtype) / (1 - probability)
+    out, lse = SoftmaxValues.apply(s, v, kept)
+    return out, lse
+
+
+class SoftmaxValues(torch.autograd.Function):
+    """softmax(s) v with P rounded to v's dtype, and lse; s [.., kv_len] in fp32, or with a sink's column at its
+    end. The backward is that of PyTorch's fused kernels: Σ_j P dP of a row comes from the rounded output."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, v: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        p = torch.softmax(s, dim=3).masked_fill((s == -math.inf).all(dim=3, keepdim=True), 0)
+        weights = p[..., : v.shape[2]].to(v.dtype)
+        weights = weights if kept is None else weights * kept
+        out, lse = weights @ v, torch.logsumexp(s, dim=3)
+        ctx.kept = kept
+        ctx.save_for_backward(p, weights, v, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, None]:
+        p, weights, v, out, lse = ctx.saved_tensors
+        dp = do @ v.mT
+        dp = (dp if ctx.kept is None else dp * ctx.kept).float()
+        dp = torch.nn.functional.pad(dp, (0, p.shape[3] - dp.shape[3]))  # a sink has no value
+        delta = (do.float() * out.float()).sum(dim=3) - dlse
+        delta = delta.masked_fill(lse == -math.inf, 0)
+        return p * (dp - delta[..., None]), weights.mT @ do, None
 
 
 def errors_of_pytorch(request: Request, want_out: Tensor, want_lse: Tensor) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import torch
 import tilewise
 from tilewise.api import make_request
 
+from .gradients import check_gradients
 from .oracle import check, kept_pairs
 from .sanitizer import sanitize
 
@@ -29,6 +30,7 @@ KINDS = {
     "score": "score modifiers",
     "bias": "bias",
     "sink": "sink",
+    "dropout": "dropout",
     "mask": "masks, alone and combined with `&`",
 }
 ALIGNS = ("bottom_right", "top_left")
@@ -94,6 +96,11 @@ class Problem:
         v = make(self, (self.batch, self.kv_heads, self.kv_len, self.value_dim))
         return q, k, v
 
+    def gradient_of_out(self) -> torch.Tensor:
+        """dO, in the memory layout asked for."""
+        make = self.layout or (lambda problem, shape: problem.randn(*shape, dtype=problem.dtype))
+        return make(self, (self.batch, self.q_heads, self.q_len, self.value_dim))
+
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of `attention`."""
         return {"mask": self.mask, "score": self.scores or None, **self.arguments}
@@ -138,22 +145,27 @@ def build(
     return problem
 
 
-def judge(problem: Problem) -> None:
-    """Compare the kernel with the oracle on this problem, every address checked by the sanitizer."""
+def judge(problem: Problem, backward: bool = False) -> None:
+    """Compare the kernels with the oracle on this problem, every address checked by the sanitizer; with
+    `backward` all gradients too, for gradients of out and lse that have the problem's memory layout."""
     q, k, v = problem.tensors()
     arguments = problem.keywords()
     forced = contextlib.nullcontext() if problem.tile is None else tilewise.tiles.use(problem.tile)
     with forced, sanitize():
         check(q, k, v, **arguments)
+        if backward:
+            check_gradients(q, k, v, problem.gradient_of_out(), **arguments)
 
 
-def run(device: torch.device, *features: str, seed: object = 0, **sizes: object) -> None:
+def run(
+    device: torch.device, *features: str, seed: object = 0, backward: bool = False, **sizes: object
+) -> None:
     """Judge a problem that has these features and, unless a length is 0, keeps some pairs; `seed` decides
     what the features leave open."""
     for attempt in range(100):
         p = build(device, random.Random(str((features, seed, attempt))), features, **sizes)
         if 0 in (p.batch, p.q_len, p.kv_len) or keeps_pairs(p):
-            return judge(p)
+            return judge(p, backward)
     raise AssertionError(f"no pair counts under {features} in 100 draws")
 
 
