@@ -18,6 +18,7 @@ import tilewise.nn.core
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
+SOURCES = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "reference")])
 TINY = ["--device", "cpu", "--dtype", "fp32", "--steps", 25, "--batch", 4, "--context", 24, "--width", 32]
 TINY += ["--layers", 1, "--heads", 2, "--interpreter-steps", 0, "--sample-length", 20]
 OUTPUTS = ["checkpoint.pt", "losses.csv", "losses.png", "losses.svg", "sample.txt"]
@@ -30,7 +31,7 @@ from train_gpt.training import Run
 step = Run.step
 def interrupted(run, corpus):
     step(run, corpus)
-    if len(run.losses) == 7:
+    if len(run.losses) == 7 and signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
         os.kill(os.getpid(), signal.SIGINT)
 Run.step = interrupted
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -40,8 +41,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def python(*arguments, cwd):
     """A Python process as from a clone with nothing installed, on plain PyTorch."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = [ROOT / "kernels", ROOT / "reference"]
-    environment |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": SOURCES, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
 
@@ -61,6 +61,7 @@ def train_gpt(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("PYTHONPATH", SOURCES)
     command = importlib.import_module("train_gpt.command")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
@@ -129,6 +130,14 @@ def test_a_tiny_model_through_the_kernels(train_gpt):
 
 # ---- An attention that is wrong is found
 
+# Run by Python as it starts, in the process with the interpreter.
+WRONG_KERNEL = """
+from tilewise.nn import core
+
+attention = core.attention
+core.attention = lambda q, k, v, **options: attention(q, k.detach(), v, **options)
+"""
+
 
 def scaled(attention, q, k, v, **options):
     return 1.001 * attention(q, k, v, **options)
@@ -155,10 +164,19 @@ def test_planted_errors_are_found(train_gpt, monkeypatch, wrong):
     assert "train_gpt: tilewise and sdpa DO NOT AGREE: over the first 20 steps" in words_of(result)
 
 
-def test_a_loss_that_is_not_a_number(train_gpt):
-    result = train_gpt("--lr", "nan")
+def test_planted_errors_in_the_interpreter_are_found(train_gpt, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(WRONG_KERNEL)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), SOURCES]))
+    result = train_gpt("--steps", 2, "--interpreter-steps", 3)
     assert result.exit_code == 1, result.output
-    assert "train_gpt: tilewise: the loss of step 1 is nan" in result.output
+    assert "tilewise and sdpa agree" in words_of(result)
+    assert "Triton's interpreter and plain PyTorch DO NOT AGREE: over the first 3 steps" in words_of(result)
+
+
+def test_a_loss_that_is_not_a_number(train_gpt):
+    result = train_gpt("--lr", 1e30)
+    assert result.exit_code == 1, result.output
+    assert "train_gpt: tilewise: the loss of step 1 is nan" in words_of(result)
 
 
 # ---- Checkpoints
@@ -187,15 +205,21 @@ def test_resumed_is_as_uninterrupted_bit_for_bit(uninterrupted, tmp_path):
 
 
 def test_sigterm_and_what_an_unfinished_run_demands(train_gpt, monkeypatch):
-    run = importlib.import_module("train_gpt.training").Run
-    step = run.step
+    loop = importlib.import_module("train_gpt.loop")
+    validate = loop.Run.validate
+
+    def terminated(run, batches):
+        validate(run, batches)
+        if len(run.losses) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     with monkeypatch.context() as patch:
-        patch.setattr(run, "step", lambda self, *a: (step(self, *a), os.kill(os.getpid(), signal.SIGTERM)))
-        assert train_gpt().exit_code == 130
+        patch.setattr(loop.Run, "validate", terminated)
+        assert train_gpt("--implementation", "tilewise").exit_code == 130
 
     result = train_gpt()
     assert result.exit_code == 2
-    assert "train-gpt holds a run that is at step 1 of 25: --resume goes on" in words_of(result)
+    assert "train-gpt holds a run that is at step 6 of 25: --resume goes on" in words_of(result)
     result = train_gpt("--resume", "--width", 64)
     assert result.exit_code == 2
     assert "--width 64 does not fit the checkpoint, which has width 32" in words_of(result)

@@ -1,0 +1,1 @@
+"""A character-level GPT on `tilewise.nn`, trained twice: with tilewise's attention and with PyTorch's."""

@@ -1,0 +1,234 @@
+"""The command: settings, training that can be interrupted, and what is said about it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+
+from tilewise.numerics import INTERPRETED
+
+from .checkpoint import CHECKPOINT, load_checkpoint, replace_file, restore, steps_done
+from .compare import ALLOWED_AT_THE_END, compare
+from .figures import draw_losses
+from .interpreted import compare_with_interpreter
+from .loop import Stop, train
+from .report import describe, print_losses, write_losses
+from .sampling import sample
+from .settings import ExampleError, Settings, choose_settings
+from .text import TEXT, Corpus, bigram_loss, load_corpus
+from .training import Run
+
+INTERRUPTED = 130
+INTERPRETER_STEPS = 5  # where there is no GPU, on which the kernels run anyway
+
+
+class Implementation(str, Enum):
+    """What computes attention."""
+
+    tilewise = "tilewise"
+    sdpa = "sdpa"
+    both = "both"
+
+
+class Device(str, Enum):
+    """Where."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    """In which number format."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def train_gpt(
+    implementation: Annotated[
+        Implementation | None, typer.Option(help="What computes attention. [default: both, compared]")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="auto: the GPU if there is one.")] = Device.auto,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="bf16 is autocast. [default: fp32; on a GPU bf16]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="[default: 400; on a GPU 1000]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Texts a step. [default: 24; 64]")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Their characters. [default: 64; 256]")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Of the model. [default: 128; 384]")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="[default: 2; 6]")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="[default: 4; 6]")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Highest. [default: 0.003; 0.001]")] = None,
+    dropout: Annotated[float | None, typer.Option(min=0, max=0.9, help="[default: 0; 0.2]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31, help="[default: 0]")] = None,
+    text: Annotated[Path, typer.Option(help="A UTF-8 file to learn from.", show_default=False)] = TEXT,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("train-gpt"),
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume/--fresh", help="Go on from the checkpoint in the folder, or start over."),
+    ] = None,
+    interpreter_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps of a tiny model in Triton's interpreter. [default: 5; on a GPU 0]"),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="How the sampled text begins.")] = "It is a truth",
+    sample_length: Annotated[int, typer.Option(min=0, help="Characters to sample.")] = 400,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Below 1: likelier characters.")] = 0.8,
+) -> None:
+    """Train a small character-level GPT with tilewise's attention and with PyTorch's, and compare.
+
+    Both start from the same weights and see the same batches. Writes losses.png, losses.svg, losses.csv,
+    sample.txt and checkpoint.pt. The exit code is 1 if the losses do not agree, 2 for a request that cannot
+    be met, 130 if interrupted, which loses nothing: --resume goes on.
+    """
+    given = dict(
+        implementation=implementation and implementation.value, device=device.value,
+        dtype=dtype and dtype.value, steps=steps, batch=batch, context=context, width=width, layers=layers,
+        heads=heads, lr=lr, dropout=dropout, seed=seed,
+    )  # fmt: skip
+    stop = Stop()
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    try:
+        settings, corpus, content = prepare(given, text, out, resume, prompt)
+    except ExampleError as error:
+        fail(errors, str(error), 2)
+    if interpreter_steps is None:
+        interpreter_steps = INTERPRETER_STEPS if settings.device == "cpu" else 0
+    print_header(console, settings, corpus, text)
+
+    # Asked for by name: with TRITON_INTERPRET=1 set, None would send every step through the interpreter.
+    impl = "torch" if settings.device == "cpu" else None
+    runs = {variant: Run(variant, settings, len(corpus.vocabulary), impl) for variant in settings.variants}
+    problems = []
+    try:
+        if content is not None:
+            restore(runs, content)
+            console.print(f"going on after step {steps_done(content)} of {settings.steps}", markup=False)
+        train(runs, settings, corpus, out, stop, console)
+        if not stop():
+            problems += report(console, runs, corpus, out)
+        if not stop() and interpreter_steps:
+            problems += check_interpreter(console, text, settings, interpreter_steps, stop)
+        if not stop():
+            first = next(iter(runs))
+            written = sample(runs[first].model, corpus, settings, prompt, sample_length, temperature)
+            replace_file(out / "sample.txt", lambda path: path.write_text(written + "\n", encoding="utf-8"))
+            console.print(f"text sampled from the model trained with {first}:\n", style="italic")
+            console.print(written + "\n", markup=False)
+    except (ExampleError, NotImplementedError, torch.OutOfMemoryError) as error:
+        fail(errors, str(error), 1)
+    if stop():
+        steps = len(next(iter(runs.values())).losses)
+        errors.print(f"interrupted: step {steps} of {settings.steps} is saved; to go on:", markup=False)
+        errors.print(go_on(text, out), markup=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
+    console.print(
+        f"losses.png, losses.svg, losses.csv, sample.txt and {CHECKPOINT} are in {out}", markup=False
+    )
+    if problems:
+        fail(errors, "; ".join(problems), 1)
+
+
+def prepare(
+    given: dict[str, Any], text: Path, out: Path, resume: bool | None, prompt: str
+) -> tuple[Settings, Corpus, dict[str, Any] | None]:
+    """The settings, the text and the checkpoint to go on from, if any. Raises ExampleError for a request that
+    cannot be met, before any work is done."""
+    content = None if resume is False else load_checkpoint(out)
+    if resume and content is None:
+        raise ExampleError(f"--resume: there is no {CHECKPOINT} in {out}")
+    if content is not None and not resume:
+        steps, done = content["settings"].steps, steps_done(content)
+        if done < steps:
+            raise ExampleError(
+                f"{out} holds a run that is at step {done} of {steps}: --resume goes on, --fresh starts over"
+            )
+        content = None
+    settings = choose_settings(given, content and content["settings"])
+    if settings.device == "cuda" and INTERPRETED:
+        raise ExampleError("TRITON_INTERPRET=1 is set: unset it to train on the GPU")
+    corpus = load_corpus(text, settings.context)
+    if content is not None and content["text"] != corpus.digest:
+        raise ExampleError(f"the checkpoint in {out} is of another text than {text}")
+    if not prompt:
+        raise ExampleError("--prompt must have at least one character")
+    corpus.encode(prompt)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExampleError(f"cannot write to --out {out}: {error.strerror}") from error
+    return settings, corpus, content
+
+
+def print_header(console: Console, settings: Settings, corpus: Corpus, text: Path) -> None:
+    characters = len(corpus.train) + len(corpus.tail)
+    console.print(
+        f"{text.name}: {characters} characters, {len(corpus.vocabulary)} different ones, the last "
+        f"{len(corpus.tail)} held out",
+        markup=False,
+    )
+    where = "the CPU: tilewise computes in plain PyTorch"
+    if settings.device == "cuda":
+        where = f"{torch.cuda.get_device_name()}: tilewise's kernels run compiled"
+    console.print(f"{settings.dtype} on {where}", markup=False)
+
+
+def report(console: Console, runs: dict[str, Run], corpus: Corpus, out: Path) -> list[str]:
+    """Print the losses, write and draw them, compare them; what is wrong with them, a line a problem."""
+    bigram, problems, comparison = bigram_loss(corpus), [], None
+    print_losses(console, runs)
+    console.print(f"bigram counts on the held-out tail: {bigram:.4f}", markup=False)
+    if len(runs) > 1:
+        tilewise, sdpa = runs["tilewise"], runs["sdpa"]
+        comparison = compare(tilewise.losses, sdpa.losses, runs["control"].losses, sdpa.settings.dtype)
+        said = describe(comparison, "tilewise", "sdpa")
+        console.print(said, markup=False)
+        if not comparison.agrees:
+            problems.append(said)
+        steps = len(sdpa.losses)
+        gap = abs(tilewise.validation[steps] - sdpa.validation[steps])
+        said = f"on the held-out tail they end {gap:.1e} apart; allowed is {ALLOWED_AT_THE_END}"
+        console.print(said, markup=False)
+        if not gap <= ALLOWED_AT_THE_END:
+            problems.append(said)
+    for name in ("losses.png", "losses.svg"):
+        replace_file(out / name, lambda path: draw_losses(path, runs, bigram, comparison))
+    replace_file(out / "losses.csv", lambda path: write_losses(path, runs))
+    return problems
+
+
+def check_interpreter(console: Console, text: Path, settings: Settings, steps: int, stop: Stop) -> list[str]:
+    """Train a tiny model through the real kernels; what is wrong, a line a problem."""
+    with console.status(f"{steps} steps of a tiny model in Triton's interpreter"):
+        try:
+            comparison = compare_with_interpreter(text, settings, steps, stop)
+        except ExampleError as error:
+            return [str(error)]
+    if comparison is None:
+        return []
+    said = describe(comparison, "a tiny model's kernels in Triton's interpreter", "plain PyTorch")
+    console.print(said, markup=False)
+    return [] if comparison.agrees else [said]
+
+
+def go_on(text: Path, out: Path) -> str:
+    """The command that resumes this run."""
+    command = ["python", sys.argv[0], "--resume", "--out", str(out)]
+    return shlex.join(command + ([] if text == TEXT else ["--text", str(text)]))
+
+
+def fail(errors: Console, message: str, code: int) -> NoReturn:
+    errors.print(f"train_gpt: {message}", markup=False, soft_wrap=True)
+    raise typer.Exit(code)
