@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 
 from harness.compiled import TARGETS, Compiled, compile_variants
-from harness.variants import feature_variants
+from harness.variants import backward_feature_variants, feature_variants
 from tilewise.tiles import TABLE, fits, shared_bytes, table_tile
 
 BARRIER_BYTES = 2048  # what Triton keeps in shared memory besides tiles: barriers, scratch of reductions
@@ -37,6 +37,18 @@ def main_tiles(tmp_path_factory) -> dict[str, dict[str, Compiled]]:
     """By target and variant."""
     compiled = compiled_once("main_variants", tmp_path_factory)
     return {target: {each.variant: each for each in found} for target, found in compiled.items()}
+
+
+@pytest.fixture(scope="module")
+def backward_tiles(tmp_path_factory) -> dict[str, dict[tuple[str, str], Compiled]]:
+    """By target, and by variant and kernel."""
+    compiled = compiled_once("backward_variants", tmp_path_factory)
+    return {target: {(e.variant, e.kernel): e for e in found} for target, found in compiled.items()}
+
+
+@pytest.fixture(scope="module")
+def backward_feature_kernels(tmp_path_factory) -> dict[str, list[Compiled]]:
+    return compiled_once("backward_feature_variants", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +75,47 @@ def test_estimate_of_shared_memory_holds(main_tiles, target, dtype, dim):
     element_bytes = 2 if dtype == "bf16" else 4
     estimate = shared_bytes(table_tile(target, element_bytes, dim), target, element_bytes, dim)
     assert main_tiles[target][f"{dtype} {dim} causal"].shared_bytes <= estimate + BARRIER_BYTES
+
+
+KERNELS = {"forward": "forward_kernel", "dkv": "dkv_kernel", "dq": "dq_kernel"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_tiles_of_the_backward_do_not_spill(backward_tiles, target):
+    spilling = {name: each.spill_bytes for name, each in backward_tiles[target].items() if each.spill_bytes}
+    assert not spilling
+    assert all(each.shared_bytes <= TARGETS[target].shared_limit for each in backward_tiles[target].values())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_estimate_of_the_backwards_shared_memory_holds(backward_tiles, target, dtype, dim):
+    element_bytes = 2 if dtype == "bf16" else 4
+    for work in ("dkv", "dq"):
+        tile = table_tile(target, element_bytes, dim, work)
+        estimate = shared_bytes(tile, target, element_bytes, dim, work)
+        compiled = backward_tiles[target][f"{dtype} {dim} causal", KERNELS[work]]
+        assert compiled.shared_bytes <= estimate + BARRIER_BYTES, work
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_backward_multiplies_on_tensor_cores_and_in_ieee_for_float32(backward_tiles, target):
+    for (variant, kernel), each in backward_tiles[target].items():
+        if kernel != "prepare_kernel":
+            assert bool(each.matmuls) == (variant.startswith("bf16") or target.startswith("gfx")), each
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_feature_compiles_in_the_backward(backward_feature_kernels, target):
+    kernels = backward_feature_kernels[target]
+    assert {each.kernel for each in kernels} == {*KERNELS.values(), "prepare_kernel", "parameter_kernel"} - {
+        "forward_kernel"
+    }
+    assert len({each.variant for each in kernels}) == len(backward_feature_variants())
+    for each in kernels:
+        assert each.shared_bytes <= TARGETS[target].shared_limit, each
+        assert each.matmuls or each.kernel == "prepare_kernel", each
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -105,14 +158,18 @@ def test_every_feature_compiles(feature_kernels, target):
 @pytest.mark.oldest
 def test_oldest_variants_compile_without_spills():
     compiled = compile_variants("harness.variants:oldest_variants", ["sm_80", "sm_90"])
-    assert [len(found) for found in compiled.values()] == [3, 3]
-    assert all(found[0].spill_bytes == 0 and found[0].uses_tensor_cores for found in compiled.values())
+    for found in compiled.values():
+        names = ["forward_kernel"] * 2 + ["prepare_kernel", "dq_kernel", "dkv_kernel"]
+        assert [each.kernel for each in found] == names
+        assert found[0].spill_bytes == 0 and found[0].uses_tensor_cores
+        assert found[3].matmuls and found[4].matmuls and found[3].spill_bytes == found[4].spill_bytes == 0
 
 
 def test_every_row_of_the_table_fits():
-    for (arch, element_bytes, dim), tile in TABLE.items():
-        assert fits(tile, arch, element_bytes, dim), (arch, element_bytes, dim)
-        assert table_tile(arch, element_bytes, dim) == tile
+    for (work, arch, element_bytes, dim), tile in TABLE.items():
+        assert fits(tile, arch, element_bytes, dim, work), (work, arch, element_bytes, dim)
+        assert table_tile(arch, element_bytes, dim, work) == tile
+    assert len(TABLE) == 3 * 4 * 2 * 3
 
 
 # Shared memory of one block in KiB: CUDA programming guide, "compute capabilities"; AMD's ISA guides.
@@ -123,11 +180,14 @@ OTHER_CHIPS |= {"gfx90a": 64, "gfx950": 160}
 @pytest.mark.parametrize("arch", OTHER_CHIPS)
 @pytest.mark.parametrize("element_bytes", [2, 4])
 @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
-def test_chips_that_the_table_does_not_list_get_a_tile_that_fits(arch, element_bytes, dim):
-    tile = table_tile(arch, element_bytes, dim)
-    assert shared_bytes(tile, arch, element_bytes, dim) <= OTHER_CHIPS[arch] * 1024
-    # Q (but for AMD, which keeps it in registers) and one tile of keys, at the least.
-    assert shared_bytes(tile, arch, element_bytes, dim) >= element_bytes * tile.tile_kv * dim
+@pytest.mark.parametrize("work", ["forward", "dkv", "dq"])
+def test_chips_that_the_table_does_not_list_get_a_tile_that_fits(arch, element_bytes, dim, work):
+    tile = table_tile(arch, element_bytes, dim, work)
+    estimate = shared_bytes(tile, arch, element_bytes, dim, work)
+    assert estimate <= OTHER_CHIPS[arch] * 1024
+    # One tile of what the pass walks over, at the least: AMD keeps what a program owns in registers.
+    walked = tile.tile_q if work == "dkv" else tile.tile_kv
+    assert estimate >= element_bytes * walked * dim
 
 
 def test_a_tile_is_a_power_of_two():

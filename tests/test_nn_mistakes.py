@@ -66,7 +66,6 @@ def from_linears(q, k, v, **options):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"dropout": 0.1}, "dropout=0.1"),
         ({"add_bias_kv": True}, "add_bias_kv=True"),
         ({"add_zero_attn": True}, "add_zero_attn=True"),
     ],

@@ -184,36 +184,6 @@ def test_half_precision_in_and_out(dtype, device):
     assert all(t.grad.dtype == dtype and t.grad.isfinite().all() for t in (q, k, v))
 
 
-NAMED = {
-    "scale": ("scale", lambda p: dict(scale=p), ()),
-    "temperature": ("temperature", lambda p: dict(similarity=tilewise.Cosine(p)), (Q_HEADS,)),
-    "sink": ("sink", lambda p: dict(sink=p), (Q_HEADS,)),
-    "bias": ("Bias.bias", lambda p: dict(bias=p), (KV_LEN,)),
-    "slopes": ("ALiBi.slopes", lambda p: dict(score=tilewise.ALiBi(p)), (Q_HEADS,)),
-    "table": ("RelativePosition.table", lambda p: dict(score=tilewise.RelativePosition(p)), (Q_HEADS, 32)),
-    "args": ("UserScore.args[0]", lambda p: dict(score=tilewise.UserScore(add_offset, (p,))), (1,)),
-    "q": ("q", lambda p: dict(q=p), (BATCH, Q_HEADS, Q_LEN, DIM)),
-    "k": ("k", lambda p: dict(k=p), (BATCH, KV_HEADS, KV_LEN, DIM)),
-    "v": ("v", lambda p: dict(v=p), (BATCH, KV_HEADS, KV_LEN, VALUE_DIM)),
-}
-
-
-@pytest.mark.parametrize("words, make, shape", NAMED.values(), ids=NAMED)
-def test_the_kernel_refuses_what_requires_a_gradient(words, make, shape, device):
-    tensors = dict(
-        q=torch.randn(BATCH, Q_HEADS, Q_LEN, DIM, device=device),
-        k=torch.randn(BATCH, KV_HEADS, KV_LEN, DIM, device=device),
-        v=torch.randn(BATCH, KV_HEADS, KV_LEN, VALUE_DIM, device=device),
-    )
-    arguments = tensors | make(trained(device, *shape)) | dict(impl="portable")
-    with pytest.raises(NotImplementedError) as raised:
-        tilewise.attention(**arguments)
-    assert str(raised.value).startswith(f"{words} requires a gradient")
-    with torch.no_grad():
-        assert tilewise.why_not(**arguments) == []
-        assert not tilewise.attention(**arguments).requires_grad
-
-
 @pytest.mark.parametrize(
     "words, arguments",
     [

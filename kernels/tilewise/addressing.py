@@ -35,6 +35,15 @@ def load_tile(ptr, rows, row_mask, strides, DIM: tl.constexpr, DIM_TILE: tl.cons
 
 
 @triton.jit
+def load_rows(ptr, rows, row_mask):
+    """One number a row, [rows], of a dense array; rows outside row_mask (None: all count) are 0."""
+    if row_mask is None:
+        return tl.load(ptr + rows)
+    else:
+        return tl.load(ptr + rows, mask=row_mask, other=0.0)
+
+
+@triton.jit
 def store_tile(ptr, tile, rows, row_mask, strides, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
     """Write a tile [rows, DIM_TILE] to rows of a head; rows outside row_mask and padding columns are not."""
     columns = tl.arange(0, DIM_TILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from inspect import signature
 from typing import Any, Literal, overload
 
@@ -13,10 +14,18 @@ import tilewise_reference
 
 from . import ops as ops  # defines torch.ops.tilewise
 from .autograd import Attention, empty_in_order_of, run_forward
-from .checks import Request, dropout_fits, implementation_is_known, kernel_can_run, violations
+from .checks import (
+    Request,
+    check,
+    dropout_fits,
+    implementation_is_known,
+    kernel_can_run,
+    violations,
+)
 from .dropout import Dropout, launch_dropout_mask
 from .encoding import encode
 from .masks import Causal, Mask, as_mask
+from .nested import is_nested, pack
 from .problem import misfits
 from .scores import Bias, Score, as_scores
 from .similarity import Cosine
@@ -87,13 +96,22 @@ def attention(
 
     Raises ValueError for arguments that break the contract, NotImplementedError for what is not built;
     `why_not` lists the reasons instead.
+
+    q, k and v may be nested tensors of layout torch.jagged, [batch, heads, *, dim]: `nested`.
     """
+    if is_nested(q, k, v):
+        packed = pack(q, k, v, mask=mask, bias=bias, score=score)
+        out, lse = attention(
+            packed.q, packed.k, packed.v, mask=packed.mask, score=packed.score, scale=scale,
+            similarity=similarity, sink=sink, dropout_p=dropout_p, dropout_seed=dropout_seed,
+            return_lse=True, impl=impl,
+        )  # fmt: skip
+        return (packed.jagged(out), packed.jagged(lse)) if return_lse else packed.jagged(out)
     request = make_request(
         q, k, v, mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
         dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl,
     )  # fmt: skip
-    for violation in violations(request):
-        raise violation
+    check(request)
     run = run_torch if request.implementation == "torch" else run_portable
     out, lse = run(request, return_lse)
     return (out, lse) if return_lse else out
@@ -107,8 +125,11 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
     if unknown:
         return [f"attention() has no argument {', '.join(unknown)}; it takes {', '.join(sorted(known))}"]
     try:
+        if is_nested(q, k, v):
+            given = {name: arguments.pop(name, None) for name in ("mask", "bias", "score")}
+            q, k, v, arguments["mask"], arguments["score"], _ = pack(q, k, v, **given)
         request = make_request(q, k, v, **arguments)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         return [str(error)]
     return [str(violation) for violation in violations(request)]
 
@@ -132,13 +153,18 @@ def make_request(
     and v in autocast's dtype, a seed."""
     masks = () if mask is None else as_mask(mask).parts()
     scores = as_scores(score) if bias is None else (*as_scores(score), Bias(bias))
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and is_autocast(q.device):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v))
     dropout = None
     if dropout_p != 0:
         dropout = Dropout(dropout_p, draw_seed(q.device) if dropout_seed is None else dropout_seed)
     return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout)
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether an autocast region of the device is entered; some devices (meta) know none."""
+    return device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -214,7 +240,7 @@ def run_torch(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None
     """Plain PyTorch in fp32, differentiable; it holds the score matrix in memory."""
     q, k, v = request.q, request.k, request.v
     arguments = oracle_arguments(request)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False) if is_autocast(q.device) else nullcontext():
         out, lse = tilewise_reference.attention(q, k, v, **arguments, return_lse=True, dtype=torch.float32)
     # A copy in q's dtype and memory order, as the kernel's result has them.
     return empty_in_order_of(request.q, out.shape[3]).copy_(out), lse if return_lse else None

@@ -81,6 +81,8 @@ def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 def empty_in_order_of(x: Tensor, dim: int) -> Tensor:
     """A tensor with x's first three sizes and `dim`, dense, its dimensions in memory in the order of x's, so
     that a caller who transposed [batch, length, heads, dim] inputs can transpose back without a copy."""
+    if x.is_contiguous():
+        return x.new_empty((*x.shape[:3], dim))
     order = sorted(range(3), key=x.stride, reverse=True)
     sizes = [x.shape[axis] for axis in order]
     return x.new_empty((*sizes, dim)).permute(*[order.index(axis) for axis in range(3)], 3)

@@ -34,7 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .addressing import head_ptr, load_tile, store_tile
+from .addressing import head_ptr, load_rows, load_tile, store_tile
 from .call import Call, shared_arguments
 from .dropout import drop, dropout_keep, on_device_of
 from .intervals import cut_tile, intersect_intervals, kept_pairs, kv_range, q_range, store_range
@@ -127,6 +127,7 @@ def dkv_kernel(
     dv_strides,
     DERIVATIVES: tl.constexpr,  # of SCORES, a function or None (it is 1) for each
     PROJECT: tl.constexpr,  # what finishes dK, or None
+    HAS_GAPS: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
@@ -164,8 +165,10 @@ def dkv_kernel(
                 if IS_CUT:
                     q_tile = cut_tile(step, first, full_first, full_last)
                     q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
-                    q_mask = q_idx < q_len
                     row = tl.minimum(q_idx, q_len - 1)
+                    lo, hi, _ = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
+                    # 0 · NaN is NaN: a row that sees none of these keys must not enter the sums.
+                    q_mask = (q_idx < q_len) & (tl.maximum(lo, kv_start) < tl.minimum(hi, kv_start + TILE_KV))
                 else:
                     q_idx = (full_first + step) * TILE_Q + tl.arange(0, TILE_Q)
                     q_mask = None
@@ -173,8 +176,8 @@ def dkv_kernel(
 
                 q = load_tile(q_head_ptr, q_idx, q_mask, q_strides, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
                 do = load_tile(do_head_ptr, q_idx, q_mask, do_strides, VALUE_DIM, VALUE_TILE)
-                lse = tl.load(lse_ptr + rows_ptr + row)[None, :]  # [1, TILE_Q]
-                delta = tl.load(delta_ptr + rows_ptr + row)[None, :]
+                lse = load_rows(lse_ptr + rows_ptr, q_idx, q_mask)[None, :]  # [1, TILE_Q]
+                delta = load_rows(delta_ptr + rows_ptr, q_idx, q_mask)[None, :]
 
                 # Sᵀ = scores(K Qᵀ)
                 sT = matmul(k, tl.trans(q), tl.zeros([TILE_KV, TILE_Q], tl.float32), PRECISION)
@@ -182,30 +185,28 @@ def dkv_kernel(
                     sT, batch, head, row[None, :], kv_row[:, None], SCORES, score_args
                 )  # [TILE_KV, TILE_Q]
                 pT = softmax_probabilities(sT, lse, unit)
+                keep = dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, True)
+                if IS_CUT:
+                    kept = q_mask[None, :] & kept_pairs(
+                        row[None, :], kv_idx[:, None], kv_len, lo[None, :], hi[None, :], batch, head, KEEPS,
+                        mask_args,
+                    )  # fmt: skip
+                    pT = tl.where(kept, pT, 0.0)
+                    if HAS_GAPS:  # nor a row whose interval has keys here, none of which it sees
+                        sees = tl.max(kept.to(tl.int32), 0) != 0
+                        q = tl.where(sees[:, None], q, tl.zeros_like(q))
+                        do = tl.where(sees[:, None], do, tl.zeros_like(do))
+                # dV = dV + Pᵀ dO
+                dv = matmul(round_to(drop(pT, keep, dropout), do.dtype), do, dv, PRECISION)
                 # dPᵀ = V dOᵀ
                 dpT = matmul(v, tl.trans(do), tl.zeros([TILE_KV, TILE_Q], tl.float32), PRECISION)
-                keep = dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, True)
                 # dSᵀ = Pᵀ · (dPᵀ - delta), and back to the dot products
                 dsT = pT * (drop(dpT, keep, dropout) - delta)
                 dsT = pull_back(
                     dsT, inputs, batch, head, row[None, :], kv_row[:, None], DERIVATIVES, score_args, 0
                 )
                 if IS_CUT:
-                    lo, hi, _ = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
-                    kept = kept_pairs(
-                        row[None, :], kv_idx[:, None], kv_len, lo[None, :], hi[None, :], batch, head, KEEPS,
-                        mask_args,
-                    )  # fmt: skip
-                    kept = kept & q_mask[None, :]
-                    pT = tl.where(kept, pT, 0.0)
                     dsT = tl.where(kept, dsT, 0.0)
-                    # 0 · NaN is NaN: a row that sees none of these keys must not enter the sums.
-                    sees = tl.max(kept.to(tl.int32), 0) != 0
-                    q = tl.where(sees[:, None], q, tl.zeros_like(q))
-                    do = tl.where(sees[:, None], do, tl.zeros_like(do))
-
-                # dV = dV + Pᵀ dO
-                dv = matmul(round_to(drop(pT, keep, dropout), do.dtype), do, dv, PRECISION)
                 # dK = dK + dSᵀ Q
                 dk = matmul(round_to(dsT, q.dtype), q, dk, PRECISION)
 
@@ -406,6 +407,7 @@ def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile:
         dk_strides=dk.stride(),
         dv_strides=dv.stride(),
         PROJECT=backward.call.project,
+        HAS_GAPS=backward.call.has_gaps,
     )
     programs = ceil_div(shape.kv_len, tile.tile_kv) * shape.kv_heads * shape.batch
     if programs:

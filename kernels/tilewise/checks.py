@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -347,6 +348,45 @@ STAGES: tuple[tuple[Rule, ...], ...] = (
     ),
     (gradients_exist,),
 )
+
+
+def check(request: Request) -> None:
+    """Raise the first thing that is wrong. A request that looks like one that has passed is not looked at again:
+    rules read shapes, dtypes, devices and options, and so does `looks`."""
+    if torch.compiler.is_compiling():
+        for violation in violations(request):
+            raise violation
+        return
+    try:
+        key = looks(request)
+        if key in _passed:
+            return
+    except (AttributeError, TypeError):  # an argument of a wrong type: the rules know which
+        key = None
+    for violation in violations(request):
+        raise violation
+    if len(_passed) >= 4096:
+        _passed.clear()
+    _passed.add(key)
+
+
+_passed: set[Any] = set()
+
+
+def looks(r: Request) -> tuple[Any, ...]:
+    """Everything that rules look at; hashable."""
+    q, k, v = r.q, r.k, r.v
+    of_parts = [part.looks() for part in r.plugs]
+    if r.other_tensors:
+        of_parts.append(tuple([(t.shape, t.dtype, t.device, t.requires_grad) for _, t in r.other_tensors]))
+    scale = None if isinstance(r.scale, torch.Tensor) else r.scale
+    temperature = r.similarity[0] if isinstance(r.similarity, Cosine) else r.similarity
+    return (
+        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+        q.layout, k.layout, v.layout, r.needs_gradient, scale, type(r.scale), type(r.similarity),
+        temperature if not isinstance(temperature, torch.Tensor) else None, type(r.sink),
+        r.impl, None if r.dropout is None else r.dropout.p, bool(INTERPRETED), *of_parts,
+    )  # fmt: skip
 
 
 def violations(request: Request) -> Iterator[ValueError]:

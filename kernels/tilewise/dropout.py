@@ -90,6 +90,11 @@ def launch_dropout_mask(dropout: Dropout, shape: Shape) -> torch.Tensor:
     return keep.view(torch.bool)
 
 
+NO_CONTEXT = contextlib.nullcontext()
+
+
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Kernels launched inside run on the tensor's device, whichever is current outside."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return NO_CONTEXT

@@ -61,6 +61,10 @@ class Mask:
         """Why this mask cannot serve a call of this shape; empty if it can."""
         return []
 
+    def looks(self) -> Any:
+        """What rules look at besides the shapes, dtypes and devices of `tensors`; hashable."""
+        return type(self)
+
     def bind(self, shape: Shape) -> BoundMask:
         raise NotImplementedError(f"{type(self).__name__} defines no bind()")
 
@@ -371,6 +375,9 @@ class UserMask(Mask):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"args[{i}]": arg for i, arg in enumerate(self.args) if isinstance(arg, torch.Tensor)}
+
+    def looks(self) -> Any:
+        return type(self), len(self.args), self._twin is None
 
     def bind(self, shape: Shape) -> BoundMask:
         return BoundMask(self.interval, self.keep, self.args)

@@ -93,6 +93,10 @@ class Score:
         """Why this modifier cannot serve a call of this shape; empty if it can."""
         return []
 
+    def looks(self) -> Any:
+        """What rules look at besides the shapes, dtypes and devices of `tensors`; hashable."""
+        return type(self)
+
     def bind(self, shape: Shape) -> BoundScore:
         raise NotImplementedError(f"{type(self).__name__} defines no bind()")
 
@@ -207,8 +211,7 @@ class Bias(Score):
         return {"bias": Parameter(None, padded_sizes(self.bias))}
 
     def twin(self, shape: Shape) -> Twin:
-        bias = self.bias.expand(shape.scores)
-        return lambda s, batch, head, q_idx, kv_idx: s + bias[batch, head, q_idx, kv_idx].to(s.dtype)
+        return dense.additive_bias(self.bias)
 
 
 # ---- UserScore: a function of the caller's own
@@ -256,6 +259,10 @@ class UserScore(Score):
             if tuple(self.args[i].shape) != wanted:
                 found.append(f"args[{i}].shape={tuple(self.args[i].shape)} must be {wanted}, by its axes {axes!r}")
         return found
+
+    def looks(self) -> Any:
+        positions = tuple([(i, axes) for i, axes, _ in self._parameters])
+        return type(self), self._twin is None, self.derivative is None, len(self.args), positions
 
     def bind(self, shape: Shape) -> BoundScore:
         return BoundScore(self.score, self.args, self.derivative)

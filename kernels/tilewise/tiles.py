@@ -38,34 +38,35 @@ class Tile:
 
 Pass = Literal["forward", "dkv", "dq"]
 
-# By architecture, bytes an element (2: fp16 and bf16, 4: fp32) and the wider of head_dim and value_dim, up to
-# a power of two. Evidence: registers a thread and bytes of shared memory of the causal kernel, compiled ahead
+# By pass, architecture, bytes an element (2: fp16 and bf16, 4: fp32) and the wider of head_dim and value_dim, up
+# to a power of two. Evidence: registers a thread and bytes of shared memory of the causal kernel, compiled ahead
 # of time by Triton 3.9.0; none of them spills (tests/test_compiled.py). No row has been timed on a GPU yet.
-TABLE: dict[tuple[str, int, int], Tile] = {
-    ("sm_80", 2, 64): Tile(128, 64, num_warps=8),  # 164, 32768
-    ("sm_80", 2, 128): Tile(128, 64, num_warps=8),  # 210, 65536
-    ("sm_80", 2, 256): Tile(64, 64, num_warps=8),  # 255, 106496
-    ("sm_80", 4, 64): Tile(32, 32, num_warps=4),  # 104, 28800
-    ("sm_80", 4, 128): Tile(32, 32, num_warps=8),  # 78, 53248
-    ("sm_80", 4, 256): Tile(16, 32, num_warps=8),  # 73, 84032
-    ("sm_90", 2, 64): Tile(128, 128, num_warps=8),  # 211, 81920
-    ("sm_90", 2, 128): Tile(128, 128, num_warps=8),  # 254, 163840
-    ("sm_90", 2, 256): Tile(128, 32, num_warps=8),  # 243, 131072
-    ("sm_90", 4, 64): Tile(32, 32, num_warps=4),  # 90, 28800
-    ("sm_90", 4, 128): Tile(16, 32, num_warps=8),  # 68, 43072
-    ("sm_90", 4, 256): Tile(16, 32, num_warps=8),  # 76, 84032
-    ("sm_100", 2, 64): Tile(128, 128, num_warps=8),  # 210, 82944
-    ("sm_100", 2, 128): Tile(128, 64, num_warps=8),  # 220, 98848
-    ("sm_100", 2, 256): Tile(64, 64, num_warps=8),  # 196, 164896
-    ("sm_100", 4, 64): Tile(32, 32, num_warps=4),  # 92, 28800
-    ("sm_100", 4, 128): Tile(16, 32, num_warps=8),  # 56, 43072
-    ("sm_100", 4, 256): Tile(16, 32, num_warps=8),  # 78, 84032
-    ("gfx942", 2, 64): Tile(128, 64, num_warps=4),  # 246, 16384
-    ("gfx942", 2, 128): Tile(128, 64, num_warps=4),  # 324, 32768
-    ("gfx942", 2, 256): Tile(64, 32, num_warps=4),  # 288, 36864
-    ("gfx942", 4, 64): Tile(32, 32, num_warps=4),  # 151, 16384
-    ("gfx942", 4, 128): Tile(32, 32, num_warps=4),  # 198, 32768
-    ("gfx942", 4, 256): Tile(16, 32, num_warps=4, num_stages=1),  # 314, 32768
+TABLE: dict[tuple[Pass, str, int, int], Tile] = {
+    ("forward", "sm_80", 2, 64): Tile(128, 64, num_warps=8),  # 164, 32768
+    ("forward", "sm_80", 2, 128): Tile(128, 64, num_warps=8),  # 210, 65536
+    ("forward", "sm_80", 2, 256): Tile(64, 64, num_warps=8),  # 255, 106496
+    ("forward", "sm_80", 4, 64): Tile(32, 32, num_warps=4),  # 104, 28800
+    ("forward", "sm_80", 4, 128): Tile(32, 32, num_warps=8),  # 78, 53248
+    ("forward", "sm_80", 4, 256): Tile(16, 32, num_warps=8),  # 73, 84032
+    ("forward", "sm_90", 2, 64): Tile(128, 128, num_warps=8),  # 211, 81920
+    ("forward", "sm_90", 2, 128): Tile(128, 128, num_warps=8),  # 254, 163840
+    ("forward", "sm_90", 2, 256): Tile(128, 32, num_warps=8),  # 243, 131072
+    ("forward", "sm_90", 4, 64): Tile(32, 32, num_warps=4),  # 90, 28800
+    ("forward", "sm_90", 4, 128): Tile(16, 32, num_warps=8),  # 68, 43072
+    ("forward", "sm_90", 4, 256): Tile(16, 32, num_warps=8),  # 76, 84032
+    ("forward", "sm_100", 2, 64): Tile(128, 128, num_warps=8),  # 210, 82944
+    ("forward", "sm_100", 2, 128): Tile(128, 64, num_warps=8),  # 220, 98848
+    ("forward", "sm_100", 2, 256): Tile(64, 64, num_warps=8),  # 196, 164896
+    ("forward", "sm_100", 4, 64): Tile(32, 32, num_warps=4),  # 92, 28800
+    ("forward", "sm_100", 4, 128): Tile(16, 32, num_warps=8),  # 56, 43072
+    ("forward", "sm_100", 4, 256): Tile(16, 32, num_warps=8),  # 78, 84032
+    ("forward", "gfx942", 2, 64): Tile(128, 64, num_warps=4),  # 246, 16384
+    ("forward", "gfx942", 2, 128): Tile(128, 64, num_warps=4),  # 324, 32768
+    ("forward", "gfx942", 2, 256): Tile(64, 32, num_warps=4),  # 288, 36864
+    ("forward", "gfx942", 4, 64): Tile(32, 32, num_warps=4),  # 151, 16384
+    ("forward", "gfx942", 4, 128): Tile(32, 32, num_warps=4),  # 198, 32768
+    ("forward", "gfx942", 4, 256): Tile(16, 32, num_warps=4, num_stages=1),  # 314, 32768
+    # @@BACKWARD@@
 }
 
 # Shared memory that one block may use, in bytes (CUDA programming guide, "compute capabilities"; CDNA3 ISA).
@@ -87,29 +88,36 @@ SMALLEST_SHARED_BYTES = 65_536
 ACCUMULATOR_REGISTERS = 160  # of a thread's 255; the rest goes to addresses, row state and operands
 
 
-def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int) -> int:
-    """Shared memory that the forward needs at most: Q, the K and V tiles in flight, and P on its way from
-    one matmul to the next. Hopper's and Blackwell's 16-bit matmuls take all stages from shared memory, others
-    one less; without pipelining, K and V share one place. CDNA keeps Q in registers."""
-    q = 0 if arch.startswith("gfx") else tile.tile_q * dim
+def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> int:
+    """Shared memory that a pass needs at most: the two tiles that a program owns, the two it walks over, times
+    those in flight, and P and dS on their way from one matmul to the next. Hopper's and Blackwell's 16-bit matmuls
+    take all stages from shared memory, others one less; without pipelining the two share one place. CDNA keeps
+    what a program owns in registers."""
+    walked = tile.tile_q if work == "dkv" else tile.tile_kv
+    owned = {"forward": tile.tile_q, "dq": 2 * tile.tile_q, "dkv": 2 * tile.tile_kv}[work]
+    owned = 0 if arch.startswith("gfx") else owned
     from_shared = element_bytes == 2 and family(arch) in ("sm_90", "sm_100")
-    p = 0 if from_shared else tile.tile_q * tile.tile_kv
+    between = 0 if from_shared else tile.tile_q * tile.tile_kv
     buffers = 1 if tile.num_stages == 1 else 2 * (tile.num_stages if from_shared else tile.num_stages - 1)
-    return element_bytes * (q + p + buffers * tile.tile_kv * dim)
+    return element_bytes * (owned * dim + between + buffers * walked * dim)
 
 
-def accumulator_registers(tile: Tile, arch: str, dim: int) -> int:
-    """Registers a thread that hold S, O and the rounded P."""
+def accumulator_registers(tile: Tile, arch: str, dim: int, work: Pass = "forward") -> int:
+    """Registers a thread that hold what is summed (O; dQ; dK and dV), the scores and what becomes of them."""
     threads = tile.num_warps * (64 if arch.startswith("gfx") else 32)
-    return tile.tile_q * (tile.tile_kv + dim + tile.tile_kv // 2) // threads
+    pairs = tile.tile_q * tile.tile_kv
+    if work == "forward":  # S and the rounded P
+        return (tile.tile_q * dim + pairs + pairs // 2) // threads
+    sums = tile.tile_q * dim if work == "dq" else 2 * tile.tile_kv * dim
+    return (sums + 2 * pairs + pairs // 2) // threads  # S, dP and the rounded dS
 
 
-def fits(tile: Tile, arch: str, element_bytes: int, dim: int) -> bool:
-    """Whether the forward with this tile stays within the chip's shared memory and a thread's registers."""
+def fits(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> bool:
+    """Whether a pass with this tile stays within the chip's shared memory and a thread's registers."""
     budget = 2 * ACCUMULATOR_REGISTERS if arch.startswith("gfx") else ACCUMULATOR_REGISTERS
     return (
-        shared_bytes(tile, arch, element_bytes, dim) <= SHARED_BYTES.get(arch, SMALLEST_SHARED_BYTES)
-        and accumulator_registers(tile, arch, dim) <= budget
+        shared_bytes(tile, arch, element_bytes, dim, work) <= SHARED_BYTES.get(arch, SMALLEST_SHARED_BYTES)
+        and accumulator_registers(tile, arch, dim, work) <= budget
     )
 
 
@@ -122,10 +130,10 @@ def family(arch: str) -> str:
 
 
 @functools.cache
-def table_tile(arch: str, element_bytes: int, dim: int) -> Tile:
+def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> Tile:
     """The table's tile, halved until it fits a chip that the table does not list."""
-    tile = TABLE[family(arch), element_bytes, max(64, dim)]
-    while not fits(tile, arch, element_bytes, dim) and tile != Tile(16, 16, tile.num_warps, 1):
+    tile = TABLE[work, family(arch), element_bytes, max(64, dim)]
+    while not fits(tile, arch, element_bytes, dim, work) and tile != Tile(16, 16, tile.num_warps, 1):
         if tile.num_stages > 1:
             tile = replace(tile, num_stages=tile.num_stages - 1)
         elif tile.tile_kv > 16 and tile.tile_kv >= tile.tile_q:
@@ -179,13 +187,13 @@ def square_tile(tile: Tile) -> Tile:
 
 
 def gpu_tile(arch: str, element_bytes: int, shape: Shape, work: Pass = "forward") -> Tile:
-    """The tile for a call on a chip: the table's, or fewer rows of it where q_len is short; then fewer warps
-    share them, or fewer keys, where O is wide."""
+    """The tile for a pass over a call on a chip: the table's, or fewer rows of it where q_len is short. In the
+    forward fewer warps share them then, or fewer keys where O is wide."""
     dim = next_power_of_two(max(shape.head_dim, shape.value_dim))
-    tile = table_tile(arch, element_bytes, dim)
+    tile = table_tile(arch, element_bytes, dim, work)
     tile_q = length_tile(shape.q_len, tile.tile_q)
-    if tile_q == tile.tile_q:
-        return tile
+    if tile_q == tile.tile_q or work != "forward":
+        return replace(tile, tile_q=tile_q)
     if dim > 128:
         return Tile(tile_q, min(32, tile.tile_kv), tile.num_warps, tile.num_stages)
     return Tile(tile_q, min(64, tile.tile_kv), min(4, tile.num_warps), tile.num_stages)

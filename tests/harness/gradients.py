@@ -20,7 +20,7 @@ from tilewise.autograd import parameter_slots
 from tilewise.checks import Request
 from tilewise.encoding import decode, encode
 
-from .oracle import NEIGHBOURS, SAMPLES, _assert_close, _largest_error, exact, neighbour, pytorch
+from .oracle import NEIGHBOURS, SAMPLES, _assert_close, _largest_error, assert_matches, exact, neighbour, pytorch
 
 Tensor = torch.Tensor
 
@@ -28,8 +28,8 @@ Tensor = torch.Tensor
 def check_gradients(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor | None = None, dlse: Tensor | None = None, **arguments: Any
 ) -> dict[str, Tensor]:
-    """Run `tilewise.attention` forward and backward with these arguments, and hold every gradient against
-    float64: of q, k, v, the sink and all parameters of scores.
+    """Run `tilewise.attention` forward and backward with these arguments, and hold out, lse and every gradient
+    against float64: those of q, k, v, the sink and all parameters of scores.
 
     do, dlse: the gradients of out and lse; random if None. impl is "portable" unless given. Returns the
     gradients of the implementation under test, by name. Raises AssertionError that names the gradient, the
@@ -44,16 +44,15 @@ def check_gradients(
         do = torch.randn_like(out) if do is None else do
         dlse = torch.randn_like(lse) if dlse is None else dlse
         request = make_request(q, k, v, **arguments)
-        if out.numel() + lse.numel() == 0:
-            got = torch.autograd.grad((out.sum(), lse.sum()), (q, k, v, *others))
-        else:
-            got = torch.autograd.grad((out, lse), (q, k, v, *others), (do, dlse))
+        with torch.no_grad():
+            assert_matches(out, lse, request)
+        got = torch.autograd.grad((out, lse), (q, k, v, *others), (do, dlse))
         found = dict(zip(("q", "k", "v", *names), got, strict=True))
         assert_gradients_match(found, request, do, dlse)
+        return found
     finally:
         for tensor in others:
             tensor.requires_grad_(False)
-    return found
 
 
 def assert_gradients_match(found: dict[str, Tensor], request: Request, do: Tensor, dlse: Tensor) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 
 import tilewise
-from tilewise.api import make_request, run_portable
-from tilewise.tiles import gpu_tile
+from tilewise.api import make_request
+from tilewise.autograd import parameter_slots, run_backward, run_forward
+from tilewise.problem import Shape
+from tilewise.tiles import Tile, gpu_tile
 
 from .compiled import Variant
 from .features import build, of_kind
@@ -26,11 +30,32 @@ def target_name() -> str:
     return arch if isinstance(arch, str) else f"sm_{arch}"
 
 
+@contextlib.contextmanager
+def target_tiles() -> Iterator[None]:
+    """Every pass of a call gets the tile that it would get on the target."""
+
+    def choose(q: torch.Tensor, shape: Shape, work: str) -> Tile:
+        return gpu_tile(target_name(), q.element_size(), shape, work)
+
+    with mock.patch("tilewise.autograd.choose_tile", choose):
+        yield
+
+
 def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool, **given: Any) -> None:
     """What `attention` does on a GPU once a call has passed the checks."""
+    with target_tiles():
+        run_forward(make_request(q, k, v, **given), return_lse)
+
+
+def launch_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> None:
+    """What its backward does, with gradients of everything that has one."""
     request = make_request(q, k, v, **given)
-    with tilewise.tiles.use(gpu_tile(target_name(), q.element_size(), request.shape)):
-        run_portable(request, return_lse)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    slots = {slot for slot, _, _ in parameter_slots(request)}
+    needs = [True] * 3 + [slot in slots for slot in range(len(request.other_tensors))]
+    with target_tiles():
+        run_backward(request, out, lse, torch.empty_like(out), lse, needs)
 
 
 def main_tile(
@@ -77,7 +102,7 @@ def feature_variants() -> list[Variant]:
     """Every mask, score modifier and other feature that changes the kernel, each at least once."""
     masks = [feature.name for feature in of_kind("mask")]
     others = [feature.name for kind in ("score", "bias", "sink") for feature in of_kind(kind)]
-    others += ["cosine", "cosine_with_temperature", "other_scale", "tensor_scale"]
+    others += ["cosine", "cosine_with_temperature", "other_scale", "tensor_scale", "dropout"]
     count = max(len(masks), len(others))
     cycle: Callable[[list[Any], int], Any] = lambda entries, i: entries[i % len(entries)]  # noqa: E731
     dims = [(64, 64), (40, 24), (20, 80)]
@@ -85,6 +110,46 @@ def feature_variants() -> list[Variant]:
         feature_variant(cycle(masks, i), (cycle(others, i),), cycle(["bf16", "fp16"], i), cycle(dims, i))
         for i in range(count)
     ] + [ones_variant()]
+
+
+def backward_tile(dtype: str, dim: int, mask: Any) -> Variant:
+    """The backward's tiles of the table under the plainest calls."""
+
+    def run() -> None:
+        q = torch.empty(1, 4, 512, dim, dtype=DTYPES[dtype])
+        k = torch.empty(1, 2, 512, dim, dtype=DTYPES[dtype])
+        launch_backward(q, k, torch.empty_like(k), mask=mask)
+
+    return Variant(f"{dtype} {dim} {'full' if mask is None else 'causal'}", run)
+
+
+def backward_variants() -> list[Variant]:
+    """Every row of the table for the backward."""
+    causal = tilewise.Causal()
+    return [backward_tile(dtype, dim, causal) for dtype in ("bf16", "fp32") for dim in DIMS] + [
+        backward_tile("bf16", 128, None)
+    ]
+
+
+def backward_feature_variants() -> list[Variant]:
+    """Every mask, score modifier and other feature, in the backward and in its parameters' gradients."""
+    combinations = (
+        ("causal", "window", "prefix", "softcap", "alibi", "sink", "cosine_with_temperature"),
+        ("documents", "right_padding", "left_padding", "relative_position", "tensor_scale", "dropout"),
+        ("bool_mask", "intervals", "user_mask", "user_interval", "user_score", "bias_modifier", "bias"),
+    )
+
+    def variant(features: tuple[str, ...], dtype: str, dims: tuple[int, int]) -> Variant:
+        def run() -> None:
+            sizes = dict(q_heads=4, kv_heads=2, q_len=300, kv_len=300, head_dim=dims[0], value_dim=dims[1])
+            cpu = torch.device("cpu")
+            problem = build(cpu, random.Random(0), features, dtype=DTYPES[dtype], **sizes)
+            launch_backward(*problem.tensors(), **problem.keywords())
+
+        return Variant(" & ".join((*features, dtype)), run)
+
+    kinds = (("bf16", (64, 64)), ("fp16", (40, 24)), ("bf16", (20, 80)))
+    return [variant(features, *kind) for features, kind in zip(combinations, kinds, strict=True)]
 
 
 def ones_variant() -> Variant:
@@ -104,4 +169,5 @@ def ones_variant() -> Variant:
 
 def oldest_variants() -> list[Variant]:
     """A few variants for the oldest supported Triton."""
-    return [main_tile("bf16", 128, tilewise.Causal()), feature_variants()[0], feature_variants()[1]]
+    causal = tilewise.Causal()
+    return [main_tile("bf16", 128, causal), feature_variants()[0], backward_tile("bf16", 64, causal)]

@@ -30,6 +30,7 @@ class AttentionCore(nn.Module):
     similarity: "dot", "scaled_dot", "cosine" or `Cosine(temperature)`, where a tensor temperature is [heads].
     scale: a float or a 0-d tensor; the similarity's own if None.
     sink: learn a logit a head, from 0, that takes weight and adds no value.
+    dropout: the probability that a weight is dropped while the module trains, from 0 to below 1.
     impl: as in `tilewise.attention`.
     device, dtype: of the learned parts.
 
@@ -50,6 +51,7 @@ class AttentionCore(nn.Module):
         similarity: str | Cosine = "scaled_dot",
         scale: float | Tensor | None = None,
         sink: bool = False,
+        dropout: float = 0.0,
         impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -63,7 +65,9 @@ class AttentionCore(nn.Module):
             raise ValueError(f"{similarity=} must be 'dot', 'scaled_dot', 'cosine' or a tilewise.Cosine")
         if qk_norm is not None and qk_norm not in QK_NORMS:
             raise ValueError(f"{qk_norm=} must be None, 'rms' or 'layer'")
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        if not 0 <= dropout < 1:
+            raise ValueError(f"{dropout=} must be from 0 to below 1")
+        self.heads, self.kv_heads, self.head_dim, self.dropout = heads, kv_heads, head_dim, dropout
         self.qk_norm, self.impl = qk_norm, impl
         self.similarity = "cosine" if isinstance(similarity, Cosine) else similarity
         self._hold("temperature", similarity.temperature if isinstance(similarity, Cosine) else 1.0)
@@ -105,7 +109,8 @@ class AttentionCore(nn.Module):
         similarity = Cosine(self.temperature) if self.similarity == "cosine" else self.similarity
         return attention(
             q, k, v, mask=mask, bias=bias, score=score,
-            scale=self.scale, similarity=similarity, sink=self.sink, impl=self.impl,
+            scale=self.scale, similarity=similarity, sink=self.sink,
+            dropout_p=self.dropout if self.training else 0.0, impl=self.impl,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -121,6 +126,8 @@ class AttentionCore(nn.Module):
             shown.append(f"scale={_brief(self.scale)}")
         if self.sink is not None:
             shown.append("sink=True")
+        if self.dropout:
+            shown.append(f"dropout={self.dropout}")
         if self.impl is not None:
             shown.append(f"impl={self.impl!r}")
         return ", ".join(shown)

@@ -48,6 +48,7 @@ class CrossAttention(nn.Module):
         similarity: str | Cosine = "scaled_dot",
         scale: float | Tensor | None = None,
         sink: bool = False,
+        dropout: float = 0.0,
         impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -60,7 +61,7 @@ class CrossAttention(nn.Module):
         check_positive(context_dim=self.context_dim, values_dim=self.values_dim)
         self.core = AttentionCore(
             heads, sizes.head_dim, kv_heads=kv_heads, qk_norm=qk_norm, similarity=similarity, scale=scale,
-            sink=sink, impl=impl, device=device, dtype=dtype,
+            sink=sink, dropout=dropout, impl=impl, device=device, dtype=dtype,
         )  # fmt: skip
         self.output_dim, self.head_dim, self.value_dim = sizes
         self.heads, self.kv_heads = heads, self.core.kv_heads
@@ -122,6 +123,7 @@ class CrossAttention(nn.Module):
         `SelfAttention.from_multihead_attention`.
         """
         q, k, v, out = multihead_linears(mha)
+        options = {"dropout": mha.dropout} | options
         return cls.from_linears(q, k, v, heads=mha.num_heads, out=out, **options).train(mha.training)
 
     def project(

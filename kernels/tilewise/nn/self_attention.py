@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
     head_dim, value_dim: a head's width in queries and keys, and in values; output_dim / heads if None.
     bias: the projections have biases.
     out_projection: project the heads out with a Linear [heads · value_dim -> output_dim].
-    qk_norm, similarity, scale, sink, impl: as in `AttentionCore`.
+    qk_norm, similarity, scale, sink, dropout, impl: as in `AttentionCore`.
     device, dtype: of the weights.
 
     Raises ValueError where sizes do not fit together.
@@ -48,6 +48,7 @@ class SelfAttention(nn.Module):
         similarity: str | Cosine = "scaled_dot",
         scale: float | Tensor | None = None,
         sink: bool = False,
+        dropout: float = 0.0,
         impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -56,7 +57,7 @@ class SelfAttention(nn.Module):
         sizes = resolve_sizes(input_dim, output_dim, heads, head_dim, value_dim, out_projection)
         self.core = AttentionCore(
             heads, sizes.head_dim, kv_heads=kv_heads, qk_norm=qk_norm, similarity=similarity, scale=scale,
-            sink=sink, impl=impl, device=device, dtype=dtype,
+            sink=sink, dropout=dropout, impl=impl, device=device, dtype=dtype,
         )  # fmt: skip
         self.input_dim = input_dim
         self.output_dim, self.head_dim, self.value_dim = sizes
@@ -92,7 +93,7 @@ class SelfAttention(nn.Module):
 
         q: Linear [input_dim -> heads · head_dim]; k: [input_dim -> kv_heads · head_dim];
         v: [input_dim -> kv_heads · value_dim]; out: None, or [heads · value_dim -> output_dim].
-        options: qk_norm, similarity, scale, sink, impl.
+        options: qk_norm, similarity, scale, sink, dropout, impl.
 
         Weights are copied; dtype and device are theirs. Where some of q, k, v have no bias, they get zeros.
         Raises ValueError where the four do not fit together.
@@ -118,9 +119,9 @@ class SelfAttention(nn.Module):
         Input here is [batch, length, input_dim], whatever `mha.batch_first` says: transpose the input of a
         module with batch_first=False. Masks here are True where a pair counts: a boolean `attn_mask` of
         PyTorch's becomes `~attn_mask`, and a `key_padding_mask` is best given as `Padding(lengths)`.
-        options: qk_norm, similarity, scale, sink, impl.
+        options: qk_norm, similarity, scale, sink, dropout, impl.
 
-        Raises NotImplementedError for dropout > 0, add_bias_kv and add_zero_attn; ValueError where kdim or
+        Raises NotImplementedError for add_bias_kv and add_zero_attn; ValueError where kdim or
         vdim differ from embed_dim, which only cross-attention can use.
         """
         q, k, v, out = multihead_linears(mha)
@@ -129,6 +130,7 @@ class SelfAttention(nn.Module):
                 f"mha.kdim={mha.kdim} and mha.vdim={mha.vdim} must equal mha.embed_dim={mha.embed_dim} for "
                 "self-attention; use CrossAttention.from_multihead_attention"
             )
+        options = {"dropout": mha.dropout} | options
         return cls.from_linears(q, k, v, heads=mha.num_heads, out=out, **options).train(mha.training)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

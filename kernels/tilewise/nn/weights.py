@@ -87,8 +87,6 @@ def multihead_linears(mha: nn.MultiheadAttention) -> tuple[nn.Linear, nn.Linear,
     """
     if not isinstance(mha, nn.MultiheadAttention):
         raise ValueError(f"mha={type(mha).__name__} must be a torch.nn.MultiheadAttention")
-    if mha.dropout > 0:
-        raise NotImplementedError(f"dropout={mha.dropout} is not built; set mha.dropout = 0 to convert it")
     if mha.bias_k is not None or mha.bias_v is not None:
         raise NotImplementedError("add_bias_kv=True (bias_k, bias_v) is not built")
     if mha.add_zero_attn:
