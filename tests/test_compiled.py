@@ -182,6 +182,10 @@ OTHER_CHIPS |= {"gfx90a": 64, "gfx950": 160}
 @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("work", ["forward", "dkv", "dq"])
 def test_chips_that_the_table_does_not_list_get_a_tile_that_fits(arch, element_bytes, dim, work):
+    if (arch, element_bytes, dim, work != "forward") == ("sm_75", 4, 256, True):
+        with pytest.raises(NotImplementedError, match="sm_75 has too little shared memory"):
+            table_tile(arch, element_bytes, dim, work)
+        return
     tile = table_tile(arch, element_bytes, dim, work)
     estimate = shared_bytes(tile, arch, element_bytes, dim, work)
     assert estimate <= OTHER_CHIPS[arch] * 1024

@@ -161,7 +161,7 @@ def parameter_kernel(
         batch, head, q_tile, kv_tile = WALK(program, step, sizes, own)
         kv_start = kv_tile * TILE_KV
         range_ptr = ranges_ptr + (batch.to(tl.int64) * q_heads + head) * q_tiles * 4
-        visits, _ = visits_and_full(range_ptr, q_tile, q_tiles, kv_start, kv_start + TILE_KV)
+        visits, full = visits_and_full(range_ptr, q_tile, q_tiles, kv_start, kv_start + TILE_KV)
         if visits & (kv_tile >= 0):
             q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
             row = tl.minimum(q_idx, q_len - 1)
@@ -196,7 +196,7 @@ def parameter_kernel(
                 ds *= DERIVATIVE(
                     inputs[MODIFIER], batch, head, row[:, None], kv_row[None, :], score_args[MODIFIER]
                 )
-            lo, hi, _ = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
+            lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
             kept = kept_pairs(
                 row[:, None], kv_idx[None, :], kv_len, lo[:, None], hi[:, None], batch, head, KEEPS, mask_args
             )

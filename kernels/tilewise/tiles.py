@@ -66,7 +66,54 @@ TABLE: dict[tuple[Pass, str, int, int], Tile] = {
     ("forward", "gfx942", 4, 64): Tile(32, 32, num_warps=4),  # 151, 16384
     ("forward", "gfx942", 4, 128): Tile(32, 32, num_warps=4),  # 198, 32768
     ("forward", "gfx942", 4, 256): Tile(16, 32, num_warps=4, num_stages=1),  # 314, 32768
-    # @@BACKWARD@@
+    ("dkv", "sm_80", 2, 64): Tile(32, 64, num_warps=4),  # 194, 24832
+    ("dkv", "sm_80", 2, 128): Tile(64, 64, num_warps=8),  # 177, 74240
+    ("dkv", "sm_80", 2, 256): Tile(32, 32, num_warps=8),  # 171, 67840
+    ("dkv", "sm_80", 4, 64): Tile(16, 32, num_warps=4),  # 138, 26752
+    ("dkv", "sm_80", 4, 128): Tile(16, 32, num_warps=8),  # 102, 53376
+    ("dkv", "sm_80", 4, 256): Tile(16, 32, num_warps=8),  # 183, 100480
+    ("dkv", "sm_90", 2, 64): Tile(64, 128, num_warps=8),  # 249, 66048
+    ("dkv", "sm_90", 2, 128): Tile(64, 64, num_warps=8),  # 255, 99328
+    ("dkv", "sm_90", 2, 256): Tile(64, 32, num_warps=8),  # 174, 102912
+    ("dkv", "sm_90", 4, 64): Tile(32, 32, num_warps=4, num_stages=1),  # 228, 36864
+    ("dkv", "sm_90", 4, 128): Tile(16, 32, num_warps=8),  # 87, 51328
+    ("dkv", "sm_90", 4, 256): Tile(16, 32, num_warps=8),  # 152, 100480
+    ("dkv", "sm_100", 2, 64): Tile(64, 128, num_warps=8),  # 252, 82944
+    ("dkv", "sm_100", 2, 128): Tile(64, 64, num_warps=8),  # 245, 132096
+    ("dkv", "sm_100", 2, 256): Tile(32, 32, num_warps=8, num_stages=1),  # 167, 81920
+    ("dkv", "sm_100", 4, 64): Tile(32, 32, num_warps=4, num_stages=1),  # 228, 36864
+    ("dkv", "sm_100", 4, 128): Tile(16, 32, num_warps=8),  # 86, 51328
+    ("dkv", "sm_100", 4, 256): Tile(16, 32, num_warps=8),  # 142, 100480
+    ("dkv", "gfx942", 2, 64): Tile(64, 128, num_warps=4, num_stages=1),  # 325, 16384
+    ("dkv", "gfx942", 2, 128): Tile(64, 64, num_warps=4, num_stages=1),  # 426, 16384
+    ("dkv", "gfx942", 2, 256): Tile(16, 32, num_warps=4, num_stages=1),  # 253, 16384
+    ("dkv", "gfx942", 4, 64): Tile(32, 32, num_warps=4, num_stages=1),  # 260, 8192
+    ("dkv", "gfx942", 4, 128): Tile(16, 32, num_warps=4, num_stages=1),  # 250, 16384
+    ("dkv", "gfx942", 4, 256): Tile(16, 32, num_warps=4, num_stages=1),  # 437, 32768
+    ("dq", "sm_80", 2, 64): Tile(128, 64, num_warps=8),  # 186, 49152
+    ("dq", "sm_80", 2, 128): Tile(128, 64, num_warps=8),  # 255, 98304
+    ("dq", "sm_80", 2, 256): Tile(64, 32, num_warps=8),  # 212, 102400
+    ("dq", "sm_80", 4, 64): Tile(32, 64, num_warps=8),  # 74, 57344
+    ("dq", "sm_80", 4, 128): Tile(32, 16, num_warps=8),  # 78, 51200
+    ("dq", "sm_80", 4, 256): Tile(16, 16, num_warps=8),  # 74, 66560
+    ("dq", "sm_90", 2, 64): Tile(128, 128, num_warps=8),  # 199, 98304
+    ("dq", "sm_90", 2, 128): Tile(128, 128, num_warps=8),  # 226, 196608
+    ("dq", "sm_90", 2, 256): Tile(64, 64, num_warps=8),  # 250, 196608
+    ("dq", "sm_90", 4, 64): Tile(32, 32, num_warps=4),  # 107, 36864
+    ("dq", "sm_90", 4, 128): Tile(32, 16, num_warps=8),  # 76, 51200
+    ("dq", "sm_90", 4, 256): Tile(16, 16, num_warps=8),  # 78, 66560
+    ("dq", "sm_100", 2, 64): Tile(128, 128, num_warps=8),  # 255, 115712
+    ("dq", "sm_100", 2, 128): Tile(128, 64, num_warps=8),  # 145, 148480
+    ("dq", "sm_100", 2, 256): Tile(64, 64, num_warps=8),  # 124, 230400
+    ("dq", "sm_100", 4, 64): Tile(32, 32, num_warps=4),  # 102, 36864
+    ("dq", "sm_100", 4, 128): Tile(32, 16, num_warps=8),  # 76, 51200
+    ("dq", "sm_100", 4, 256): Tile(16, 16, num_warps=8),  # 76, 66560
+    ("dq", "gfx942", 2, 64): Tile(128, 64, num_warps=4, num_stages=1),  # 255, 16384
+    ("dq", "gfx942", 2, 128): Tile(64, 64, num_warps=4, num_stages=1),  # 356, 16384
+    ("dq", "gfx942", 2, 256): Tile(32, 32, num_warps=4, num_stages=1),  # 388, 16384
+    ("dq", "gfx942", 4, 64): Tile(32, 32, num_warps=4, num_stages=1),  # 220, 8192
+    ("dq", "gfx942", 4, 128): Tile(32, 16, num_warps=4, num_stages=1),  # 205, 16384
+    ("dq", "gfx942", 4, 256): Tile(16, 16, num_warps=4, num_stages=1),  # 352, 16384
 }
 
 # Shared memory that one block may use, in bytes (CUDA programming guide, "compute capabilities"; CDNA3 ISA).
@@ -85,20 +132,25 @@ SHARED_BYTES = {
     "gfx950": 163_840,
 }
 SMALLEST_SHARED_BYTES = 65_536
-ACCUMULATOR_REGISTERS = 160  # of a thread's 255; the rest goes to addresses, row state and operands
+# Of a thread's 255; the rest goes to addresses, row state and operands, of which dQ's pass has the fewest.
+ACCUMULATOR_REGISTERS = {"forward": 160, "dkv": 160, "dq": 224}
 
 
 def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> int:
     """Shared memory that a pass needs at most: the two tiles that a program owns, the two it walks over, times
     those in flight, and P and dS on their way from one matmul to the next. Hopper's and Blackwell's 16-bit matmuls
-    take all stages from shared memory, others one less; without pipelining the two share one place. CDNA keeps
-    what a program owns in registers."""
+    take all stages from shared memory, others one less; without pipelining K and V share one place in the forward.
+    CDNA keeps what a program owns in registers."""
     walked = tile.tile_q if work == "dkv" else tile.tile_kv
     owned = {"forward": tile.tile_q, "dq": 2 * tile.tile_q, "dkv": 2 * tile.tile_kv}[work]
     owned = 0 if arch.startswith("gfx") else owned
     from_shared = element_bytes == 2 and family(arch) in ("sm_90", "sm_100")
     between = 0 if from_shared else tile.tile_q * tile.tile_kv
-    buffers = 1 if tile.num_stages == 1 else 2 * (tile.num_stages if from_shared else tile.num_stages - 1)
+    in_flight = tile.num_stages if from_shared else max(1, tile.num_stages - 1)
+    buffers = 1 if tile.num_stages == 1 and work == "forward" else 2 * in_flight
+    if from_shared and family(arch) == "sm_100" and work != "forward":
+        buffers += 1  # a transposed copy; and P and dS of the dK and dV pass are operands in shared memory
+        between = 2 * tile.tile_q * tile.tile_kv if work == "dkv" else 0
     return element_bytes * (owned * dim + between + buffers * walked * dim)
 
 
@@ -114,7 +166,7 @@ def accumulator_registers(tile: Tile, arch: str, dim: int, work: Pass = "forward
 
 def fits(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> bool:
     """Whether a pass with this tile stays within the chip's shared memory and a thread's registers."""
-    budget = 2 * ACCUMULATOR_REGISTERS if arch.startswith("gfx") else ACCUMULATOR_REGISTERS
+    budget = ACCUMULATOR_REGISTERS[work] * (2 if arch.startswith("gfx") else 1)
     return (
         shared_bytes(tile, arch, element_bytes, dim, work) <= SHARED_BYTES.get(arch, SMALLEST_SHARED_BYTES)
         and accumulator_registers(tile, arch, dim, work) <= budget
@@ -140,6 +192,11 @@ def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") 
             tile = replace(tile, tile_kv=tile.tile_kv // 2)
         else:
             tile = replace(tile, tile_q=tile.tile_q // 2)
+    if not fits(tile, arch, element_bytes, dim, work):
+        raise NotImplementedError(
+            f"{arch} has too little shared memory for the {work} pass with {element_bytes} bytes an element at "
+            f"a dimension of {dim}: use fp16 or bf16, or impl='torch'"
+        )
     return tile
 
 
