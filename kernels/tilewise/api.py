@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 import tilewise_reference
 
-from . import ops as ops  # defines torch.ops.tilewise
+from . import ops
 from .autograd import Attention, empty_in_order_of, run_forward
 from .checks import (
     Request,
@@ -113,8 +113,8 @@ def attention(
     )  # fmt: skip
     check(request)
     run = run_torch if request.implementation == "torch" else run_portable
-    out, lse = run(request, return_lse)
-    return (out, lse) if return_lse else out
+    result, row_lse = run(request, return_lse)
+    return (result, row_lse) if return_lse and row_lse is not None else result
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
@@ -182,6 +182,8 @@ def dropout_mask(
     looking. Raises ValueError for a probability or a seed that `attention` refuses.
     """
     batch, q_heads, q_len, kv_len = shape
+    if not isinstance(dropout_seed, Tensor):
+        raise ValueError(f"{dropout_seed=} must be a tensor of one torch.int64 number")
     like = torch.empty(0, device=dropout_seed.device)
     q, k = like.expand(batch, q_heads, q_len, 0), like.expand(batch, q_heads, kv_len, 0)
     request = Request(q, k, k, (), (), None, "dot", None, impl, Dropout(dropout_p, dropout_seed))
@@ -196,20 +198,24 @@ def dropout_mask(
 def run_portable(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """The fused Triton kernels."""
     refuse_transforms(request)
+    q, k, v = request.q, request.k, request.v
+    if torch.compiler.is_compiling():
+        tensors, *words = encode(request)
+        return torch.ops.tilewise.attention_forward(q, k, v, tensors, *words)[:2]
     if not is_plain_eager(request):
         tensors, *words = encode(request)
-        return torch.ops.tilewise.attention_forward(request.q, request.k, request.v, tensors, *words)
-    if not request.needs_gradient:
-        return run_forward(request, return_lse)
+        # Not the op itself: PyTorch's function transforms do not see an op's autograd.
+        return ops.Forward.apply(q, k, v, tuple(words), *tensors)[:2]
+    if not request.needs_gradient or torch.is_inference_mode_enabled():
+        return run_forward(request, return_lse)[:2]
     encoded = encode(request)
-    return Attention.apply(request, encoded, request.q, request.k, request.v, *encoded.tensors)
+    return Attention.apply(request, encoded, q, k, v, *encoded.tensors)
 
 
 def is_plain_eager(request: Request) -> bool:
-    """Whether nobody watches or transforms this call: no tracing, no dispatch mode, no tensor subclass."""
+    """Whether nobody watches or transforms this call: no dispatch mode, no function transform, no subclass."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or request.q.is_meta
         or any([type(x) not in (Tensor, torch.nn.Parameter) for x in (request.q, request.k, request.v)])
@@ -307,7 +313,8 @@ def scaled_dot_product_attention(
     batch = math.prod(lead)
     q4, k4, v4 = (t.reshape(batch, *t.shape[-3:]) for t in (q, k, v))
 
-    mask = bias = None
+    mask: Mask | Tensor | None = None
+    bias: Tensor | None = None
     if attn_mask is not None:
         if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
             raise ValueError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from .backward import launch_dkv, launch_dq, prepare
+from .backward import BackwardCall, launch_dkv, launch_dq, prepare
 from .call import bind
 from .checks import Request
 from .encoding import Encoded, decode
@@ -18,39 +19,45 @@ from .tiles import choose_tile, square_tile
 Tensor = torch.Tensor
 
 
-def run_forward(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, and lse [batch, q_heads, q_len]."""
+def run_forward(
+    request: Request, return_lse: bool, for_backward: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, lse [batch, q_heads, q_len], and the
+    statistics [2, batch, q_heads, q_len] of `launch_forward`."""
     q, shape = request.q, request.shape
+    rows = shape.scores[:3]
     out = empty_in_order_of(q, shape.value_dim)
-    lse = q.new_empty(shape.scores[:3], dtype=torch.float32) if return_lse else None
-    launch_forward(bind(request), out, lse, choose_tile(q, shape, "forward"))
-    return out, lse
+    lse = q.new_empty(rows, dtype=torch.float32) if return_lse else None
+    statistics = q.new_empty((2, *rows), dtype=torch.float32) if for_backward else None
+    launch_forward(bind(request), out, lse, statistics, choose_tile(q, shape, "forward"))
+    return out, lse, statistics
 
 
 def run_backward(
-    request: Request, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, needs: list[bool]
+    request: Request, out: Tensor, statistics: Tensor, do: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> list[Tensor]:
     """The gradients of those of (q, k, v, *other tensors) that `needs` names, in order."""
     q, k, v, shape = request.q, request.k, request.v, request.shape
     tile = choose_tile(q, shape, "dkv")
-    # The kernels index lse and dlse as one dense array.
+    # The kernels index statistics and dlse as dense arrays.
     dlse = None if dlse is None else dlse.contiguous()
-    backward = prepare(bind(request), out, lse.contiguous(), do, dlse, tile.tile_q)
-    grads: list[Tensor | None] = [None] * len(needs)
+    backward = prepare(bind(request), out, statistics.contiguous(), do, dlse, tile.tile_q)
+    grads: dict[int, Tensor] = {}
     if needs[0]:
         grads[0] = empty_in_order_of(q, shape.head_dim)
         launch_dq(backward, grads[0], choose_tile(q, shape, "dq"))
     if needs[1] or needs[2]:
         grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
         launch_dkv(backward, grads[1], grads[2], tile)
+    others = request.other_tensors
     for slot, modifier, parameter in parameter_slots(request):
         if needs[3 + slot]:
-            tensor = request.other_tensors[slot][1]
-            grads[3 + slot] = parameter_gradient(backward, modifier, parameter, tensor, square_tile(tile))
-    for slot, (name, _) in enumerate(request.other_tensors):
+            grad = parameter_gradient(backward, modifier, parameter, others[slot][1], square_tile(tile))
+            grads[3 + slot] = grad
+    for slot, (name, tensor) in enumerate(others):
         if name == "sink" and needs[3 + slot]:
-            grads[3 + slot] = sink_gradient(request.sink, lse, backward.delta)
-    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]  # type: ignore[misc]
+            grads[3 + slot] = sink_gradient(tensor, backward)
+    return [grads[i] for i, needed in enumerate(needs) if needed]
 
 
 def parameter_slots(request: Request) -> list[tuple[int, int, Parameter]]:
@@ -71,11 +78,16 @@ def parameter_slots(request: Request) -> list[tuple[int, int, Parameter]]:
     return found
 
 
-def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """dsink = -Σ P_sink · delta, with P_sink = exp(sink - LSE): a sink is one more key, whose value is 0."""
-    p = torch.exp(sink.float()[:, None] - lse)  # [batch, q_heads, q_len]
-    p = torch.where(lse == -torch.inf, 0.0, p)
-    return -(p * delta).sum((0, 2)).to(sink.dtype)
+def sink_gradient(sink: Tensor, backward: BackwardCall) -> Tensor:
+    """dsink = -Σ P_sink · delta: a sink is one more key, whose value is 0."""
+    unit, row_max = backward.call.unit, backward.row_max
+    key_max = row_max if unit is None else row_max * unit
+    logit = sink.float()[:, None]
+    p = torch.exp2((logit - key_max) / math.log(2) - backward.sum_log2)  # [batch, q_heads, q_len]
+    # A row that sees no key gives the sink all its weight, unless that is -inf too.
+    alone = torch.where(logit == -torch.inf, 0.0, 1.0)
+    p = torch.where(key_max == -torch.inf, alone, p)
+    return -(p * backward.delta).sum((0, 2)).to(sink.dtype)
 
 
 def empty_in_order_of(x: Tensor, dim: int) -> Tensor:
@@ -99,33 +111,33 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, request: Request, encoded: Encoded, *tensors: Tensor) -> Any:
-        out, lse = run_forward(request, return_lse=True)
+        out, lse, statistics = run_forward(request, return_lse=True, for_backward=True)
         # Tensors are kept by autograd alone, so that its hooks (checkpointing, offloading) see them all.
         ctx.encoded = encoded._replace(tensors=[])
-        ctx.save_for_backward(*tensors, out, lse)
+        ctx.save_for_backward(*tensors, out, statistics)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
-        q, k, v, *others, out, lse = ctx.saved_tensors
+        q, k, v, *others, out, statistics = ctx.saved_tensors
         request = decode(q, k, v, ctx.encoded._replace(tensors=others))
         needs = list(ctx.needs_input_grad[2:])
-        do = torch.zeros_like(out) if do is None else do
         with torch.no_grad():
-            grads = iter(run_backward(request, out, lse, do, dlse, needs))
+            do = torch.zeros_like(out) if do is None else do
+            grads = iter(run_backward(request, out, statistics, do, dlse, needs))
         result = [next(grads) if needed else None for needed in needs]
         if torch.is_grad_enabled():  # create_graph=True
-            result = list(Undifferentiable.apply(q, *result))[1:]
+            result = Undifferentiable.apply(len(result), *result, do, dlse, *ctx.saved_tensors)
         return None, None, *result
 
 
 class Undifferentiable(torch.autograd.Function):
-    """The identity, whose own gradient raises. One of the tensors requires a gradient."""
+    """The first tensors as they are, with all the others as what they depend on; its own gradient raises."""
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor | None) -> Any:
-        return tensors
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Any:
+        return tensors[:count]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

@@ -1,7 +1,7 @@
 """The backward pass: dQ, dK and dV from dO, a tile at a time, in three kernels without atomics.
 
     S     = scores(Q Kᵀ)                  recomputed, as in the forward
-    P     = exp(S - LSE)                  LSE is what the forward kept of a row
+    P     = exp(S - row_max) / row_sum    what the forward kept of a row: softmax.py
     dP    = dO Vᵀ
     delta = Σ_d dO · O - dLSE             [rows]: Σ_j P dP of a row, without walking its keys
     dS    = P · (dP - delta)              then back through the modifiers, to the dot products
@@ -49,7 +49,7 @@ from .tiles import Tile
 def prepare_kernel(
     out_ptr,
     do_ptr,
-    lse_ptr,  # [batch, q_heads, q_len] contiguous, as for the next two
+    max_ptr,  # [batch, q_heads, q_len] contiguous, as for the next two: the forward's row statistics
     dlse_ptr,  # or None
     delta_ptr,
     ranges_ptr,  # [batch, q_heads, q_tiles, 4] int32: intervals.py
@@ -62,6 +62,7 @@ def prepare_kernel(
     INTERVALS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_TILE: tl.constexpr,
+    HAS_SINK: tl.constexpr,
     TILE_Q: tl.constexpr,
 ):
     q_tiles = tl.cdiv(q_len, TILE_Q)
@@ -77,13 +78,16 @@ def prepare_kernel(
     do_head_ptr = head_ptr(do_ptr, batch, head, do_strides)
     o = load_tile(out_head_ptr, q_idx, valid, out_strides, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
     do = load_tile(do_head_ptr, q_idx, valid, do_strides, VALUE_DIM, VALUE_TILE)
-    delta = tl.sum(widen(o) * widen(do), 1)  # [TILE_Q]
+    # An output of exactly 0 adds nothing, also where a row that sees no key is handed NaN.
+    o, do = widen(o), widen(do)
+    delta = tl.sum(tl.where(o == 0.0, 0.0, o * do), 1)  # [TILE_Q]
     row = (batch.to(tl.int64) * q_heads + head) * q_len + q_idx
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row, mask=valid, other=0.0)
-    # A row without weight depends on nothing, whatever gradient it is handed.
-    lse = tl.load(lse_ptr + row, mask=valid, other=0.0)
-    tl.store(delta_ptr + row, tl.where(lse == float("-inf"), 0.0, delta), mask=valid)
+    if not HAS_SINK:  # a row without weight depends on nothing, whatever gradient it is handed
+        row_max = tl.load(max_ptr + row, mask=valid, other=0.0)
+        delta = tl.where(row_max == float("-inf"), 0.0, delta)
+    tl.store(delta_ptr + row, delta, mask=valid)
 
     lo, hi, whole = intersect_intervals(
         tl.minimum(q_idx, q_len - 1), kv_len, batch, head, INTERVALS, mask_args
@@ -117,7 +121,8 @@ def dkv_kernel(
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     do_ptr,
-    lse_ptr,
+    max_ptr,  # row statistics, [batch, q_heads, q_len] contiguous, as for the next two
+    sum_ptr,
     delta_ptr,
     ranges_ptr,
     dk_ptr,
@@ -126,7 +131,8 @@ def dkv_kernel(
     dk_strides,
     dv_strides,
     DERIVATIVES: tl.constexpr,  # of SCORES, a function or None (it is 1) for each
-    PROJECT: tl.constexpr,  # what finishes dK, or None
+    OPERAND: tl.constexpr,  # what Q and K become before they are multiplied: similarity.py
+    PROJECT: tl.constexpr,  # what finishes dQ and dK
     HAS_GAPS: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
@@ -174,9 +180,12 @@ def dkv_kernel(
                     q_mask = None
                     row = q_idx
 
-                q = load_tile(q_head_ptr, q_idx, q_mask, q_strides, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+                q = load_tile(
+                    q_head_ptr, q_idx, q_mask, q_strides, HEAD_DIM, HEAD_TILE
+                )  # [TILE_Q, HEAD_TILE]
                 do = load_tile(do_head_ptr, q_idx, q_mask, do_strides, VALUE_DIM, VALUE_TILE)
-                lse = load_rows(lse_ptr + rows_ptr, q_idx, q_mask)[None, :]  # [1, TILE_Q]
+                row_max = load_rows(max_ptr + rows_ptr, q_idx, q_mask)[None, :]  # [1, TILE_Q]
+                sum_log2 = load_rows(sum_ptr + rows_ptr, q_idx, q_mask)[None, :]
                 delta = load_rows(delta_ptr + rows_ptr, q_idx, q_mask)[None, :]
 
                 # Sᵀ = scores(K Qᵀ)
@@ -184,7 +193,7 @@ def dkv_kernel(
                 sT, inputs = apply_scores(
                     sT, batch, head, row[None, :], kv_row[:, None], SCORES, score_args
                 )  # [TILE_KV, TILE_Q]
-                pT = softmax_probabilities(sT, lse, unit)
+                pT = softmax_probabilities(sT, row_max, sum_log2, unit)
                 keep = dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, True)
                 if IS_CUT:
                     kept = q_mask[None, :] & kept_pairs(
@@ -208,12 +217,11 @@ def dkv_kernel(
                 if IS_CUT:
                     dsT = tl.where(kept, dsT, 0.0)
                 # dK = dK + dSᵀ Q
-                dk = matmul(round_to(dsT, q.dtype), q, dk, PRECISION)
+                dk = matmul(round_to(dsT, q.dtype), OPERAND(q), dk, PRECISION)
 
     if unit is not None:
         dk *= unit
-    if PROJECT is not None:
-        dk = PROJECT(dk, widen(k))
+    dk = PROJECT(dk, k)
     dk_head_ptr = head_ptr(dk_ptr, batch, kv_head, dk_strides)
     dv_head_ptr = head_ptr(dv_ptr, batch, kv_head, dv_strides)
     dk, dv = round_to(dk, dk_ptr.dtype.element_ty), round_to(dv, dv_ptr.dtype.element_ty)
@@ -246,12 +254,14 @@ def dq_kernel(
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     do_ptr,
-    lse_ptr,
+    max_ptr,  # row statistics, [batch, q_heads, q_len] contiguous, as for the next two
+    sum_ptr,
     delta_ptr,
     dq_ptr,
     do_strides,
     dq_strides,
     DERIVATIVES: tl.constexpr,
+    OPERAND: tl.constexpr,
     PROJECT: tl.constexpr,
     HAS_GAPS: tl.constexpr,
     TILE_Q: tl.constexpr,
@@ -275,7 +285,8 @@ def dq_kernel(
     q = load_tile(q_head_ptr, q_idx, q_idx < q_len, q_strides, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
     do = load_tile(do_head_ptr, q_idx, q_idx < q_len, do_strides, VALUE_DIM, VALUE_TILE)
     rows_ptr = (batch.to(tl.int64) * q_heads + head) * q_len
-    lse = tl.load(lse_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
+    row_max = tl.load(max_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
+    sum_log2 = tl.load(sum_ptr + rows_ptr + row)[:, None]
     delta = tl.load(delta_ptr + rows_ptr + row)[:, None]
     dq = tl.zeros([TILE_Q, HEAD_TILE], tl.float32)
 
@@ -302,17 +313,33 @@ def dq_kernel(
             # S = scores(Q Kᵀ)
             s = matmul(q, tl.trans(k), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
             s, inputs = apply_scores(s, batch, head, row[:, None], kv_row[None, :], SCORES, score_args)
-            p = softmax_probabilities(s, lse, unit)  # [TILE_Q, TILE_KV]
+            p = softmax_probabilities(s, row_max, sum_log2, unit)  # [TILE_Q, TILE_KV]
             # dP = dO Vᵀ
             dp = matmul(do, tl.trans(v), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
             dp = drop(dp, dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, False), dropout)
             # dS = P · (dP - delta), and back to the dot products
             ds = pull_back(
-                p * (dp - delta), inputs, batch, head, row[:, None], kv_row[None, :], DERIVATIVES, score_args, 0
+                p * (dp - delta),
+                inputs,
+                batch,
+                head,
+                row[:, None],
+                kv_row[None, :],
+                DERIVATIVES,
+                score_args,
+                0,
             )
             if IS_CUT:
                 kept = kept_pairs(
-                    row[:, None], kv_idx[None, :], kv_len, lo[:, None], hi[:, None], batch, head, KEEPS, mask_args
+                    row[:, None],
+                    kv_idx[None, :],
+                    kv_len,
+                    lo[:, None],
+                    hi[:, None],
+                    batch,
+                    head,
+                    KEEPS,
+                    mask_args,
                 )
                 ds = tl.where(kept, ds, 0.0)
                 if HAS_GAPS:  # 0 · NaN is NaN: a key that no row sees must not enter the sum
@@ -320,12 +347,11 @@ def dq_kernel(
                     k = tl.where(seen[:, None], k, tl.zeros_like(k))
 
             # dQ = dQ + dS K
-            dq = matmul(round_to(ds, k.dtype), k, dq, PRECISION)  # [TILE_Q, HEAD_TILE]
+            dq = matmul(round_to(ds, k.dtype), OPERAND(k), dq, PRECISION)  # [TILE_Q, HEAD_TILE]
 
     if unit is not None:
         dq *= unit
-    if PROJECT is not None:
-        dq = PROJECT(dq, widen(q))
+    dq = PROJECT(dq, q)
     dq_head_ptr = head_ptr(dq_ptr, batch, head, dq_strides)
     dq = round_to(dq, dq_ptr.dtype.element_ty)
     store_tile(dq_head_ptr, dq, q_idx, q_idx < q_len, dq_strides, HEAD_DIM, HEAD_TILE)
@@ -335,8 +361,9 @@ class BackwardCall(NamedTuple):
     """What the kernels of the backward have in common."""
 
     call: Call
-    out: torch.Tensor  # of the forward, as is lse
-    lse: torch.Tensor  # [batch, q_heads, q_len] fp32 contiguous, as for the next two
+    out: torch.Tensor  # of the forward
+    row_max: torch.Tensor  # [batch, q_heads, q_len] fp32 contiguous, as for sum_log2, dlse and delta
+    sum_log2: torch.Tensor
     do: torch.Tensor  # [batch, q_heads, q_len, value_dim], any strides
     dlse: torch.Tensor | None
     delta: torch.Tensor
@@ -345,14 +372,20 @@ class BackwardCall(NamedTuple):
 
 
 def prepare(
-    call: Call, out: torch.Tensor, lse: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None, tile_q: int
+    call: Call,
+    out: torch.Tensor,
+    statistics: torch.Tensor,
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    tile_q: int,
 ) -> BackwardCall:
-    """Compute delta, and the ranges of keys that tiles of tile_q rows visit."""
+    """Compute delta, and the ranges of keys that tiles of tile_q rows visit. statistics: of `launch_forward`."""
     batch, q_heads, q_len, _ = call.shape.scores
+    row_max, sum_log2 = statistics.unbind(0)
     q_tiles = ceil_div(q_len, tile_q)
-    delta = torch.empty_like(lse)
-    ranges = torch.empty(batch, q_heads, q_tiles, 4, dtype=torch.int32, device=lse.device)
-    backward = BackwardCall(call, out, lse, do, dlse, delta, ranges, tile_q)
+    delta = torch.empty_like(row_max)
+    ranges = torch.empty(batch, q_heads, q_tiles, 4, dtype=torch.int32, device=out.device)
+    backward = BackwardCall(call, out, row_max, sum_log2, do, dlse, delta, ranges, tile_q)
     grid, arguments = prepare_launch(backward)
     if grid[0]:
         with on_device_of(out):
@@ -367,12 +400,13 @@ def prepare_launch(backward: BackwardCall) -> tuple[tuple[int], dict[str, Any]]:
     arguments = {name: shared[name] for name in taken} | dict(
         out_ptr=backward.out,
         do_ptr=backward.do,
-        lse_ptr=backward.lse,
+        max_ptr=backward.row_max,
         dlse_ptr=backward.dlse,
         delta_ptr=backward.delta,
         ranges_ptr=backward.ranges,
         out_strides=backward.out.stride(),
         do_strides=backward.do.stride(),
+        HAS_SINK=backward.call.sink is not None,
         TILE_Q=backward.tile_q,
         enable_fp_fusion=True,
     )
@@ -385,7 +419,8 @@ def backward_arguments(backward: BackwardCall, tile: Tile) -> dict[str, Any]:
     call = backward.call
     return shared_arguments(call) | dict(
         do_ptr=backward.do,
-        lse_ptr=backward.lse,
+        max_ptr=backward.row_max,
+        sum_ptr=backward.sum_log2,
         delta_ptr=backward.delta,
         do_strides=backward.do.stride(),
         DERIVATIVES=tuple([score.derivative for score in call.scores]),
@@ -406,6 +441,7 @@ def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile:
         dv_ptr=dv,
         dk_strides=dk.stride(),
         dv_strides=dv.stride(),
+        OPERAND=backward.call.operand,
         PROJECT=backward.call.project,
         HAS_GAPS=backward.call.has_gaps,
     )
@@ -421,6 +457,7 @@ def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:
     arguments = backward_arguments(backward, tile) | dict(
         dq_ptr=dq,
         dq_strides=dq.stride(),
+        OPERAND=backward.call.operand,
         PROJECT=backward.call.project,
         HAS_GAPS=backward.call.has_gaps,
     )

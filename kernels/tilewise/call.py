@@ -25,7 +25,8 @@ class Call(NamedTuple):
     masks: tuple[BoundMask, ...]
     scores: tuple[BoundScore, ...]
     unit: float | None  # of what the scores leave: softmax.py
-    project: Any  # finishes a tile of dQ or dK: similarity.py
+    operand: Any  # what Q and K become before the backward multiplies them: similarity.py
+    project: Any  # finishes a tile of dQ or dK
     has_gaps: bool
     dropout: tuple[Any, ...]
 
@@ -41,6 +42,7 @@ def bind(request: Request) -> Call:
         masks=tuple([mask.bind(shape) for mask in request.masks]),
         scores=tuple([score.bind(shape) for score in chain]),
         unit=request.similarity_scores.unit,
+        operand=request.similarity_scores.operand,
         project=request.similarity_scores.project,
         has_gaps=any([mask.has_gaps for mask in request.masks]),
         dropout=() if request.dropout is None else request.dropout.args(),

@@ -2,18 +2,20 @@
 
 Masks and scores are objects that hold jit functions, which no op schema knows. Here an object becomes words
 
-    Causal bottom_right                    a class, then its FIELDS in order
-    Padding s:kv_lens T s:right            T, I and F: the next of the tensors, ints and floats
-    UserMask f:module:keep (1 I N          a function by its name; a tuple, its length first; None
+    f:tilewise.masks:Causal s:bottom_right       a class, then its FIELDS in order
+    f:tilewise.masks:Padding s:kv_lens T s:right    T, I, F: the next of the tensors, ints and floats
+    f:tilewise.masks:UserMask f:my:keep (1 I N      a function; a tuple, its length first; None
 
-joined by line breaks. Tensors stay tensors, so that autograd, tracing and devices see them; numbers stay numbers,
-so that a length that changes does not compile a new graph. Functions and classes are kept in a registry: two
-functions of one name (in a notebook, a cell run twice) get two names.
+joined by line breaks. Tensors stay tensors, so that autograd, tracing and devices see them; numbers stay
+numbers, so that a length that changes does not compile a new graph. Functions and classes are kept in a registry:
+two functions of one name (in a notebook, a cell run twice) get two names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib
+import operator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +36,7 @@ class Encoded(NamedTuple):
     spec: str
 
 
+@torch.compiler.assume_constant_result  # else a compiled graph would run before the name is registered
 def registered_name(thing: Any) -> str:
     """A name that `_registry` has for this class or function, and for no other."""
     origin = getattr(thing, "fn", thing)  # a jit function wraps the Python function that it was
@@ -43,48 +46,55 @@ def registered_name(thing: Any) -> str:
     return name
 
 
+def registered(name: str) -> Any:
+    """What the name stands for; in a process that has only loaded a program, what its module holds."""
+    if name not in _registry:
+        module, _, path = name.partition(":")
+        _registry[name] = operator.attrgetter(path)(importlib.import_module(module))
+    return _registry[name]
+
+
 def encode(request: Request) -> Encoded:
     """The request in words. Its tensors come in the order of `request.other_tensors`."""
     encoded = Encoded([], [], [], "")
     words: list[str] = []
-
-    def put(value: Any) -> None:
-        if value is None:
-            words.append("N")
-        elif isinstance(value, torch.Tensor):
-            encoded.tensors.append(value)
-            words.append("T")
-        elif isinstance(value, bool):
-            words.append(f"b:{int(value)}")
-        elif isinstance(value, int):
-            encoded.ints.append(value)
-            words.append("I")
-        elif isinstance(value, float):
-            encoded.floats.append(value)
-            words.append("F")
-        elif isinstance(value, str):
-            words.append(f"s:{value}")
-        elif isinstance(value, tuple):
-            words.append(f"({len(value)}")
-            for each in value:
-                put(each)
-        else:
-            words.append(f"f:{registered_name(value)}")
-
-    cosine = isinstance(request.similarity, Cosine)
-    put(request.scale)
-    put(request.similarity.temperature if isinstance(request.similarity, Cosine) else None)
-    put("cosine with a temperature" if cosine else request.similarity)
-    put(request.sink)
-    put(None if request.dropout is None else request.dropout.seed)
-    put(None if request.dropout is None else request.dropout.p)
+    similarity, temperature = request.similarity, None
+    if isinstance(similarity, Cosine):
+        similarity, temperature = "cosine with a temperature", similarity.temperature
+    seed, p = (None, None) if request.dropout is None else (request.dropout.seed, request.dropout.p)
+    for value in (request.scale, temperature, similarity, request.sink, seed, p):
+        _put(value, encoded, words)
     for parts in (request.masks, request.scores):
         words.append(f"({len(parts)}")
         for part in parts:
             words.append(f"f:{registered_name(type(part))}")
             for name in part.FIELDS:
-                put(getattr(part, name))
+                _put(getattr(part, name), encoded, words)
     return encoded._replace(spec="\n".join(words))
+
+
+def _put(value: Any, encoded: Encoded, words: list[str]) -> None:
+    if value is None:
+        words.append("N")
+    elif isinstance(value, torch.Tensor):
+        encoded.tensors.append(value)
+        words.append("T")
+    elif isinstance(value, bool):
+        words.append(f"b:{int(value)}")
+    elif isinstance(value, int):
+        encoded.ints.append(value)
+        words.append("I")
+    elif isinstance(value, float):
+        encoded.floats.append(value)
+        words.append("F")
+    elif isinstance(value, str):
+        words.append(f"s:{value}")
+    elif isinstance(value, tuple):
+        words.append(f"({len(value)}")
+        for each in value:
+            _put(each, encoded, words)
+    else:
+        words.append(f"f:{registered_name(value)}")
 
 
 def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) -> Request:
@@ -121,4 +131,4 @@ def _take(
     if word[0] == "(":
         return tuple([_take(words, tensors, ints, floats) for _ in range(int(word[1:]))])
     kind, text = word[0], word[2:]
-    return text if kind == "s" else text == "1" if kind == "b" else _registry[text]
+    return text if kind == "s" else text == "1" if kind == "b" else registered(text)

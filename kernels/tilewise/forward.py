@@ -33,7 +33,7 @@ from .intervals import cut_tile, intersect_intervals, kept_pairs, kv_range
 from .numerics import matmul, round_to, widen
 from .problem import ceil_div
 from .scores import apply_scores
-from .softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
+from .softmax import softmax_finish, softmax_merge, softmax_start, softmax_step, softmax_sum_log2
 from .tiles import Tile
 
 
@@ -62,7 +62,9 @@ def forward_kernel(
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     out_ptr,
-    lse_ptr,  # [batch, q_heads, q_len] contiguous, or None
+    lse_ptr,  # [batch, q_heads, q_len] contiguous, or None, as for the next two
+    max_ptr,
+    sum_ptr,
     sink_ptr,  # [q_heads], or None
     out_strides,
     sink_stride,
@@ -114,7 +116,17 @@ def forward_kernel(
             s = matmul(q, tl.trans(k), s, PRECISION)  # [TILE_Q, TILE_KV]
             s, _ = apply_scores(s, batch, head, row[:, None], kv_row[None, :], SCORES, score_args)
             if IS_CUT:
-                kept = kept_pairs(row[:, None], kv_idx[None, :], kv_len, lo[:, None], hi[:, None], batch, head, KEEPS, mask_args)
+                kept = kept_pairs(
+                    row[:, None],
+                    kv_idx[None, :],
+                    kv_len,
+                    lo[:, None],
+                    hi[:, None],
+                    batch,
+                    head,
+                    KEEPS,
+                    mask_args,
+                )
                 s = tl.where(kept, s, float("-inf"))
                 if HAS_GAPS:  # 0 · NaN is NaN: the value of a key that no row sees must not enter the sum
                     seen = tl.max(kept.to(tl.int32), 0) != 0
@@ -125,32 +137,41 @@ def forward_kernel(
             # O = O · rescale + P V
             o = matmul(round_to(p, v.dtype), v, o * rescale[:, None], PRECISION)  # [TILE_Q, VALUE_TILE]
 
+    unscaled_max = row_max  # in the unit in which scores reach `softmax_step`
     if unit is not None:
         row_max *= unit
+    key_max = row_max
     if sink_ptr is not None:
         # A sink is the state of one more key, whose value is 0.
         sink_max = tl.zeros_like(row_max) + widen(tl.load(sink_ptr + head.to(tl.int64) * sink_stride))
         sink_sum = tl.full([TILE_Q], 1.0, tl.float32)
         sink_o = tl.zeros_like(o)
         row_max, row_sum, o = softmax_merge(row_max, row_sum, o, sink_max, sink_sum, sink_o)
+    valid = q_idx < q_len
+    rows = (batch.to(tl.int64) * q_heads + head) * q_len + q_idx
+    if max_ptr is not None:  # for the backward
+        tl.store(max_ptr + rows, unscaled_max, mask=valid)
+        tl.store(sum_ptr + rows, softmax_sum_log2(key_max, row_max, row_sum), mask=valid)
     o, lse = softmax_finish(row_max, row_sum, o)
 
     out = round_to(o, out_ptr.dtype.element_ty)
     out_head_ptr = head_ptr(out_ptr, batch, head, out_strides)
-    store_tile(out_head_ptr, out, q_idx, q_idx < q_len, out_strides, VALUE_DIM, VALUE_TILE)
+    store_tile(out_head_ptr, out, q_idx, valid, out_strides, VALUE_DIM, VALUE_TILE)
     if lse_ptr is not None:
-        lse_row = (batch.to(tl.int64) * q_heads + head) * q_len
-        tl.store(lse_ptr + lse_row + q_idx, lse, mask=q_idx < q_len)
+        tl.store(lse_ptr + rows, lse, mask=valid)
 
 
 def forward_launch(
-    call: Call, out: torch.Tensor, lse: torch.Tensor | None, tile: Tile
+    call: Call, out: torch.Tensor, lse: torch.Tensor | None, statistics: torch.Tensor | None, tile: Tile
 ) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the arguments with which `forward_kernel` answers `call`."""
     shape = call.shape
+    row_max, row_sum = (None, None) if statistics is None else statistics.unbind(0)
     arguments = shared_arguments(call) | dict(
         out_ptr=out,
         lse_ptr=lse,
+        max_ptr=row_max,
+        sum_ptr=row_sum,
         sink_ptr=call.sink,
         out_strides=out.stride(),
         sink_stride=0 if call.sink is None else call.sink.stride(0),
@@ -163,9 +184,12 @@ def forward_launch(
     return (ceil_div(shape.q_len, tile.tile_q) * shape.q_heads * shape.batch,), arguments
 
 
-def launch_forward(call: Call, out: torch.Tensor, lse: torch.Tensor | None, tile: Tile) -> None:
-    """Fill out [batch, q_heads, q_len, value_dim] and lse [batch, q_heads, q_len], fp32 and contiguous."""
-    grid, arguments = forward_launch(call, out, lse, tile)
+def launch_forward(
+    call: Call, out: torch.Tensor, lse: torch.Tensor | None, statistics: torch.Tensor | None, tile: Tile
+) -> None:
+    """Fill out [batch, q_heads, q_len, value_dim], lse [batch, q_heads, q_len] and, for the backward, statistics
+    [2, batch, q_heads, q_len]: `softmax.softmax_probabilities`. lse and statistics are fp32 and contiguous."""
+    grid, arguments = forward_launch(call, out, lse, statistics, tile)
     if grid[0]:
         with on_device_of(out):
             forward_kernel[grid](**arguments)

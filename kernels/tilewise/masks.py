@@ -23,7 +23,7 @@ import triton.language as tl
 
 import tilewise_reference.masks as dense
 
-from .problem import INTS, Align, Shape, broadcast_strides, check_align, check_dtype, misfits
+from .problem import INTS, Align, Shape, broadcast_strides, check_align, check_dtype, misfits, tensors_within
 
 Twin = Callable[..., torch.Tensor]
 UNLIMITED = 1 << 30  # further than any sequence is long
@@ -374,7 +374,7 @@ class UserMask(Mask):
         self.keep, self.args, self.interval, self._twin = keep, tuple(args), interval, twin
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {f"args[{i}]": arg for i, arg in enumerate(self.args) if isinstance(arg, torch.Tensor)}
+        return tensors_within("args", self.args)
 
     def looks(self) -> Any:
         return type(self), len(self.args), self._twin is None

@@ -84,11 +84,15 @@ def check_jagged(name: str, x: Any) -> None:
     """Raise ValueError or NotImplementedError unless x is [batch, heads, *, dim] in the jagged layout."""
     if not (isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged):
         given = f"layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} has {given}; q, k and v must all be nested tensors of layout torch.jagged, or none")
+        raise ValueError(
+            f"{name} has {given}; q, k and v must all be nested tensors of layout torch.jagged, or none"
+        )
     if x.dim() != 4 or x._ragged_idx != 2:
         raise ValueError(
             f"{name}.shape={tuple(x.shape)} must be [batch, heads, *, dim] with lengths that differ in dimension 2: "
             "transpose(1, 2) a tensor [batch, *, heads, dim]"
         )
     if x.lengths() is not None:
-        raise NotImplementedError(f"{name} has holes between its sequences; make it contiguous with contiguous()")
+        raise NotImplementedError(
+            f"{name} has holes between its sequences; make it contiguous with contiguous()"
+        )

@@ -14,11 +14,14 @@ pairs that read them; it recomputes S and dS there as the backward does, and add
     all pairs at one distance         a diagonal of tiles  the batches, down the diagonal a sum a bucket
 
 On a diagonal of square tiles, the pair (i, j) of every tile has the same distance, which is why pairs can be
-added before they are sorted into buckets. Sums that remain (over rows of a slope, say) are PyTorch's. No atomics:
-the same inputs give the same bits. Beyond the gradient itself, memory is linear in length.
+added before they are sorted into buckets. Sums that remain (over rows of a slope, say) are PyTorch's. No
+atomics: the same inputs give the same bits. Beyond the gradient itself, memory is linear in length.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,7 +32,7 @@ from .backward import BackwardCall, backward_arguments
 from .dropout import drop, dropout_keep, on_device_of
 from .intervals import intersect_intervals, kept_pairs, visits_and_full
 from .numerics import matmul, round_to
-from .problem import ceil_div
+from .problem import Shape, ceil_div
 from .scores import Parameter, apply_scores, pull_back
 from .softmax import softmax_probabilities
 from .tiles import Tile
@@ -63,7 +66,7 @@ def walk_rows(program, step, sizes, own):
 
 @triton.jit
 def walk_diagonal(program, step, sizes, own):
-    """Own: [1, heads, 1, diagonals], the first through the bottom left tile. Steps: batches, then tiles down."""
+    """Own: [1, heads, 1, diagonals], the first through the bottom left tile. Steps: batches, tiles down."""
     diagonal, head = program % own[3], program // own[3]
     q_tile = step % sizes[2]
     return step // sizes[2], head, q_tile, q_tile + diagonal - (sizes[2] - 1)
@@ -136,7 +139,8 @@ def parameter_kernel(
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     do_ptr,
-    lse_ptr,
+    max_ptr,  # row statistics, [batch, q_heads, q_len] contiguous, as for the next two
+    sum_ptr,
     delta_ptr,
     do_strides,
     DERIVATIVES: tl.constexpr,
@@ -177,13 +181,14 @@ def parameter_kernel(
             k = load_tile(k_head_ptr, kv_idx, kv_mask, k_strides, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
             v = load_tile(v_head_ptr, kv_idx, kv_mask, v_strides, VALUE_DIM, VALUE_TILE)
             rows_ptr = (batch.to(tl.int64) * q_heads + head) * q_len
-            lse = tl.load(lse_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
+            row_max = tl.load(max_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
+            sum_log2 = tl.load(sum_ptr + rows_ptr + row)[:, None]
             delta = tl.load(delta_ptr + rows_ptr + row)[:, None]
 
             # S = scores(Q Kᵀ)
             s = matmul(q, tl.trans(k), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
             s, inputs = apply_scores(s, batch, head, row[:, None], kv_row[None, :], SCORES, score_args)
-            p = softmax_probabilities(s, lse, unit)  # [TILE_Q, TILE_KV]
+            p = softmax_probabilities(s, row_max, sum_log2, unit)  # [TILE_Q, TILE_KV]
             # dP = dO Vᵀ
             dp = matmul(do, tl.trans(v), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
             dp = drop(dp, dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, False), dropout)
@@ -204,53 +209,63 @@ def parameter_kernel(
     STORE(grad_ptr, total, program, own, q_len, kv_len, store_args, TILE_Q)
 
 
+class Plan(NamedTuple):
+    """How the sum of one parameter is cut into programs: see the table at the head of this file."""
+
+    walk: Any
+    store: Any
+    store_args: tuple[Any, ...]
+    own: tuple[int, int, int, int]
+    steps: int
+    sums: tuple[int, ...]  # the shape of what the programs write
+
+
+def plan(parameter: Parameter, tensor: torch.Tensor, shape: Shape, sizes: tuple[int, int, int, int]) -> Plan:
+    """The walk that fits a parameter. sizes: batches, heads, q_tiles and kv_tiles."""
+    batches, heads, q_tiles, kv_tiles = sizes
+    if parameter.buckets is not None:
+        buckets, diagonals = tensor.shape[1], q_tiles + kv_tiles - 1
+        args = (parameter.buckets, buckets, parameter.buckets.shape[0] // 2, parameter.shift)
+        own, sums = (1, heads, 1, diagonals), (heads, diagonals, buckets)
+        return Plan(walk_diagonal, store_bucket_sums, args, own, batches * q_tiles, sums)
+    of_batch, of_heads, of_rows, of_keys = parameter.sizes
+    if of_rows > 1 and of_keys > 1:
+        own, steps = (of_batch, of_heads, q_tiles, kv_tiles), batches // of_batch * (heads // of_heads)
+        return Plan(walk_pairs, store_pairs, (), own, steps, parameter.sizes)
+    if of_keys == 1:
+        own, sums = (batches, heads, q_tiles, 1), (batches, heads, shape.q_len, 1)
+        return Plan(walk_keys, store_row_sums, (), own, kv_tiles, sums)
+    own, sums = (batches, heads, 1, kv_tiles), (batches, heads, 1, shape.kv_len)
+    return Plan(walk_rows, store_key_sums, (), own, q_tiles, sums)
+
+
 def parameter_gradient(
     backward: BackwardCall, modifier: int, parameter: Parameter, tensor: torch.Tensor, tile: Tile
 ) -> torch.Tensor:
     """The gradient of `tensor`, in its shape and dtype; `modifier` is the place in the chain of the one that
     reads it. The tile is square, of the rows that backward.ranges was made for."""
-    if tensor.numel() == 0:
-        return torch.zeros_like(tensor)
     shape = backward.call.shape
-    sizes = (shape.batch, shape.q_heads, ceil_div(shape.q_len, tile.tile_q), ceil_div(shape.kv_len, tile.tile_kv))
-    batches, heads, q_tiles, kv_tiles = sizes
-    store_args: tuple[object, ...] = ()
-    fp32 = dict(dtype=torch.float32, device=tensor.device)
-    if parameter.buckets is not None:
-        buckets, diagonals = tensor.shape[1], max(0, q_tiles + kv_tiles - 1)
-        own, steps = (1, heads, 1, diagonals), batches * q_tiles
-        walk, store = walk_diagonal, store_bucket_sums
-        store_args = (parameter.buckets, buckets, parameter.buckets.shape[0] // 2, parameter.shift)
-        grad = torch.empty(heads, diagonals, buckets, **fp32)
-    elif parameter.sizes[2] > 1 and parameter.sizes[3] > 1:
-        own = (*parameter.sizes[:2], q_tiles, kv_tiles)
-        steps = batches // max(1, own[0]) * (heads // own[1])
-        walk, store = walk_pairs, store_pairs
-        grad = torch.empty(parameter.sizes, dtype=tensor.dtype, device=tensor.device)
-    elif parameter.sizes[3] == 1:
-        own, steps = (batches, heads, q_tiles, 1), kv_tiles
-        walk, store = walk_keys, store_row_sums
-        grad = torch.empty(batches, heads, shape.q_len, 1, **fp32)
-    else:
-        own, steps = (batches, heads, 1, kv_tiles), q_tiles
-        walk, store = walk_rows, store_key_sums
-        grad = torch.empty(batches, heads, 1, shape.kv_len, **fp32)
-
-    programs = own[0] * own[1] * own[2] * own[3]
-    if programs:
-        arguments = backward_arguments(backward, tile) | dict(
-            ranges_ptr=backward.ranges,
-            grad_ptr=grad,
-            steps=steps,
-            sizes=sizes,
-            own=own,
-            store_args=store_args,
-            MODIFIER=modifier,
-            DERIVATIVE=parameter.derivative,
-            WALK=walk,
-            STORE=store,
-        )
-        with on_device_of(grad):
-            parameter_kernel[(programs,)](**arguments)
-    grad = grad.sum(1) if parameter.buckets is not None else grad.sum_to_size(parameter.sizes)
-    return grad.to(tensor.dtype).reshape(tensor.shape)
+    if tensor.numel() == 0 or 0 in shape.scores:
+        return torch.zeros_like(tensor)
+    tiles = ceil_div(shape.q_len, tile.tile_q), ceil_div(shape.kv_len, tile.tile_kv)
+    sizes = (shape.batch, shape.q_heads, *tiles)
+    walk, store, store_args, own, steps, sums = plan(parameter, tensor, shape, sizes)
+    # Pairs are written as they are; sums are added up once more, and rounded after that.
+    dtype = tensor.dtype if store is store_pairs else torch.float32
+    grad = torch.empty(sums, dtype=dtype, device=tensor.device)
+    arguments = backward_arguments(backward, tile) | dict(
+        ranges_ptr=backward.ranges,
+        grad_ptr=grad,
+        steps=steps,
+        sizes=sizes,
+        own=own,
+        store_args=store_args,
+        MODIFIER=modifier,
+        DERIVATIVE=parameter.derivative,
+        WALK=walk,
+        STORE=store,
+    )
+    with on_device_of(grad):
+        parameter_kernel[(math.prod(own),)](**arguments)
+    total = grad.sum(1) if parameter.buckets is not None else grad.sum_to_size(parameter.sizes)
+    return total.to(tensor.dtype).reshape(tensor.shape)

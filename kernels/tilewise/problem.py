@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -64,6 +64,17 @@ def misfits(name: str, tensor: torch.Tensor, wanted: tuple[int, ...]) -> list[st
 def broadcast_strides(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides with which `tensor` reads as `shape`: 0 along every broadcast dimension."""
     return tensor.expand(shape).stride()
+
+
+def tensors_within(name: str, value: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an argument, those in tuples within tuples too, each by its place: "args[1][0]"."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    found: dict[str, torch.Tensor] = {}
+    if isinstance(value, tuple):
+        for i, each in enumerate(value):
+            found |= tensors_within(f"{name}[{i}]", each)
+    return found
 
 
 # Plain Python on purpose: Triton's functions of the same purpose cost 5 µs a call on the host.

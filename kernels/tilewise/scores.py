@@ -30,7 +30,7 @@ import triton.language as tl
 import tilewise_reference.scores as dense
 
 from .numerics import LOG2E, widen
-from .problem import FLOATS, Shape, broadcast_strides, check_dtype, misfits
+from .problem import FLOATS, Shape, broadcast_strides, check_dtype, misfits, tensors_within
 
 Twin = Callable[..., torch.Tensor]
 AXES = "bhqk"  # batch, query head, query, key: what a dimension of a parameter may follow
@@ -245,19 +245,25 @@ class UserScore(Score):
         self._parameters = tuple((i, axes, function) for i, (axes, function) in (parameters or {}).items())
         for position, axes, _ in self._parameters:
             if not (0 <= position < len(self.args) and isinstance(self.args[position], torch.Tensor)):
-                raise ValueError(f"parameters has the key {position}, which must be the position of a tensor in args")
+                raise ValueError(
+                    f"parameters has the key {position}, which must be the position of a tensor in args"
+                )
             if list(axes) != [axis for axis in AXES if axis in axes]:
-                raise ValueError(f"parameters[{position}]: axes {axes!r} must be letters of {AXES!r} in this order")
+                raise ValueError(
+                    f"parameters[{position}]: axes {axes!r} must be letters of {AXES!r} in this order"
+                )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {f"args[{i}]": arg for i, arg in enumerate(self.args) if isinstance(arg, torch.Tensor)}
+        return tensors_within("args", self.args)
 
     def misfits(self, shape: Shape) -> list[str]:
         found = []
         for i, axes, _ in self._parameters:
             wanted = tuple(shape.scores[AXES.index(axis)] for axis in axes)
             if tuple(self.args[i].shape) != wanted:
-                found.append(f"args[{i}].shape={tuple(self.args[i].shape)} must be {wanted}, by its axes {axes!r}")
+                found.append(
+                    f"args[{i}].shape={tuple(self.args[i].shape)} must be {wanted}, by its axes {axes!r}"
+                )
         return found
 
     def looks(self) -> Any:

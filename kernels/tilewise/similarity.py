@@ -9,12 +9,10 @@ A kernel computes the dot products q·k. What a caller means by a score is
 Each factor is a modifier of its own, so that each has its derivative beside it. A positive number as scale
 costs nothing: where no modifier follows, it is folded into the exponentials' base.
 
-The lengths |q| and |k| are computed once, outside the kernel. Their own derivative needs no sum over pairs:
-with q̂ = q / |q| and dq̂ the gradient that ignores that |q| depends on q,
+The lengths |q| and |k| are computed once, outside the kernel; the cosine is that of q̂ = q / |q| and k̂. So the
+backward multiplies dS by q̂ and k̂ (an `operand`), and turns the sums into gradients of q and k at the end:
 
-    dq = dq̂ - q̂ (q̂ · dq̂)                                  the part of dq̂ that is orthogonal to q
-
-which a kernel applies to its finished tile of dQ, and likewise of dK.
+    dq = (dq̂ - q̂ (q̂ · dq̂)) / |q|                          what is orthogonal to q (a `project`)
 """
 
 from __future__ import annotations
@@ -26,11 +24,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import widen
+from .numerics import round_to, widen
 from .problem import Shape
 from .scores import BoundScore, Parameter, Score, padded_sizes
 
-EPSILON = tl.constexpr(1e-12)  # the shortest length a vector is divided by, as in torch.nn.functional.normalize
+EPSILON = tl.constexpr(
+    1e-12
+)  # the shortest length a vector is divided by, as in torch.nn.functional.normalize
 SMALLEST_UNIT, LARGEST_UNIT = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 2
 
 
@@ -90,25 +90,41 @@ class Scale(Score):
 
 @triton.jit
 def cosine_score(s, batch, head, q_idx, kv_idx, args):
-    return s * cosine_factor(s, batch, head, q_idx, kv_idx, args)
-
-
-@triton.jit
-def cosine_factor(s, batch, head, q_idx, kv_idx, args):
-    """1 / (|q| |k|) of each pair."""
+    """s / (|q| |k|) of each pair."""
     q_factor_ptr, k_factor_ptr, q_heads, kv_heads, q_len, kv_len = args
     q_row = (batch.to(tl.int64) * q_heads + head) * q_len
     kv_row = (batch.to(tl.int64) * kv_heads + head // (q_heads // kv_heads)) * kv_len
-    return tl.load(q_factor_ptr + q_row + q_idx) * tl.load(k_factor_ptr + kv_row + kv_idx)
+    return s * tl.load(q_factor_ptr + q_row + q_idx) * tl.load(k_factor_ptr + kv_row + kv_idx)
+
+
+@triton.jit
+def itself(x):
+    return x
+
+
+@triton.jit
+def unchanged(dx, x):
+    return dx
+
+
+@triton.jit
+def unit_rows(x):
+    """X̂ = X / max(|X|, ε) of each row, in x's dtype."""
+    wide = widen(x)
+    length = tl.sqrt(tl.sum(wide * wide, 1))
+    return round_to(wide / tl.maximum(length, EPSILON)[:, None], x.dtype)
 
 
 @triton.jit
 def orthogonal_part(dx, x):
-    """dX = dX̂ - X̂ (X̂ · dX̂) of each row [.., dim]; rows too short to be divided by their length keep dX̂."""
-    square = tl.sum(x * x, 1)
-    is_long = square > EPSILON * EPSILON
-    along = tl.where(is_long, tl.sum(dx * x, 1) / tl.where(is_long, square, 1.0), 0.0)
-    return dx - along[:, None] * x
+    """dX = (dX̂ - X̂ (X̂ · dX̂)) / |X| of each row; rows of at most ε are only divided by ε. A row without a
+    gradient gets none, also where x is NaN because nobody looks there."""
+    wide = tl.where((tl.sum(tl.abs(dx), 1) > 0.0)[:, None], widen(x), 0.0)
+    length = tl.sqrt(tl.sum(wide * wide, 1))
+    inverse = 1.0 / tl.maximum(length, EPSILON)
+    unit = wide * inverse[:, None]
+    along = tl.where(length > EPSILON, tl.sum(dx * unit, 1), 0.0)
+    return (dx - along[:, None] * unit) * inverse[:, None]
 
 
 class Normalised(Score):
@@ -120,7 +136,7 @@ class Normalised(Score):
     def bind(self, shape: Shape) -> BoundScore:
         factors = inverse_lengths(self.q), inverse_lengths(self.k)
         sizes = (shape.q_heads, shape.kv_heads, shape.q_len, shape.kv_len)
-        return BoundScore(cosine_score, (*factors, *sizes), cosine_factor)
+        return BoundScore(cosine_score, (*factors, *sizes))
 
 
 def inverse_lengths(x: torch.Tensor) -> torch.Tensor:
@@ -134,12 +150,13 @@ def default_scale(similarity: str | Cosine, head_dim: int) -> float:
 
 
 class Similarity(NamedTuple):
-    """The modifiers that turn dot products into scores; the unit of what they leave, as `softmax_step` takes
-    it (None: natural); and what finishes a tile of dQ or dK (None: nothing does)."""
+    """The modifiers that turn dot products into scores; the unit of what they leave, as `softmax_step` takes it
+    (None: natural); and the two functions of the backward described above."""
 
     scores: tuple[Score, ...]
     unit: float | None
-    project: Any
+    operand: Any = itself
+    project: Any = unchanged
 
 
 def similarity_scores(
@@ -155,8 +172,8 @@ def similarity_scores(
         temperature = similarity.temperature if isinstance(similarity, Cosine) else 1.0
         factors = (Scale("scale", scale), Scale("temperature", temperature))
         kept = tuple(f for f in factors if isinstance(f.scale, torch.Tensor) or f.scale != 1.0)
-        return Similarity((Normalised(q, k), *kept), None, orthogonal_part)
+        return Similarity((Normalised(q, k), *kept), None, unit_rows, orthogonal_part)
     # Maxima of scaled and unscaled products agree only for a positive scale; and the unit must be a number.
     if isinstance(scale, torch.Tensor) or modified or not SMALLEST_UNIT <= scale <= LARGEST_UNIT:
-        return Similarity((Scale("scale", scale),), None, None)
-    return Similarity((), float(scale), None)
+        return Similarity((Scale("scale", scale),), None)
+    return Similarity((), float(scale))

@@ -52,16 +52,6 @@ def softmax_step(s, row_max, row_sum, unit):
 
 
 @triton.jit
-def softmax_probabilities(s, lse, unit):
-    """P = exp(S - LSE) again, in the backward: lse is that of each score's row, shaped to broadcast."""
-    base = anchor(lse)
-    if unit is None:
-        return tl.exp2((s - base) * LOG2E)
-    else:
-        return tl.exp2(s * (unit * LOG2E) - base * LOG2E)
-
-
-@triton.jit
 def softmax_merge(max_a, sum_a, o_a, max_b, sum_b, o_b):
     """The state of rows that have seen the keys of state a and those of state b; maxima in natural units."""
     row_max = tl.maximum(max_a, max_b)
@@ -77,3 +67,26 @@ def softmax_finish(row_max, row_sum, o):
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     lse = row_max + tl.log2(row_sum) * LN2  # [TILE_Q]
     return o / row_sum[:, None], lse
+
+
+@triton.jit
+def softmax_sum_log2(key_max, row_max, row_sum):
+    """log2 of the sum of a row's exponentials, a sink's too, relative to the largest score of its keys: with that
+    score, what the backward needs to find P again. Maxima in natural units.
+
+    One number, LSE, would do for scores of moderate size. But beside a score of ±10⁴ fp32 keeps three digits of
+    ln row_sum, and beside finfo.min (an additive mask over a whole row) none."""
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    relative = tl.where(key_max == float("-inf"), 0.0, row_max - key_max)
+    return tl.log2(row_sum) + relative * LOG2E
+
+
+@triton.jit
+def softmax_probabilities(s, row_max, sum_log2, unit):
+    """P again, from scores s and the numbers of each score's row, shaped to broadcast; row_max in s's unit."""
+    base = anchor(row_max)
+    if unit is None:
+        return tl.exp2((s - base) * LOG2E - sum_log2)
+    else:
+        unit_log2 = unit * LOG2E
+        return tl.exp2((s * unit_log2 - base * unit_log2) - sum_log2)
