@@ -5,6 +5,7 @@ child process: this file is also its program. A tensor there spans many gigabyte
 pages are ever touched: memory that nobody writes costs nothing.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -12,7 +13,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +28,11 @@ import triton
 
 import tilewise
 import tilewise_reference
-from tilewise.forward import forward_kernel, forward_launch
+from tilewise import backward, forward, parameters
+from tilewise.api import make_request
+from tilewise.call import bind
+from tilewise.parameters import parameter_gradient
+from tilewise.scores import Parameter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STRIDE = (1 << 30) + 64  # fits into 32 bits; twice this does not
@@ -83,7 +88,7 @@ def far_output(axis: int) -> None:
     tensors = problem(axis)
     out, lse = small(**tensors)
     place = far_apart(torch.zeros_like(out), axis)
-    with mock.patch("tilewise.api.empty_in_order_of", return_value=place):
+    with mock.patch("tilewise.autograd.empty_in_order_of", return_value=place):
         far_out, far_lse = small(**tensors)
     assert far_out.stride(axis) == STRIDE
     assert_same((far_out, far_lse), (out, lse))
@@ -137,49 +142,125 @@ def sink(axis: int, place: Callable) -> dict[str, Any]:
     return dict(sink=place(torch.randn(3, device=DEVICE).half(), 0))
 
 
-def last_programs(call: Any, count: int) -> None:
-    """Launch the whole grid on a GPU; in the interpreter, where that takes minutes, its last programs."""
-    grid, arguments = forward_launch(call, TILE)
-    assert len(grid) == 1, "only the first dimension of a grid may pass 65,535"
-    if DEVICE.type == "cuda":
-        forward_kernel[grid](**arguments)
-        return
-    builder = triton.runtime.interpreter.interpreter_builder
-    program_id = type(builder).create_get_program_id
-
-    def shifted(self: Any, axis: int) -> Any:
-        handle = program_id(self, axis)
-        handle.data = handle.data + (grid[0] - count) * (axis == 0)
-        return handle
-
-    with mock.patch.object(type(builder), "create_get_program_id", shifted):
-        forward_kernel[(count,)](**arguments)
+# ---- Backward
 
 
-def captured(tensors: dict[str, torch.Tensor], out: torch.Tensor, **options: Any) -> Any:
-    """The ForwardCall that `attention` makes of these tensors, with this output."""
-    with (
-        mock.patch("tilewise.api.empty_in_order_of", return_value=out),
-        mock.patch("tilewise.api.launch_forward") as launch,
-    ):
-        tilewise.attention(**tensors, **options, impl="portable")
-    return launch.call_args.args[0]
+def gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, places: dict[int, Any] | None = None,
+    **also: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """The gradients of q, k, v and what else is given, from out and lse together. places: where those of q, k
+    or v are written, by number."""
+    leaves = {name: x.detach().requires_grad_() for name, x in dict(q=q, k=k, v=v, **also).items()}
+    out, lse = small(**leaves)
+    make, made = tilewise.autograd.empty_in_order_of, []
+
+    def placed(x: torch.Tensor, dim: int) -> torch.Tensor:
+        made.append((places or {}).get(len(made), make(x, dim)))
+        return made[-1]
+
+    with mock.patch("tilewise.autograd.empty_in_order_of", placed), tilewise.tiles.use(TILE):
+        return torch.autograd.grad((out, lse), list(leaves.values()), (do, torch.ones_like(lse)))
+
+
+def far_in_backward(name: str, axis: int) -> None:
+    """q, k, v, a bias or dO lies far apart."""
+    tensors = problem(axis) | {
+        "do": problem(axis)["q"],
+        "bias": torch.randn(sizes(axis), device=DEVICE).half(),
+    }
+    far = tensors | {name: far_apart(tensors[name], axis)}
+    assert_same(gradients(**far), gradients(**tensors))
+
+
+def far_gradient(number: int, axis: int) -> None:
+    """The gradient of q, k or v is written far apart."""
+    tensors = problem(axis) | {"do": problem(axis)["q"]}
+    want = gradients(**tensors)
+    place = far_apart(torch.zeros_like(want[number]), axis)
+    got = gradients(**tensors, places={number: place})
+    assert got[number].stride(axis) == STRIDE
+    assert_same(got, want)
+
+
+# ---- Large grids
+
+
+KERNELS = (
+    (forward, "forward_kernel"),
+    (backward, "prepare_kernel"),
+    (backward, "dkv_kernel"),
+    (backward, "dq_kernel"),
+    (parameters, "parameter_kernel"),
+)
+
+
+class LastPrograms:
+    """A kernel whose launches run the whole grid on a GPU; in the interpreter, where that takes minutes, its
+    last programs."""
+
+    def __init__(self, kernel: Any, count: int) -> None:
+        self.kernel, self.count = kernel, count
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert len(grid) == 1, "only the first dimension of a grid may pass 65,535"
+        return functools.partial(self.launch, grid)
+
+    def launch(self, grid: tuple[int, ...], **arguments: Any) -> None:
+        if DEVICE.type == "cuda":
+            self.kernel[grid](**arguments)
+            return
+        builder = triton.runtime.interpreter.interpreter_builder
+        program_id, skipped = type(builder).create_get_program_id, max(0, grid[0] - self.count)
+
+        def shifted(builder: Any, axis: int) -> Any:
+            handle = program_id(builder, axis)
+            handle.data = handle.data + skipped * (axis == 0)
+            return handle
+
+        with mock.patch.object(type(builder), "create_get_program_id", shifted):
+            self.kernel[(grid[0] - skipped,)](**arguments)
+
+
+@contextlib.contextmanager
+def last_programs(count: int) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module, name in KERNELS:
+            shrunk = LastPrograms(getattr(module, name), count)
+            stack.enter_context(mock.patch.object(module, name, shrunk))
+        yield
 
 
 def many_heads() -> None:
-    """70,001 batch × heads, the last of which differ from all others."""
+    """70,001 batch × heads, the last of which differ from all others; forward and backward."""
     batch, dim = 70_001, 4
-    tensors = {name: untouched(batch * dim, torch.float16).view(batch, 1, 1, dim).zero_() for name in "qkv"}
+    names = ("q", "k", "v", "do")
+    tensors = {name: untouched(batch * dim, torch.float16).view(batch, 1, 1, dim).zero_() for name in names}
     for tensor in tensors.values():
         tensor[-2:] = torch.randn(2, 1, 1, dim, device=DEVICE).half()
-    out, lens = torch.zeros_like(tensors["q"]), torch.ones(batch, device=DEVICE, dtype=torch.int32)
+    lens = torch.ones(batch, device=DEVICE, dtype=torch.int32)
     lens[-2] = 0
-    last_programs(captured(tensors, out, mask=tilewise.Padding(lens)), 2)
-    assert not out[-2].any() and torch.equal(out[-1], tensors["v"][-1])
+    do = tensors.pop("do")
+    bias = torch.zeros(batch, 1, 1, 1, device=DEVICE, requires_grad=True)
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    with last_programs(2):
+        out, lse = small(**tensors, bias=bias, mask=tilewise.Padding(lens))
+        leaves = (*tensors.values(), bias)
+        dq, dk, dv, dbias = torch.autograd.grad((out, lse), leaves, (do, torch.ones_like(lse)))
+    q, k, v = (tensor.detach() for tensor in tensors.values())
+    assert not out[-2].any() and torch.equal(out[-1], v[-1])
+    # One key: P = 1, so dS is lse's gradient, 1. The scale is 1/2.
+    wanted = {"dq": k[-1] / 2, "dk": q[-1] / 2, "dv": do[-1], "dbias": torch.ones_like(dbias[-1])}
+    for (name, want), got in zip(wanted.items(), (dq, dk, dv, dbias), strict=True):
+        assert torch.equal(got[-1], want) and want.any(), (
+            f"{name}: {got[-1].tolist()} instead of {want.tolist()}"
+        )
+        assert not got[-2].any(), f"{name} of a row without a key"
 
 
 def many_rows() -> None:
-    """lse of more than 2³¹ rows, all of them the same row of q."""
+    """lse and delta of more than 2³¹ rows, all of them the same row of q; forward and backward."""
     batch, q_len, dim = 70_000, 1 << 15, 4
     one = {name: torch.randn(1, 1, 1, dim, device=DEVICE).half() for name in "qkv"}
     out, lse = small(**one)
@@ -187,10 +268,56 @@ def many_rows() -> None:
     tensors |= {name: one[name].expand(batch, 1, 1, dim) for name in "kv"}
     everywhere = out.clone().zero_()
     lse_far = untouched(batch * q_len, torch.float32).view(batch, 1, q_len)
-    call = captured(tensors, everywhere.expand(batch, 1, q_len, dim))
-    last_programs(call._replace(lse=lse_far), 2)
+    call = bind(make_request(**tensors, impl="portable"))
+    with last_programs(2):
+        forward.launch_forward(call, everywhere.expand(batch, 1, q_len, dim), lse_far, TILE)
     assert torch.equal(everywhere, out)
     assert (lse_far[-1, 0, :32] == lse[0, 0, 0]).all() and lse[0, 0, 0] != 0
+
+    # One key: P = 1 and dP = dO · O, so that delta is dP - dLSE, and dS is dLSE, 1.
+    do = torch.randn_like(out)
+    dlse_far, delta_far = (untouched(batch * q_len, torch.float32).view(batch, 1, q_len) for _ in range(2))
+    ranges_far = untouched(batch * q_len // 16 * 4, torch.int32).view(batch, 1, q_len // 16, 4)
+    here = slice(None) if DEVICE.type == "cuda" else slice(-1, None)  # the rest is not touched
+    lse_far[here], dlse_far[here] = lse[0, 0, 0], 1.0
+    shape = (batch, 1, q_len, dim)
+    call = backward.BackwardCall(
+        call, out.expand(shape), lse_far, do.expand(shape), dlse_far, delta_far, ranges_far, 16
+    )
+    grid, arguments = backward.prepare_launch(call)
+    dq = out.clone().zero_()
+    with last_programs(2):
+        backward.prepare_kernel[grid](**arguments)
+        delta = delta_far[-1, 0, -1].item()
+        assert (delta_far[-1, 0, -32:] == delta).all() and delta != 0
+        assert ranges_far[-1, 0, -2:].tolist() == [[0, 1, 0, 1]] * 2
+        delta_far[here] = delta
+        backward.launch_dq(call, dq.expand(shape), TILE)
+    # delta is a sum of 4 products of which one unit is lost to each, and dS is what it leaves of dP.
+    torch.testing.assert_close(dq, one["k"] / 2, rtol=2**-10, atol=2**-16)
+
+
+def many_pairs() -> None:
+    """The gradient of a bias of more than 2³¹ pairs: its last tile."""
+    q_len, kv_len, dim = 65_552, 32_784, 4
+    one = {name: torch.randn(1, 1, 1, dim, device=DEVICE).half() for name in "qkv"}
+    lengths = {"q": q_len, "k": kv_len, "v": kv_len}
+    tensors = {name: x.expand(1, 1, lengths[name], dim) for name, x in one.items()}
+    bias = torch.zeros(1, 1, 1, 1, device=DEVICE).half().expand(1, 1, q_len, kv_len)
+    # All keys alike: P = 1 / kv_len, out = v, and with dLSE = 1 dS is P.
+    score = (one["q"].float() * one["k"].float()).sum() / 2
+    lse = (score + math.log(kv_len)).expand(1, 1, q_len).contiguous()
+    do = torch.randn_like(one["v"])
+    delta = ((do.float() * one["v"].float()).sum() - 1).expand(1, 1, q_len).contiguous()
+    ranges = torch.tensor([0, kv_len, 0, 0], dtype=torch.int32, device=DEVICE).repeat(1, 1, q_len // 16, 1)
+    call = bind(make_request(**tensors, bias=bias, impl="portable"))
+    rows = [x.expand(1, 1, q_len, dim) for x in (one["v"], do)]
+    call = backward.BackwardCall(call, rows[0], lse, rows[1], None, delta, ranges, 16)
+    with last_programs(1):
+        grad = parameter_gradient(call, 1, Parameter(None, tuple(bias.shape)), bias, TILE)
+    got = grad[0, 0, -16:, -16:].float()
+    # Subnormal halves are 2⁻²⁴ apart.
+    assert ((got - 1 / kv_len).abs() <= 2**-24).all(), got.tolist()
 
 
 NAMES = ("batch", "head", "row", "dim or key")
@@ -206,6 +333,16 @@ CASES |= {
     for axis in range(axes)
 }
 CASES |= {
+    f"backward of {tensor} × {NAMES[axis]}": functools.partial(far_in_backward, tensor, axis)
+    for tensor in ("q", "k", "v", "do", "bias")
+    for axis in range(4)
+}
+CASES |= {
+    f"d{tensor} × {NAMES[axis]}": functools.partial(far_gradient, number, axis)
+    for number, tensor in enumerate("qkv")
+    for axis in range(4)
+}
+CASES |= {
     "documents × batch": lambda: far_argument(functools.partial(documents, 0), 0),
     "documents × row": lambda: far_argument(functools.partial(documents, 1), 2),
     "padding × batch": lambda: far_argument(functools.partial(lengths, tilewise.Padding, 0), 0),
@@ -213,6 +350,7 @@ CASES |= {
     "sink × head": lambda: far_argument(functools.partial(sink, 1), 1),
     "more than 65,535 heads": many_heads,
     "more than 2³¹ rows": many_rows,
+    "more than 2³¹ pairs": many_pairs,
 }
 
 
@@ -303,6 +441,15 @@ def test_any_strides(view, dtype):
     call["mask"] = view(torch.rand(pairs, device=DEVICE) < 0.7)
     contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in call.items()}
     assert_same(small(**call), small(**contiguous))
+    do = view(torch.randn(batch, heads, 5, 6, device=DEVICE).to(dtype))
+    results = []
+    for tensors, gradient in ((call, do), (contiguous, do.clone(memory_format=torch.contiguous_format))):
+        mask = tensors.pop("mask")
+        leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+        out, _ = small(**leaves, mask=mask)
+        with tilewise.tiles.use(TILE):
+            results.append(torch.autograd.grad(out, list(leaves.values()), gradient))
+    assert_same(*results)
 
 
 if __name__ == "__main__":

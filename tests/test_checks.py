@@ -144,7 +144,9 @@ CASES = [
     Broken(
         "kernel_can_run",
         ("xpu", "CUDA or ROCm", "impl='torch'"),
-        BARE | {name: lambda d, name=name: fake(Q if name == "q" else K, "xpu") for name in "qkv"} | dict(impl="portable"),
+        BARE
+        | {name: lambda d, name=name: fake(Q if name == "q" else K, "xpu") for name in "qkv"}
+        | dict(impl="portable"),
     ),
     Broken(
         "kernel_can_run",
@@ -181,7 +183,8 @@ CASES = [
     Broken(
         "gradients_exist",
         ("UserScore.args[0] requires a gradient", "parameters=", "detach()"),
-        TRAINED | dict(score=tilewise.UserScore(doubled, (torch.ones(1, requires_grad=True),), derivative=doubled)),
+        TRAINED
+        | dict(score=tilewise.UserScore(doubled, (torch.ones(1, requires_grad=True),), derivative=doubled)),
     ),
     Broken(
         "gradients_exist",

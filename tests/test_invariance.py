@@ -30,6 +30,19 @@ def run(*tensors: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, torch.T
     return tilewise.attention(*tensors, **arguments, return_lse=True, impl="portable")
 
 
+def gradients(*tensors: torch.Tensor, do: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, ...]:
+    """The gradients of q, k, v and every other float tensor given, from out and lse together."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    floats = {n: x for n, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    own = {name: x.detach().requires_grad_() for name, x in floats.items()}
+    out, lse = run(*leaves, **(arguments | own))
+    return torch.autograd.grad((out, lse), [*leaves, *own.values()], (do, torch.ones_like(lse)))
+
+
+def gradient_of_out(device, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(BATCH, Q_HEADS, Q_LEN, DIM, device=device).to(dtype)
+
+
 def assert_same_bits(got, want) -> None:
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
@@ -99,6 +112,75 @@ def test_padded_queries_change_no_bit_of_the_others(device):
     longer = torch.cat([q, torch.full((BATCH, Q_HEADS, 13, DIM), torch.nan, device=device)], dim=2)
     more_out, more_lse = run(longer, k, v, mask=tilewise.Causal("top_left"))
     assert_same_bits((more_out[:, :, :Q_LEN], more_lse[:, :, :Q_LEN]), (out, lse))
+
+
+# ---- The same of gradients
+
+
+def lengthened(x: torch.Tensor, more: int, fill: float = torch.nan) -> torch.Tensor:
+    """x with `more` rows of this number behind it."""
+    return torch.cat(
+        [x, torch.full((*x.shape[:2], more, x.shape[3]), fill, device=x.device, dtype=x.dtype)], dim=2
+    )
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", [False, True], ids=["plain", "everything"])
+def test_repeated_gradients_have_the_same_bits(dtype, features, device):
+    tensors, arguments = qkv(device, dtype), {"do": gradient_of_out(device, dtype)}
+    if features:
+        arguments |= everything(device) | {"dropout_p": 0.2, "dropout_seed": torch.tensor([3], device=device)}
+    first = gradients(*tensors, **arguments)
+    assert len(first) == (5 if features else 3)
+    for _ in range(REPEATS - 1):
+        assert_same_bits(gradients(*tensors, **arguments), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_a_batch_row_ignore_its_neighbours(dtype, device):
+    """Alone, beside others, or beside NaN: the same bits."""
+    tensors, do = qkv(device, dtype), gradient_of_out(device, dtype)
+    bias = torch.randn(BATCH, Q_HEADS, Q_LEN, KV_LEN, device=device)
+    call = dict(mask=tilewise.Causal(), similarity="cosine")
+    want = gradients(*tensors, do=do, bias=bias, **call)
+    for row in range(BATCH):
+        own = slice(row, row + 1)
+        alone = gradients(*(t[own] for t in tensors), do=do[own], bias=bias[own], **call)
+        assert_same_bits(alone, [x[own] for x in want])
+    spoilt = [t.clone() for t in (*tensors, do, bias)]
+    for t in spoilt:
+        t[1:] = torch.nan
+    beside = gradients(*spoilt[:3], do=spoilt[3], bias=spoilt[4], **call)
+    assert_same_bits([x[:1] for x in beside], [x[:1] for x in want])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal, as_tensor", [(False, False), (True, True)])
+def test_padding_on_the_right_changes_no_bit_of_gradients(dtype, causal, as_tensor, device):
+    """The real keys lie in the same tiles, so nothing may differ; the gradient of padding is 0."""
+    (q, k, v), do = qkv(device, dtype), gradient_of_out(device, dtype)
+    corner = tilewise.Causal("top_left")
+    want = gradients(q, k, v, do=do, mask=corner if causal else None)
+    length = torch.tensor([KV_LEN] * BATCH, device=device) if as_tensor else KV_LEN
+    for more in (1, 29):
+        mask = tilewise.Padding(length)
+        mask = mask & corner if causal else mask
+        dq, dk, dv = gradients(q, lengthened(k, more), lengthened(v, more), do=do, mask=mask)
+        assert_same_bits((dq, dk[:, :, :KV_LEN], dv[:, :, :KV_LEN]), want)
+        assert not dk[:, :, KV_LEN:].any() and not dv[:, :, KV_LEN:].any()
+
+
+def test_padded_queries_change_no_bit_of_gradients(device):
+    """Queries that see no key, of NaN and with a gradient of NaN, behind the others."""
+    (q, k, v), do = qkv(device), gradient_of_out(device)
+    start = torch.arange(Q_LEN + 21, device=device) // 2
+    end = torch.where(torch.arange(Q_LEN + 21, device=device) < Q_LEN, KV_LEN, 0)
+    want = gradients(q, k, v, do=do, mask=tilewise.Intervals(start[:Q_LEN], end[:Q_LEN]))
+    mask = tilewise.Intervals(start, end)
+    dq, dk, dv = gradients(lengthened(q, 21), k, v, do=lengthened(do, 21), mask=mask)
+    assert_same_bits((dq[:, :, :Q_LEN], dk, dv), want)
+    assert not dq[:, :, Q_LEN:].any()
 
 
 def test_heads_may_be_permuted(device):

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, note, seed, settings
 from hypothesis import strategies as st
 
-import tilewise
 from harness import support_table
 from harness.features import FEATURES, KINDS, Feature, Problem, build, judge, of_kind
 

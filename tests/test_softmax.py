@@ -79,7 +79,7 @@ def softmax_kernel(
             row_max, row_sum, o = softmax_merge(row_max, row_sum, o, c_max, c_sum, c_o)
     tl.store(state_ptr + rows, row_max)
     tl.store(state_ptr + ROWS + rows, row_sum)
-    out, lse = softmax_finish(row_max, row_sum, o)
+    out, lse, _ = softmax_finish(row_max, row_sum, o)
     tl.store(out_ptr + rows[:, None] * 16 + columns[None, :], out)
     tl.store(lse_ptr + rows, lse)
 

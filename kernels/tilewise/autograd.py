@@ -80,13 +80,9 @@ def parameter_slots(request: Request) -> list[tuple[int, int, Parameter]]:
 
 def sink_gradient(sink: Tensor, backward: BackwardCall) -> Tensor:
     """dsink = -Σ P_sink · delta: a sink is one more key, whose value is 0."""
-    unit, row_max = backward.call.unit, backward.row_max
-    key_max = row_max if unit is None else row_max * unit
-    logit = sink.float()[:, None]
-    p = torch.exp2((logit - key_max) / math.log(2) - backward.sum_log2)  # [batch, q_heads, q_len]
-    # A row that sees no key gives the sink all its weight, unless that is -inf too.
-    alone = torch.where(logit == -torch.inf, 0.0, 1.0)
-    p = torch.where(key_max == -torch.inf, alone, p)
+    row_max = backward.row_max  # in natural units wherever there is a sink
+    p = torch.exp2((sink.float()[:, None] - row_max) / math.log(2) - backward.sum_log2)
+    p = torch.where(row_max == -torch.inf, 0.0, p)  # [batch, q_heads, q_len]
     return -(p * backward.delta).sum((0, 2)).to(sink.dtype)
 
 

@@ -62,7 +62,6 @@ def prepare_kernel(
     INTERVALS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_TILE: tl.constexpr,
-    HAS_SINK: tl.constexpr,
     TILE_Q: tl.constexpr,
 ):
     q_tiles = tl.cdiv(q_len, TILE_Q)
@@ -84,10 +83,9 @@ def prepare_kernel(
     row = (batch.to(tl.int64) * q_heads + head) * q_len + q_idx
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row, mask=valid, other=0.0)
-    if not HAS_SINK:  # a row without weight depends on nothing, whatever gradient it is handed
-        row_max = tl.load(max_ptr + row, mask=valid, other=0.0)
-        delta = tl.where(row_max == float("-inf"), 0.0, delta)
-    tl.store(delta_ptr + row, delta, mask=valid)
+    # A row without key and sink depends on nothing, whatever gradient it is handed.
+    row_max = tl.load(max_ptr + row, mask=valid, other=0.0)
+    tl.store(delta_ptr + row, tl.where(row_max == float("-inf"), 0.0, delta), mask=valid)
 
     lo, hi, whole = intersect_intervals(
         tl.minimum(q_idx, q_len - 1), kv_len, batch, head, INTERVALS, mask_args
@@ -406,7 +404,6 @@ def prepare_launch(backward: BackwardCall) -> tuple[tuple[int], dict[str, Any]]:
         ranges_ptr=backward.ranges,
         out_strides=backward.out.stride(),
         do_strides=backward.do.stride(),
-        HAS_SINK=backward.call.sink is not None,
         TILE_Q=backward.tile_q,
         enable_fp_fusion=True,
     )

@@ -66,8 +66,9 @@ class Request:
     @property
     def similarity_scores(self) -> Similarity:
         if self._similarity_scores is None:
+            in_natural_units = bool(self.scores) or self.sink is not None
             self._similarity_scores = similarity_scores(
-                self.q, self.k, self.similarity, self.scale, bool(self.scores)
+                self.q, self.k, self.similarity, self.scale, in_natural_units
             )
         return self._similarity_scores
 

@@ -33,7 +33,7 @@ from .intervals import cut_tile, intersect_intervals, kept_pairs, kv_range
 from .numerics import matmul, round_to, widen
 from .problem import ceil_div
 from .scores import apply_scores
-from .softmax import softmax_finish, softmax_merge, softmax_start, softmax_step, softmax_sum_log2
+from .softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
 from .tiles import Tile
 
 
@@ -137,28 +137,28 @@ def forward_kernel(
             # O = O · rescale + P V
             o = matmul(round_to(p, v.dtype), v, o * rescale[:, None], PRECISION)  # [TILE_Q, VALUE_TILE]
 
-    unscaled_max = row_max  # in the unit in which scores reach `softmax_step`
-    if unit is not None:
-        row_max *= unit
-    key_max = row_max
     if sink_ptr is not None:
         # A sink is the state of one more key, whose value is 0.
+        tl.static_assert(unit is None, "a sink's logit is in natural units")
         sink_max = tl.zeros_like(row_max) + widen(tl.load(sink_ptr + head.to(tl.int64) * sink_stride))
         sink_sum = tl.full([TILE_Q], 1.0, tl.float32)
         sink_o = tl.zeros_like(o)
         row_max, row_sum, o = softmax_merge(row_max, row_sum, o, sink_max, sink_sum, sink_o)
+    natural_max = row_max
+    if unit is not None:
+        natural_max = row_max * unit
+    o, lse, sum_log2 = softmax_finish(natural_max, row_sum, o)
+
     valid = q_idx < q_len
     rows = (batch.to(tl.int64) * q_heads + head) * q_len + q_idx
-    if max_ptr is not None:  # for the backward
-        tl.store(max_ptr + rows, unscaled_max, mask=valid)
-        tl.store(sum_ptr + rows, softmax_sum_log2(key_max, row_max, row_sum), mask=valid)
-    o, lse = softmax_finish(row_max, row_sum, o)
-
+    if lse_ptr is not None:
+        tl.store(lse_ptr + rows, lse, mask=valid)
+    if max_ptr is not None:
+        tl.store(max_ptr + rows, row_max, mask=valid)
+        tl.store(sum_ptr + rows, sum_log2, mask=valid)
     out = round_to(o, out_ptr.dtype.element_ty)
     out_head_ptr = head_ptr(out_ptr, batch, head, out_strides)
     store_tile(out_head_ptr, out, q_idx, valid, out_strides, VALUE_DIM, VALUE_TILE)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + rows, lse, mask=valid)
 
 
 def forward_launch(

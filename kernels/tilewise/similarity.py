@@ -164,9 +164,10 @@ def similarity_scores(
     k: torch.Tensor,
     similarity: str | Cosine,
     scale: float | torch.Tensor | None,
-    modified: bool,
+    in_natural_units: bool,
 ) -> Similarity:
-    """The similarity and the scale as modifiers. `modified`: the caller's own modifiers follow."""
+    """The similarity and the scale as modifiers. in_natural_units: what follows, modifiers of the caller or a
+    sink, needs scores in natural units."""
     scale = default_scale(similarity, q.shape[3]) if scale is None else scale
     if similarity == "cosine" or isinstance(similarity, Cosine):
         temperature = similarity.temperature if isinstance(similarity, Cosine) else 1.0
@@ -174,6 +175,6 @@ def similarity_scores(
         kept = tuple(f for f in factors if isinstance(f.scale, torch.Tensor) or f.scale != 1.0)
         return Similarity((Normalised(q, k), *kept), None, unit_rows, orthogonal_part)
     # Maxima of scaled and unscaled products agree only for a positive scale; and the unit must be a number.
-    if isinstance(scale, torch.Tensor) or modified or not SMALLEST_UNIT <= scale <= LARGEST_UNIT:
+    if isinstance(scale, torch.Tensor) or in_natural_units or not SMALLEST_UNIT <= scale <= LARGEST_UNIT:
         return Similarity((Scale("scale", scale),), None)
     return Similarity((), float(scale))

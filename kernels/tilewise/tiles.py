@@ -73,12 +73,12 @@ TABLE: dict[tuple[Pass, str, int, int], Tile] = {
     ("dkv", "sm_80", 4, 128): Tile(16, 32, num_warps=8),  # 102, 53376
     ("dkv", "sm_80", 4, 256): Tile(16, 32, num_warps=8),  # 183, 100480
     ("dkv", "sm_90", 2, 64): Tile(64, 128, num_warps=8),  # 249, 66048
-    ("dkv", "sm_90", 2, 128): Tile(64, 64, num_warps=8),  # 255, 99328
+    ("dkv", "sm_90", 2, 128): Tile(32, 128, num_warps=8),  # 255, 98688
     ("dkv", "sm_90", 2, 256): Tile(64, 32, num_warps=8),  # 174, 102912
     ("dkv", "sm_90", 4, 64): Tile(32, 32, num_warps=4, num_stages=1),  # 228, 36864
     ("dkv", "sm_90", 4, 128): Tile(16, 32, num_warps=8),  # 87, 51328
     ("dkv", "sm_90", 4, 256): Tile(16, 32, num_warps=8),  # 152, 100480
-    ("dkv", "sm_100", 2, 64): Tile(64, 128, num_warps=8),  # 252, 82944
+    ("dkv", "sm_100", 2, 64): Tile(64, 64, num_warps=8),  # 210, 66560
     ("dkv", "sm_100", 2, 128): Tile(64, 64, num_warps=8),  # 245, 132096
     ("dkv", "sm_100", 2, 256): Tile(32, 32, num_warps=8, num_stages=1),  # 167, 81920
     ("dkv", "sm_100", 4, 64): Tile(32, 32, num_warps=4, num_stages=1),  # 228, 36864

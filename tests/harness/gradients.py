@@ -20,7 +20,16 @@ from tilewise.autograd import parameter_slots
 from tilewise.checks import Request
 from tilewise.encoding import decode, encode
 
-from .oracle import NEIGHBOURS, SAMPLES, _assert_close, _largest_error, assert_matches, exact, neighbour, pytorch
+from .oracle import (
+    NEIGHBOURS,
+    SAMPLES,
+    _assert_close,
+    _largest_error,
+    assert_matches,
+    exact,
+    neighbour,
+    pytorch,
+)
 
 Tensor = torch.Tensor
 
@@ -118,9 +127,7 @@ def with_leaves(request: Request, dtype: torch.dtype | None) -> Request:
     return replace(copied, impl=request.impl)
 
 
-def _gradients(
-    request: Request, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor
-) -> dict[str, Tensor]:
+def _gradients(request: Request, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor) -> dict[str, Tensor]:
     leaves = {**request.qkv(), **trained(request)}
     got = torch.autograd.grad((out, lse), list(leaves.values()), (do, dlse), allow_unused=True)
     return {

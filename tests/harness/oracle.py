@@ -10,7 +10,7 @@ One rounding is half a unit in the last place of the element itself. There is no
 measured on the data of the test, over the whole tensor.
 
 "PyTorch in the same dtype" is the way its math paths compute attention: Q Kᵀ in the dtype; scale, modifiers,
-mask and softmax in fp32; P rounded to the dtype; P V in the dtype. Gradients: `harness.gradients`. The lse that goes with it would carry the
+mask and softmax in fp32; P rounded to the dtype; P V in the dtype (gradients: `harness.gradients`). The lse that goes with it would carry the
 rounding of Q Kᵀ, which the kernel, returning lse in fp32, may not hide behind: PyTorch's fp32 result is the
 yardstick there.
 
@@ -105,7 +105,7 @@ def pytorch(request: Request, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if factor is None:
         factor = 1 / math.sqrt(shape.head_dim) if similarity == "scaled_dot" else 1.0
     if similarity == "cosine" or isinstance(similarity, Cosine):
-        q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+        q, k = (torch.nn.functional.normalize(x.float(), dim=-1).to(dtype) for x in (q, k))
         temperature = similarity.temperature if isinstance(similarity, Cosine) else 1.0
         factor = factor * (
             temperature.float().reshape(-1, 1, 1) if isinstance(temperature, Tensor) else temperature

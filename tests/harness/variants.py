@@ -51,11 +51,11 @@ def launch_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: 
     """What its backward does, with gradients of everything that has one."""
     request = make_request(q, k, v, **given)
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    dlse = q.new_empty(q.shape[:3], dtype=torch.float32)
     slots = {slot for slot, _, _ in parameter_slots(request)}
     needs = [True] * 3 + [slot in slots for slot in range(len(request.other_tensors))]
     with target_tiles():
-        run_backward(request, out, lse, torch.empty_like(out), lse, needs)
+        run_backward(request, out, dlse.expand(2, *dlse.shape), torch.empty_like(out), dlse, needs)
 
 
 def main_tile(
