@@ -260,7 +260,7 @@ def many_heads() -> None:
 
 
 def many_rows() -> None:
-    """lse and delta of more than 2³¹ rows, all of them the same row of q; forward and backward."""
+    """lse, statistics and delta of more than 2³¹ rows, all of them the same row of q; forward and backward."""
     batch, q_len, dim = 70_000, 1 << 15, 4
     one = {name: torch.randn(1, 1, 1, dim, device=DEVICE).half() for name in "qkv"}
     out, lse = small(**one)
@@ -269,20 +269,24 @@ def many_rows() -> None:
     everywhere = out.clone().zero_()
     lse_far = untouched(batch * q_len, torch.float32).view(batch, 1, q_len)
     call = bind(make_request(**tensors, impl="portable"))
+    statistics = untouched(2 * batch * q_len, torch.float32).view(2, batch, 1, q_len)
     with last_programs(2):
-        forward.launch_forward(call, everywhere.expand(batch, 1, q_len, dim), lse_far, TILE)
+        forward.launch_forward(call, everywhere.expand(batch, 1, q_len, dim), lse_far, statistics, TILE)
     assert torch.equal(everywhere, out)
     assert (lse_far[-1, 0, :32] == lse[0, 0, 0]).all() and lse[0, 0, 0] != 0
+    # One key: the largest score, before the scale of 1/2, is the only one, and its exponential sums to 1.
+    assert (statistics[0, -1, 0, :32] * 0.5 == lse[0, 0, 0]).all() and not statistics[1, -1, 0, :32].any()
 
     # One key: P = 1 and dP = dO · O, so that delta is dP - dLSE, and dS is dLSE, 1.
     do = torch.randn_like(out)
     dlse_far, delta_far = (untouched(batch * q_len, torch.float32).view(batch, 1, q_len) for _ in range(2))
     ranges_far = untouched(batch * q_len // 16 * 4, torch.int32).view(batch, 1, q_len // 16, 4)
     here = slice(None) if DEVICE.type == "cuda" else slice(-1, None)  # the rest is not touched
-    lse_far[here], dlse_far[here] = lse[0, 0, 0], 1.0
+    statistics[0, here], statistics[1, here], dlse_far[here] = lse[0, 0, 0] * 2, 0.0, 1.0
     shape = (batch, 1, q_len, dim)
+    rows = statistics.unbind(0)
     call = backward.BackwardCall(
-        call, out.expand(shape), lse_far, do.expand(shape), dlse_far, delta_far, ranges_far, 16
+        call, out.expand(shape), *rows, do.expand(shape), dlse_far, delta_far, ranges_far, 16
     )
     grid, arguments = backward.prepare_launch(call)
     dq = out.clone().zero_()
@@ -306,13 +310,14 @@ def many_pairs() -> None:
     bias = torch.zeros(1, 1, 1, 1, device=DEVICE).half().expand(1, 1, q_len, kv_len)
     # All keys alike: P = 1 / kv_len, out = v, and with dLSE = 1 dS is P.
     score = (one["q"].float() * one["k"].float()).sum() / 2
-    lse = (score + math.log(kv_len)).expand(1, 1, q_len).contiguous()
+    row_max = score.expand(1, 1, q_len).contiguous()  # in natural units, as there is a bias
+    sum_log2 = torch.full_like(row_max, math.log2(kv_len))
     do = torch.randn_like(one["v"])
     delta = ((do.float() * one["v"].float()).sum() - 1).expand(1, 1, q_len).contiguous()
     ranges = torch.tensor([0, kv_len, 0, 0], dtype=torch.int32, device=DEVICE).repeat(1, 1, q_len // 16, 1)
     call = bind(make_request(**tensors, bias=bias, impl="portable"))
     rows = [x.expand(1, 1, q_len, dim) for x in (one["v"], do)]
-    call = backward.BackwardCall(call, rows[0], lse, rows[1], None, delta, ranges, 16)
+    call = backward.BackwardCall(call, rows[0], row_max, sum_log2, rows[1], None, delta, ranges, 16)
     with last_programs(1):
         grad = parameter_gradient(call, 1, Parameter(None, tuple(bias.shape)), bias, TILE)
     got = grad[0, 0, -16:, -16:].float()

@@ -231,8 +231,25 @@ def sdpa_trains() -> None:
         assert (ours - exact.grad).abs().max() <= allowed
 
 
+def compiles_with_dynamic_lengths() -> None:
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return tilewise.attention(x, x, x, mask=tilewise.Causal())
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (5, 9):
+        x = torch.randn(1, 2, length, 8)
+        assert torch.equal(compiled(x), attend(x))
+
+
 LAPTOP: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (imports_quietly, portable_says_how, user_mask_is_named, sdpa_trains)
+    f.__name__: f
+    for f in (
+        imports_quietly,
+        portable_says_how,
+        user_mask_is_named,
+        sdpa_trains,
+        compiles_with_dynamic_lengths,
+    )
 }
 LAPTOP |= {name: lambda name=name: check_feature(name, torch.device("cpu"), impl=None) for name in FEATURES}
 

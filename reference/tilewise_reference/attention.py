@@ -218,7 +218,9 @@ def _check(
         raise ValueError(f"temperature needs similarity='cosine', not {similarity=}; use scale instead")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{dropout_p=} must be at least 0 and below 1")
-    if (dropout_p > 0) != (dropout_keep is not None):
+    # Two comparisons: torch.compile(dynamic=True) cannot trace one between dropout_p's and dropout_keep's.
+    alone = dropout_p > 0 if dropout_keep is None else dropout_p == 0
+    if alone:
         given = None if dropout_keep is None else tuple(dropout_keep.shape)
         raise ValueError(
             f"{dropout_p=} and dropout_keep (shape {given}) must be given together or not at all"
