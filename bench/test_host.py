@@ -2,9 +2,9 @@
 
     python -m pytest bench/test_host.py --benchmark-columns=median,iqr
 
-Short sequences and decoding are bound by this time, not by the GPU. The tensors are so small that PyTorch's SDPA
-beside it does next to no arithmetic either. On a GPU the rows "tilewise, launched" add Triton's launch; there
-SDPA launches its kernels too, and nobody waits for them.
+Short sequences and decoding are bound by this time, not by the GPU. The tensors are so small that PyTorch's
+SDPA beside it does next to no arithmetic either. On a GPU the rows "tilewise, launched" add Triton's launch;
+there SDPA launches its kernels too, and nobody waits for them.
 """
 
 import pytest

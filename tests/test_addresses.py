@@ -260,7 +260,8 @@ def many_heads() -> None:
 
 
 def many_rows() -> None:
-    """lse, statistics and delta of more than 2³¹ rows, all of them the same row of q; forward and backward."""
+    """lse, statistics and delta of more than 2³¹ rows, all of them the same row of q; forward and
+    backward."""
     batch, q_len, dim = 70_000, 1 << 15, 4
     one = {name: torch.randn(1, 1, 1, dim, device=DEVICE).half() for name in "qkv"}
     out, lse = small(**one)

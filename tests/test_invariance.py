@@ -172,8 +172,8 @@ def test_padding_on_the_right_changes_no_bit_of_gradients(dtype, causal, as_tens
 
 
 def test_padded_queries_change_no_bit_of_gradients(device):
-    """Queries that see no key, of NaN and with a gradient of NaN, behind the others, in tiles of their own (in a
-    tile with others they would make it one that is masked, and masked tiles are summed last)."""
+    """Queries that see no key, of NaN and with a gradient of NaN, behind the others, in tiles of their own
+    (in a tile with others they would make it one that is masked, and masked tiles are summed last)."""
     q_len = 32
     q, k, v = qkv(device, q_len=q_len)
     do, row = torch.randn_like(q), torch.arange(q_len + 21, device=device)

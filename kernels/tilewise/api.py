@@ -80,8 +80,8 @@ def attention(
     similarity: "dot", "scaled_dot", "cosine", or Cosine(temperature).
     sink:       [q_heads], a logit a head that takes weight and adds no value (arXiv 2309.17453).
     dropout_p:  the probability that a pair's weight is set to 0; the others are divided by 1 - dropout_p.
-    dropout_seed: a tensor of one int64 on q's device that decides which pairs are dropped; `dropout_mask` shows
-                them. None: drawn from PyTorch's generator of the device.
+    dropout_seed: a tensor of one int64 on q's device that decides which pairs are dropped: `dropout_mask`
+                shows them. None: drawn from PyTorch's generator of the device.
     return_lse: also return the natural logarithm of each row's sum of exponentials (with the sink's).
     impl:       "portable", the Triton kernel; "torch", plain PyTorch, whose memory is quadratic in length;
                 None: the kernel on a GPU, and on a CPU in Triton's interpreter if TRITON_INTERPRET=1 was set
@@ -91,8 +91,8 @@ def attention(
     [batch, q_heads, q_len] in fp32 if asked. A row that sees no key gives 0 and -inf (the sink's logit, if
     there is one). NaN in keys and values that no query may see never reaches a result or a gradient.
 
-    Differentiable once, in reverse mode, in q, k, v, bias, scale, sink, a temperature, slopes, tables and what a
-    UserScore declares; through out and lse. Under autocast q, k and v are cast to its dtype.
+    Differentiable once, in reverse mode, in q, k, v, bias, scale, sink, a temperature, slopes, tables and
+    what a UserScore declares; through out and lse. Under autocast q, k and v are cast to its dtype.
 
     Raises ValueError for arguments that break the contract, NotImplementedError for what is not built;
     `why_not` lists the reasons instead.
@@ -213,7 +213,7 @@ def run_portable(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | N
 
 
 def is_plain_eager(request: Request) -> bool:
-    """Whether nobody watches or transforms this call: no dispatch mode, no function transform, no subclass."""
+    """Whether nobody watches or transforms this call: no dispatch mode, function transform or subclass."""
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -22,8 +22,8 @@ Tensor = torch.Tensor
 def run_forward(
     request: Request, return_lse: bool, for_backward: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, lse [batch, q_heads, q_len], and the
-    statistics [2, batch, q_heads, q_len] of `launch_forward`."""
+    """out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, lse [batch, q_heads, q_len], and
+    the statistics [2, batch, q_heads, q_len] of `launch_forward`."""
     q, shape = request.q, request.shape
     rows = shape.scores[:3]
     out = empty_in_order_of(q, shape.value_dim)
@@ -61,7 +61,7 @@ def run_backward(
 
 
 def parameter_slots(request: Request) -> list[tuple[int, int, Parameter]]:
-    """For each parameter of a score: its place among `other_tensors`, its modifier's place in `chain`, itself."""
+    """Each parameter of a score: its place in `other_tensors`, its modifier's place in `chain`, itself."""
     names = [name for name, _ in request.other_tensors]
     found = []
     own = len(request.similarity_scores.scores)
@@ -97,8 +97,8 @@ def empty_in_order_of(x: Tensor, dim: int) -> Tensor:
 
 
 SECOND_ORDER = (
-    "tilewise.attention has no second-order gradients: its gradient was differentiated again. Give impl='torch' "
-    "for the plain PyTorch path, which has them, or drop create_graph=True"
+    "tilewise.attention has no second-order gradients: its gradient was differentiated again. Give "
+    "impl='torch' for the plain PyTorch path, which has them, or drop create_graph=True"
 )
 
 

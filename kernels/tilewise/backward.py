@@ -9,10 +9,10 @@
 
 Under dropout P stands for P · keep / (1 - p) in dV, and dP for dP · keep / (1 - p): dropout.py.
 
-`prepare_kernel` writes delta, and which keys each tile of rows visits. `dkv_kernel` owns a tile of keys of one
-head of keys and values (█) and walks the tiles of rows that visit it (▒), for every query head of the group;
-`dq_kernel` owns a tile of rows and walks the keys, as the forward does. Each result is summed by one program in
-one order: the same inputs give the same bits.
+`prepare_kernel` writes delta, and which keys each tile of rows visits. `dkv_kernel` owns a tile of keys of
+one head of keys and values (█) and walks the tiles of rows that visit it (▒), for every query head of the
+group; `dq_kernel` owns a tile of rows and walks the keys, as the forward does. Each result is summed by one
+program in one order: the same inputs give the same bits.
 
                      keys ──►                              keys ──►
     rows             · █ · · ·          rows               · · · · ·
@@ -377,7 +377,7 @@ def prepare(
     dlse: torch.Tensor | None,
     tile_q: int,
 ) -> BackwardCall:
-    """Compute delta, and the ranges of keys that tiles of tile_q rows visit. statistics: of `launch_forward`."""
+    """Compute delta and the ranges of keys that tiles of tile_q rows visit; statistics are the forward's."""
     batch, q_heads, q_len, _ = call.shape.scores
     row_max, sum_log2 = statistics.unbind(0)
     q_tiles = ceil_div(q_len, tile_q)

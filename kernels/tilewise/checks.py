@@ -29,7 +29,7 @@ FINITE = torch.finfo(torch.float32).max  # scores are fp32, and so is what multi
 @dataclass(eq=False)
 class Request:
     """The arguments of one call to `attention`, with mask and score in their final form. What follows from
-    them is worked out when first asked for (by hand: torch.compile cannot trace `functools.cached_property`)."""
+    them is worked out when first asked for; by hand, for torch.compile cannot trace `cached_property`."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -82,8 +82,8 @@ class Request:
 
     @property
     def other_tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """Every tensor besides q, k and v, with the name of its argument: first those of the call itself, then
-        those of each part of `plugs`."""
+        """Every tensor besides q, k and v, with the name of its argument: first those of the call itself,
+        then those of each part of `plugs`."""
         if self._other_tensors is not None:
             return self._other_tensors
         temperature = self.similarity.temperature if isinstance(self.similarity, Cosine) else None
@@ -352,8 +352,8 @@ STAGES: tuple[tuple[Rule, ...], ...] = (
 
 
 def check(request: Request) -> None:
-    """Raise the first thing that is wrong. A request that looks like one that has passed is not looked at again:
-    rules read shapes, dtypes, devices and options, and so does `looks`."""
+    """Raise the first thing that is wrong. A request that looks like one that has passed is not looked at
+    again: rules read shapes, dtypes, devices and options, and so does `looks`."""
     if torch.compiler.is_compiling():
         for violation in violations(request):
             raise violation

@@ -7,8 +7,8 @@ Masks and scores are objects that hold jit functions, which no op schema knows. 
     f:tilewise.masks:UserMask f:my:keep (1 I N      a function; a tuple, its length first; None
 
 joined by line breaks. Tensors stay tensors, so that autograd, tracing and devices see them; numbers stay
-numbers, so that a length that changes does not compile a new graph. Functions and classes are kept in a registry:
-two functions of one name (in a notebook, a cell run twice) get two names.
+numbers, so that a length that changes does not compile a new graph. Functions and classes are kept in a
+registry: two functions of one name (in a notebook, a cell run twice) get two names.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def encode(request: Request) -> Encoded:
     """The request in words. Its tensors come in the order of `request.other_tensors`."""
     encoded = Encoded([], [], [], "")
     words: list[str] = []
-    similarity, temperature = request.similarity, None
+    similarity: Any = request.similarity
+    temperature = None
     if isinstance(similarity, Cosine):
         similarity, temperature = "cosine with a temperature", similarity.temperature
     seed, p = (None, None) if request.dropout is None else (request.dropout.seed, request.dropout.p)

@@ -187,8 +187,9 @@ def forward_launch(
 def launch_forward(
     call: Call, out: torch.Tensor, lse: torch.Tensor | None, statistics: torch.Tensor | None, tile: Tile
 ) -> None:
-    """Fill out [batch, q_heads, q_len, value_dim], lse [batch, q_heads, q_len] and, for the backward, statistics
-    [2, batch, q_heads, q_len]: `softmax.softmax_probabilities`. lse and statistics are fp32 and contiguous."""
+    """Fill out [batch, q_heads, q_len, value_dim], lse [batch, q_heads, q_len] and, for the backward,
+    statistics [2, batch, q_heads, q_len]: `softmax.softmax_probabilities`. lse and statistics are fp32 and
+    contiguous."""
     grid, arguments = forward_launch(call, out, lse, statistics, tile)
     if grid[0]:
         with on_device_of(out):

@@ -68,14 +68,14 @@ def kept_pairs(q_idx, kv_idx, kv_len, lo, hi, batch, head, KEEPS: tl.constexpr, 
 
 # ---- The same question from the side of the keys: which tiles of rows visit a tile of keys?
 #
-# Before the backward, every tile of rows writes down four numbers: the keys start..stop that it visits, and the
-# keys full_start..full_stop that all of its rows see. A tile of keys reads them, a chunk of tiles at a time.
+# Before the backward, every tile of rows writes down four numbers: the keys start..stop that it visits, and
+# the keys full_start..full_stop that all of its rows see. A tile of keys reads them, many tiles at a time.
 
 
 @triton.jit
 def store_range(ranges_ptr, lo, hi, whole, kv_len, is_partial):
-    """Write the four numbers of one tile of rows. A tile that reaches beyond q_len (is_partial) says that none
-    of its keys is seen by all rows, so that its missing rows are masked out."""
+    """Write the four numbers of one tile of rows. A tile that reaches beyond q_len (is_partial) says that
+    none of its keys is seen by all rows, so that its missing rows are masked out."""
     sees = lo < hi
     tl.store(ranges_ptr, tl.min(tl.where(sees, lo, kv_len)))
     tl.store(ranges_ptr + 1, tl.max(tl.where(sees, hi, 0)))
@@ -95,9 +95,9 @@ def visits_and_full(ranges_ptr, q_tile, q_tiles, kv_start, kv_stop):
 
 @triton.jit
 def q_range(ranges_ptr, q_tiles, kv_start, kv_stop, CHUNK: tl.constexpr):
-    """The tiles of rows first..last that visit the keys kv_start..kv_stop (and perhaps some between them that do
-    not); of these, full_first..full_last is the first run of tiles in which every pair counts. Without any,
-    full_first = full_last = last."""
+    """The tiles of rows first..last that visit the keys kv_start..kv_stop (and perhaps some between them that
+    do not); of these, full_first..full_last is the first run of tiles in which every pair counts. Without
+    any, full_first = full_last = last."""
     first, last, full_first = q_tiles, q_tiles * 0, q_tiles
     for chunk in range(0, q_tiles, CHUNK):
         q_tile = chunk + tl.arange(0, CHUNK)

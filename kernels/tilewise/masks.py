@@ -6,10 +6,10 @@ A mask answers on the device with one or both of
     keep(q_idx, kv_idx, batch, head, args) -> bool tile       pair by pair, where an interval is not enough
 
 `intervals.py` shows what the kernels make of them. Indices are int32 and always those of valid rows and keys,
-so loads need no bounds check. q_idx is [TILE_Q] for an interval. For keep, q_idx and kv_idx have the tile's two
-dimensions, one of them of size 1: [TILE_Q, 1] against [1, TILE_KV], and in the backward also the transpose.
-`args` is the tuple that `bind` returned. Every mask names its specification, a plain PyTorch function, as
-its `twin`.
+so loads need no bounds check. q_idx is [TILE_Q] for an interval. For keep, q_idx and kv_idx have the tile's
+two dimensions, one of them of size 1: [TILE_Q, 1] against [1, TILE_KV], and in the backward also the
+transpose. `args` is the tuple that `bind` returned. Every mask names its specification, a plain PyTorch
+function, as its `twin`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Jagged nested tensors: sequences of different lengths, packed one behind the other without padding.
 
-PyTorch's jagged layout holds `values`, all rows of all sequences, and `offsets`, where each sequence starts. That
-is one long sequence whose rows see only a stretch of the keys, so it needs no kernel of its own: `Intervals`
-says which stretch, and the tiles outside are never visited.
+PyTorch's jagged layout holds `values`, all rows of all sequences, and `offsets`, where each sequence starts.
+That is one long sequence whose rows see only a stretch of the keys, so it needs no kernel of its own:
+`Intervals` says which stretch, and the tiles outside are never visited.
 
     row i of sequence b sees the keys kv_offsets[b] ≤ j < kv_offsets[b + 1]
 """
@@ -27,7 +27,7 @@ def is_nested(*tensors: Any) -> bool:
 
 
 class Packed(NamedTuple):
-    """Jagged tensors as one long sequence: q [1, q_heads, rows, head_dim], k and v [1, kv_heads, keys, dim]."""
+    """Jagged tensors as one sequence: q [1, q_heads, rows, head_dim], k and v [1, kv_heads, keys, dim]."""
 
     q: Tensor
     k: Tensor
@@ -42,7 +42,7 @@ class Packed(NamedTuple):
         return nested.transpose(1, 2)
 
 
-def pack(q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Any = None, score: Any = None) -> Packed:
+def pack(q: Any, k: Any, v: Any, *, mask: Any = None, bias: Any = None, score: Any = None) -> Packed:
     """q [batch, q_heads, *, head_dim], k and v [batch, kv_heads, *, dim], all jagged, and what acts on them.
     Raises NotImplementedError for a mask, score or bias that speaks of padded positions."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -63,8 +63,8 @@ def pack(q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Any = None,
     within: Mask = sequences(q.offsets(), k.offsets(), q.values().shape[1])
     for part in masks:
         within = within & part
-    values = [x.values().unsqueeze(0) for x in (q, k, v)]
-    return Packed(*values, within, scores, q.offsets())
+    q_rows, k_rows, v_rows = (x.values().unsqueeze(0) for x in (q, k, v))
+    return Packed(q_rows, k_rows, v_rows, within, scores, q.offsets())
 
 
 def sequences(q_offsets: Tensor, kv_offsets: Tensor, rows: int) -> Intervals:
@@ -76,21 +76,21 @@ def sequences(q_offsets: Tensor, kv_offsets: Tensor, rows: int) -> Intervals:
 
 
 def same_offsets(a: Tensor, b: Tensor) -> bool:
-    """Whether two packings are one, as PyTorch sees it: by identity, for values cannot be read without waiting."""
+    """Whether two packings are one, by identity as in PyTorch: reading values would wait for the GPU."""
     return a is b or a.data_ptr() == b.data_ptr()
 
 
 def check_jagged(name: str, x: Any) -> None:
     """Raise ValueError or NotImplementedError unless x is [batch, heads, *, dim] in the jagged layout."""
-    if not (isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged):
+    if not (is_nested(x) and x.layout == torch.jagged):
         given = f"layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
             f"{name} has {given}; q, k and v must all be nested tensors of layout torch.jagged, or none"
         )
     if x.dim() != 4 or x._ragged_idx != 2:
         raise ValueError(
-            f"{name}.shape={tuple(x.shape)} must be [batch, heads, *, dim] with lengths that differ in dimension 2: "
-            "transpose(1, 2) a tensor [batch, *, heads, dim]"
+            f"{name}.shape={tuple(x.shape)} must be [batch, heads, *, dim], with the lengths that differ in "
+            "dimension 2: transpose(1, 2) a tensor [batch, *, heads, dim]"
         )
     if x.lengths() is not None:
         raise NotImplementedError(

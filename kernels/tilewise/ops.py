@@ -21,11 +21,12 @@ Tensor = torch.Tensor
 library = torch.library.Library("tilewise", "FRAGMENT")
 REQUEST = "Tensor[] tensors, SymInt[] ints, float[] floats, str spec"  # encoding.py
 library.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {REQUEST}) -> (Tensor out, Tensor lse, Tensor statistics)"
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {REQUEST}) "
+    "-> (Tensor out, Tensor lse, Tensor statistics)"
 )
 library.define(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, "
-    f"{REQUEST}, bool[] needs) -> Tensor[]"
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor statistics, {REQUEST}, bool[] needs) -> Tensor[]"
 )
 
 

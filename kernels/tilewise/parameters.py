@@ -4,8 +4,9 @@ A pair's score depends on one element of such a parameter, so the element's grad
 
     dparameter[e] = Σ_{pairs that read e} dS · ∂score/∂e
 
-One kernel takes this sum for one parameter. A program owns some elements and walks, step by step, the tiles of
-pairs that read them; it recomputes S and dS there as the backward does, and adds the products pair by pair:
+One kernel takes this sum for one parameter. A program owns some elements and walks, step by step, the tiles
+of pairs that read them; it recomputes S and dS there as the backward does, and adds the products pair by
+pair:
 
     which pairs read one element      a program owns       its steps                      what it writes
     one pair of each batch or head    a tile of pairs      the batches and heads          the tile
@@ -38,7 +39,7 @@ from .softmax import softmax_probabilities
 from .tiles import Tile
 
 # ---- Walks: where a program is at a step, (batch, head, q_tile, kv_tile); and what it writes in the end.
-# sizes = (batches, heads, q_tiles, kv_tiles) of the pairs; own = those of what programs own, in the same order.
+# sizes = (batches, heads, q_tiles, kv_tiles) of the pairs; own = those of what programs own.
 
 
 @triton.jit
@@ -165,7 +166,7 @@ def parameter_kernel(
         batch, head, q_tile, kv_tile = WALK(program, step, sizes, own)
         kv_start = kv_tile * TILE_KV
         range_ptr = ranges_ptr + (batch.to(tl.int64) * q_heads + head) * q_tiles * 4
-        visits, full = visits_and_full(range_ptr, q_tile, q_tiles, kv_start, kv_start + TILE_KV)
+        visits, _full = visits_and_full(range_ptr, q_tile, q_tiles, kv_start, kv_start + TILE_KV)
         if visits & (kv_tile >= 0):
             q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
             row = tl.minimum(q_idx, q_len - 1)
@@ -201,7 +202,7 @@ def parameter_kernel(
                 ds *= DERIVATIVE(
                     inputs[MODIFIER], batch, head, row[:, None], kv_row[None, :], score_args[MODIFIER]
                 )
-            lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
+            lo, hi, _whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
             kept = kept_pairs(
                 row[:, None], kv_idx[None, :], kv_len, lo[:, None], hi[:, None], batch, head, KEEPS, mask_args
             )
@@ -226,17 +227,17 @@ def plan(parameter: Parameter, tensor: torch.Tensor, shape: Shape, sizes: tuple[
     if parameter.buckets is not None:
         buckets, diagonals = tensor.shape[1], q_tiles + kv_tiles - 1
         args = (parameter.buckets, buckets, parameter.buckets.shape[0] // 2, parameter.shift)
-        own, sums = (1, heads, 1, diagonals), (heads, diagonals, buckets)
-        return Plan(walk_diagonal, store_bucket_sums, args, own, batches * q_tiles, sums)
+        own, steps = (1, heads, 1, diagonals), batches * q_tiles
+        return Plan(walk_diagonal, store_bucket_sums, args, own, steps, (heads, diagonals, buckets))
     of_batch, of_heads, of_rows, of_keys = parameter.sizes
     if of_rows > 1 and of_keys > 1:
         own, steps = (of_batch, of_heads, q_tiles, kv_tiles), batches // of_batch * (heads // of_heads)
         return Plan(walk_pairs, store_pairs, (), own, steps, parameter.sizes)
     if of_keys == 1:
-        own, sums = (batches, heads, q_tiles, 1), (batches, heads, shape.q_len, 1)
-        return Plan(walk_keys, store_row_sums, (), own, kv_tiles, sums)
-    own, sums = (batches, heads, 1, kv_tiles), (batches, heads, 1, shape.kv_len)
-    return Plan(walk_rows, store_key_sums, (), own, q_tiles, sums)
+        own = (batches, heads, q_tiles, 1)
+        return Plan(walk_keys, store_row_sums, (), own, kv_tiles, (batches, heads, shape.q_len, 1))
+    own = (batches, heads, 1, kv_tiles)
+    return Plan(walk_rows, store_key_sums, (), own, q_tiles, (batches, heads, 1, shape.kv_len))
 
 
 def parameter_gradient(

@@ -4,10 +4,10 @@ A modifier is, on the device,
 
     score(s, batch, head, q_idx, kv_idx, args) -> s            s: a tile of scores in fp32, natural units
 
-called for each tile, in the caller's order, after the dot product. Indices are int32 and always those of valid
-rows and keys, so loads need no bounds check; q_idx and kv_idx have the tile's two dimensions, one of them of
-size 1. The forward's tiles are [TILE_Q, TILE_KV], the backward's also [TILE_KV, TILE_Q]: a modifier broadcasts
-its indices and does not care. `args` is the tuple that `bind` returned.
+called for each tile, in the caller's order, after the dot product. Indices are int32 and always those of
+valid rows and keys, so loads need no bounds check; q_idx and kv_idx have the tile's two dimensions, one of
+them of size 1. The forward's tiles are [TILE_Q, TILE_KV], the backward's also [TILE_KV, TILE_Q]: a modifier
+broadcasts its indices and does not care. `args` is the tuple that `bind` returned.
 
 The backward needs two kinds of derivatives, functions of the same arguments, s being the modifier's input:
 
@@ -63,7 +63,7 @@ def apply_scores(s, batch, head, q_idx, kv_idx, SCORES: tl.constexpr, score_args
     """S under all modifiers, in order, and what each of them was given: (S, inputs)."""
     inputs = ()
     for i in tl.static_range(len(SCORES)):
-        inputs = inputs + (s,)
+        inputs = inputs + (s,)  # type: ignore[assignment]
         s = SCORES[i](s, batch, head, q_idx, kv_idx, score_args[i])
     return s, inputs
 
@@ -155,7 +155,7 @@ def softcap_score(s, batch, head, q_idx, kv_idx, args):
 
 @triton.jit
 def softcap_derivative(s, batch, head, q_idx, kv_idx, args):
-    """1 - tanh² x at x = s / cap, as 4e / (1 + e)² with e = exp(-2|x|): nothing cancels where tanh is near 1."""
+    """1 - tanh² (s / cap) as 4e / (1 + e)², e = exp(-2|s / cap|): nothing cancels where tanh is near 1."""
     e = tl.exp2(tl.abs(s / args[0]) * (-2.0 * LOG2E))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
@@ -221,7 +221,7 @@ class UserScore(Score):
     """A modifier from the caller's own module-level `@triton.jit` functions.
 
     score(s, batch, head, q_idx, kv_idx, args) -> s, on tiles as described at the head of this file.
-    args: a tuple of tensors, ints and floats, handed on to every function. Functions cannot close over values.
+    args: a tuple of tensors, ints and floats, handed on to every function, for none can close over values.
     twin(s, batch, head, q_idx, kv_idx, *args) -> s, optional: the same rule in plain PyTorch, needed for CPU
         tensors outside the interpreter.
     derivative(s, batch, head, q_idx, kv_idx, args) -> ∂score/∂s at the input s, needed for gradients.

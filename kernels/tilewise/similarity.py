@@ -150,8 +150,8 @@ def default_scale(similarity: str | Cosine, head_dim: int) -> float:
 
 
 class Similarity(NamedTuple):
-    """The modifiers that turn dot products into scores; the unit of what they leave, as `softmax_step` takes it
-    (None: natural); and the two functions of the backward described above."""
+    """The modifiers that turn dot products into scores; the unit of what they leave, as `softmax_step` takes
+    it (None: natural); and the two functions of the backward described above."""
 
     scores: tuple[Score, ...]
     unit: float | None

@@ -63,8 +63,8 @@ def softmax_merge(max_a, sum_a, o_a, max_b, sum_b, o_b):
 
 @triton.jit
 def softmax_finish(row_max, row_sum, o):
-    """O = o / row_sum, LSE = row_max + ln row_sum, and log2 row_sum, for the backward; rows that saw no key give
-    0, -inf and 0."""
+    """O = o / row_sum, LSE = row_max + ln row_sum, and log2 row_sum, for the backward; rows that saw no key
+    give 0, -inf and 0."""
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     sum_log2 = tl.log2(row_sum)  # [TILE_Q]
     return o / row_sum[:, None], row_max + sum_log2 * LN2, sum_log2
@@ -72,9 +72,9 @@ def softmax_finish(row_max, row_sum, o):
 
 @triton.jit
 def softmax_probabilities(s, row_max, sum_log2, unit):
-    """P again, in the backward, from scores s and what is known of each score's row, shaped to broadcast; row_max
-    in the unit of s. LSE alone would do for scores of moderate size. But beside a score of ±10⁴ fp32 keeps three
-    digits of ln row_sum, and beside finfo.min (an additive mask over a whole row) none."""
+    """P again, in the backward, from scores s and what is known of each score's row, shaped to broadcast;
+    row_max in the unit of s. LSE alone would do for scores of moderate size. But beside a score of ±10⁴ fp32
+    keeps three digits of ln row_sum, and beside finfo.min (an additive mask over a whole row) none."""
     base = anchor(row_max)
     if unit is None:
         return tl.exp2((s - base) * LOG2E - sum_log2)

@@ -38,9 +38,10 @@ class Tile:
 
 Pass = Literal["forward", "dkv", "dq"]
 
-# By pass, architecture, bytes an element (2: fp16 and bf16, 4: fp32) and the wider of head_dim and value_dim, up
-# to a power of two. Evidence: registers a thread and bytes of shared memory of the causal kernel, compiled ahead
-# of time by Triton 3.9.0; none of them spills (tests/test_compiled.py). No row has been timed on a GPU yet.
+# By pass, architecture, bytes an element (2: fp16 and bf16, 4: fp32) and the wider of head_dim and value_dim,
+# up to a power of two. Evidence: registers a thread and bytes of shared memory of the causal kernel, compiled
+# ahead of time by Triton 3.9.0; none of them spills (tests/test_compiled.py). No row has been timed on a GPU
+# yet.
 TABLE: dict[tuple[Pass, str, int, int], Tile] = {
     ("forward", "sm_80", 2, 64): Tile(128, 64, num_warps=8),  # 164, 32768
     ("forward", "sm_80", 2, 128): Tile(128, 64, num_warps=8),  # 210, 65536
@@ -137,10 +138,10 @@ ACCUMULATOR_REGISTERS = {"forward": 160, "dkv": 160, "dq": 224}
 
 
 def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> int:
-    """Shared memory that a pass needs at most: the two tiles that a program owns, the two it walks over, times
-    those in flight, and P and dS on their way from one matmul to the next. Hopper's and Blackwell's 16-bit matmuls
-    take all stages from shared memory, others one less; without pipelining K and V share one place in the forward.
-    CDNA keeps what a program owns in registers."""
+    """Shared memory that a pass needs at most: the two tiles that a program owns, the two it walks over,
+    times those in flight, and P and dS on their way from one matmul to the next. Hopper's and Blackwell's
+    16-bit matmuls take all stages from shared memory, others one less; without pipelining K and V share one
+    place in the forward. CDNA keeps what a program owns in registers."""
     walked = tile.tile_q if work == "dkv" else tile.tile_kv
     owned = {"forward": tile.tile_q, "dq": 2 * tile.tile_q, "dkv": 2 * tile.tile_kv}[work]
     owned = 0 if arch.startswith("gfx") else owned
@@ -194,8 +195,8 @@ def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") 
             tile = replace(tile, tile_q=tile.tile_q // 2)
     if not fits(tile, arch, element_bytes, dim, work):
         raise NotImplementedError(
-            f"{arch} has too little shared memory for the {work} pass with {element_bytes} bytes an element at "
-            f"a dimension of {dim}: use fp16 or bf16, or impl='torch'"
+            f"{arch} has too little shared memory for the {work} pass with {element_bytes} bytes an element "
+            f"at a dimension of {dim}: use fp16 or bf16, or impl='torch'"
         )
     return tile
 
@@ -228,8 +229,8 @@ def use(tile: Tile) -> Iterator[None]:
 
 
 def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
-    """The tile for a pass over a call. Short queries get short tiles; kv_len plays no part on a GPU, so that a row's
-    result does not depend on how much padding follows it."""
+    """The tile for a pass over a call. Short queries get short tiles; kv_len plays no part on a GPU, so that
+    a row's result does not depend on how much padding follows it."""
     forced = _forced.get()
     if forced is not None:
         return forced
@@ -244,8 +245,8 @@ def square_tile(tile: Tile) -> Tile:
 
 
 def gpu_tile(arch: str, element_bytes: int, shape: Shape, work: Pass = "forward") -> Tile:
-    """The tile for a pass over a call on a chip: the table's, or fewer rows of it where q_len is short. In the
-    forward fewer warps share them then, or fewer keys where O is wide."""
+    """The tile for a pass over a call on a chip: the table's, or fewer rows of it where q_len is short. In
+    the forward fewer warps share them then, or fewer keys where O is wide."""
     dim = next_power_of_two(max(shape.head_dim, shape.value_dim))
     tile = table_tile(arch, element_bytes, dim, work)
     tile_q = length_tile(shape.q_len, tile.tile_q)

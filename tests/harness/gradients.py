@@ -37,8 +37,8 @@ Tensor = torch.Tensor
 def check_gradients(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor | None = None, dlse: Tensor | None = None, **arguments: Any
 ) -> dict[str, Tensor]:
-    """Run `tilewise.attention` forward and backward with these arguments, and hold out, lse and every gradient
-    against float64: those of q, k, v, the sink and all parameters of scores.
+    """Run `tilewise.attention` forward and backward with these arguments, and hold out, lse and every
+    gradient against float64: those of q, k, v, the sink and all parameters of scores.
 
     do, dlse: the gradients of out and lse; random if None. impl is "portable" unless given. Returns the
     gradients of the implementation under test, by name. Raises AssertionError that names the gradient, the
@@ -86,7 +86,8 @@ def assert_gradients_match(found: dict[str, Tensor], request: Request, do: Tenso
 
 
 def trained(request: Request) -> dict[str, Tensor]:
-    """The tensors besides q, k and v that have a gradient, by name; one name each, also where names repeat."""
+    """The tensors besides q, k and v that have a gradient, by name; one name each, also where names
+    repeat."""
     slots = {slot for slot, _, _ in parameter_slots(request)}
     tensors = request.other_tensors
     return {

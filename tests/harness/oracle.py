@@ -10,9 +10,9 @@ One rounding is half a unit in the last place of the element itself. There is no
 measured on the data of the test, over the whole tensor.
 
 "PyTorch in the same dtype" is the way its math paths compute attention: Q Kᵀ in the dtype; scale, modifiers,
-mask and softmax in fp32; P rounded to the dtype; P V in the dtype (gradients: `harness.gradients`). The lse that goes with it would carry the
-rounding of Q Kᵀ, which the kernel, returning lse in fp32, may not hide behind: PyTorch's fp32 result is the
-yardstick there.
+mask and softmax in fp32; P rounded to the dtype; P V in the dtype (gradients: `harness.gradients`). The lse
+that goes with it would carry the rounding of Q Kᵀ, which the kernel, returning lse in fp32, may not hide
+behind: PyTorch's fp32 result is the yardstick there.
 
 Luck must not set the mark. PyTorch's fp32 result is exact where one logit stands alone in its row (lse is
 that logit), hence the max: the kernel's way through powers of two costs a few roundings. And where a result
@@ -127,8 +127,9 @@ def pytorch(request: Request, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class SoftmaxValues(torch.autograd.Function):
-    """softmax(s) v with P rounded to v's dtype, and lse; s [.., kv_len] in fp32, or with a sink's column at its
-    end. The backward is that of PyTorch's fused kernels: Σ_j P dP of a row comes from the rounded output."""
+    """softmax(s) v with P rounded to v's dtype, and lse; s [.., kv_len] in fp32, or with a sink's column at
+    its end. The backward is that of PyTorch's fused kernels: Σ_j P dP of a row comes from the rounded
+    output."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, v: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
