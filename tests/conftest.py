@@ -29,6 +29,11 @@ settings.register_profile("shrink", PLAIN, phases=(Phase.explicit, Phase.generat
 settings.load_profile("plain")
 
 
+# The workers of a parallel run fill the cores; more threads in each would only wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
 def pytest_report_header() -> str:
     if triton.knobs.runtime.interpret:
         where = "Triton's interpreter on the CPU"

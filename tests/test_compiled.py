@@ -14,7 +14,8 @@ import torch
 from filelock import FileLock
 
 from harness.compiled import TARGETS, Compiled, compile_variants
-from harness.variants import backward_feature_variants, feature_variants
+from harness.features import of_kind
+from harness.variants import COMBINATIONS, backward_feature_variants, feature_variants
 from tilewise.tiles import TABLE, fits, shared_bytes, table_tile
 
 BARRIER_BYTES = 2048  # what Triton keeps in shared memory besides tiles: barriers, scratch of reductions
@@ -163,6 +164,13 @@ def test_oldest_variants_compile_without_spills():
         assert [each.kernel for each in found] == names
         assert found[0].spill_bytes == 0 and found[0].uses_tensor_cores
         assert found[3].matmuls and found[4].matmuls and found[3].spill_bytes == found[4].spill_bytes == 0
+
+
+def test_every_feature_that_changes_a_kernel_is_in_a_combination():
+    kinds = ("mask", "score", "bias", "sink", "dropout")
+    names = {feature.name for kind in kinds for feature in of_kind(kind)}
+    names |= {"cosine", "cosine_with_temperature", "other_scale", "tensor_scale"}
+    assert {name for features in COMBINATIONS for name in features} == names
 
 
 def test_every_row_of_the_table_fits():

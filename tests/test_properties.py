@@ -17,7 +17,7 @@ from harness.features import FEATURES, KINDS, Feature, Problem, build, judge, of
 # How many features of a kind one problem may have; of all others at most one.
 SEVERAL = {"mask": 3, "score": 2}
 # On a GPU nearly every example compiles a kernel of its own, for a second or two.
-EXAMPLES = 8 if torch.cuda.is_available() else 3
+EXAMPLES = 8 if torch.cuda.is_available() else 2
 
 
 def problems(device: torch.device, present: Feature) -> st.SearchStrategy[Problem]:

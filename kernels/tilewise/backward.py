@@ -184,7 +184,6 @@ def dkv_kernel(
                 do = load_tile(do_head_ptr, q_idx, q_mask, do_strides, VALUE_DIM, VALUE_TILE)
                 row_max = load_rows(max_ptr + rows_ptr, q_idx, q_mask)[None, :]  # [1, TILE_Q]
                 sum_log2 = load_rows(sum_ptr + rows_ptr, q_idx, q_mask)[None, :]
-                delta = load_rows(delta_ptr + rows_ptr, q_idx, q_mask)[None, :]
 
                 # Sᵀ = scores(K Qᵀ)
                 sT = matmul(k, tl.trans(q), tl.zeros([TILE_KV, TILE_Q], tl.float32), PRECISION)
@@ -207,6 +206,8 @@ def dkv_kernel(
                 dv = matmul(round_to(drop(pT, keep, dropout), do.dtype), do, dv, PRECISION)
                 # dPᵀ = V dOᵀ
                 dpT = matmul(v, tl.trans(do), tl.zeros([TILE_KV, TILE_Q], tl.float32), PRECISION)
+                # Loaded only here, delta takes no registers before: 244, not 255 and spills (sm_90, 128).
+                delta = load_rows(delta_ptr + rows_ptr, q_idx, q_mask)[None, :]
                 # dSᵀ = Pᵀ · (dPᵀ - delta), and back to the dot products
                 dsT = pT * (drop(dpT, keep, dropout) - delta)
                 dsT = pull_back(

@@ -18,6 +18,7 @@ Exit status 1 unless every mutation was caught.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import queue
 import re
@@ -67,69 +68,89 @@ def copy_tree(root: Path, target: Path) -> Path:
     return target
 
 
-def run_tests(tree: Path, tests: Iterable[str], timeout: float | None) -> subprocess.CompletedProcess[str]:
-    """pytest on the tree's own sources, stopping at the first failure."""
-    paths = os.pathsep.join(str(tree / name) for name in ("kernels", "reference", "tests"))
-    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=tree, env=environment, timeout=timeout, capture_output=True, text=True)
+class Runner:
+    """Runs pytest on a tree, each time in a fork of a process that has imported what all runs need."""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree, self.log = tree, tree.parent / f"{tree.name}.log"
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(Path(__file__).with_name("forked.py"))]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+
+    def __call__(self, tests: Iterable[str], timeout: float) -> tuple[int | str, str]:
+        """The exit code (or "timeout") and the output of these tests, up to the first failure."""
+        arguments = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+        request = dict(tree=str(self.tree), arguments=arguments, log=str(self.log), timeout=timeout)
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline()), self.log.read_text(errors="replace")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def try_mutation(tree: Path, mutation: Mutation, timeout: float) -> tuple[str, str]:
+def try_mutation(run: Runner, mutation: Mutation, timeout: float) -> tuple[str, str]:
     """Status and detail of one mutation; the tree is as before afterwards."""
-    file = tree / mutation.file
+    file = run.tree / mutation.file
     source = file.read_text() if file.exists() else ""
     occurrences = source.count(mutation.old)
     if occurrences != 1:
         return "STALE", f"{mutation.file} contains {mutation.old!r} {occurrences} times, not once"
     file.write_text(source.replace(mutation.old, mutation.new))
     try:
-        done = run_tests(tree, mutation.tests, timeout)
-    except subprocess.TimeoutExpired:
-        return "caught", f"no end within {timeout:.0f} s"
+        code, output = run(mutation.tests, timeout)
     finally:
         file.write_text(source)
-    if done.returncode == 0:
+    if code == "timeout":
+        return "caught", f"no end within {timeout:.0f} s"
+    if code == 0:
         return (
             "SURVIVED",
             f"{mutation.old!r} -> {mutation.new!r} in {mutation.file}: {' '.join(mutation.tests)}",
         )
-    if done.returncode == 1:
-        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.M)
+    if code == 1:
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.M)
         return "caught", failed[1] if failed else ""
-    if done.returncode < 0:
-        return "caught", f"killed by signal {-done.returncode}"
-    return "BROKEN", (done.stdout + done.stderr)[-1500:]
+    if code < 0:
+        return "caught", f"killed by signal {-code}"
+    return "BROKEN", output[-1500:]
 
 
-def check_unmutated(tree: Path, mutations: Sequence[Mutation]) -> None:
+def check_unmutated(run: Runner, mutations: Sequence[Mutation]) -> None:
     """Exit unless every test that a mutation names passes on the code as it is."""
-    tests = sorted({test for mutation in mutations for test in mutation.tests})
-    done = run_tests(tree, tests, None)
-    if done.returncode:
-        sys.exit(f"The tests fail without any mutation:\n{done.stdout}{done.stderr}")
+    code, output = run(sorted({test for mutation in mutations for test in mutation.tests}), 3600)
+    if code:
+        sys.exit(f"The tests fail without any mutation:\n{output}")
 
 
 def run_mutations(
-    mutations: Sequence[Mutation], root: Path = ROOT, workers: int = 2, timeout: float = 300
+    mutations: Sequence[Mutation],
+    root: Path = ROOT,
+    workers: int = 2,
+    timeout: float = 300,
+    tests_pass: bool = False,
 ) -> list[Outcome]:
-    """Try each mutation and print its outcome as soon as it is known; `timeout` seconds for each."""
+    """Try each mutation and print its outcome as soon as it is known; `timeout` seconds for each. tests_pass:
+    the tests are known to pass on the code as it is."""
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch, ThreadPoolExecutor(workers) as pool:
-        trees: queue.Queue[Path] = queue.Queue()
+        runners: queue.Queue[Runner] = queue.Queue()
         for worker in range(workers):
-            trees.put(copy_tree(root, Path(scratch) / str(worker)))
+            runners.put(Runner(copy_tree(root, Path(scratch) / str(worker))))
 
         def job(mutation: Mutation) -> Outcome:
-            tree, began = trees.get(), time.perf_counter()
+            run, began = runners.get(), time.perf_counter()
             try:
-                status, detail = try_mutation(tree, mutation, timeout)
+                status, detail = try_mutation(run, mutation, timeout)
             finally:
-                trees.put(tree)
+                runners.put(run)
             return Outcome(mutation, status, detail, time.perf_counter() - began)
 
-        print("The tests without any mutation ...", flush=True)
-        check_unmutated(trees.queue[0], mutations)
+        if not tests_pass:
+            print("The tests without any mutation ...", flush=True)
+            check_unmutated(runners.queue[0], mutations)
         width = max(len(mutation.name) for mutation in mutations)
         for future in as_completed([pool.submit(job, mutation) for mutation in mutations]):
             outcome = future.result()
@@ -139,6 +160,8 @@ def run_mutations(
                 f"{outcome.seconds:5.1f} s  {outcome.detail}",
                 flush=True,
             )
+        for run in list(runners.queue):
+            run.close()
     return outcomes
 
 
@@ -150,6 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--list", action="store_true", help="show the mutations and run nothing")
     parser.add_argument("--only", action="append", metavar="NAME", help="run this mutation; may be repeated")
+    parser.add_argument(
+        "--tests-pass",
+        action="store_true",
+        help="do not run the tests without any mutation first: they passed",
+    )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time (default 2)")
     options = parser.parse_args(argv)
 
@@ -162,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{mutation.name}\n    {mutation.file}: {mutation.old!r} -> {mutation.new!r}")
             print("".join(f"    {test}\n" for test in mutation.tests), end="")
         return 0
-    outcomes = run_mutations(chosen, workers=options.workers)
+    outcomes = run_mutations(chosen, workers=options.workers, tests_pass=options.tests_pass)
     missed = [outcome for outcome in outcomes if outcome.status != "caught"]
     print(f"\n{len(outcomes) - len(missed)} of {len(outcomes)} mutations caught.")
     for outcome in missed:

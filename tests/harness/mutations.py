@@ -7,15 +7,18 @@ narrow, so that a run takes seconds.
 from __future__ import annotations
 
 from .mutate import Mutation
+from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 
 ADDRESSING = "kernels/tilewise/addressing.py"
 API = "kernels/tilewise/api.py"
+CALL = "kernels/tilewise/call.py"
 CHECKS = "kernels/tilewise/checks.py"
 DOCUMENTS = "kernels/tilewise/documents.py"
 FORWARD = "kernels/tilewise/forward.py"
 INTERVALS = "kernels/tilewise/intervals.py"
 MASKS = "kernels/tilewise/masks.py"
 NUMERICS = "kernels/tilewise/numerics.py"
+POSITIONS = "kernels/tilewise/positions.py"
 PROBLEM = "kernels/tilewise/problem.py"
 SCORES = "kernels/tilewise/scores.py"
 SIMILARITY = "kernels/tilewise/similarity.py"
@@ -45,10 +48,10 @@ MUTATIONS = (
              "o_a * a[:, None] + o_b * b[:, None]", "o_a + o_b * b[:, None]",
              GROUPINGS),
     Mutation("softmax: lse in base 2", SOFTMAX,
-             "lse = row_max + tl.log2(row_sum) * LN2", "lse = row_max + tl.log2(row_sum)",
+             "row_max + sum_log2 * LN2", "row_max + sum_log2",
              tests("softmax", "lse_is_the_natural_logarithm")),
     Mutation("softmax: lse mixes two bases", SOFTMAX,
-             "lse = row_max + tl.log2(row_sum) * LN2", "lse = (row_max + tl.log2(row_sum)) * LN2",
+             "row_max + sum_log2 * LN2", "(row_max + sum_log2) * LN2",
              GROUPINGS),
     Mutation("softmax: empty row divides by 0", SOFTMAX,
              "row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)",
@@ -104,11 +107,11 @@ MUTATIONS = (
     Mutation("forward: one cut tile too few", FORWARD,
              "tiles = last - first - tiles", "tiles = tl.maximum(last - first - tiles, 1) - 1",
              tests("intervals", "the_kernel_visits_the_tiles_of_the_mask_and_no_other[window]")),
-    Mutation("forward: cut tiles do not skip the full ones", FORWARD,
+    Mutation("intervals: cut tiles do not skip the full ones", INTERVALS,
              "tl.where(tile < full_first, tile, tile + (full_last - full_first))", "tile",
              tests("intervals", "the_kernel_visits_the_tiles_of_the_mask_and_no_other[causal]")),
     Mutation("forward: full tiles counted from the first tile", FORWARD,
-             "kv_idx = (full_first + step) * TILE_KV", "kv_idx = (first + step) * TILE_KV",
+             "kv_start = (full_first + step) * TILE_KV", "kv_start = (first + step) * TILE_KV",
              tests("intervals", "the_kernel_visits_the_tiles_of_the_mask_and_no_other[left padding]")),
     Mutation("forward: sink has a value", FORWARD,
              "sink_o = tl.zeros_like(o)", "sink_o = tl.zeros_like(o) + 1.0",
@@ -117,12 +120,11 @@ MUTATIONS = (
              "head.to(tl.int64) * sink_stride", "0 * sink_stride",
              tests("forward", "rows_without_a_key[float32]")),
     Mutation("forward: last row written twice", FORWARD,
-             "store_tile(out_head_ptr, out, q_idx, q_idx < q_len,",
-             "store_tile(out_head_ptr, out, q_idx, q_idx <= q_len,",
+             "valid = q_idx < q_len", "valid = q_idx <= q_len",
              tests("forward", "mask[causal-(37, 37)]")),
     Mutation("forward: lse rows counted in keys", FORWARD,
-             "lse_row = (batch.to(tl.int64) * q_heads + head) * q_len",
-             "lse_row = (batch.to(tl.int64) * q_heads + head) * kv_len",
+             "rows = (batch.to(tl.int64) * q_heads + head) * q_len",
+             "rows = (batch.to(tl.int64) * q_heads + head) * kv_len",
              tests("forward", "mask[causal-(19, 45)]")),
     Mutation("forward: P not rounded", FORWARD,
              "matmul(round_to(p, v.dtype), v,", "matmul(p, v,",
@@ -164,7 +166,8 @@ MUTATIONS = (
              "full_first = tl.maximum(tl.max(lo) // TILE_KV, first)",
              RANGES),
     Mutation("intervals: full tiles under a mask that is not whole", INTERVALS,
-             "tl.where(whole, hi, 0)", "tl.where(sees, hi, 0)",
+             "full_last = tl.minimum(tl.min(tl.where(whole, hi, 0))",
+             "full_last = tl.minimum(tl.min(tl.where(sees, hi, 0))",
              RANGES),
     Mutation("intervals: full tiles skip a keep function", INTERVALS,
              "whole = whole & (q_idx < 0)", "whole = whole & (q_idx >= 0)",
@@ -173,7 +176,7 @@ MUTATIONS = (
              "hi = tl.minimum(hi, mask_hi)", "hi = tl.maximum(hi, mask_hi)",
              tests("intervals", "intervals_intersect[False]")),
     Mutation("intervals: one key too many in a cut tile", INTERVALS,
-             "(kv_idx[None, :] < hi[:, None])", "(kv_idx[None, :] <= hi[:, None])",
+             "(kv_idx >= lo) & (kv_idx < hi)", "(kv_idx >= lo) & (kv_idx <= hi)",
              tests("forward", "mask[causal-(37, 37)]")),
     Mutation("intervals: keep asked about keys that are not there", INTERVALS,
              "valid_idx = tl.minimum(kv_idx, kv_len - 1)", "valid_idx = kv_idx",
@@ -221,10 +224,10 @@ MUTATIONS = (
     Mutation("tanh: exponential in the wrong base", SCORES,
              "tl.exp2(tl.abs(x) * (-2.0 * LOG2E))", "tl.exp2(tl.abs(x) * -2.0)",
              tests("numerics", "tanh")),
-    Mutation("alibi: distance from the wrong corner", SCORES,
+    Mutation("alibi: distance from the wrong corner", POSITIONS,
              "tl.abs(kv_idx - q_idx - shift).to(tl.float32)", "tl.abs(kv_idx - q_idx).to(tl.float32)",
              tests("shapes", "every_tensor_may_be_strided")),
-    Mutation("relative position: table read one off", SCORES,
+    Mutation("relative position: table read one off", POSITIONS,
              "head.to(tl.int64) * (2 * max_distance + 1) + max_distance",
              "head.to(tl.int64) * (2 * max_distance) + max_distance",
              tests("forward", "score[relative_position-float32]")),
@@ -239,11 +242,11 @@ MUTATIONS = (
              "(*as_scores(score), Bias(bias))", "(Bias(bias), *as_scores(score))",
              tests("nn", "mask_bias_and_score_reach_the_kernel")),
     Mutation("scale: applied twice where modifiers follow", SIMILARITY,
-             "return (BoundScore(scale_score, (float(scale),)),), None",
-             "return (BoundScore(scale_score, (float(scale),)),), float(scale)",
+             'return Similarity((Scale("scale", scale),), None)',
+             'return Similarity((Scale("scale", scale),), float(scale))',
              tests("forward", "scale[0.7-dot]")),
     Mutation("scale: a negative one folded into the exponentials", SIMILARITY,
-             "not fp32.tiny <= scale <= fp32.max", "not scale <= fp32.max",
+             "not SMALLEST_UNIT <= scale <= LARGEST_UNIT", "not scale <= LARGEST_UNIT",
              tests("forward", "scale[-0.7-dot]")),
     Mutation("scale: not the root of head_dim", SIMILARITY,
              "1.0 / math.sqrt(head_dim)", "1.0 / head_dim",
@@ -260,15 +263,15 @@ MUTATIONS = (
              'torch.get_float32_matmul_precision() != "medium"',
              tests("numerics", "float32_matmuls_follow_pytorchs_precision")),
     # ---- The host
-    Mutation("host: group is the number of key heads", FORWARD,
+    Mutation("host: group is the number of key heads", CALL,
              "group=shape.group", "group=shape.kv_heads",
              tests("shapes", "heads[6-2]")),
-    Mutation("host: masks with gaps taken as without", API,
-             "has_gaps=any(mask.has_gaps for mask in request.masks)",
-             "has_gaps=all(mask.has_gaps for mask in request.masks[:1])",
+    Mutation("host: masks with gaps taken as without", CALL,
+             "has_gaps=any([mask.has_gaps for mask in request.masks])",
+             "has_gaps=any([mask.has_gaps for mask in request.masks[:1]])",
              tests("data", "unseen_keys_and_values_have_no_influence[several-torch.float32]")),
     Mutation("sdpa: causal to the bottom right", API,
-             'mask=Causal("top_left") if is_causal', "mask=Causal() if is_causal",
+             'mask = Causal("top_left")', "mask = Causal()",
              tests("sdpa", "causal_is_aligned_to_the_top_left[(5, 7)]")),
     Mutation("tiles: sizes that are no power of two", TILES,
              "if size < 16 or size & (size - 1):", "if size < 16:",
@@ -287,8 +290,8 @@ MUTATIONS = (
              "    masks_and_scores_fit,\n", "",
              tests("checks", "every_rule_has_a_case")),
     Mutation("checks: gradient of a bias silently lost", CHECKS,
-             "for name, tensor in (*r.qkv().items(), *r.other_tensors):",
-             "for name, tensor in r.qkv().items():",
-             tests("torch_path", "the_kernel_refuses_what_requires_a_gradient")),
+             "or any([tensor.requires_grad for _, tensor in self.other_tensors])", "or False",
+             tests("backward", "second_order_raises[bias]")),
+    *BACKWARD_MUTATIONS,
 )
 # fmt: on

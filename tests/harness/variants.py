@@ -18,7 +18,7 @@ from tilewise.problem import Shape
 from tilewise.tiles import Tile, gpu_tile
 
 from .compiled import Variant
-from .features import build, of_kind
+from .features import build
 
 DIMS = (64, 128, 256)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -41,7 +41,7 @@ def target_tiles() -> Iterator[None]:
         yield
 
 
-def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool, **given: Any) -> None:
+def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool = False, **given: Any) -> None:
     """What `attention` does on a GPU once a call has passed the checks."""
     with target_tiles():
         run_forward(make_request(q, k, v, **given), return_lse)
@@ -89,27 +89,39 @@ def main_variants() -> list[Variant]:
     ]
 
 
-def feature_variant(mask: str, others: tuple[str, ...], dtype: str, dims: tuple[int, int]) -> Variant:
+# Every mask, score modifier and other feature that changes a kernel; what excludes each other stands apart.
+COMBINATIONS = (
+    ("causal", "window", "prefix", "softcap", "alibi", "sink", "cosine_with_temperature"),
+    ("documents", "right_padding", "left_padding", "relative_position", "tensor_scale", "dropout"),
+    ("bool_mask", "intervals", "user_mask", "user_interval", "user_score", "bias_modifier", "bias"),
+    ("causal_top_left", "scattered_documents", "strided_bias", "other_scale"),
+    ("cosine",),
+)
+KINDS_AND_DIMS = (("bf16", (64, 64)), ("fp16", (40, 24)), ("bf16", (20, 80)))
+
+
+def feature_variant(features: tuple[str, ...], i: int, launched: Callable[..., None]) -> Variant:
+    """These features in one call; `launched` is `launch` or `launch_backward`."""
+    dtype, dims = KINDS_AND_DIMS[i % len(KINDS_AND_DIMS)]
+
     def run() -> None:
         sizes = dict(q_heads=4, kv_heads=2, q_len=300, kv_len=300, head_dim=dims[0], value_dim=dims[1])
-        problem = build(torch.device("cpu"), random.Random(0), (mask, *others), dtype=DTYPES[dtype], **sizes)
-        launch(*problem.tensors(), return_lse=False, **problem.keywords())
+        cpu = torch.device("cpu")
+        problem = build(cpu, random.Random(0), features, dtype=DTYPES[dtype], **sizes)
+        launched(*problem.tensors(), **problem.keywords())
 
-    return Variant(" & ".join((mask, *others, dtype, "x".join(map(str, dims)))), run)
+    return Variant(" & ".join((*features, dtype, "x".join(map(str, dims)))), run)
 
 
 def feature_variants() -> list[Variant]:
-    """Every mask, score modifier and other feature that changes the kernel, each at least once."""
-    masks = [feature.name for feature in of_kind("mask")]
-    others = [feature.name for kind in ("score", "bias", "sink") for feature in of_kind(kind)]
-    others += ["cosine", "cosine_with_temperature", "other_scale", "tensor_scale", "dropout"]
-    count = max(len(masks), len(others))
-    cycle: Callable[[list[Any], int], Any] = lambda entries, i: entries[i % len(entries)]  # noqa: E731
-    dims = [(64, 64), (40, 24), (20, 80)]
-    return [
-        feature_variant(cycle(masks, i), (cycle(others, i),), cycle(["bf16", "fp16"], i), cycle(dims, i))
-        for i in range(count)
-    ] + [ones_variant()]
+    """Every feature in the forward, and what is not a feature: integers that are 1."""
+    found = [feature_variant(features, i, launch) for i, features in enumerate(COMBINATIONS)]
+    return [*found, ones_variant()]
+
+
+def backward_feature_variants() -> list[Variant]:
+    """Every feature in the backward and in its parameters' gradients; the last two add nothing new there."""
+    return [feature_variant(features, i, launch_backward) for i, features in enumerate(COMBINATIONS[:3])]
 
 
 def backward_tile(dtype: str, dim: int, mask: Any) -> Variant:
@@ -129,27 +141,6 @@ def backward_variants() -> list[Variant]:
     return [backward_tile(dtype, dim, causal) for dtype in ("bf16", "fp32") for dim in DIMS] + [
         backward_tile("bf16", 128, None)
     ]
-
-
-def backward_feature_variants() -> list[Variant]:
-    """Every mask, score modifier and other feature, in the backward and in its parameters' gradients."""
-    combinations = (
-        ("causal", "window", "prefix", "softcap", "alibi", "sink", "cosine_with_temperature"),
-        ("documents", "right_padding", "left_padding", "relative_position", "tensor_scale", "dropout"),
-        ("bool_mask", "intervals", "user_mask", "user_interval", "user_score", "bias_modifier", "bias"),
-    )
-
-    def variant(features: tuple[str, ...], dtype: str, dims: tuple[int, int]) -> Variant:
-        def run() -> None:
-            sizes = dict(q_heads=4, kv_heads=2, q_len=300, kv_len=300, head_dim=dims[0], value_dim=dims[1])
-            cpu = torch.device("cpu")
-            problem = build(cpu, random.Random(0), features, dtype=DTYPES[dtype], **sizes)
-            launch_backward(*problem.tensors(), **problem.keywords())
-
-        return Variant(" & ".join((*features, dtype)), run)
-
-    kinds = (("bf16", (64, 64)), ("fp16", (40, 24)), ("bf16", (20, 80)))
-    return [variant(features, *kind) for features, kind in zip(combinations, kinds, strict=True)]
 
 
 def ones_variant() -> Variant:
