@@ -776,3 +776,32 @@ def test_second_order_raises(device, name):
     (gradient,) = torch.autograd.grad(out.square().sum() + lse.sum(), tensors[name], create_graph=True)
     with pytest.raises(NotImplementedError, match="second-order"):
         gradient.square().sum().backward()
+
+
+def test_rows_without_a_key_and_a_sink_of_minus_infinity(device):
+    """Such a row has no weight at all, and its sink no gradient: not -inf - -inf."""
+    p = build(device, random.Random(18), [], **(SMALL | {"q_len": 40, "kv_len": 17}))
+    p.mask = Causal()  # bottom right: the first 23 rows stand before every key
+    p.arguments["sink"] = torch.tensor([0.5, -torch.inf], device=device)
+    assert judge(p)["sink (0)"][1] == 0
+
+
+def test_each_pass_has_its_own_tile(device, monkeypatch):
+    """The table gives the passes different tiles, and the ranges that dK and dV walk are those of its own."""
+    tiles = {"forward": Tile(32, 16), "dkv": Tile(16, 32), "dq": Tile(64, 16)}
+    monkeypatch.setattr("tilewise.autograd.choose_tile", lambda q, shape, work: tiles[work])
+    p = build(device, random.Random(19), [], **(SMALL | {"q_len": 70, "kv_len": 90}))
+    p.mask, p.arguments["bias"] = Causal(), p.randn(2, 1, 90)
+    with sanitize():
+        check_gradients(*p.tensors(), p.gradient_of_out(), **p.keywords())
+
+
+def test_an_argument_that_begins_to_require_a_gradient_is_judged_again(device):
+    """What passed is remembered: also whether an argument required a gradient, beside others that do."""
+    q, k, v = (torch.randn(1, 2, 4, 8, device=device, requires_grad=True) for _ in range(3))
+    factors, offsets = torch.randn(2, device=device), torch.randn(4, device=device)
+    score = UserScore(line_score, (3, factors, offsets), derivative=line_slope, parameters={2: ("k", None)})
+    tilewise.attention(q, k, v, score=score, impl="portable")
+    factors.requires_grad_()
+    with pytest.raises(ValueError, match=r"args\[1\] requires a gradient"):
+        tilewise.attention(q, k, v, score=score, impl="portable")

@@ -380,3 +380,35 @@ def test_every_mask_with_unseen_keys_is_tried():
     names = list(masks_with_unseen_keys(torch.device("cpu")))
     assert len(names) >= 13 and len(set(names)) == len(names)
     assert {len(name) % 3 for name in names} == set(range(len(DTYPES))), "every dtype should have its turn"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_junk_in_rows_that_a_gap_leaves_without_a_key(device, dtype):
+    """Rows whose interval holds keys, none of which a mask with gaps lets them see."""
+    p = build(device, random.Random(20), [], batch=1, q_heads=2, kv_heads=1, q_len=19, kv_len=45, dtype=dtype)
+    (q, k, v), do = p.tensors(), p.gradient_of_out()
+    blind = torch.arange(19, device=device) % 4 == 1
+    keep = ~blind[:, None] & (torch.arange(45, device=device) % 3 > 0)
+    results = []
+    for junk in (0.0, torch.nan, -torch.inf):
+        dirty = [x.masked_fill(blind[:, None], junk) for x in (q, do)]
+        dlse = torch.ones(1, 2, 19, device=device).masked_fill(blind, junk)
+        results.append(gradients(dirty[0], k, v, dirty[1], dlse, mask=keep)[2])
+    for found in results[1:]:
+        for got, want in zip(found, results[0], strict=True):
+            assert torch.equal(got, want) and want.isfinite().all()
+
+
+def test_junk_beside_rows_that_a_bias_leaves_without_a_key(device):
+    """A bias of -inf along a row is no mask, so its tiles are full; what the row is handed does not count."""
+    p = build(device, random.Random(21), [], batch=1, q_heads=2, kv_heads=1, q_len=19, kv_len=45)
+    (q, k, v), do = p.tensors(), p.gradient_of_out()
+    dead = torch.arange(19, device=device) % 4 == 1
+    bias = torch.zeros(19, 45, device=device).masked_fill(dead[:, None], -torch.inf)
+    results = []
+    for junk in (0.0, torch.nan, torch.inf):
+        dlse = torch.ones(1, 2, 19, device=device).masked_fill(dead, junk)
+        results.append(gradients(q, k, v, do, dlse, bias=bias)[2])
+    for found in results[1:]:
+        for got, want in zip(found, results[0], strict=True):
+            assert torch.equal(got, want) and want.isfinite().all()
