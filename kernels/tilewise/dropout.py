@@ -35,9 +35,9 @@ class Dropout(NamedTuple):
 @triton.jit
 def dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV: tl.constexpr, IS_TRANSPOSED: tl.constexpr):
     """Whether each pair of rows q_idx [TILE_Q] and keys kv_start.. is kept: [TILE_Q, TILE_KV], or the
-    transpose of it; None without dropout. kv_start is a multiple of 4."""
+    transpose of it; without dropout (), which `drop` does not look at. kv_start is a multiple of 4."""
     if len(dropout) == 0:
-        return None
+        return ()
     else:
         zeros = q_idx[:, None] * 0 + tl.arange(0, TILE_KV // 4)[None, :] * 0  # [TILE_Q, TILE_KV / 4]
         quad = zeros + (kv_start // 4 + tl.arange(0, TILE_KV // 4))[None, :]
