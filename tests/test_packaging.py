@@ -117,25 +117,31 @@ def test_source_roots_are_not_packages() -> None:
 
 
 def test_command_starts_in_the_interpreter_without_a_gpu_and_says_so(installed: Path) -> None:
-    ran = run_python(["-m", "tilewise", "--help"], installed)
+    ran = run_python(["-m", "tilewise", "demo", "--help"], installed)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == "tilewise: no GPU found: the kernels run in Triton's interpreter, on the CPU\n"
-    assert "demo" in ran.stdout
+    assert "Sentences to compare" in ran.stdout
+
+
+def test_a_command_that_runs_no_kernel_starts_no_interpreter(installed: Path) -> None:
+    ran = run_python(["-m", "tilewise", "--help"], installed)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert all(name in ran.stdout for name in ("explain", "inspect", "tune", "doctor", "demo"))
 
 
 def test_command_leaves_a_set_interpreter_variable_alone(installed: Path) -> None:
-    ran = run_python(["-m", "tilewise", "--help"], installed, TRITON_INTERPRET="0")
+    ran = run_python(["-m", "tilewise", "demo", "--help"], installed, TRITON_INTERPRET="0")
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("missing", ["typer", "tokenizers"])
-def test_command_names_the_extra_that_is_missing(missing: str, installed: Path) -> None:
+@pytest.mark.parametrize(("missing", "extra"), [("typer", "tools"), ("tokenizers", "demo")])
+def test_command_names_the_extra_that_is_missing(missing: str, extra: str, installed: Path) -> None:
     # None in sys.modules makes `import` raise what it raises for a package that is not installed.
     program = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['tilewise', 'demo', 'A sentence.']\n"
     program += "from tilewise.__main__ import main; main()"
     ran = run_python(["-c", program], installed, TRITON_INTERPRET="1")
     assert ran.returncode == 1
-    assert ran.stderr == f"tilewise: {missing} is not installed: pip install 'tilewise[demo]'\n"
+    assert ran.stderr == f"tilewise: {missing} is not installed: pip install 'tilewise[{extra}]'\n"
 
 
 @pytest.fixture(scope="module")

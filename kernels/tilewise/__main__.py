@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+RUN_KERNELS = {"demo", "tune"}  # the other commands look at kernels without running them
+
 
 def interpret_without_gpu() -> None:
     """Where no GPU is found, start this command again with the kernels in Triton's interpreter, and say so.
@@ -27,7 +29,8 @@ def interpret_without_gpu() -> None:
 
 def main() -> None:
     """The entry point of the `tilewise` command."""
-    interpret_without_gpu()
+    if RUN_KERNELS & set(sys.argv[1:2]):
+        interpret_without_gpu()
     from tilewise import cli  # the command line's own packages are loaded only once it is known to go ahead
 
     cli.main()

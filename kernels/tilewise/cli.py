@@ -6,19 +6,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-# What the extra "demo" brings (pyproject.toml). A missing module that is not listed here is a bug of ours.
-DEMO_MODULES = {"typer", "rich", "matplotlib", "safetensors", "tokenizers", "numpy"}
+# What the extras "demo" and "tools" bring (pyproject.toml). A missing module that is not listed here is a bug
+# of ours.
+EXTRA_MODULES = {
+    "typer": "tools",
+    "rich": "tools",
+    "matplotlib": "demo",
+    "safetensors": "demo",
+    "tokenizers": "demo",
+    "numpy": "demo",
+}
 
 
 def build_app() -> "typer.Typer":
     """The command line as a typer application.
 
     Raises:
-        ModuleNotFoundError: a package of the extra "demo" is not installed.
+        ModuleNotFoundError: typer or rich is not installed.
     """
     import typer
 
-    from tilewise.demo.command import demo
+    from tilewise.tools.doctor_command import doctor
+    from tilewise.tools.explain_command import explain
+    from tilewise.tools.inspect_command import inspect
+    from tilewise.tools.tune_command import tune
 
     app = typer.Typer(
         help="Fused attention kernels in Triton.",
@@ -26,14 +37,28 @@ def build_app() -> "typer.Typer":
         add_completion=False,
         rich_markup_mode=None,
     )
-    app.command()(demo)
+    for command in (explain, inspect, tune, doctor):
+        app.command()(command)
+    try:
+        from tilewise.demo.command import demo
+    except ModuleNotFoundError as missing:  # the tools need less than the demo does
+        sentence = what_to_install(missing)
 
-    @app.callback()
-    def keep_subcommand_names() -> None:
-        # typer drops the name of a lone subcommand, unless there is a callback.
-        pass
-
+        @app.command("demo", context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
+        def demo_is_missing() -> None:
+            """Compare sentences with a pretrained encoder; needs the extra "demo"."""
+            sys.exit(sentence)
+    else:
+        app.command()(demo)
     return app
+
+
+def what_to_install(missing: ModuleNotFoundError) -> str:
+    """The one line for a user who lacks a package of an extra; what no extra brings is raised again."""
+    extra = EXTRA_MODULES.get((missing.name or "").partition(".")[0])
+    if extra is None:
+        raise missing
+    return f"tilewise: {missing.name} is not installed: pip install 'tilewise[{extra}]'"
 
 
 def main() -> None:
@@ -41,6 +66,4 @@ def main() -> None:
     try:
         build_app()(prog_name="tilewise")
     except ModuleNotFoundError as missing:
-        if missing.name is None or missing.name.partition(".")[0] not in DEMO_MODULES:
-            raise
-        sys.exit(f"tilewise: {missing.name} is not installed: pip install 'tilewise[demo]'")
+        sys.exit(what_to_install(missing))

@@ -1,6 +1,7 @@
 """Attention as real models run it: named shapes with their provenance, for tests, benchmarks and tuning.
 
-``CASES`` lists models; ``paper_grid`` generates the grid on which FlashAttention's papers report speed.
+``CASES`` lists models; ``paper_grid`` generates the grid on which FlashAttention's papers report speed;
+``FEATURE_CASES`` are rows of it with one feature each, ``SHORT_CASES`` are shorter than it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ class Features(TypedDict, total=False):
     bias: tuple[int, int, int, int]  # shape of an additive bias, 1 where it broadcasts
     alibi: bool  # slopes [q_heads]
     relative_position: tuple[int, int, bool]  # T5: num_buckets, max_distance, bidirectional
+    documents: int  # packed documents of equal length, which do not see each other
+    bool_mask: bool  # a dense mask [q_len, kv_len] that keeps half of the pairs, at random
+    dropout: float  # the probability that a pair is dropped
+    trained: bool  # what is learned besides q, k and v (bias, sink, slopes, ...) gets a gradient
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Case:
         return dtype
 
     def intervals(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys lo[i] <= j < hi[i] that query i sees under causal and window: int64 tensors [q_len]."""
+        """The keys lo[i] <= j < hi[i] that query i sees under causal, window and documents: int64 tensors
+        [q_len]. A dense mask counts in full: no kernel can leave out single pairs."""
         causal, (left, right) = self.features.get("causal"), self.features.get("window", (None, None))
         position = torch.arange(self.q_len) + shift(self.q_len, self.kv_len, causal or "bottom_right")
         lo, hi = torch.zeros_like(position), torch.full_like(position, self.kv_len)
@@ -72,7 +78,19 @@ class Case:
             hi = torch.minimum(hi, position + right + 1)
         if causal is not None:
             hi = torch.minimum(hi, position + 1)
+        if "documents" in self.features:
+            first, stop = self.document_bounds()
+            lo, hi = torch.maximum(lo, first), torch.minimum(hi, stop)
         return lo, torch.maximum(lo, hi)
+
+    def document_ids(self) -> torch.Tensor:
+        """Which document each position belongs to, int64 [q_len]; q_len = kv_len."""
+        return torch.arange(self.q_len) * self.features["documents"] // self.q_len
+
+    def document_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first key of each position's document and the key after its last, int64 [q_len] each."""
+        ids = self.document_ids()
+        return torch.searchsorted(ids, ids), torch.searchsorted(ids, ids, right=True)
 
     def pairs(self) -> int:
         """How many pairs of query and key count, per batch element and head."""
@@ -94,22 +112,25 @@ class Case:
 
     def bytes(self) -> int:
         """The least memory traffic of the forward: each of q, the keys and values that some query sees, the
-        bias, the table, the slopes and the sink read once (all in ``dtype``), out written once."""
+        bias, the mask, the table, the slopes and the sink read once (all but the mask in ``dtype``), out
+        written once."""
         lo, hi = self.intervals()
         sees = lo < hi
         # Neighbouring rows' intervals overlap or touch, so the keys seen by any row are one interval.
         kv_seen = int(hi[sees].max() - lo[sees].min()) if bool(sees.any()) else 0
         q_and_out = self.batch * self.q_heads * self.q_len * (self.head_dim + self.value_dim)
         k_and_v = self.batch * self.kv_heads * kv_seen * (self.head_dim + self.value_dim)
-        extra = 0
+        extra = 0.0
         if "bias" in self.features:
             b, h, i, j = self.features["bias"]
             extra += b * h * i * j
+        if self.features.get("bool_mask"):
+            extra += self.q_len * self.kv_len / self.torch_dtype.itemsize  # one byte each
         if "relative_position" in self.features:
             extra += self.q_heads * self.features["relative_position"][0]
         per_head = (self.features.get(name, False) for name in ("sink", "temperature", "alibi"))
         extra += self.q_heads * sum(bool(used) for used in per_head)
-        return (q_and_out + k_and_v + extra) * self.torch_dtype.itemsize
+        return round((q_and_out + k_and_v + extra) * self.torch_dtype.itemsize)
 
 
 def paper_grid(
@@ -222,4 +243,32 @@ CASES: tuple[Case, ...] = (
     _case("beginner-article", "The usual first example of self-attention: an input [10, 512], projected to "
           "256 by three linear layers, one head", "encoder", heads=1, length=10, head_dim=256,
           dtype="float32"),
+)  # fmt: skip
+
+_FEATURE = "the papers' grid at 4096 tokens and head_dim 128, with one feature that many fast paths leave out"
+
+
+def _feature_case(name: str, heads: int | tuple[int, int] = 16, **features: Unpack[Features]) -> Case:
+    return _case(f"feature-{name}", _FEATURE, "training", batch=4, heads=heads, length=4096, head_dim=128,
+                 **features)  # fmt: skip
+
+
+FEATURE_CASES: tuple[Case, ...] = (
+    _feature_case("bool-mask", bool_mask=True),
+    _feature_case("bool-mask-grouped", heads=(16, 4), bool_mask=True),
+    _feature_case("bias-gradient", bias=(1, 16, 4096, 4096), trained=True),
+    _feature_case("documents", causal="bottom_right", documents=8),
+    _feature_case("window", causal="bottom_right", window=(511, 0)),
+    _feature_case("softcap", causal="bottom_right", softcap=50.0),
+    _feature_case("sink", causal="bottom_right", sink=True, trained=True),
+    _feature_case("alibi", causal="bottom_right", alibi=True),
+    _feature_case("dropout", causal="bottom_right", dropout=0.1),
+)
+
+_SHORT = "a short sequence of the papers' width: heads x head_dim = 2048, 16k tokens a batch"
+
+SHORT_CASES: tuple[Case, ...] = tuple(
+    _case(f"short-d{head_dim}-{length}", _SHORT, "encoder", batch=16384 // length, heads=2048 // head_dim,
+          length=length, head_dim=head_dim)
+    for head_dim in (64, 128) for length in (64, 128, 256)
 )  # fmt: skip

@@ -6,18 +6,19 @@ import pytest
 import torch
 
 from tilewise_reference import CASES, masks, paper_grid
-from tilewise_reference.cases import Case, Features
+from tilewise_reference.cases import FEATURE_CASES, SHORT_CASES, Case, Features
 
+ALL = (*CASES, *paper_grid(), *FEATURE_CASES, *SHORT_CASES)
 BY_NAME = {case.name: case for case in CASES}
 SMALL = Case("small", 2, 6, 3, 5, 7, 4, 3, "float16", "prefill", "made up")
 
 
 def test_names_are_unique_across_models_and_the_grid():
-    names = [case.name for case in (*CASES, *paper_grid())]
+    names = [case.name for case in ALL]
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("case", [*CASES, *paper_grid()], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 def test_every_case_is_well_formed(case):
     assert case.q_heads % case.kv_heads == 0
     assert min(case.batch, case.kv_heads, case.q_len, case.kv_len, case.head_dim, case.value_dim) >= 1
@@ -118,6 +119,19 @@ def test_window_by_hand():
     assert decode.bytes() == 2 * (16 * 8 * 128 * 128 + 16 * 64 * 128 + 64)
     # Gemma 2: 4096 keys a row.
     assert BY_NAME["gemma2-2b-local"].pairs() == 4096 * 4097 // 2 + (8192 - 4096) * 4096
+
+
+def test_documents_by_hand():
+    # 5 positions of 2 documents: 3 in the first, 2 in the second.
+    case = replace(SMALL, q_len=5, kv_len=5, features={"documents": 2})
+    assert case.document_ids().tolist() == [0, 0, 0, 1, 1]
+    assert case.pairs() == 9 + 4
+    assert replace(case, features={"documents": 2, "causal": "bottom_right"}).pairs() == 6 + 3
+
+
+def test_a_dense_mask_counts_in_full_and_is_read_in_bytes():
+    case = replace(SMALL, features={"bool_mask": True})
+    assert (case.pairs(), case.bytes()) == (5 * 7, SMALL.bytes() + 5 * 7)
 
 
 def test_beginner_article():

@@ -1,0 +1,1 @@
+"""Benchmarks of tilewise beside its rivals: `python -m pytest bench`, `python -m bench --help`."""

@@ -1,0 +1,5 @@
+"""`tilewise doctor`."""
+
+
+def doctor() -> None:
+    raise NotImplementedError("tilewise doctor")

@@ -1,0 +1,5 @@
+"""`tilewise explain`."""
+
+
+def explain() -> None:
+    raise NotImplementedError("tilewise explain")

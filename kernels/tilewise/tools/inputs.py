@@ -1,0 +1,96 @@
+"""The tensors and arguments of a named case: what benchmarks, tuning and `explain` call `attention` with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tilewise_reference import Case
+
+from ..documents import Documents
+from ..masks import Causal, Dense, Mask, Window
+from ..positions import ALiBi, RelativePosition, alibi_slopes
+from ..scores import Softcap
+from ..similarity import Cosine
+
+Tensor = torch.Tensor
+
+
+class Inputs(NamedTuple):
+    """q [batch, q_heads, q_len, head_dim], k, v [batch, kv_heads, kv_len, ...], the keyword arguments of
+    `attention`, and by name what is learned besides q, k and v: bias, sink, temperature, slopes, table."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    arguments: dict[str, Any]
+    learned: dict[str, Tensor]
+
+    def differentiable(self) -> list[Tensor]:
+        """The tensors that get a gradient, in order: those that require one."""
+        return [x for x in (self.q, self.k, self.v, *self.learned.values()) if x.requires_grad]
+
+
+def case_inputs(case: Case, device: torch.device | str, seed: int = 0, gradients: bool = False) -> Inputs:
+    """Random normal tensors for `case`, the same for the same seed and device; with `gradients`, q, k and v
+    require one, and so does what is learned where the case says that it is trained.
+
+    On the device "meta" nothing is drawn, and nothing is stored.
+    """
+    device = torch.device(device)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+    asks, dtype = case.features, case.torch_dtype
+    trained = gradients and asks.get("trained", False)
+
+    def normal(*shape: int, requires_grad: bool = gradients, dtype: torch.dtype = dtype) -> Tensor:
+        x = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return x.requires_grad_(requires_grad)
+
+    q = normal(case.batch, case.q_heads, case.q_len, case.head_dim)
+    k = normal(case.batch, case.kv_heads, case.kv_len, case.head_dim)
+    v = normal(case.batch, case.kv_heads, case.kv_len, case.value_dim)
+    learned: dict[str, Tensor] = {}
+    arguments: dict[str, Any] = {}
+    masks: list[Mask] = []
+    scores: list[Any] = []
+    align = asks.get("causal")
+    if align is not None:
+        masks.append(Causal(align))
+    if "window" in asks:
+        masks.append(Window(*asks["window"], align=align or "bottom_right"))
+    if "documents" in asks:
+        masks.append(Documents(case.document_ids().to(device)))
+    if asks.get("bool_mask"):
+        kept = torch.rand(case.q_len, case.kv_len, generator=generator, device=device) < 0.5
+        masks.append(Dense(kept))
+    if "relative_position" in asks:
+        buckets, most, both = asks["relative_position"]
+        learned["table"] = normal(case.q_heads, buckets, requires_grad=trained)
+        scores.append(RelativePosition(learned["table"], most, both))
+    if asks.get("alibi"):
+        slopes = alibi_slopes(case.q_heads, None if device.type == "meta" else device).to(device)
+        learned["slopes"] = slopes.requires_grad_(trained)
+        scores.append(ALiBi(slopes))
+    if "softcap" in asks:
+        scores.append(Softcap(asks["softcap"]))
+    if "bias" in asks:
+        arguments["bias"] = learned["bias"] = normal(*asks["bias"], requires_grad=trained)
+    if asks.get("sink"):
+        arguments["sink"] = learned["sink"] = normal(case.q_heads, requires_grad=trained)
+    if asks.get("temperature"):
+        factors = torch.full((case.q_heads,), 10.0, device=device, dtype=torch.float32)
+        learned["temperature"] = factors.requires_grad_(trained)
+        arguments["similarity"] = Cosine(learned["temperature"])
+    elif "similarity" in asks:
+        arguments["similarity"] = asks["similarity"]
+    if "scale" in asks:
+        arguments["scale"] = asks["scale"]
+    if "dropout" in asks:
+        seed_tensor = torch.full((1,), seed, device=device, dtype=torch.int64)
+        arguments |= dict(dropout_p=asks["dropout"], dropout_seed=seed_tensor)
+    if scores:
+        arguments["score"] = tuple(scores)
+    for mask in masks:
+        arguments["mask"] = arguments["mask"] & mask if "mask" in arguments else mask
+    return Inputs(q, k, v, arguments, learned)

@@ -1,0 +1,5 @@
+"""`tilewise inspect`."""
+
+
+def inspect() -> None:
+    raise NotImplementedError("tilewise inspect")

@@ -1,0 +1,5 @@
+"""`tilewise tune`."""
+
+
+def tune() -> None:
+    raise NotImplementedError("tilewise tune")
