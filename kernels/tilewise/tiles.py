@@ -1,6 +1,7 @@
 """Which tile does a call get? A table with its evidence, a rule for what it leaves out, and a check of fit.
 
-A tile is chosen on the host, before the launch, from the architecture, the dimensions and the dtype. Nothing
+A tile is chosen on the host, before the launch, from the architecture, the dimensions and the dtype. The rows
+that ship are in `tile_table.json`; those that the user tuned on this GPU go first (`user_tiles.py`). Nothing
 is timed inside a user's call.
 """
 
@@ -9,113 +10,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
 from .numerics import INTERPRETED
 from .problem import Shape, next_power_of_two
+from .tile_table import PASSES, SHIPPED, Key, Row, load
+from .tile_table import Pass as Pass
+from .tile_table import Tile as Tile
+from .user_tiles import UserTable, read_user_table
 
-
-@dataclass(frozen=True)
-class Tile:
-    """tile_q query rows against tile_kv keys a step, by num_warps warps, with num_stages steps in flight."""
-
-    tile_q: int
-    tile_kv: int
-    num_warps: int = 4
-    num_stages: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("tile_q", "tile_kv"):
-            size = getattr(self, name)
-            if size < 16 or size & (size - 1):
-                raise ValueError(f"{name}={size} must be a power of two, at least 16")
-
-
-Pass = Literal["forward", "dkv", "dq"]
-
-# By pass, architecture, bytes an element (2: fp16 and bf16, 4: fp32) and the wider of head_dim and value_dim,
-# up to a power of two. Evidence: registers a thread and bytes of shared memory of the causal kernel, compiled
-# ahead of time by Triton 3.9.0; none of them spills (tests/test_compiled.py). No row has been timed on a GPU
-# yet.
-TABLE: dict[tuple[Pass, str, int, int], Tile] = {
-    ("forward", "sm_80", 2, 64): Tile(128, 64, num_warps=8),  # 164, 32768
-    ("forward", "sm_80", 2, 128): Tile(128, 64, num_warps=8),  # 210, 65536
-    ("forward", "sm_80", 2, 256): Tile(64, 64, num_warps=8),  # 255, 106496
-    ("forward", "sm_80", 4, 64): Tile(32, 32, num_warps=4),  # 104, 28800
-    ("forward", "sm_80", 4, 128): Tile(32, 32, num_warps=8),  # 78, 53248
-    ("forward", "sm_80", 4, 256): Tile(16, 32, num_warps=8),  # 73, 84032
-    ("forward", "sm_90", 2, 64): Tile(128, 128, num_warps=8),  # 211, 81920
-    ("forward", "sm_90", 2, 128): Tile(128, 128, num_warps=8),  # 254, 163840
-    ("forward", "sm_90", 2, 256): Tile(128, 32, num_warps=8),  # 243, 131072
-    ("forward", "sm_90", 4, 64): Tile(32, 32, num_warps=4),  # 90, 28800
-    ("forward", "sm_90", 4, 128): Tile(16, 32, num_warps=8),  # 68, 43072
-    ("forward", "sm_90", 4, 256): Tile(16, 32, num_warps=8),  # 76, 84032
-    ("forward", "sm_100", 2, 64): Tile(128, 128, num_warps=8),  # 210, 82944
-    ("forward", "sm_100", 2, 128): Tile(128, 64, num_warps=8),  # 220, 98848
-    ("forward", "sm_100", 2, 256): Tile(64, 64, num_warps=8),  # 196, 164896
-    ("forward", "sm_100", 4, 64): Tile(32, 32, num_warps=4),  # 92, 28800
-    ("forward", "sm_100", 4, 128): Tile(16, 32, num_warps=8),  # 56, 43072
-    ("forward", "sm_100", 4, 256): Tile(16, 32, num_warps=8),  # 78, 84032
-    ("forward", "gfx942", 2, 64): Tile(128, 64, num_warps=4),  # 246, 16384
-    ("forward", "gfx942", 2, 128): Tile(128, 64, num_warps=4),  # 324, 32768
-    ("forward", "gfx942", 2, 256): Tile(64, 32, num_warps=4),  # 288, 36864
-    ("forward", "gfx942", 4, 64): Tile(32, 32, num_warps=4),  # 151, 16384
-    ("forward", "gfx942", 4, 128): Tile(32, 32, num_warps=4),  # 198, 32768
-    ("forward", "gfx942", 4, 256): Tile(16, 32, num_warps=4, num_stages=1),  # 314, 32768
-    ("dkv", "sm_80", 2, 64): Tile(32, 64, num_warps=4),  # 194, 24832
-    ("dkv", "sm_80", 2, 128): Tile(64, 64, num_warps=8),  # 177, 74240
-    ("dkv", "sm_80", 2, 256): Tile(32, 32, num_warps=8),  # 171, 67840
-    ("dkv", "sm_80", 4, 64): Tile(32, 32, num_warps=4, num_stages=1),  # 138, 36864
-    ("dkv", "sm_80", 4, 128): Tile(16, 32, num_warps=8),  # 102, 53376
-    ("dkv", "sm_80", 4, 256): Tile(16, 32, num_warps=8),  # 183, 100480
-    ("dkv", "sm_90", 2, 64): Tile(64, 128, num_warps=8),  # 249, 66048
-    ("dkv", "sm_90", 2, 128): Tile(32, 128, num_warps=8),  # 244, 98688
-    ("dkv", "sm_90", 2, 256): Tile(64, 32, num_warps=8),  # 174, 102912
-    ("dkv", "sm_90", 4, 64): Tile(32, 32, num_warps=4, num_stages=1),  # 228, 36864
-    ("dkv", "sm_90", 4, 128): Tile(16, 32, num_warps=8),  # 87, 51328
-    ("dkv", "sm_90", 4, 256): Tile(16, 32, num_warps=8),  # 152, 100480
-    ("dkv", "sm_100", 2, 64): Tile(64, 64, num_warps=8),  # 210, 66560
-    ("dkv", "sm_100", 2, 128): Tile(64, 64, num_warps=8),  # 245, 132096
-    ("dkv", "sm_100", 2, 256): Tile(32, 32, num_warps=8, num_stages=1),  # 167, 81920
-    ("dkv", "sm_100", 4, 64): Tile(32, 32, num_warps=4, num_stages=1),  # 228, 36864
-    ("dkv", "sm_100", 4, 128): Tile(16, 32, num_warps=8),  # 86, 51328
-    ("dkv", "sm_100", 4, 256): Tile(16, 32, num_warps=8),  # 142, 100480
-    ("dkv", "gfx942", 2, 64): Tile(64, 128, num_warps=4, num_stages=1),  # 325, 16384
-    ("dkv", "gfx942", 2, 128): Tile(64, 64, num_warps=4, num_stages=1),  # 426, 16384
-    ("dkv", "gfx942", 2, 256): Tile(16, 32, num_warps=4, num_stages=1),  # 253, 16384
-    ("dkv", "gfx942", 4, 64): Tile(32, 32, num_warps=4, num_stages=1),  # 260, 8192
-    ("dkv", "gfx942", 4, 128): Tile(16, 32, num_warps=4, num_stages=1),  # 250, 16384
-    ("dkv", "gfx942", 4, 256): Tile(16, 32, num_warps=4, num_stages=1),  # 437, 32768
-    ("dq", "sm_80", 2, 64): Tile(128, 64, num_warps=8),  # 186, 49152
-    ("dq", "sm_80", 2, 128): Tile(128, 64, num_warps=8),  # 255, 98304
-    ("dq", "sm_80", 2, 256): Tile(64, 32, num_warps=8),  # 212, 102400
-    ("dq", "sm_80", 4, 64): Tile(32, 64, num_warps=8),  # 74, 57344
-    ("dq", "sm_80", 4, 128): Tile(32, 16, num_warps=8),  # 78, 51200
-    ("dq", "sm_80", 4, 256): Tile(16, 16, num_warps=8),  # 74, 66560
-    ("dq", "sm_90", 2, 64): Tile(128, 128, num_warps=8),  # 199, 98304
-    ("dq", "sm_90", 2, 128): Tile(128, 128, num_warps=8),  # 226, 196608
-    ("dq", "sm_90", 2, 256): Tile(64, 64, num_warps=8),  # 250, 196608
-    ("dq", "sm_90", 4, 64): Tile(32, 32, num_warps=4),  # 107, 36864
-    ("dq", "sm_90", 4, 128): Tile(32, 16, num_warps=8),  # 76, 51200
-    ("dq", "sm_90", 4, 256): Tile(16, 16, num_warps=8),  # 78, 66560
-    ("dq", "sm_100", 2, 64): Tile(128, 128, num_warps=8),  # 255, 115712
-    ("dq", "sm_100", 2, 128): Tile(128, 64, num_warps=8),  # 145, 148480
-    ("dq", "sm_100", 2, 256): Tile(64, 64, num_warps=8),  # 124, 230400
-    ("dq", "sm_100", 4, 64): Tile(32, 32, num_warps=4),  # 102, 36864
-    ("dq", "sm_100", 4, 128): Tile(32, 16, num_warps=8),  # 76, 51200
-    ("dq", "sm_100", 4, 256): Tile(16, 16, num_warps=8),  # 76, 66560
-    ("dq", "gfx942", 2, 64): Tile(128, 64, num_warps=4, num_stages=1),  # 255, 16384
-    ("dq", "gfx942", 2, 128): Tile(64, 64, num_warps=4, num_stages=1),  # 356, 16384
-    ("dq", "gfx942", 2, 256): Tile(32, 32, num_warps=4, num_stages=1),  # 388, 16384
-    ("dq", "gfx942", 4, 64): Tile(32, 32, num_warps=4, num_stages=1),  # 220, 8192
-    ("dq", "gfx942", 4, 128): Tile(32, 16, num_warps=4, num_stages=1),  # 205, 16384
-    ("dq", "gfx942", 4, 256): Tile(16, 16, num_warps=4, num_stages=1),  # 352, 16384
-}
+TABLE: dict[Key, Tile] = {key: row.tile for key, row in load(SHIPPED).items()}
 
 # Shared memory that one block may use, in bytes (CUDA programming guide, "compute capabilities"; CDNA3 ISA).
 SHARED_BYTES = {
@@ -184,8 +91,9 @@ def family(arch: str) -> str:
 
 @functools.cache
 def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> Tile:
-    """The table's tile, halved until it fits a chip that the table does not list."""
-    tile = TABLE[work, family(arch), element_bytes, max(64, dim)]
+    """The shipped table's tile, halved until it fits a chip that the table does not list."""
+    dim = max(64, dim)
+    tile = TABLE.get((work, arch, element_bytes, dim)) or TABLE[work, family(arch), element_bytes, dim]
     while not fits(tile, arch, element_bytes, dim, work) and tile != Tile(16, 16, tile.num_warps, 1):
         if tile.num_stages > 1:
             tile = replace(tile, num_stages=tile.num_stages - 1)
@@ -215,28 +123,74 @@ def length_tile(length: int, most: int) -> int:
     return min(most, max(16, next_power_of_two(length)))
 
 
-_forced: ContextVar[Tile | None] = ContextVar("tilewise_tile", default=None)
+# Every thread reads it: PyTorch runs a backward on the GPU in a thread of its own.
+_forced: dict[Pass, Tile] = {}
 
 
 @contextlib.contextmanager
-def use(tile: Tile) -> Iterator[None]:
-    """Give every call inside the `with` block this tile, as tests and tuning do."""
-    token = _forced.set(tile)
+def use(tile: Tile, passes: Iterable[Pass] = PASSES) -> Iterator[None]:
+    """Give every call inside the `with` block this tile, as tests and tuning do; with `passes`, these alone.
+    It holds for all threads of the process."""
+    global _forced
+    before = _forced
+    _forced = before | dict.fromkeys(passes, tile)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
     """The tile for a pass over a call. Short queries get short tiles; kv_len plays no part on a GPU, so that
     a row's result does not depend on how much padding follows it."""
-    forced = _forced.get()
+    forced = _forced.get(work)
     if forced is not None:
         return forced
     if INTERPRETED:  # its cost is by the operation, hardly by the element
         return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
-    return gpu_tile(architecture(q.device), q.element_size(), shape, work)
+    dim = widest(shape)
+    return cut_tile(device_row(q.device, q.element_size(), dim, work)[0], shape, dim, work)
+
+
+def tile_choice(q: torch.Tensor, shape: Shape, work: Pass) -> tuple[Tile, str]:
+    """`choose_tile`, and where its tile comes from: "given by tiles.use", "interpreter", "your table (PATH)"
+    or "shipped table"."""
+    tile = choose_tile(q, shape, work)
+    if work in _forced:
+        return tile, "given by tiles.use"
+    if INTERPRETED:
+        return tile, "interpreter"
+    return tile, device_row(q.device, q.element_size(), widest(shape), work)[1]
+
+
+def arch_choice(arch: str, element_bytes: int, shape: Shape, work: Pass) -> tuple[Tile, str]:
+    """The same for an architecture by name, with no GPU to ask: nobody's own table is known for it."""
+    if work in _forced:
+        return _forced[work], "given by tiles.use"
+    return gpu_tile(arch, element_bytes, shape, work), "shipped table"
+
+
+@functools.cache
+def user_table(device: torch.device) -> UserTable:
+    """The tiles tuned for this GPU, read from its file once; raises ValueError where that file is broken."""
+    name, arch = torch.cuda.get_device_name(device), architecture(device)
+    return read_user_table(name, arch, lambda row: fits(row.tile, arch, row.element_bytes, row.dim, row.work))
+
+
+def reload_user_tables() -> None:
+    """Read the users' tables again at the next call: `tilewise tune` has changed them."""
+    user_table.cache_clear()
+    device_row.cache_clear()
+
+
+@functools.cache
+def device_row(device: torch.device, element_bytes: int, dim: int, work: Pass) -> tuple[Tile, str]:
+    """The tile of a pass on a GPU before it is cut for a call, the user's or the shipped one, and whose."""
+    table, arch = user_table(device), architecture(device)
+    row: Row | None = table.applied.get((work, arch, element_bytes, max(64, dim)))
+    if row is not None:
+        return row.tile, f"your table ({table.path})"
+    return table_tile(arch, element_bytes, dim, work), "shipped table"
 
 
 def square_tile(tile: Tile) -> Tile:
@@ -245,10 +199,19 @@ def square_tile(tile: Tile) -> Tile:
 
 
 def gpu_tile(arch: str, element_bytes: int, shape: Shape, work: Pass = "forward") -> Tile:
-    """The tile for a pass over a call on a chip: the table's, or fewer rows of it where q_len is short. In
-    the forward fewer warps share them then, or fewer keys where O is wide."""
-    dim = next_power_of_two(max(shape.head_dim, shape.value_dim))
-    tile = table_tile(arch, element_bytes, dim, work)
+    """The tile that the shipped table gives a pass over a call on a chip."""
+    dim = widest(shape)
+    return cut_tile(table_tile(arch, element_bytes, dim, work), shape, dim, work)
+
+
+def widest(shape: Shape) -> int:
+    """The dimension that tiles are chosen by: the wider one, up to a power of two."""
+    return next_power_of_two(max(shape.head_dim, shape.value_dim))
+
+
+def cut_tile(tile: Tile, shape: Shape, dim: int, work: Pass) -> Tile:
+    """A row's tile, or fewer rows of it where q_len is short. In the forward fewer warps share them then, or
+    fewer keys where O is wide."""
     tile_q = length_tile(shape.q_len, tile.tile_q)
     if tile_q == tile.tile_q or work != "forward":
         return replace(tile, tile_q=tile_q)
