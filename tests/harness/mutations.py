@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .mutate import Mutation
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
+from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 
 ADDRESSING = "kernels/tilewise/addressing.py"
 API = "kernels/tilewise/api.py"
@@ -23,7 +24,7 @@ PROBLEM = "kernels/tilewise/problem.py"
 SCORES = "kernels/tilewise/scores.py"
 SIMILARITY = "kernels/tilewise/similarity.py"
 SOFTMAX = "kernels/tilewise/softmax.py"
-TILES = "kernels/tilewise/tiles.py"
+TILE_TABLE = "kernels/tilewise/tile_table.py"
 
 
 def tests(file: str, *names: str) -> tuple[str, ...]:
@@ -273,7 +274,7 @@ MUTATIONS = (
     Mutation("sdpa: causal to the bottom right", API,
              'mask = Causal("top_left")', "mask = Causal()",
              tests("sdpa", "causal_is_aligned_to_the_top_left[(5, 7)]")),
-    Mutation("tiles: sizes that are no power of two", TILES,
+    Mutation("tiles: sizes that are no power of two", TILE_TABLE,
              "if size < 16 or size & (size - 1):", "if size < 16:",
              tests("compiled", "a_tile_is_a_power_of_two")),
     # ---- The contract
@@ -293,5 +294,6 @@ MUTATIONS = (
              "or any([tensor.requires_grad for _, tensor in self.other_tensors])", "or False",
              tests("backward", "second_order_raises[bias]")),
     *BACKWARD_MUTATIONS,
+    *TOOLS_MUTATIONS,
 )
 # fmt: on

@@ -1,0 +1,278 @@
+"""What would a GPU run? Kernels compiled without one: registers, spills, shared memory, instructions, loops.
+
+A variant is a name and a function that launches kernels in the usual way, `kernel[grid](...)` or a launcher
+on CPU or meta tensors. Under a stand-in driver every launch stops after compilation, so what is inspected is
+exactly what the launcher asks for. Triton reads TRITON_INTERPRET when `@triton.jit` runs, and a kernel keeps
+what it has compiled: hence one child process a target, which takes a list of variants and answers in JSON.
+
+    def variants() -> list[Variant]: ...                           # in an importable module
+    compile_variants("some.module:variants", ["sm_90", "gfx942"])  # {target: [Compiled, ...]}
+    python -m tilewise.tools.compiled some.module:variants sm_90   # one target, printed as JSON lines
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from ..tiles import SHARED_BYTES, family
+from .machine_code import read_amdgcn, read_cubin
+from .main_loop import MainLoop, kind_of, main_loops
+
+# The start of the opcode that multiplies fp16 and bf16 tiles of 64 rows and more, by family.
+MATMUL = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+TARGETS = tuple(MATMUL)  # those that the tests compile for
+# Products of a tile step: how many of them are as long as head_dim, and how many as value_dim.
+PRODUCTS = {"forward_kernel": (1, 1), "dkv_kernel": (2, 2), "dq_kernel": (2, 1), "parameter_kernel": (1, 1)}
+TILE_SIZES = ("TILE_Q", "TILE_KV", "HEAD_TILE", "VALUE_TILE")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A launch worth compiling; `launch` may launch several kernels. With `kernels`, only those of these
+    names are compiled."""
+
+    name: str
+    launch: Callable[[], Any]
+    kernels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of one variant as compiled for one target."""
+
+    variant: str
+    kernel: str
+    target: str
+    dtype: str  # of the inputs: "bfloat16"
+    tile: dict[str, int]  # by TILE_SIZES, those that the kernel has
+    warps: int
+    stages: int
+    registers: int  # a thread's
+    spill_bytes: int  # a thread's stack; Triton kernels put nothing else there
+    shared_bytes: int  # a program's
+    tensor_memory: int  # columns, of a program on Blackwell
+    instructions: dict[str, int]  # by opcode without modifiers: {"LDG": 12, ...}
+    matmuls: dict[str, int]  # by opcode with its modifiers: {"HMMA.16816.F32": 64, ...}
+    loops: list[MainLoop]  # over tiles, in the program's order
+
+    @property
+    def uses_tensor_cores(self) -> bool:
+        """Whether the target's instruction for long fp16 and bf16 (and tf32) matmuls occurs."""
+        return any(opcode.startswith(MATMUL[family(self.target)]) for opcode in self.matmuls)
+
+    @staticmethod
+    def from_json(answer: dict[str, Any]) -> Compiled:
+        """Undo `dataclasses.asdict`."""
+        return Compiled(**answer | dict(loops=[MainLoop(**loop) for loop in answer["loops"]]))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A kernel that was compiled, and the arguments of its launch by name."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+class CompileError(RuntimeError):
+    """Variants that did not compile, with the compiler's messages."""
+
+
+class _StandInDriver:
+    """As much of a Triton driver as compilation asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def gpu_target(target: str) -> GPUTarget:
+    """Triton's name for a target of `tiles.SHARED_BYTES`: "sm_90", "gfx942"."""
+    if target not in SHARED_BYTES:
+        raise ValueError(f"arch={target!r} must be one of {', '.join(SHARED_BYTES)}")
+    if target.startswith("gfx"):
+        return GPUTarget("hip", target, 64)
+    return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+
+
+@contextlib.contextmanager
+def compile_only(target: str, only: Sequence[str] | None = None) -> Iterator[list[Launched]]:
+    """Kernels launched inside the block are compiled for `target`, not run; yields what was compiled. Of
+    kernels whose names are not in `only`, if given, nothing is compiled.
+
+    Use it for one target a process: a kernel keeps what it has compiled.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: the kernels of this process cannot be compiled")
+    triton.runtime.driver.set_active(_StandInDriver(gpu_target(target)))
+    launched: list[Launched] = []
+    launch = triton.runtime.JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if only is not None and self.fn.__name__ not in only:
+            return None
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        kernel = kernel.result() if hasattr(kernel, "result") else kernel
+        launched.append(Launched(kernel, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+        return kernel
+
+    with mock.patch.object(triton.runtime.JITFunction, "run", run):
+        yield launched
+
+
+def read(variant: str, launched: Launched, target: str, assembly: Path | None = None) -> Compiled:
+    """Read a compiled kernel's machine code; `assembly`: a folder to write it to."""
+    kernel, metadata = launched.kernel, launched.kernel.metadata
+    amd = "amdgcn" in kernel.asm
+    code = read_amdgcn(kernel.asm["amdgcn"]) if amd else read_cubin(kernel.asm["cubin"])
+    if assembly is not None:
+        name = re.sub(r"\W+", "-", f"{metadata.name.removesuffix('_kernel')} {variant}")
+        file = assembly / target / f"{name}.{'s' if amd else 'sass'}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(code.text)
+    tile = {name: int(launched.arguments[name]) for name in TILE_SIZES if name in launched.arguments}
+    inputs = launched.arguments.get("q_ptr", launched.arguments.get("out_ptr"))
+    opcodes = [instruction.opcode for instruction in code.instructions]
+    return Compiled(
+        variant=variant,
+        kernel=metadata.name,
+        target=target,
+        dtype="" if inputs is None else str(inputs.dtype).removeprefix("torch."),
+        tile=tile,
+        warps=metadata.num_warps,
+        stages=metadata.num_stages,
+        registers=code.registers,
+        spill_bytes=code.spill_bytes,
+        shared_bytes=metadata.shared,
+        tensor_memory=getattr(metadata, "tmem_size", None) or 0,  # AMD's metadata have none
+        instructions=dict(Counter(opcode.split(".")[0] for opcode in opcodes)),
+        matmuls=dict(Counter(opcode for opcode in opcodes if kind_of(opcode) == "matmul")),
+        loops=main_loops(
+            code.instructions,
+            metadata.num_warps,
+            gpu_target(target).warp_size,
+            tile_flops(metadata.name, tile),
+        ),
+    )
+
+
+def tile_flops(kernel: str, tile: dict[str, int]) -> int | None:
+    """What the products of a tile step need; None for kernels that multiply no tiles of ours."""
+    if kernel not in PRODUCTS:
+        return None
+    along_head, along_value = PRODUCTS[kernel]
+    columns = along_head * tile["HEAD_TILE"] + along_value * tile["VALUE_TILE"]
+    return 2 * tile["TILE_Q"] * tile["TILE_KV"] * columns
+
+
+def compile_variants(
+    source: str,
+    targets: Sequence[str],
+    arguments: dict[str, Any] | None = None,
+    workers: int = 2,
+    assembly: Path | None = None,
+    on_variant: Callable[[str, str], None] = lambda target, variant: None,
+) -> dict[str, list[Compiled]]:
+    """Compile the variants that `source` ("module:function") returns for each target, one process a target.
+
+    arguments: keyword arguments for that function, as JSON can say them. assembly: a folder for the machine
+    code as text. on_variant: told of each variant that is done, from a thread of its target's.
+    Raises CompileError naming every variant that failed.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+
+    def child(target: str) -> tuple[list[Compiled], list[str]]:
+        command = [sys.executable, "-m", "tilewise.tools.compiled", source, target]
+        command += ["--arguments", json.dumps(arguments or {})]
+        command += [] if assembly is None else ["--assembly", str(assembly)]
+        compiled, failures = [], []
+        with tempfile.TemporaryFile("w+") as errors:
+            with subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            ) as process:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    answer = json.loads(line)
+                    if "error" in answer:
+                        failures.append(f"{target}, {answer['variant']}: {answer['error']}")
+                    elif "done" in answer:
+                        on_variant(target, answer["done"])
+                    else:
+                        compiled.append(Compiled.from_json(answer))
+            if process.returncode:
+                errors.seek(0)
+                failures.append(f"{target}: the child process failed\n{errors.read()}")
+        return compiled, failures
+
+    with ThreadPoolExecutor(workers) as pool:
+        results = dict(zip(targets, pool.map(child, targets), strict=True))
+    failures = [failure for _, failed in results.values() for failure in failed]
+    if failures:
+        raise CompileError("\n\n".join(failures))
+    return {target: compiled for target, (compiled, _) in results.items()}
+
+
+def main() -> None:
+    """Compile for one target and print, as JSON lines, each kernel, each error, and each variant done."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tilewise.tools.compiled", description="Compile without a GPU."
+    )
+    parser.add_argument("source", help="module:function that returns a list of Variant")
+    parser.add_argument("target", choices=SHARED_BYTES)
+    parser.add_argument("--arguments", type=json.loads, default={}, help="the function's, as a JSON object")
+    parser.add_argument("--assembly", type=Path, help="a folder to write the machine code to")
+    options = parser.parse_args()
+    module, function = options.source.split(":")
+    with contextlib.redirect_stdout(sys.stderr):  # stdout carries the answers alone
+        variants = getattr(importlib.import_module(module), function)(**options.arguments)
+    for variant in variants:
+        answers: list[dict[str, Any]] = []
+        with contextlib.redirect_stdout(sys.stderr):
+            try:
+                with compile_only(options.target, variant.kernels) as launched:
+                    variant.launch()
+                if not launched:
+                    raise RuntimeError("it launched no kernel")
+                for each in launched:
+                    compiled = read(variant.name, each, options.target, options.assembly)
+                    answers.append(dataclasses.asdict(compiled))
+            except Exception as error:  # one variant's failure must not hide the others'
+                answers = [{"variant": variant.name, "error": f"{type(error).__name__}: {error}"}]
+        for answer in [*answers, {"done": variant.name}]:
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

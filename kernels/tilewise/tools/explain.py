@@ -1,0 +1,255 @@
+"""What will a call to `attention` do, and what bounds it? Answered without a GPU, and without running it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from ..api import make_request
+from ..checks import IMPLEMENTATIONS, STAGES, Request, implementation_is_known, violations
+from ..nested import is_nested, pack
+from ..numerics import INTERPRETED
+from ..quadratic import score_matrix_bytes
+from ..tiles import architecture, choose_tile
+from .as_workload import as_workload, notes
+from .chips import Chip, chip_of_target, find_chip
+from .coverage import has_contents, pairs_that_count
+from .limits import PIPES, Limits, Pipe
+from .suggestions import Look, Suggestion, suggestions
+from .workload import Allocation, Kernel, kernels_of, memory_of
+
+Tensor = torch.Tensor
+Work = Literal["forward", "training"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found, in plain numbers: counts, bytes, seconds. Print it to read it; `to_dict` is for
+    JSON. Times are floors by the chip's datasheet, not forecasts."""
+
+    work: Work
+    device: str  # of q
+    implementation: str  # what answers `attention` here, or would if it were not refused
+    because: str
+    refused: tuple[str, ...]  # why `attention` raises here
+    others: dict[str, str]  # every other implementation, and why it does not answer
+    gpu: str
+    gpu_because: str
+    no_kernels: str  # why no GPU runs this call with the fused kernels; empty if one does
+    sizes: dict[str, int]
+    dtype: str
+    pairs: int  # of query and key, in all batches and heads
+    pairs_that_count: int
+    exact: bool  # False: a mask could not be evaluated here, and tiles visited are those at most
+    notes: tuple[str, ...]
+    kernels: tuple[Kernel, ...]  # that the GPU runs
+    memory: tuple[Allocation, ...]  # that they need
+    memory_here: tuple[Allocation, ...]  # what plain PyTorch needs, where that is what answers
+    suggestions: tuple[Suggestion, ...]
+
+    @property
+    def limits(self) -> Limits:
+        """Of all kernels: each pipe's seconds added up."""
+        return Limits(*(sum(getattr(kernel.limits, pipe) for kernel in self.kernels) for pipe in PIPES))
+
+    @property
+    def limit(self) -> Pipe:
+        """The pipe that has the most to do."""
+        return self.limits.largest
+
+    @property
+    def seconds(self) -> float:
+        """The least time of the kernels, one after another, each bound by its slowest pipe."""
+        return sum(kernel.limits.overlapped for kernel in self.kernels)
+
+    @property
+    def seconds_in_turns(self) -> float:
+        """The same where matmuls and exponentials take turns."""
+        return sum(kernel.limits.in_turns for kernel in self.kernels)
+
+    @property
+    def flops(self) -> int:
+        """Of the pairs that count, as papers count them: two products forward, five more backward."""
+        head_dim, value_dim = self.sizes["head_dim"], self.sizes["value_dim"]
+        dims = head_dim + value_dim
+        if self.work == "training":
+            dims += 3 * head_dim + 2 * value_dim
+        return 2 * self.pairs_that_count * dims
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types that JSON has."""
+        found = asdict(self)
+        for entry, kernel in zip(found["kernels"], self.kernels, strict=True):
+            entry |= dict(intensity=kernel.intensity, limit=kernel.limits.largest)
+        return found | dict(
+            limits=self.limits.seconds(), limit=self.limit, flops=self.flops,
+            seconds=self.seconds, seconds_in_turns=self.seconds_in_turns,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        from .explain_text import plain_text
+
+        return plain_text(self)
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, *, gpu: str | None = None, work: Work = "forward", **arguments: Any
+) -> Explanation:
+    """What `attention(q, k, v, **arguments)` will do, and what bounds it on a GPU. Runs no attention.
+
+    q, k, v:   as for `attention`. Meta and fake tensors will do: their shapes, strides and dtypes are looked
+               at. With meta ones the other tensors may be anywhere; masks are counted from their contents.
+    gpu:       the chip to explain it for: "H200", "A100", "MI300X", ... None: the GPU of q, else the current
+               one, else an H200, which the explanation calls assumed.
+    work:      "forward", as in inference; "training": with the backward, for gradients of q, k, v and of
+               those of the other tensors that require one.
+    arguments: those of `attention`.
+
+    Raises what `attention` raises for arguments that no implementation takes, and ValueError for an unknown
+    gpu or work.
+    """
+    if work not in ("forward", "training"):
+        raise ValueError(f"{work=} must be 'forward' or 'training'")
+    return_lse = bool(arguments.pop("return_lse", False))
+    if is_nested(q, k, v):
+        given = {name: arguments.pop(name, None) for name in ("mask", "bias", "score")}
+        q, k, v, arguments["mask"], arguments["score"], _ = pack(q, k, v, **given)
+    if arguments.get("dropout_p", 0) != 0 and arguments.get("dropout_seed") is None:
+        # A stand-in: drawing a seed would move PyTorch's generator on.
+        arguments["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
+    if work == "training" and isinstance(q, Tensor) and q.is_floating_point():
+        q = q.detach().requires_grad_()
+    with torch.set_grad_enabled(work == "training"):
+        request = make_request(q, k, v, **arguments)
+        with unset_fake_temporarily():
+            return explain_request(request, gpu, work, return_lse)
+
+
+def explain_request(request: Request, gpu: str | None, work: Work, return_lse: bool) -> Explanation:
+    """`explain` of a request. The mode of gradients is that of `work`."""
+    refuse_malformed(request)
+    given = on_meta(request) if request.q.is_meta else request
+    refused, on_a_gpu = reasons(given), reasons(replace(on_meta(given), impl="portable", strict=False))
+    if refused and on_a_gpu:
+        raise ValueError(refused[0])
+    shape, implementation = request.shape, request.implementation
+    chip, gpu_because, on_its_gpu = chip_for(request.q, gpu)
+    model = as_workload(request, chip, work == "training", return_lse, on_its_gpu)
+    kernels: tuple[Kernel, ...] = ()
+    if not on_a_gpu:
+        try:
+            kernels = kernels_of(model)
+        except NotImplementedError as error:  # no tile fits the chip
+            on_a_gpu = [str(error)]
+    plain = Allocation("score matrices in fp32, several of", score_matrix_bytes(shape), "during the call")
+    return Explanation(
+        work=work,
+        device=str(request.q.device),
+        implementation=implementation,
+        because=why_this(request),
+        refused=tuple(refused),
+        others={name: why_not_this(given, name) for name in IMPLEMENTATIONS if name != implementation},
+        gpu=chip.name,
+        gpu_because=gpu_because,
+        no_kernels=on_a_gpu[0] if on_a_gpu else "",
+        sizes=shape._asdict(),
+        dtype=str(request.q.dtype).removeprefix("torch."),
+        pairs=math.prod(shape.scores),
+        pairs_that_count=pairs_that_count(model.rows, shape),
+        exact=not model.rows.unknown,
+        notes=tuple(notes(request, model)),
+        kernels=kernels,
+        memory=memory_of(model) if kernels else (),
+        memory_here=(plain,) if implementation == "torch" else (),
+        suggestions=suggestions(Look(request, model, kernels)) if kernels else (),
+    )
+
+
+def refuse_malformed(request: Request) -> None:
+    """Raise the first thing that is wrong with q, k, v or impl: then there is nothing to explain."""
+    for rules in (*STAGES[:3], (implementation_is_known,)):
+        for rule in rules:
+            if (reason := rule(request)) is not None:
+                raise ValueError(reason)
+
+
+def reasons(request: Request) -> list[str]:
+    """Every rule that the request breaks; of fake tensors, within their own mode."""
+    with request.q.fake_mode if isinstance(request.q, FakeTensor) else nullcontext():
+        return [str(violation) for violation in violations(request)]
+
+
+def on_meta(request: Request) -> Request:
+    """The request with every tensor on the meta device, where all rules but those on devices say the same."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().to("meta").requires_grad_(value.requires_grad)
+        if isinstance(value, tuple):
+            return type(value)(*map(moved, value)) if hasattr(value, "_fields") else tuple(map(moved, value))
+        return value
+
+    def part_moved(part: Any) -> Any:
+        clone = copy.copy(part)
+        for name, value in vars(part).items():
+            setattr(clone, name, moved(value))
+        return clone
+
+    changed: dict[str, Any] = {
+        name: moved(getattr(request, name))
+        for name in ("q", "k", "v", "scale", "similarity", "sink", "dropout")
+    }
+    for name in ("masks", "scores"):
+        changed[name] = tuple(map(part_moved, getattr(request, name)))
+    return replace(request, **changed)
+
+
+def why_this(request: Request) -> str:
+    """Why this implementation is the one that answers."""
+    device = request.q.device
+    if request.impl is not None:
+        return f"impl={request.impl!r} asks for it"
+    if request.implementation == "torch":
+        return "q is on the CPU, and Triton's interpreter is off"
+    if INTERPRETED and not request.q.is_meta:
+        tile = choose_tile(request.q, request.shape, "forward")
+        return (
+            f"Triton's interpreter is on, and runs the kernels on the CPU, with tiles of {tile.tile_q} × "
+            f"{tile.tile_kv}"
+        )
+    if request.q.is_meta:
+        return "q is a meta tensor, which gets the shapes that the kernels give"
+    return f"q is on {device}, where the fused kernels run"
+
+
+def why_not_this(request: Request, name: str) -> str:
+    """Why another implementation does not answer: it cannot, or the one that does goes first."""
+    against = reasons(replace(request, impl=name))
+    if against:
+        return "; ".join(against)
+    if request.impl is not None:
+        return f"it could; impl={request.impl!r} asks for another"
+    return "it could; its memory is quadratic in length, so it serves only where no kernel can run"
+
+
+def chip_for(q: Tensor, gpu: str | None) -> tuple[Chip, str, bool]:
+    """The chip to explain a call for, why this one, and whether q is on it."""
+    if gpu is not None:
+        return find_chip(gpu), "as asked for", False
+    if torch.cuda.is_available():
+        own = q.is_cuda and has_contents(q)
+        device = q.device if own else torch.device("cuda", torch.cuda.current_device())
+        name = torch.cuda.get_device_name(device)
+        where = "the GPU that q is on" if own else "this machine's GPU"
+        try:
+            return find_chip(name), where, own
+        except ValueError:
+            chip = chip_of_target(architecture(device))
+            return chip, f"{where} is {name}, whose figures are not known: those of {chip.name} stand in", own
+    return find_chip("H200"), "assumed, for there is no GPU here and none was named", False

@@ -1,0 +1,75 @@
+"""Planted bugs in what looks at a call without running it: bounds, counts of tiles, limits, strict."""
+
+from __future__ import annotations
+
+from .mutate import Mutation
+
+API = "kernels/tilewise/api.py"
+BOUNDS = "kernels/tilewise/bounds.py"
+CHECKS = "kernels/tilewise/checks.py"
+DOCTOR = "kernels/tilewise/tools/doctor.py"
+COVERAGE = "kernels/tilewise/tools/coverage.py"
+LIMITS = "kernels/tilewise/tools/limits.py"
+MASKS = "kernels/tilewise/masks.py"
+QUADRATIC = "kernels/tilewise/quadratic.py"
+SUGGESTIONS = "kernels/tilewise/tools/suggestions.py"
+
+
+def tests(file: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{file}.py::test_{name}" for name in names)
+
+
+OF_THE_DEVICE = "bounds_are_those_of_the_device_function"
+STEPS = "counts_are_the_steps_of_the_kernels"
+
+# fmt: off
+MUTATIONS = (
+    Mutation("bounds: window one key short", MASKS,
+             "return Bounds(row - left, row + right + 1)", "return Bounds(row - left, row + right)",
+             tests("bounds", f"{OF_THE_DEVICE}[window]")),
+    Mutation("bounds: padding on the left taken for the right", MASKS,
+             "return Bounds(shape.kv_len - self.host_lengths(), FIRST_KEY + shape.kv_len)",
+             "return Bounds(FIRST_KEY, self.host_lengths())",
+             tests("bounds", f"{OF_THE_DEVICE}[padding]")),
+    Mutation("bounds: lengths far outside", BOUNDS,
+             'x.to("cpu", torch.int64).clamp(-UNLIMITED, UNLIMITED)', 'x.to("cpu", torch.int64)',
+             tests("bounds", f"{OF_THE_DEVICE}[padding]")),
+    Mutation("coverage: range one tile too short", COVERAGE,
+             "last = torch.maximum(-(-ranges.stop // tile_kv), first)",
+             "last = torch.maximum(ranges.stop // tile_kv, first)",
+             tests("bounds", f"{STEPS}[causal]")),
+    Mutation("coverage: rows beyond the last unmasked", COVERAGE,
+             "full_stop[..., -1] = 0", "full_stop[..., -1] += 0",
+             tests("bounds", f"{STEPS}[no mask]")),
+    Mutation("coverage: runs of full tiles that do not end", COVERAGE,
+             "ends = (index >= full_first) & ~is_full", "ends = index >= q_tiles",
+             tests("bounds", f"{STEPS}[window]")),
+    Mutation("coverage: an interval that is not known taken as none at all", COVERAGE,
+             "whole = torch.zeros_like(whole)", "whole = whole & True",
+             tests("bounds", "an_interval_that_cannot_run_here_is_named")),
+    Mutation("coverage: rows that see nothing counted against others", COVERAGE,
+             "return int((rows.hi - rows.lo).clamp(min=0).sum()) * alike",
+             "return int((rows.hi - rows.lo).sum()) * alike",
+             tests("bounds", "pairs_and_keys_against_the_dense_mask")),
+    Mutation("limits: idle multiprocessors at work", LIMITS,
+             "busy = min(programs, chip.multiprocessors) / chip.multiprocessors",
+             "busy = min(programs, 1)",
+             tests("explain", "idle_multiprocessors_make_the_rest_slower")),
+    Mutation("suggestions: a mask with gaps said to be the same", SUGGESTIONS,
+             "found.append((lo, hi, hi - lo == count))", "found.append((lo, hi, hi - lo >= count))",
+             tests("explain", "advice_is_given_where_it_applies_and_nowhere_else"
+                              "[a mask that a causal one bounds]")),
+    Mutation("strict: strides forgotten in what passed", CHECKS,
+             "r.strict and tuple([t.stride() for _, t in r.other_tensors])", "r.strict",
+             tests("strict", "strides_of_what_passed_are_remembered")),
+    Mutation("strict: expanded dimensions count", QUADRATIC,
+             "stored = [size if stride else 1 for", "stored = [size for",
+             tests("strict", "what_is_linear_in_length_is_not[expanded bias]")),
+    Mutation("strict: forgotten for nested tensors", API,
+             "return_lse=True, impl=impl, strict=strict,", "return_lse=True, impl=impl,",
+             tests("strict", "nested_tensors_are_linear_unless_plain_pytorch_answers")),
+    Mutation("doctor: NaN passes the self test", DOCTOR,
+             "if error <= allowed and math.isfinite(error):", "if not error > allowed:",
+             tests("doctor", "a_wrong_result_is_a_problem")),
+)
+# fmt: on
