@@ -176,6 +176,16 @@ CASES = [
         dict(dropout_p=0.5, dropout_seed=zeros(2, dtype=torch.int64)),
     ),
     Broken(
+        "memory_is_linear",
+        ("strict=True", "Dense.mask.shape=(5, 7)", "every pair", "Causal"),
+        BARE | dict(mask=zeros(5, 7, **BOOL), impl="portable", strict=True),
+    ),
+    Broken(
+        "memory_is_linear",
+        ("strict=True", "plain PyTorch", "(2, 4, 5, 7)", "GPU"),
+        BARE | dict(impl="torch", strict=True),
+    ),
+    Broken(
         "gradients_exist",
         ("UserScore(doubled)", "derivative=", "∂score/∂s"),
         TRAINED | dict(score=tilewise.UserScore(doubled)),

@@ -7,6 +7,7 @@ from .masks import Causal, Dense, Intervals, Mask, Padding, Prefix, UserMask, Wi
 from .positions import ALiBi, RelativePosition, alibi_slopes
 from .scores import Bias, Score, Softcap, UserScore
 from .similarity import Cosine
+from .tools.explain import explain
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "dropout_mask",
+    "explain",
     "nn",
     "scaled_dot_product_attention",
     "tiles",

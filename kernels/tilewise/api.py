@@ -38,14 +38,14 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
     dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
-    return_lse: Literal[False] = False, impl: str | None = None,
+    return_lse: Literal[False] = False, impl: str | None = None, strict: bool = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
     dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
-    return_lse: Literal[True], impl: str | None = None,
+    return_lse: Literal[True], impl: str | None = None, strict: bool = False,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
@@ -62,6 +62,7 @@ def attention(
     dropout_seed: Tensor | None = None,
     return_lse: bool = False,
     impl: str | None = None,
+    strict: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scores(Q Kᵀ)) V in one fused kernel (FlashAttention-2, arXiv 2307.08691).
 
@@ -86,6 +87,8 @@ def attention(
     impl:       "portable", the Triton kernel; "torch", plain PyTorch, whose memory is quadratic in length;
                 None: the kernel on a GPU, and on a CPU in Triton's interpreter if TRITON_INTERPRET=1 was set
                 before import, else plain PyTorch.
+    strict:     raise for whatever needs memory quadratic in length: plain PyTorch, and a bool mask, bias or
+                tensor of a user's function that is stored, not expanded, along both queries and keys.
 
     Returns out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, and lse
     [batch, q_heads, q_len] in fp32 if asked. A row that sees no key gives 0 and -inf (the sink's logit, if
@@ -104,12 +107,12 @@ def attention(
         out, lse = attention(
             packed.q, packed.k, packed.v, mask=packed.mask, score=packed.score, scale=scale,
             similarity=similarity, sink=sink, dropout_p=dropout_p, dropout_seed=dropout_seed,
-            return_lse=True, impl=impl,
+            return_lse=True, impl=impl, strict=strict,
         )  # fmt: skip
         return (packed.jagged(out), packed.jagged(lse)) if return_lse else packed.jagged(out)
     request = make_request(
         q, k, v, mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
     )  # fmt: skip
     check(request)
     run = run_torch if request.implementation == "torch" else run_portable
@@ -148,6 +151,7 @@ def make_request(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     impl: str | None = None,
+    strict: bool = False,
 ) -> Request:
     """The arguments of `attention` in their final form: masks as a tuple, the bias as the last modifier, q, k
     and v in autocast's dtype, a seed."""
@@ -159,7 +163,7 @@ def make_request(
     dropout = None
     if dropout_p != 0:
         dropout = Dropout(dropout_p, draw_seed(q.device) if dropout_seed is None else dropout_seed)
-    return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout)
+    return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict)
 
 
 def is_autocast(device: torch.device) -> bool:

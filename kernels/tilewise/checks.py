@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from .bounds import UNLIMITED
 from .dropout import Dropout
-from .masks import UNLIMITED, Mask
+from .masks import Mask
 from .numerics import INTERPRETED
 from .problem import FLOATS, Shape, ceil_div
+from .quadratic import mebibytes, score_matrix_bytes, stored_pairs
 from .scores import Score
 from .similarity import Cosine, Similarity, similarity_scores
 
@@ -41,6 +43,7 @@ class Request:
     sink: torch.Tensor | None
     impl: str | None
     dropout: Dropout | None = None
+    strict: bool = False
     _shape: Shape | None = field(default=None, init=False)
     _similarity_scores: Similarity | None = field(default=None, init=False)
     _other_tensors: list[tuple[str, torch.Tensor]] | None = field(default=None, init=False)
@@ -282,6 +285,20 @@ def twins_exist(r: Request) -> str | None:
     return None
 
 
+def memory_is_linear(r: Request) -> str | None:
+    """strict=True refuses whatever holds a number for every pair of query and key."""
+    if not r.strict:
+        return None
+    if r.implementation == "torch":
+        size = mebibytes(score_matrix_bytes(r.shape))
+        return (
+            f"strict=True, and plain PyTorch (impl={r.impl!r} on {r.q.device.type}) holds a score matrix "
+            f"{r.shape.scores} in fp32, {size}: use a GPU, or set TRITON_INTERPRET=1 in the environment "
+            "before tilewise is imported, or leave strict out"
+        )
+    return stored_pairs(r.plugs, r.shape)
+
+
 def gradients_exist(r: Request) -> str | None:
     """The plain PyTorch path differentiates what its twins compute; the kernels need the derivatives."""
     if r.implementation == "torch" or not r.needs_gradient:
@@ -346,6 +363,7 @@ STAGES: tuple[tuple[Rule, ...], ...] = (
         kernel_can_run,
         twins_exist,
         dropout_fits,
+        memory_is_linear,
     ),
     (gradients_exist,),
 )
@@ -387,6 +405,7 @@ def looks(r: Request) -> tuple[Any, ...]:
         q.layout, k.layout, v.layout, r.needs_gradient, scale, type(r.scale), type(r.similarity),
         temperature if not isinstance(temperature, torch.Tensor) else None, type(r.sink),
         r.impl, None if r.dropout is None else r.dropout.p, bool(INTERPRETED), *of_parts,
+        r.strict and tuple([t.stride() for _, t in r.other_tensors]),
     )  # fmt: skip
 
 

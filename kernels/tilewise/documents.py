@@ -13,6 +13,7 @@ import triton.language as tl
 
 import tilewise_reference.masks as dense
 
+from .bounds import Bounds
 from .masks import BoundMask, Mask, Twin
 from .problem import INTS, Shape, check_dtype, misfits
 
@@ -68,6 +69,10 @@ class Documents(Mask):
         kv_ids = self.kv_ids.expand(shape.batch, shape.kv_len)
         args = ((hulls, hulls.stride()), (q_ids, q_ids.stride()), (kv_ids, kv_ids.stride()))
         return BoundMask(documents_interval, documents_keep, args)
+
+    def bounds(self, shape: Shape) -> Bounds:
+        first, stop, whole = self.hulls.to("cpu", torch.int64)[:, None].unbind(3)
+        return Bounds(first, stop, whole != 0)
 
     def twin(self, shape: Shape) -> Twin:
         return dense.documents(self.ids, self.kv_ids)

@@ -9,7 +9,7 @@ A mask answers on the device with one or both of
 so loads need no bounds check. q_idx is [TILE_Q] for an interval. For keep, q_idx and kv_idx have the tile's
 two dimensions, one of them of size 1: [TILE_Q, 1] against [1, TILE_KV], and in the backward also the
 transpose. `args` is the tuple that `bind` returned. Every mask names its specification, a plain PyTorch
-function, as its `twin`.
+function, as its `twin`, and says on the host what its interval says on the device: its `bounds`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import triton.language as tl
 
 import tilewise_reference.masks as dense
 
+from .bounds import FIRST_KEY, UNLIMITED, Bounds, on_host, positions
 from .problem import INTS, Align, Shape, broadcast_strides, check_align, check_dtype, misfits, tensors_within
 
 Twin = Callable[..., torch.Tensor]
-UNLIMITED = 1 << 30  # further than any sequence is long
 
 
 class BoundMask(NamedTuple):
@@ -67,6 +67,11 @@ class Mask:
 
     def bind(self, shape: Shape) -> BoundMask:
         raise NotImplementedError(f"{type(self).__name__} defines no bind()")
+
+    def bounds(self, shape: Shape) -> Bounds | None:
+        """The interval of every row, in plain PyTorch. None: there is none, or only the device knows it.
+        Reads the mask's tensors, so that the host waits for the GPU: tools ask for it, calls do not."""
+        return None
 
     def twin(self, shape: Shape) -> Twin:
         """The same rule as f(batch, head, q_idx, kv_idx) -> bool tensor, in plain PyTorch."""
@@ -127,6 +132,10 @@ class _PerBatch(Mask):
             return self.lengths, broadcast_strides(self.lengths, (shape.batch,))[0]
         return (min(self.lengths, UNLIMITED),)
 
+    def host_lengths(self) -> torch.Tensor:
+        """`row_length` of every sequence, int64, to broadcast to [batch, q_heads, q_len]."""
+        return on_host(self.lengths)[..., None, None]
+
 
 @triton.jit
 def as_index(x):
@@ -167,6 +176,9 @@ class Causal(Mask):
     def bind(self, shape: Shape) -> BoundMask:
         return BoundMask(causal_interval, None, (shape.shift(self.align),))
 
+    def bounds(self, shape: Shape) -> Bounds:
+        return Bounds(FIRST_KEY, positions(shape, self.align) + 1)
+
     def twin(self, shape: Shape) -> Twin:
         return dense.causal(shape.q_len, shape.kv_len, self.align)
 
@@ -198,8 +210,16 @@ class Window(Mask):
         self.left, self.right, self.align = left, right, align
 
     def bind(self, shape: Shape) -> BoundMask:
+        return BoundMask(window_interval, None, (shape.shift(self.align), *self.reach()))
+
+    def bounds(self, shape: Shape) -> Bounds:
+        (left, right), row = self.reach(), positions(shape, self.align)
+        return Bounds(row - left, row + right + 1)
+
+    def reach(self) -> tuple[int, int]:
+        """How many keys before and after its own position a row sees at most."""
         left, right = (UNLIMITED if size is None else size for size in (self.left, self.right))
-        return BoundMask(window_interval, None, (shape.shift(self.align), left, right))
+        return left, right
 
     def twin(self, shape: Shape) -> Twin:
         return dense.window(self.left, self.right, shape.q_len, shape.kv_len, self.align)
@@ -227,6 +247,9 @@ class Prefix(_PerBatch):
 
     def bind(self, shape: Shape) -> BoundMask:
         return BoundMask(prefix_interval, None, (shape.shift(self.align), self.length_args(shape)))
+
+    def bounds(self, shape: Shape) -> Bounds:
+        return Bounds(FIRST_KEY, torch.maximum(positions(shape, self.align) + 1, self.host_lengths()))
 
     def twin(self, shape: Shape) -> Twin:
         return dense.prefix(self.lengths, shape.q_len, shape.kv_len, self.align)
@@ -264,6 +287,11 @@ class Padding(_PerBatch):
     def bind(self, shape: Shape) -> BoundMask:
         interval = padding_right_interval if self.side == "right" else padding_left_interval
         return BoundMask(interval, None, (shape.kv_len, self.length_args(shape)))
+
+    def bounds(self, shape: Shape) -> Bounds:
+        if self.side == "left":
+            return Bounds(shape.kv_len - self.host_lengths(), FIRST_KEY + shape.kv_len)
+        return Bounds(FIRST_KEY, self.host_lengths())
 
     def twin(self, shape: Shape) -> Twin:
         return dense.padding(self.lengths, shape.kv_len, self.side)
@@ -307,6 +335,9 @@ class Intervals(Mask):
         rows = shape.scores[:3]
         start, end = broadcast_strides(self.start, rows), broadcast_strides(self.end, rows)
         return BoundMask(rows_interval, None, (self.start, start, self.end, end))
+
+    def bounds(self, shape: Shape) -> Bounds:
+        return Bounds(on_host(self.start), on_host(self.end))
 
     def twin(self, shape: Shape) -> Twin:
         return dense.intervals(self.start, self.end)
