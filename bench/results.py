@@ -1,7 +1,7 @@
 """What a benchmark run leaves behind: a file of JSON lines, appended as results come; a cut loses none.
 
-The first line says on what machine it ran. Every line names its kind: "machine", "ceilings", "row", "check".
-`load` also reads the JSON of pytest-benchmark, whose `extra_info` carries the same rows.
+The first line says on what machine it ran. Every line names its kind: "machine", "ceilings", "stage", "row",
+"check". `load` also reads the JSON of pytest-benchmark, whose `extra_info` carries the same rows.
 """
 
 from __future__ import annotations
@@ -72,12 +72,25 @@ class Row:
 
 @dataclass
 class Check:
-    """One correctness check on the machine: passed, or what was wrong."""
+    """One correctness check on the machine."""
 
     name: str
     passed: bool
     seconds: float
-    detail: str = ""
+    detail: str = ""  # what was wrong, or, where it passed, how much it looked at
+
+
+@dataclass
+class Stage:
+    """What an evidence run set out to do next, written before it did: how the GPU stood then, and how many
+    checks and comparisons were left to do, of which fewer may follow where the time ran out."""
+
+    name: str
+    planned: int
+    seconds: float  # its share of the time
+    seed: int
+    date: str  # UTC, ISO 8601
+    clocks: dict[str, float] = field(default_factory=dict)  # as in Machine
 
 
 @dataclass
@@ -86,18 +99,36 @@ class Results:
     ceilings: Ceilings | None = None
     rows: list[Row] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     name: str = ""
 
 
-KINDS: dict[str, type] = {"machine": Machine, "ceilings": Ceilings, "row": Row, "check": Check}
+Entry = Machine | Ceilings | Stage | Row | Check
+KINDS: dict[str, type] = {
+    "machine": Machine,
+    "ceilings": Ceilings,
+    "stage": Stage,
+    "row": Row,
+    "check": Check,
+}
 
 
-def append(path: Path, entry: Machine | Ceilings | Row | Check) -> None:
-    """Add one line, on the disk when this returns."""
-    kind = next(name for name, cls in KINDS.items() if type(entry) is cls)
+def append(path: Path, *entries: Entry) -> None:
+    """Add a line for each, with the system when this returns: the end of this process cannot lose them."""
+    lines = []
+    for entry in entries:
+        kind = next(name for name, cls in KINDS.items() if type(entry) is cls)
+        lines.append(json.dumps({"kind": kind, **asdict(entry)}) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"kind": kind, **asdict(entry)}) + "\n")
+        file.write("".join(lines))
+
+
+def mend(path: Path) -> None:
+    """Drop a last line that was cut off, so that more can be appended."""
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def load(path: Path) -> Results:
@@ -145,6 +176,8 @@ def _collect(path: Path, entries: list[dict[str, Any]]) -> Results:
             raise ValueError(f"{path} does not say first on what machine it was made")
         elif isinstance(value, Ceilings):
             results.ceilings = value
+        elif isinstance(value, Stage):
+            results.stages.append(value)
         elif isinstance(value, Row):
             results.rows.append(value)
         else:

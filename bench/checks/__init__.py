@@ -1,0 +1,83 @@
+"""Are the answers right on this machine? A fixed set of checks, the most telling first.
+
+They judge by the tests' rule: nothing further from float64 than `tests/harness/oracle.py` allows. On a GPU
+they have real sizes; in Triton's interpreter the same functions are tiny, and those that need a GPU are left
+out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..results import Check
+from ..workers import last_lines
+
+TESTS = str(Path(__file__).resolve().parents[2] / "tests")
+if TESTS not in sys.path:
+    sys.path.append(TESTS)  # before the checks are imported, which import from there
+
+from .accuracy import ACCURACY  # noqa: E402
+from .graphs import GRAPHS  # noqa: E402
+from .large import LARGE  # noqa: E402
+from .trial import NotApplicable, Trial  # noqa: E402
+
+TRIALS: dict[str, Trial] = {trial.name: trial for trial in (*ACCURACY, *GRAPHS, *LARGE)}
+
+
+def trials(device: torch.device, alone: bool) -> list[str]:
+    """The names of the checks for this device, in order. alone: those that want the GPU for themselves, or
+    the others."""
+    on_gpu = device.type == "cuda"
+    return [
+        name for name, trial in TRIALS.items() if trial.alone == alone and (on_gpu or not trial.needs_gpu)
+    ]
+
+
+def left_out(device: torch.device) -> list[str]:
+    """The names of those that this device cannot run."""
+    return [name for name, trial in TRIALS.items() if trial.needs_gpu and device.type != "cuda"]
+
+
+def perform(name: str, device: str, seed: int) -> tuple[list[Check], str]:
+    """Run one check. No result and the reason, where it does not apply to this machine after all."""
+    began = time.monotonic()
+    torch.manual_seed(seed)
+    passed = False
+    try:
+        with poisoned_memory():
+            detail = TRIALS[name].function(torch.device(device), seed) or ""
+        if device != "cpu":
+            torch.cuda.synchronize()  # a late failure is this check's, not the next one's
+            torch.cuda.empty_cache()  # the processes beside this one need memory too
+        passed = True
+    except NotApplicable as reason:
+        return [], str(reason)
+    except AssertionError as wrong:
+        detail = str(wrong) or last_lines(wrong)
+    except Exception as failure:
+        detail = last_lines(failure)
+    return [Check(name, passed, time.monotonic() - began, detail)], ""
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` is filled with NaN, so that what a kernel leaves unwritten shows in the result. PyTorch
+    ties this to its deterministic mode."""
+    mode = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic  # a module with properties, of which type checkers know nothing
+    fill = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)

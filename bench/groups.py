@@ -1,0 +1,129 @@
+"""Which comparisons are there? Named groups of (case, work), for pytest, evidence runs and smoke tests.
+
+    comparisons(name, quick=False, tiny=None) -> [(Case, Work), ...]
+
+Without a GPU (or with tiny=True) every case is shrunk, and those that no longer differ are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from tilewise_reference.cases import CASES, FEATURE_CASES, SHORT_CASES, Case, Features, paper_grid
+
+from .results import Work
+from .shrink import smoke as smoke
+
+Comparison = tuple[Case, Work]
+
+# In the order in which a run that may be cut measures them.
+GROUPS: tuple[str, ...] = (
+    "forward grid",
+    "backward grid",
+    "short forward",
+    "models forward",
+    "models backward",
+    "features forward",
+    "features backward",
+    "host",
+    "cold start",
+)
+HEAD_DIMS = (128, 64, 256)  # the most used first
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+QUICK_LENGTHS = (1024, 4096, 16384)
+QUICK_MODELS = (
+    "llama3-8b-prefill",
+    "llama3-8b-decode",
+    "llama3-8b-training",
+    "gemma2-2b-local",
+    "gpt-oss-20b-local",
+    "minilm-l6-encoder",
+    "vit-l16-encoder",
+    "swinv2-b-window16",
+    "t5-base-decoder",
+    "dit-xl2-training",
+    "alphafold2-triangle",
+)
+
+_HOST = "tensors so small that a call is the host's work alone"
+
+
+def _host_case(name: str, trained: bool, **features: object) -> Case:
+    asks: Features = {**features}  # type: ignore[typeddict-item]
+    return Case(
+        name=f"host-{name}{'-training' if trained else ''}", batch=1, q_heads=2, kv_heads=2, q_len=4,
+        kv_len=4, head_dim=16, value_dim=16, dtype="float32", phase="training" if trained else "encoder",
+        provenance=_HOST, features=asks,
+    )  # fmt: skip
+
+
+def host_cases() -> list[Comparison]:
+    """Inference, a forward that records for the backward, and both passes; a mask and a bias cost arguments.
+    What a case of phase "training" computes is differentiated."""
+    found: list[Comparison] = []
+    kinds: dict[str, dict[str, object]] = {
+        "plain": {},
+        "causal": dict(causal="bottom_right"),
+        "documents-bias": dict(documents=2, bias=(1, 1, 4, 4)),
+    }
+    for name, features in kinds.items():
+        inference, training = (_host_case(name, trained, **features) for trained in (False, True))
+        found += [
+            (inference, "host forward"),
+            (training, "host forward"),
+            (training, "host forward and backward"),
+        ]
+    return found
+
+
+def cold_cases() -> list[Case]:
+    """What a first call may meet: the plain kernel, and one with most features."""
+    plain = next(paper_grid(head_dims=(128,), lengths=(1024,), dtype="bfloat16"))
+    features = next(case for case in CASES if case.name == "gpt-oss-20b-local")
+    return [plain, features]
+
+
+def comparisons(name: str, quick: bool = False, tiny: bool | None = None) -> list[Comparison]:
+    """What the group compares, in order. quick: fewer lengths and models; tiny and quick, fewer head_dims.
+    tiny: shrunk; by default, without a GPU. Raises ValueError for a name that is not in GROUPS."""
+    tiny = not torch.cuda.is_available() if tiny is None else tiny
+    found = _full(name, quick, HEAD_DIMS[1:2] if quick and tiny else HEAD_DIMS)
+    if not tiny or name == "host":
+        return found
+    return _distinct((smoke(case), work) for case, work in found)
+
+
+def _full(name: str, quick: bool, head_dims: tuple[int, ...]) -> list[Comparison]:
+    grid = paper_grid(head_dims, QUICK_LENGTHS if quick else LENGTHS, "bfloat16")
+    models = [case for case in CASES if not quick or case.name in QUICK_MODELS]
+    if name == "forward grid":
+        return [(case, "forward") for case in grid]
+    if name == "backward grid":
+        return [(case, "backward") for case in grid]
+    if name == "short forward":
+        return [(case, "forward") for case in SHORT_CASES if not quick or case.q_len != 128]
+    if name == "models forward":
+        return [(case, "forward") for case in models]
+    if name == "models backward":
+        return [(case, "backward") for case in models if case.phase == "training"]
+    if name == "features forward":
+        return [(case, "forward") for case in FEATURE_CASES]
+    if name == "features backward":
+        return [(case, "backward") for case in FEATURE_CASES]
+    if name == "host":
+        return [pair for pair in host_cases() if not quick or "causal" not in pair[0].features]
+    if name == "cold start":
+        return [(case, "cold start") for case in cold_cases()[: 1 if quick else None]]
+    raise ValueError(f"group={name!r} must be one of {', '.join(GROUPS)}")
+
+
+def _distinct(found: Iterable[Comparison]) -> list[Comparison]:
+    """Those that differ in more than their names and the number of sequences."""
+    kept: dict[str, Comparison] = {}
+    for case, work in found:
+        alike = replace(case, name="", provenance="", phase="encoder", batch=1)
+        kept.setdefault(repr((alike, work)), (case, work))
+    return list(kept.values())

@@ -1,0 +1,68 @@
+"""Who is compared: tilewise and its rivals, one adapter each, with what every one of them cannot do.
+
+IMPLEMENTATIONS        all of them, by name
+select(names)          those of these names, in the order of IMPLEMENTATIONS
+for_group(name)        those that a group of `groups` compares
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tilewise.checks import IMPLEMENTATIONS as OURS
+
+from .base import Implementation, Prepared, UnsupportedError
+from .flash import Flash2, FlashCute
+from .flashinfer import FlashInfer
+from .flex import Flex
+from .host import Compiled, Unlaunched
+from .jax_cudnn import JaxCudnn
+from .ours import Tilewise
+from .sdpa import Sdpa
+from .xformers import XFormers
+
+__all__ = ["IMPLEMENTATIONS", "Implementation", "Prepared", "UnsupportedError", "for_group", "select"]
+
+# Those that hold the matrix of scores come last: what memory they leave is enough for nobody after them.
+_KERNELS: tuple[Implementation, ...] = (
+    *(Tilewise(impl) for impl in OURS if impl != "torch"),
+    Sdpa("flash"),
+    Sdpa("cudnn"),
+    Sdpa("efficient"),
+    Flex(),
+    Flash2(),
+    FlashCute(),
+    FlashInfer(),
+    XFormers(),
+    JaxCudnn(),
+    Sdpa("math"),
+    Tilewise("torch"),
+)
+# Their times are the host's: with Triton's launch and without, in eager mode and compiled, beside PyTorch's.
+_HOST: tuple[Implementation, ...] = (
+    Tilewise("portable"),
+    Unlaunched(Tilewise("portable")),
+    Compiled(Tilewise("portable")),
+    Compiled(Unlaunched(Tilewise("portable"))),
+    Sdpa(None),
+    Compiled(Sdpa(None)),
+)
+IMPLEMENTATIONS: dict[str, Implementation] = {each.name: each for each in (*_KERNELS, *_HOST)}
+
+
+def select(names: Iterable[str]) -> list[Implementation]:
+    """The implementations of these names. Raises ValueError for a name that is not there."""
+    wanted = list(names)
+    for name in wanted:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation={name!r} must be one of {', '.join(IMPLEMENTATIONS)}")
+    return [each for name, each in IMPLEMENTATIONS.items() if name in wanted]
+
+
+def for_group(group: str) -> list[Implementation]:
+    """Every implementation that a group compares, available here or not."""
+    if group == "host":
+        return list(_HOST)
+    # Plain PyTorch has nothing to compile at a first call.
+    plain = ("sdpa math", "tilewise torch") if group == "cold start" else ()
+    return [each for each in _KERNELS if each.name not in plain]

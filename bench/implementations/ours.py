@@ -1,0 +1,34 @@
+"""tilewise itself, each of its implementations."""
+
+from __future__ import annotations
+
+import torch
+
+import tilewise
+from tilewise.tools.inputs import Inputs, case_inputs
+from tilewise_reference.cases import Case
+
+from ..results import Work
+from .base import Implementation, Prepared, is_backward
+
+
+class Tilewise(Implementation):
+    needs_gpu = False
+    seeded = True
+
+    def __init__(self, impl: str) -> None:
+        self.impl, self.name = impl, f"tilewise {impl}"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        x = torch.empty(1, 1, 1, 16, device=device)
+        return "; ".join(tilewise.why_not(x, x, x, impl=self.impl)) or None
+
+    def unsupported(self, case: Case, work: Work) -> str | None:
+        inputs = case_inputs(case, "meta", gradients=is_backward(work))
+        q, k, v, arguments, _ = inputs
+        return "; ".join(tilewise.why_not(q, k, v, **arguments, impl=self.impl)) or None
+
+    def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
+        q, k, v, arguments, learned = inputs
+        leaves = {name: x for name, x in dict(q=q, k=k, v=v, **learned).items() if x.requires_grad}
+        return Prepared(lambda: tilewise.attention(q, k, v, **arguments, impl=self.impl), leaves)

@@ -1,0 +1,115 @@
+"""On what does a run run? The GPU and its state, the versions of everything involved, the git revision.
+
+describe() -> Machine        once a run
+clocks_now() -> dict         MHz, °C and W, as often as wanted; empty without a GPU or without nvidia-ml-py
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from .results import Machine
+
+ROOT = Path(__file__).resolve().parents[1]
+# What is installed of these is named with its version: distribution names, rivals and what they stand on.
+DISTRIBUTIONS = (
+    "triton",
+    "numpy",
+    "jax",
+    "jaxlib",
+    "flash-attn",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
+    "flashinfer-python",
+    "xformers",
+)
+
+
+def describe() -> Machine:
+    """This machine, with its clocks as they are now."""
+    gpu = torch.cuda.is_available()
+    return Machine(
+        gpu=torch.cuda.get_device_name() if gpu else None,
+        arch=_arch() if gpu else None,
+        driver=_driver() if gpu else None,
+        versions=versions(),
+        revision=revision(),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        clocks=clocks_now(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of Python, torch, what torch was built with, and every rival that is installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    if torch.version.hip:
+        found["rocm"] = torch.version.hip
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    if cudnn:
+        found["cudnn"] = str(cudnn)
+    return found
+
+
+def revision(root: Path = ROOT) -> str | None:
+    """The commit that is checked out, with "-dirty" where tracked files differ from it; None outside git."""
+    commit = _git(root, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def clocks_now() -> dict[str, float]:
+    """How the GPU stands: clock of its multiprocessors, temperature, power."""
+    if not torch.cuda.is_available():
+        return {}
+    readings = {
+        "sm_mhz": lambda: float(torch.cuda.clock_rate()),
+        "temperature_c": lambda: float(torch.cuda.temperature()),
+        "power_w": lambda: torch.cuda.power_draw() / 1000,  # in mW
+    }
+    found = {}
+    for name, read in readings.items():
+        try:
+            found[name] = read()
+        except Exception:  # no nvidia-ml-py, or a driver that does not tell: each in its own exception
+            continue
+    return found
+
+
+def _arch() -> str:
+    properties = torch.cuda.get_device_properties()
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _driver() -> str | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+    except Exception:  # not installed, or no NVIDIA driver: nvidia-ml-py has an exception a reason
+        return None
+    return version.decode() if isinstance(version, bytes) else str(version)
+
+
+def _git(root: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

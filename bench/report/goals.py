@@ -1,0 +1,147 @@
+"""What is tilewise meant to reach? The goals, and which rows each of them speaks of.
+
+They were set for an H200 before anything had run on one. Packed sequences against dense ones and a paged
+cache against a contiguous one get theirs when there is something to compare.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ..results import Row
+from .ranking import Contest, counts, geometric_mean
+from .table import Table
+from .units import duration, percent, times
+
+GPUS = ("H100", "H200")  # whose limits a clock are the same; the goals say nothing about others
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`measure` says what the three levels are: tilewise's ratio to the fastest rival (geometric mean over
+    the cases), the time of a call in seconds (of the slowest case), or the share of the datasheet's memory
+    bandwidth (geometric mean)."""
+
+    name: str
+    covers: Callable[[Row], bool]
+    floor: float
+    target: float
+    stretch: float | None
+    measure: Literal["ratio", "seconds", "bandwidth"] = "ratio"
+
+    def written(self, value: float | None) -> str:
+        """A level or a result in the goal's unit."""
+        if value is None:
+            return ""
+        return {"ratio": times, "seconds": duration, "bandwidth": percent}[self.measure](value)
+
+    def verdict(self, value: float) -> str:
+        """The highest level that `value` reaches."""
+        sign = -1 if self.measure == "seconds" else 1
+        levels = (("stretch", self.stretch), ("target", self.target), ("floor", self.floor))
+        return next(
+            (name for name, level in levels if level is not None and sign * value >= sign * level),
+            "below floor",
+        )
+
+
+def _grid(work: str, head_dim: int, kind: str = "", least: int = 1025) -> Callable[[Row], bool]:
+    """Rows of the papers' grid, `least` tokens or more."""
+
+    def matches(row: Row) -> bool:
+        long = row.sizes.get("kv_len", 0) >= least
+        return row.work == work and row.case.startswith(f"paper-d{head_dim}-{kind}") and long
+
+    return matches
+
+
+def _short(row: Row) -> bool:
+    named = row.case.startswith(("paper-", "short-"))
+    return row.work == "forward" and named and 0 < row.sizes.get("kv_len", 0) <= 1024
+
+
+HARD = re.compile(r"feature-(bool-mask|bias-gradient|softcap|sink|dropout)|gemma2-|gpt-oss-|deepseek-")
+
+
+def _hard(row: Row) -> bool:
+    decoding = row.sizes.get("q_len") == 1  # has a goal of its own
+    return row.work in ("forward", "backward") and HARD.match(row.case) is not None and not decoding
+
+
+def _host(row: Row) -> bool:
+    return row.work == "host forward" and not row.case.endswith("-training")
+
+
+def _cold(row: Row) -> bool:
+    return row.work == "cold start"
+
+
+def _decode(row: Row) -> bool:
+    return row.work == "forward" and row.sizes.get("q_len") == 1 and row.bytes >= 256e6
+
+
+_FULL, _CAUSAL = _grid("forward", 128, "full", 8192), _grid("forward", 128, "causal", 8192)
+_LACKING = "boolean mask, bias with gradient, softcap, sink, dropout, head_dim ≠ value_dim"
+_DECODE = "decode, keys and values of 256 MB: share of the datasheet's bandwidth"
+
+GOALS = (
+    Goal("forward, head_dim 128, full, 8k and 16k", _FULL, 0.70, 0.96, 1.02),
+    Goal("forward, head_dim 128, causal, 8k and 16k", _CAUSAL, 0.70, 0.96, 1.02),
+    Goal("forward, head_dim 64, above 1k", _grid("forward", 64), 0.70, 0.95, 1.02),
+    Goal("forward, head_dim 256, above 1k", _grid("forward", 256), 0.65, 0.95, 1.01),
+    Goal("backward, head_dim 128, above 1k", _grid("backward", 128), 0.65, 0.90, 1.00),
+    Goal("forward, up to 1k", _short, 0.80, 1.00, 1.10),
+    Goal(_LACKING, _hard, 2.0, 3.0, None),
+    Goal(_DECODE, _decode, 0.75, 0.83, 0.88, "bandwidth"),
+    Goal("host time of a forward call without gradients", _host, 25e-6, 15e-6, 10e-6, "seconds"),
+    Goal("first call, cold cache, one shape", _cold, 10.0, 5.0, 2.0, "seconds"),
+)
+
+
+def concerns(gpu: str | None) -> bool:
+    """Whether the goals were set for this GPU."""
+    return gpu is not None and any(name in gpu for name in GPUS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where one implementation stands with a goal; no case: nothing was measured that the goal speaks of."""
+
+    goal: Goal
+    cases: tuple[str, ...]
+    value: float | None
+
+
+def outcome(goal: Goal, found: Iterable[Contest], implementation: str, gpu: str) -> Outcome:
+    """The result of `implementation`, over the cases in which its answer is right (and, for a ratio, a
+    rival's too)."""
+    values: dict[str, float] = {}
+    for contest in found:
+        for row in contest.rows:
+            if row.implementation != implementation or not counts(row) or not goal.covers(row):
+                continue
+            value = contest.ratio(row) if goal.measure == "ratio" else row.median
+            if goal.measure == "bandwidth" and row.median:
+                value = row.bytes / row.median / datasheet_bandwidth(gpu)
+            if value is not None:
+                values[f"{contest.case}, {contest.work}"] = value
+    if not values:
+        return Outcome(goal, (), None)
+    combined = max(values.values()) if goal.measure == "seconds" else geometric_mean(values.values())
+    return Outcome(goal, tuple(values), combined)
+
+
+def datasheet_bandwidth(gpu: str) -> float:
+    # Here, so that a report in which nobody decodes need not import torch.
+    from tilewise.tools.chips import find_chip
+
+    return find_chip(gpu).memory_bytes
+
+
+def levels() -> Table:
+    """The goals by themselves."""
+    lines = [(g.name, *map(g.written, (g.floor, g.target, g.stretch))) for g in GOALS]
+    return Table("Goals", ("goal", "floor", "target", "stretch"), tuple(lines))

@@ -1,0 +1,122 @@
+"""The checks of an evidence run: they pass where all is right, and notice where it is not."""
+
+import importlib
+import inspect
+import sys
+
+import pytest
+import torch
+import triton
+
+from bench import checks
+from bench.checks.trial import NotApplicable, Trial
+from tilewise import autograd
+
+if torch.cuda.is_available():
+    pytest.skip("on a GPU `python -m bench evidence` runs the checks themselves", allow_module_level=True)
+
+CPU = torch.device("cpu")
+
+
+def run(name: str):
+    (check,), remark = checks.perform(name, "cpu", 0)
+    assert remark == "" and check.name == name
+    return check
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bfloat16, width 64, causal",
+        "feature window",
+        "the same bits again, full, head_dim 64",
+        "the last head of many keys",
+    ],
+)
+def test_checks_pass(name):
+    check = run(name)
+    assert check.passed, check.detail
+    assert check.detail and check.seconds > 0
+
+
+def test_a_wrong_forward_is_noticed(monkeypatch):
+    launch = autograd.launch_forward
+
+    def wrong(call, out, *rest):
+        launch(call, out, *rest)
+        out[..., -1, 0] += 0.5
+
+    monkeypatch.setattr(autograd, "launch_forward", wrong)
+    check = run("feature causal")
+    assert not check.passed and "float64 says" in check.detail
+
+
+def test_a_wrong_gradient_is_noticed(monkeypatch):
+    launch = autograd.launch_dq
+
+    def wrong(call, dq, tile):
+        launch(call, dq, tile)
+        dq[..., 0, 0] *= 1.5
+
+    monkeypatch.setattr(autograd, "launch_dq", wrong)
+    check = run("feature causal")
+    assert not check.passed and check.detail.startswith("dq[")
+
+
+def test_bits_that_change_are_noticed(monkeypatch):
+    launch, calls = autograd.launch_forward, []
+
+    def restless(call, out, *rest):
+        launch(call, out, *rest)
+        calls.append(1)
+        out[0, 0, 0, 0] += len(calls)
+
+    monkeypatch.setattr(autograd, "launch_forward", restless)
+    check = run("the same bits again, full, head_dim 64")
+    assert not check.passed and "'out': 2" in check.detail
+
+
+def test_memory_left_unwritten_is_noticed(monkeypatch):
+    monkeypatch.setattr(autograd, "launch_forward", lambda *arguments: None)
+    assert not run("feature causal").passed
+
+
+def test_what_raises_has_failed_and_what_lacks_something_has_no_result(monkeypatch):
+    def raises(device, seed):
+        raise ZeroDivisionError("of all things")
+
+    def lacks(device, seed):
+        raise NotApplicable("it needs 40 GB")
+
+    monkeypatch.setitem(checks.TRIALS, "raises", Trial("raises", raises))
+    monkeypatch.setitem(checks.TRIALS, "lacks", Trial("lacks", lacks))
+    check = run("raises")
+    assert not check.passed and "ZeroDivisionError: of all things" in check.detail
+    assert checks.perform("lacks", "cpu", 0) == ([], "it needs 40 GB")
+
+
+def test_every_check_has_its_place():
+    beside, alone = (checks.trials(torch.device("cuda"), alone) for alone in (False, True))
+    assert sorted(beside + alone) == sorted(checks.TRIALS)
+    assert len(checks.ACCURACY + checks.GRAPHS + checks.LARGE) == len(checks.TRIALS), "two of one name"
+    here = checks.trials(CPU, False) + checks.trials(CPU, True)
+    assert sorted(here + checks.left_out(CPU)) == sorted(checks.TRIALS)
+    features = {name.removeprefix("feature ") for name in beside if name.startswith("feature ")}
+    from harness.features import FEATURES
+
+    assert {name for name, entry in FEATURES.items() if entry.kind not in ("dtype", "tile")} == features
+
+
+def test_checks_that_are_gpu_tests_name_tests_that_there_are(monkeypatch):
+    """Here the tests of the GPU cannot be imported unless they are told that there is one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.delitem(sys.modules, "test_cuda", raising=False)
+    module = importlib.import_module("test_cuda")
+    monkeypatch.delitem(sys.modules, "test_cuda")
+    for trial in checks.TRIALS.values():
+        if trial.needs_gpu:
+            name, test, arguments = trial.function.args
+            assert name == "test_cuda"
+            inspect.signature(getattr(module, test)).bind(*arguments)
