@@ -22,11 +22,12 @@ from tilewise.similarity import Cosine
 from tilewise.tools.inputs import Inputs, case_inputs
 from tilewise_reference.cases import Case
 from tilewise_reference.dropout import dropout_keep, philox
+from tilewise_reference.yardstick import largest_difference
 
 from .implementations.base import Implementation, Prepared
+from .judgement import Judgement, Problem, judge
 from .results import Work
 from .shrink import shortened
-from .yardstick import Judgement, Problem, difference, judge, largest
 
 Tensor = torch.Tensor
 CHUNK = 16  # rows looked at in one place
@@ -180,7 +181,7 @@ def judge_forward(
         torch_error = 0.0
         for problem in problems:
             for near in problem.neighbours(got.numel()):
-                torch_error = max(torch_error, largest(difference(near.pytorch(), near.exact())))
+                torch_error = max(torch_error, largest_difference(near.pytorch(), near.exact()))
     return judge("out", got, exact, torch_error)
 
 
@@ -198,7 +199,7 @@ def judge_row_gradients(
             want, have = (_gradient(near, dtype, here) for dtype in (torch.float64, near.q.dtype))
             if near is problem:
                 exact.append(want[0, 0])
-            torch_error = max(torch_error, largest(difference(have, want)))
+            torch_error = max(torch_error, largest_difference(have, want))
     return judge("dq", torch.cat(got), torch.cat(exact), torch_error)
 
 
@@ -242,7 +243,7 @@ def judge_all_gradients(
         exact, own = (_all_gradients(request, near, keep, do, dtype) for dtype in (torch.float64, None))
         wanted = wanted or exact
         for name in errors:
-            errors[name] = max(errors[name], largest(difference(own[name], exact[name])))
+            errors[name] = max(errors[name], largest_difference(own[name], exact[name]))
     return [judge(f"d{name}", x, wanted[name], errors[name]) for name, x in gradients.items()]
 
 

@@ -1,6 +1,6 @@
 """The oracle of tilewise: attention in plain PyTorch, slow and clear. It imports nothing of tilewise."""
 
-from . import cases, dropout, masks, online, scores
+from . import cases, dropout, masks, online, scores, yardstick
 from .attention import attention
 from .cases import CASES, FEATURE_CASES, SHORT_CASES, Case, paper_grid
 from .dropout import dropout_keep
@@ -21,4 +21,5 @@ __all__ = [
     "online",
     "paper_grid",
     "scores",
+    "yardstick",
 ]

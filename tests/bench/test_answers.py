@@ -26,7 +26,7 @@ from bench.answers import (
 )
 from bench.implementations import IMPLEMENTATIONS
 from bench.implementations.base import Implementation, Prepared
-from bench.yardstick import judge
+from bench.judgement import judge
 from harness import oracle
 from harness.gradients import exact_gradients, pytorch_gradients
 from tilewise.tools.inputs import Inputs, case_inputs
@@ -109,8 +109,8 @@ def test_the_whole_is_what_the_oracle_says():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("features", [{}, {**EVERYTHING, "trained": True}], ids=["plain", "all"])
-def test_the_yardstick_is_that_of_the_tests(dtype, features):
-    """The rule stands in two places, for the bench must run without the tests: here they are compared."""
+def test_a_whole_problem_is_judged_as_the_tests_judge_it(dtype, features):
+    """Out and gradients of float64 and of PyTorch's own way, beside those of the tests' harness."""
     case = a_case(dtype, **features)
     inputs = case_inputs(case, CPU, gradients=True)
     request = request_of(inputs)

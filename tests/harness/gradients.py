@@ -2,8 +2,7 @@
 
 The float64 oracle differentiates the specification on float64 copies of everything that is trained; the
 yardstick differentiates PyTorch's way in the same dtype, rounding where PyTorch's fused kernels round
-(`oracle.SoftmaxValues`). A gradient in fp16 or bf16 may be off by twice the yardstick's largest error and one
-rounding of its own; one in fp32 by ten times the larger of the two.
+(`tilewise_reference.yardstick`).
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from tilewise.api import make_request
 from tilewise.autograd import parameter_slots
 from tilewise.checks import Request
 from tilewise.encoding import decode, encode
+from tilewise_reference.yardstick import largest_difference
 
 from .oracle import (
     NEIGHBOURS,
     SAMPLES,
     _assert_close,
-    _largest_error,
     assert_matches,
     exact,
     neighbour,
@@ -75,7 +74,7 @@ def assert_gradients_match(found: dict[str, Tensor], request: Request, do: Tenso
         problems.append((near, exact_gradients(near, do, dlse)))
     for problem, exactly in problems:
         for name, gradient in pytorch_gradients(problem, do, dlse).items():
-            errors[name] = max(errors[name], _largest_error(gradient, exactly[name]))
+            errors[name] = max(errors[name], largest_difference(gradient, exactly[name]))
     for name, gradient in found.items():
         tensor = {**request.qkv(), **trained(request)}[name]
         assert gradient.shape == tensor.shape and gradient.device == tensor.device, name

@@ -1,18 +1,9 @@
 """The rule for a match, and the one function that applies it.
 
-A result counts as right when no element is further from the float64 oracle than
-
-    out in fp16 or bf16     2 · E + one rounding            E: PyTorch's largest error in the same dtype
-    out in fp32             10 · max(E, one rounding)       E: PyTorch's largest error in fp32
-    lse, always fp32        10 · max(E, one rounding)       E: PyTorch's largest error in fp32
-
-One rounding is half a unit in the last place of the element itself. There is no tolerance to choose: E is
-measured on the data of the test, over the whole tensor.
-
-"PyTorch in the same dtype" is the way its math paths compute attention: Q Kᵀ in the dtype; scale, modifiers,
-mask and softmax in fp32; P rounded to the dtype; P V in the dtype (gradients: `harness.gradients`). The lse
-that goes with it would carry the rounding of Q Kᵀ, which the kernel, returning lse in fp32, may not hide
-behind: PyTorch's fp32 result is the yardstick there.
+The rule itself, and PyTorch's own computation by which it measures, are `tilewise_reference.yardstick`: there
+is no tolerance to choose. The lse that goes with PyTorch's computation in fp16 or bf16 would carry the
+rounding of Q Kᵀ, which the kernel, returning lse in fp32, may not hide behind: PyTorch's fp32 result is the
+yardstick there. Gradients: `harness.gradients`.
 
 Luck must not set the mark. PyTorch's fp32 result is exact where one logit stands alone in its row (lse is
 that logit), hence the max: the kernel's way through powers of two costs a few roundings. And where a result
@@ -34,12 +25,10 @@ import tilewise
 import tilewise_reference
 from tilewise.api import make_request, oracle_arguments
 from tilewise.checks import Request
-from tilewise.similarity import Cosine
+from tilewise_reference.yardstick import allowed_error, difference, largest_difference, pytorch_attention
 
 Tensor = torch.Tensor
 SAMPLES, NEIGHBOURS = 4096, 8
-# Below fp32's smallest normal number hardware may flush to zero.
-FLUSHED = torch.finfo(torch.float32).tiny
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
@@ -93,63 +82,8 @@ def kept_pairs(request: Request) -> Tensor:
 
 def pytorch(request: Request, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """out [.., in dtype] and lse [.., fp32] as PyTorch's math paths compute them on inputs of that dtype."""
-    shape, similarity, keep = request.shape, request.similarity, kept_pairs(request)
-    by_kv_head = keep.unflatten(1, (shape.kv_heads, shape.group))
-    seen = by_kv_head.any(dim=3).any(dim=2)[..., None]  # [batch, kv_heads, kv_len, 1]
-    sees = keep.any(dim=3, keepdim=True)  # [batch, q_heads, q_len, 1]
-
-    q = torch.where(sees, request.q, 0).to(dtype)  # NaN where nobody looks is no part of the yardstick
-    k = torch.where(seen, request.k, 0).to(dtype).repeat_interleave(shape.group, dim=1)
-    v = torch.where(seen, request.v, 0).to(dtype).repeat_interleave(shape.group, dim=1)
-    factor = request.scale
-    if factor is None:
-        factor = 1 / math.sqrt(shape.head_dim) if similarity == "scaled_dot" else 1.0
-    if similarity == "cosine" or isinstance(similarity, Cosine):
-        q, k = (torch.nn.functional.normalize(x.float(), dim=-1).to(dtype) for x in (q, k))
-        temperature = similarity.temperature if isinstance(similarity, Cosine) else 1.0
-        factor = factor * (
-            temperature.float().reshape(-1, 1, 1) if isinstance(temperature, Tensor) else temperature
-        )
-
-    s = (q @ k.mT).float() * factor
-    for score in request.scores:
-        s = score.twin(shape)(s, *indices(request))
-    s = s.masked_fill(~keep, -math.inf)
-    if request.sink is not None:
-        sink = request.sink.float().reshape(1, -1, 1, 1).expand(*shape.scores[:3], 1)
-        s = torch.cat([s, sink], dim=3)
-    kept = None
-    if request.dropout is not None:
-        probability, seed = request.dropout
-        kept = tilewise_reference.dropout_keep(seed, probability, shape.scores).to(dtype) / (1 - probability)
-    out, lse = SoftmaxValues.apply(s, v, kept)
-    return out, lse
-
-
-class SoftmaxValues(torch.autograd.Function):
-    """softmax(s) v with P rounded to v's dtype, and lse; s [.., kv_len] in fp32, or with a sink's column at
-    its end. The backward is that of PyTorch's fused kernels: Σ_j P dP of a row comes from the rounded
-    output."""
-
-    @staticmethod
-    def forward(ctx: Any, s: Tensor, v: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        p = torch.softmax(s, dim=3).masked_fill((s == -math.inf).all(dim=3, keepdim=True), 0)
-        weights = p[..., : v.shape[2]].to(v.dtype)
-        weights = weights if kept is None else weights * kept
-        out, lse = weights @ v, torch.logsumexp(s, dim=3)
-        ctx.kept = kept
-        ctx.save_for_backward(p, weights, v, out, lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, None]:
-        p, weights, v, out, lse = ctx.saved_tensors
-        dp = do @ v.mT
-        dp = (dp if ctx.kept is None else dp * ctx.kept).float()
-        dp = torch.nn.functional.pad(dp, (0, p.shape[3] - dp.shape[3]))  # a sink has no value
-        delta = (do.float() * out.float()).sum(dim=3) - dlse
-        delta = delta.masked_fill(lse == -math.inf, 0)
-        return p * (dp - delta[..., None]), weights.mT @ do, None
+    q, k, v = (x.to(dtype) for x in (request.q, request.k, request.v))
+    return pytorch_attention(q, k, v, **oracle_arguments(request))
 
 
 def errors_of_pytorch(request: Request, want_out: Tensor, want_lse: Tensor) -> tuple[float, float]:
@@ -166,8 +100,8 @@ def errors_of_pytorch(request: Request, want_out: Tensor, want_lse: Tensor) -> t
         out, lse = pytorch(problem, request.q.dtype)
         if request.q.dtype != torch.float32:
             _, lse = pytorch(problem, torch.float32)
-        error_out = max(error_out, _largest_error(out, exact_out))
-        error_lse = max(error_lse, _largest_error(lse, exact_lse))
+        error_out = max(error_out, largest_difference(out, exact_out))
+        error_lse = max(error_lse, largest_difference(lse, exact_lse))
     # Infinite would allow anything: such data has no yardstick.
     assert math.isfinite(error_out + error_lse), "PyTorch itself overflows on this data; make it smaller"
     return error_out, error_lse
@@ -184,29 +118,15 @@ def neighbour(request: Request, generator: torch.Generator) -> Request:
     )
 
 
-def _difference(got: Tensor, want: Tensor) -> Tensor:
-    """|got - want| in float64; 0 where both are the same infinity; NaN becomes infinite."""
-    got = got.double()
-    difference = torch.where(got == want, 0.0, (got - want).abs())
-    return difference.nan_to_num(nan=math.inf, posinf=math.inf)
-
-
-def _largest_error(got: Tensor, want: Tensor) -> float:
-    return _difference(got, want).max().item() if got.numel() else 0.0
-
-
 def _assert_close(name: str, got: Tensor, want: Tensor, error: float) -> None:
     if got.numel() == 0:
         return
-    finfo = torch.finfo(got.dtype)
-    rounding = (want.abs().nan_to_num(posinf=0.0) * (finfo.eps / 2)).clamp_min(finfo.tiny * finfo.eps / 2)
-    allowed = 10 * rounding.clamp_min(error) if got.dtype == torch.float32 else 2 * error + rounding
-    allowed = allowed + FLUSHED
-    difference = _difference(got, want)
-    excess = torch.where(difference.isinf(), math.inf, difference - allowed)
+    allowed = allowed_error(want, got.dtype, error)
+    errors = difference(got, want)
+    excess = torch.where(errors.isinf(), math.inf, errors - allowed)
     worst = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
     assert excess[worst] <= 0, (
         f"{name}{list(worst)} = {got[worst].item():.9g}, float64 says {want[worst].item():.9g}: "
-        f"error {difference[worst].item():.3g}, allowed {allowed[worst].item():.3g}; "
+        f"error {errors[worst].item():.3g}, allowed {allowed[worst].item():.3g}; "
         f"{int((excess > 0).sum())} of {excess.numel()} elements of {name} are wrong"
     )
