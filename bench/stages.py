@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
+import torch._inductor.config
 
 from tilewise_reference.cases import Case
 
@@ -124,11 +125,39 @@ def do_measure(
     return rows, ""
 
 
+def compile_jobs(
+    *groups: str, order: Callable[[Comparison], Any] | None = None
+) -> Callable[[Setting], list[Job]]:
+    """The comparisons of these groups, to be compiled beside one another before they are timed one by one.
+    The interpreter compiles nothing."""
+
+    def jobs(setting: Setting) -> list[Job]:
+        if not setting.on_gpu:
+            return []
+        return [
+            replace(job, key=("compiled", job.key), function=compile_ahead, timed=False, implementations=())
+            for job in measure_jobs(*groups, order=order)(setting)
+        ]
+
+    return jobs
+
+
+def compile_ahead(
+    group: str, case: Case, work: Work, names: tuple[str, ...], device: str, seed: int
+) -> tuple[list[Row], str]:
+    """Fill the compilers' caches on the disk; what goes wrong here shows when the case is measured."""
+    compiled = select([name for name in names if name in COMPILED])
+    with torch._inductor.config.patch(compile_threads=1):  # the other cores compile other cases
+        measure(case, work, compiled, group=group, seconds=0, device=device, seed=seed, rounds=1, least=1)
+    return [], ""
+
+
 def in_turns(lists: Iterable[list[Job]]) -> list[Job]:
     """The first of each list, then the second of each, ..."""
     return [job for turn in itertools.zip_longest(*lists) for job in turn if job is not None]
 
 
+COMPILED = ("tilewise portable", "flex")  # the implementations that are compiled for each case
 HEAD_DIMS, LENGTHS = (128, 64, 256), (4096, 16384, 1024, 8192, 2048, 512)
 
 
@@ -173,10 +202,11 @@ def broke_the_gpu(entry: Entry) -> TypeGuard[Row]:
 
 STAGES: tuple[Plan, ...] = (
     Plan("ceilings", 3, ceiling_jobs, most=10),
-    Plan("correctness", 22, check_jobs(alone=False), parallel=True),
-    Plan("correctness at size", 8, check_jobs(alone=True)),
-    Plan("forward grid", 24, measure_jobs("forward grid", order=most_telling), most=2.5),
-    Plan("backward grid", 20, measure_jobs("backward grid", order=most_telling), most=2.5),
+    Plan("correctness", 20, check_jobs(alone=False), parallel=True),
+    Plan("correctness at size", 7, check_jobs(alone=True)),
+    Plan("compilation", 15, compile_jobs("forward grid", "backward grid", order=most_telling), parallel=True),
+    Plan("forward grid", 19, measure_jobs("forward grid", order=most_telling), most=2.5),
+    Plan("backward grid", 17, measure_jobs("backward grid", order=most_telling), most=2.5),
     Plan(
         "models and features",
         18,

@@ -132,8 +132,8 @@ def test_stages_in_order_each_within_its_share(tmp_path):
 
 def test_the_order_of_the_stages_and_of_the_grid():
     assert [plan.name for plan in stages.STAGES] == [
-        "ceilings", "correctness", "correctness at size", "forward grid", "backward grid",
-        "models and features", "overheads",
+        "ceilings", "correctness", "correctness at size", "compilation", "forward grid",
+        "backward grid", "models and features", "overheads",
     ]  # fmt: skip
     pairs = sorted(comparisons("forward grid", tiny=False), key=most_telling)
     assert len(pairs) == 36
@@ -141,6 +141,30 @@ def test_the_order_of_the_stages_and_of_the_grid():
     early = {case.name for case, _ in pairs[:12]}
     assert {"paper-d128-causal-16384", "paper-d64-full-4096", "paper-d256-causal-4096"} <= early
     assert in_turns([[1, 2, 3], [], [4]]) == [1, 4, 2, 3]
+
+
+def test_what_is_compiled_ahead_is_measured_later_and_leaves_no_row(monkeypatch):
+    plans = {plan.name: plan for plan in stages.STAGES}
+    assert plans["compilation"].jobs(SETTING) == []  # the interpreter compiles nothing
+    ahead = plans["compilation"].jobs(Setting("cuda", 3))
+    later = [
+        job for name in ("forward grid", "backward grid") for job in plans[name].jobs(Setting("cuda", 3))
+    ]
+    assert [job.key for job in ahead[:2]] == [
+        ("compiled", later[0].key),
+        ("compiled", later[len(later) // 2].key),
+    ]
+    assert {job.key for job in ahead} == {("compiled", job.key) for job in later}
+    assert not any(job.timed or job.implementations for job in ahead)
+
+    asked = []
+    monkeypatch.setattr(
+        stages, "measure", lambda case, work, given, **options: asked.append((given, options))
+    )
+    assert ahead[0].function(*ahead[0].arguments) == ([], "")
+    ((given, options),) = asked
+    assert {each.name for each in given} == {"tilewise portable", "flex"}
+    assert options["seconds"] == 0 and options["rounds"] == 1
 
 
 # ---- What goes wrong
