@@ -28,7 +28,7 @@ import triton
 
 import tilewise
 import tilewise_reference
-from tilewise import backward, forward, parameters
+from tilewise import backward, forward, parameters, prepare
 from tilewise.api import make_request
 from tilewise.call import bind
 from tilewise.parameters import parameter_gradient
@@ -188,7 +188,7 @@ def far_gradient(number: int, axis: int) -> None:
 
 KERNELS = (
     (forward, "forward_kernel"),
-    (backward, "prepare_kernel"),
+    (prepare, "prepare_kernel"),
     (backward, "dkv_kernel"),
     (backward, "dq_kernel"),
     (parameters, "parameter_kernel"),
@@ -286,13 +286,13 @@ def many_rows() -> None:
     statistics[0, here], statistics[1, here], dlse_far[here] = lse[0, 0, 0] * 2, 0.0, 1.0
     shape = (batch, 1, q_len, dim)
     rows = statistics.unbind(0)
-    call = backward.BackwardCall(
+    call = prepare.BackwardCall(
         call, out.expand(shape), *rows, do.expand(shape), dlse_far, delta_far, ranges_far, 16
     )
-    grid, arguments = backward.prepare_launch(call)
+    grid, arguments = prepare.prepare_launch(call)
     dq = out.clone().zero_()
     with last_programs(2):
-        backward.prepare_kernel[grid](**arguments)
+        prepare.prepare_kernel[grid](**arguments)
         delta = delta_far[-1, 0, -1].item()
         assert (delta_far[-1, 0, -32:] == delta).all() and delta != 0
         assert ranges_far[-1, 0, -2:].tolist() == [[0, 1, 0, 1]] * 2
@@ -318,7 +318,7 @@ def many_pairs() -> None:
     ranges = torch.tensor([0, kv_len, 0, 0], dtype=torch.int32, device=DEVICE).repeat(1, 1, q_len // 16, 1)
     call = bind(make_request(**tensors, bias=bias, impl="portable"))
     rows = [x.expand(1, 1, q_len, dim) for x in (one["v"], do)]
-    call = backward.BackwardCall(call, rows[0], row_max, sum_log2, rows[1], None, delta, ranges, 16)
+    call = prepare.BackwardCall(call, rows[0], row_max, sum_log2, rows[1], None, delta, ranges, 16)
     with last_programs(1):
         grad = parameter_gradient(call, 1, Parameter(None, tuple(bias.shape)), bias, TILE)
     got = grad[0, 0, -16:, -16:].float()

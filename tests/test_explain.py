@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from typer.testing import CliRunner
 
 import tilewise
-from tilewise import autograd, backward, checks
+from tilewise import autograd, checks, prepare
 from tilewise.api import make_request
 from tilewise.autograd import run_backward, run_forward
 from tilewise.call import bind
@@ -106,7 +106,7 @@ def test_programs_are_the_grids_of_the_launches(device, monkeypatch):
             return lambda **_: None
 
     for name, module in (
-        ("forward", "forward.forward"), ("prepare", "backward.prepare"), ("dq", "backward.dq"),
+        ("forward", "forward.forward"), ("prepare", "prepare.prepare"), ("dq", "backward.dq"),
         ("dkv", "backward.dkv"), ("gradient of RelativePosition.table", "parameters.parameter"),
     ):  # fmt: skip
         monkeypatch.setattr(f"tilewise.{module}_kernel", Launcher(name))
@@ -123,9 +123,9 @@ def test_memory_is_what_the_launchers_allocate(device, monkeypatch):
     q = torch.randn(2, 4, 45, 24, device=device)
     k, v = torch.randn(2, 2, 70, 24, device=device), torch.randn(2, 2, 70, 40, device=device)
     bias = torch.randn(4, 1, 70, device=device, requires_grad=True)
-    prepared: list[backward.BackwardCall] = []
+    prepared: list[prepare.BackwardCall] = []
     monkeypatch.setattr(
-        autograd, "prepare", lambda *args: prepared.append(backward.prepare(*args)) or prepared[-1]
+        autograd, "prepare", lambda *args: prepared.append(prepare.prepare(*args)) or prepared[-1]
     )
     with tilewise.tiles.use(Tile(32, 32)):
         found = tilewise.explain(q, k, v, bias=bias, work="training", gpu="H200")

@@ -11,14 +11,14 @@ from unittest.mock import patch
 import torch
 from triton.runtime import KernelInterface
 
-from tilewise import backward, dropout, forward, parameters
+from tilewise import backward, dropout, forward, parameters, prepare
 from tilewise.tools.inputs import Inputs
 from tilewise_reference.cases import Case
 
 from ..results import Work
 from .base import Implementation, Prepared
 
-MODULES = (forward, backward, parameters, dropout)
+MODULES = (forward, prepare, backward, parameters, dropout)
 
 
 class Wrapped(Implementation):

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from .backward import BackwardCall, launch_dkv, launch_dq, prepare
+from .backward import launch_dkv, launch_dq
 from .call import bind
 from .checks import Request
 from .encoding import Encoded, decode
 from .forward import launch_forward
 from .parameters import parameter_gradient
+from .prepare import BackwardCall, prepare
 from .scores import Parameter
 from .tiles import choose_tile, square_tile
 

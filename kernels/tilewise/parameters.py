@@ -29,10 +29,11 @@ import triton
 import triton.language as tl
 
 from .addressing import head_ptr, load_tile
-from .backward import BackwardCall, backward_arguments
+from .backward import backward_arguments
 from .dropout import drop, dropout_keep, on_device_of
 from .intervals import intersect_intervals, kept_pairs, visits_and_full
 from .numerics import matmul, round_to
+from .prepare import BackwardCall
 from .problem import Shape, ceil_div
 from .scores import Parameter, apply_scores, pull_back
 from .softmax import softmax_probabilities

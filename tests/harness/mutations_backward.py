@@ -7,6 +7,7 @@ from .mutate import Mutation
 API = "kernels/tilewise/api.py"
 AUTOGRAD = "kernels/tilewise/autograd.py"
 BACKWARD = "kernels/tilewise/backward.py"
+PREPARE = "kernels/tilewise/prepare.py"
 CHECKS = "kernels/tilewise/checks.py"
 DROPOUT = "kernels/tilewise/dropout.py"
 ENCODING = "kernels/tilewise/encoding.py"
@@ -42,10 +43,10 @@ NEAR_TABLE = tests("backward", "table[near-False-top_left-(37, 19)]")
 # fmt: off
 MUTATIONS = (
     # ---- delta and the row statistics
-    Mutation("delta: gradient of lse added", BACKWARD,
+    Mutation("delta: gradient of lse added", PREPARE,
              "delta -= tl.load(dlse_ptr", "delta += tl.load(dlse_ptr",
              LSE_ALONE),
-    Mutation("delta: gradient of lse left out", BACKWARD,
+    Mutation("delta: gradient of lse left out", PREPARE,
              "dlse_ptr=backward.dlse,", "dlse_ptr=None,",
              LSE_ALONE),
     Mutation("delta: not subtracted for dK", BACKWARD,
@@ -54,14 +55,14 @@ MUTATIONS = (
     Mutation("delta: added for dQ", BACKWARD,
              "p * (dp - delta)", "p * (dp + delta)",
              OUT_ALONE),
-    Mutation("delta: NaN handed to an output that is 0", BACKWARD,
+    Mutation("delta: NaN handed to an output that is 0", PREPARE,
              "tl.where(o == 0.0, 0.0, o * do)", "o * do",
              tests("gradient_data", "junk_beside_rows_that_see_only_the_sink")),
-    Mutation("delta: dO with the strides of O", BACKWARD,
+    Mutation("delta: dO with the strides of O", PREPARE,
              "do_strides=backward.do.stride(),\n        TILE_Q",
              "do_strides=backward.out.stride(),\n        TILE_Q",
              tests("backward", "sum_backward")),
-    Mutation("statistics: maximum and sum exchanged", BACKWARD,
+    Mutation("statistics: maximum and sum exchanged", PREPARE,
              "row_max, sum_log2 = statistics.unbind(0)", "sum_log2, row_max = statistics.unbind(0)",
              OUT_ALONE),
     Mutation("statistics: sum forgotten", SOFTMAX,
@@ -86,7 +87,7 @@ MUTATIONS = (
     Mutation("ranges: rows beyond the last counted in a full tile", INTERVALS,
              "tl.where(is_partial, 0, tl.min(tl.where(whole, hi, 0)))", "tl.min(tl.where(whole, hi, 0))",
              STORE_RANGE),
-    Mutation("ranges: the last tile of rows never partial", BACKWARD,
+    Mutation("ranges: the last tile of rows never partial", PREPARE,
              "(q_tile + 1) * TILE_Q > q_len", "q_tile * TILE_Q > q_len",
              tests("backward", "similarity_with_scale[0.7-dot]")),
     Mutation("ranges: a row without a key widens the range", INTERVALS,
@@ -396,7 +397,7 @@ MUTATIONS = (
     Mutation("nested: causal between packings that differ", NESTED,
              "isinstance(part, RELATIVE if packed_alike else Softcap)", "isinstance(part, RELATIVE)",
              tests("nested", "queries_and_keys_of_different_lengths")),
-    Mutation("delta: NaN handed to a row without a key", BACKWARD,
+    Mutation("delta: NaN handed to a row without a key", PREPARE,
              'tl.where(row_max == float("-inf"), 0.0, delta)', "delta",
              tests("gradient_data", "junk_beside_rows_that_a_bias_leaves_without_a_key")),
     Mutation("dkv: row with a gap at the keys", BACKWARD,

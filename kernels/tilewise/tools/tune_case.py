@@ -14,10 +14,11 @@ from tilewise_reference import Case
 from .. import tiles
 from ..api import make_request
 from ..autograd import empty_in_order_of, run_backward, run_forward
-from ..backward import launch_dkv, launch_dq, prepare
+from ..backward import launch_dkv, launch_dq
 from ..call import bind
 from ..checks import check
 from ..forward import launch_forward
+from ..prepare import prepare
 from ..tiles import Pass, Tile
 from .inputs import case_inputs
 from .tune_answers import Expected, expect, gradient_tensors, worst_share
