@@ -389,8 +389,16 @@ def test_only_names_a_stage(invoke):
     assert invoke([passing("a")], "--only", "only one")[0] == 0
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """What a shell starts in the background ignores Ctrl-C, and so does what that starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_the_summary(invoke, tmp_path, number):
+def test_a_signal_ends_it_with_the_summary(invoke, tmp_path, heeds_ctrl_c, number):
     before = signal.getsignal(signal.SIGTERM)
     stop = Job("k", "stop", lambda: os.kill(os.getpid(), number), ())
     code, output = invoke([passing("a"), stop, passing("b")])
