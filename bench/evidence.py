@@ -56,7 +56,7 @@ def evidence(
     out.mkdir(parents=True, exist_ok=True)
     workers = Workers((out / "workers.log").absolute(), grace=min(20.0, max(5.0, 15 * minutes)))
     interrupted = False
-    with Progress(console, began, 60 * minutes) as progress:
+    with Progress(console, began, 60 * minutes, setting.on_gpu) as progress:
         run = Run(path, setting, workers, progress, Deadline(60 * minutes, began))
         try:
             with interrupted_by(signal.SIGTERM):

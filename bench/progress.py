@@ -20,8 +20,8 @@ MARKS = {True: ("passed", "green"), False: ("FAILED", "bold red")}
 class Progress:
     """Prints results as they come; on a terminal, above a bar that shows the stage and the time."""
 
-    def __init__(self, console: Console, began: float, seconds: float) -> None:
-        self.console, self.began = console, began
+    def __init__(self, console: Console, began: float, seconds: float, on_gpu: bool) -> None:
+        self.console, self.began, self.on_gpu = console, began, on_gpu
         self.bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
@@ -77,19 +77,19 @@ class Progress:
         rows = [entry for entry in entries if isinstance(entry, Row)]
         if rows:
             bad = any(is_tilewise(row.implementation) and row.status in ("wrong", "failed") for row in rows)
-            self.note(in_one_line(rows), "bold red" if bad else "")
+            self.note(in_one_line(rows, self.on_gpu), "bold red" if bad else "")
 
 
-def in_one_line(rows: list[Row]) -> str:
-    """The case, each implementation of tilewise with its ratio to the fastest rival, and that rival; what was
-    wrong or failed."""
+def in_one_line(rows: list[Row], on_gpu: bool) -> str:
+    """The case, each implementation of tilewise with its ratio to the fastest rival (none without a GPU), and
+    that rival; what was wrong or failed."""
     contest = Contest(tuple(rows))
     parts = []
     for row in rows:
         if row.status in ("wrong", "failed"):
             parts.append(f"{row.implementation} {row.status.upper()}: {row.reason}")
         elif is_tilewise(row.implementation) and row.median is not None:
-            ratio = contest.ratio(row)
+            ratio = contest.ratio(row) if on_gpu else None
             beside = "" if ratio is None else f" ({times(ratio)})"
             parts.append(f"{row.implementation} {duration(row.median)}{beside}")
     rival = contest.rival

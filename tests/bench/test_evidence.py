@@ -77,7 +77,7 @@ def passing(name: str) -> Job:
 def make_run(path: Path, hands: Hands, seconds: float = 60.0) -> Run:
     console = Console(file=io.StringIO(), width=200)
     deadline = Deadline(seconds, hands.clock(), hands.clock)
-    return Run(path, SETTING, hands, Progress(console, time.monotonic(), seconds), deadline)
+    return Run(path, SETTING, hands, Progress(console, time.monotonic(), seconds, SETTING.on_gpu), deadline)
 
 
 def printed(run: Run) -> str:
