@@ -47,6 +47,11 @@ class Mutation:
     tests: tuple[str, ...]
 
 
+def tests(file: str, *names: str) -> tuple[str, ...]:
+    """The node ids of tests in tests/test_<file>.py."""
+    return tuple(f"tests/test_{file}.py::test_{name}" for name in names)
+
+
 @dataclass(frozen=True)
 class Outcome:
     mutation: Mutation

@@ -6,7 +6,7 @@ narrow, so that a run takes seconds.
 
 from __future__ import annotations
 
-from .mutate import Mutation
+from .mutate import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 
@@ -25,10 +25,6 @@ SCORES = "kernels/tilewise/scores.py"
 SIMILARITY = "kernels/tilewise/similarity.py"
 SOFTMAX = "kernels/tilewise/softmax.py"
 TILE_TABLE = "kernels/tilewise/tile_table.py"
-
-
-def tests(file: str, *names: str) -> tuple[str, ...]:
-    return tuple(f"tests/test_{file}.py::test_{name}" for name in names)
 
 
 GROUPINGS = tests("softmax", "every_grouping_and_order_gives_the_softmax")

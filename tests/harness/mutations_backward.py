@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mutate import Mutation
+from .mutate import Mutation, tests
 
 API = "kernels/tilewise/api.py"
 AUTOGRAD = "kernels/tilewise/autograd.py"
@@ -21,10 +21,6 @@ SCORES = "kernels/tilewise/scores.py"
 SIMILARITY = "kernels/tilewise/similarity.py"
 SOFTMAX = "kernels/tilewise/softmax.py"
 TILES = "kernels/tilewise/tiles.py"
-
-
-def tests(file: str, *names: str) -> tuple[str, ...]:
-    return tuple(f"tests/test_{file}.py::test_{name}" for name in names)
 
 
 SMALL_TILE = "Tile(tile_q=16, tile_kv=16, num_warps=4, num_stages=2)"

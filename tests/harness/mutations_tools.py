@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mutate import Mutation
+from .mutate import Mutation, tests
 
 API = "kernels/tilewise/api.py"
 BOUNDS = "kernels/tilewise/bounds.py"
@@ -13,10 +13,6 @@ LIMITS = "kernels/tilewise/tools/limits.py"
 MASKS = "kernels/tilewise/masks.py"
 QUADRATIC = "kernels/tilewise/quadratic.py"
 SUGGESTIONS = "kernels/tilewise/tools/suggestions.py"
-
-
-def tests(file: str, *names: str) -> tuple[str, ...]:
-    return tuple(f"tests/test_{file}.py::test_{name}" for name in names)
 
 
 OF_THE_DEVICE = "bounds_are_those_of_the_device_function"
