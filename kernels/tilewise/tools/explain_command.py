@@ -99,7 +99,7 @@ def find_case(name: str) -> Case:
         if each.name == name:
             return each
     alike = [each.name for each in cases if name.lower() in each.name.lower()]
-    hint = f": did you mean {', '.join(alike[:5])}?" if alike else ""
+    hint = f": did you mean {', '.join(alike[:5])}?" if alike else "."
     raise ValueError(f"--case {name} is not a named case{hint} --list shows them")
 
 
