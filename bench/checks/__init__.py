@@ -7,14 +7,13 @@ out.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from tilewise.tools.poison import poisoned_memory
 
 from ..results import Check
 from ..workers import last_lines
@@ -64,20 +63,3 @@ def perform(name: str, device: str, seed: int) -> tuple[list[Check], str]:
     except Exception as failure:
         detail = last_lines(failure)
     return [Check(name, passed, time.monotonic() - began, detail)], ""
-
-
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` is filled with NaN, so that what a kernel leaves unwritten shows in the result. PyTorch
-    ties this to its deterministic mode."""
-    mode = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    settings: Any = torch.utils.deterministic  # a module with properties, of which type checkers know nothing
-    fill = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        settings.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(mode, warn_only=warn_only)

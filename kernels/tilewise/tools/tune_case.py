@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -21,6 +19,7 @@ from ..forward import launch_forward
 from ..prepare import prepare
 from ..tiles import Pass, Tile
 from .inputs import case_inputs
+from .poison import poisoned_memory
 from .tune_answers import Expected, expect, gradient_tensors, worst_share
 
 Tensor = torch.Tensor
@@ -126,7 +125,7 @@ class Workload:
             if work != "forward" and (name == "dq") == (work == "dq")
         ]
         start = None if work == "forward" else self.forward()
-        with tiles.use(self.tile(tile, work), (work,)), poisoned(), torch.no_grad():
+        with tiles.use(self.tile(tile, work), (work,)), poisoned_memory(), torch.no_grad():
             if start is None:
                 out, lse, _ = run_forward(self.request, return_lse=True, for_backward=True)
                 assert lse is not None
@@ -140,21 +139,3 @@ class Workload:
             self._expected = expect(self.request, self.do)
         found = self.answer(work, tile)
         return max((worst_share(name, got, self._expected), name) for name, got in found.items())
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """`torch.empty` gives NaN (integers: the largest). PyTorch ties this to its deterministic mode."""
-    settings: Any = torch.utils.deterministic
-    fill = settings.fill_uninitialized_memory
-    mode, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        settings.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
