@@ -272,3 +272,9 @@ SHORT_CASES: tuple[Case, ...] = tuple(
           length=length, head_dim=head_dim)
     for head_dim in (64, 128) for length in (64, 128, 256)
 )  # fmt: skip
+
+
+def named_cases(grid_dtype: str = "float16") -> dict[str, Case]:
+    """Every case there is, by name; those of the papers' grid in this dtype."""
+    every = (*CASES, *FEATURE_CASES, *SHORT_CASES, *paper_grid(dtype=grid_dtype))
+    return {case.name: case for case in every}

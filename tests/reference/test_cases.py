@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tilewise_reference import CASES, masks, paper_grid
-from tilewise_reference.cases import FEATURE_CASES, SHORT_CASES, Case, Features
+from tilewise_reference.cases import FEATURE_CASES, SHORT_CASES, Case, Features, named_cases
 
 ALL = (*CASES, *paper_grid(), *FEATURE_CASES, *SHORT_CASES)
 BY_NAME = {case.name: case for case in CASES}
@@ -15,7 +15,7 @@ SMALL = Case("small", 2, 6, 3, 5, 7, 4, 3, "float16", "prefill", "made up")
 
 def test_names_are_unique_across_models_and_the_grid():
     names = [case.name for case in ALL]
-    assert len(names) == len(set(names))
+    assert len(names) == len(set(names)) and set(named_cases()) == set(names)
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)

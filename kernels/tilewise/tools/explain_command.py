@@ -13,7 +13,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tilewise_reference.cases import CASES, FEATURE_CASES, SHORT_CASES, Case, Features, paper_grid
+from tilewise_reference.cases import (
+    CASES,
+    FEATURE_CASES,
+    SHORT_CASES,
+    Case,
+    Features,
+    named_cases,
+    paper_grid,
+)
 
 from ..masks import Dense
 from .explain import Explanation, Work
@@ -94,11 +102,10 @@ def explain(
 
 
 def find_case(name: str) -> Case:
-    cases = [case for group in GROUPS.values() for case in group]
-    for each in cases:
-        if each.name == name:
-            return each
-    alike = [each.name for each in cases if name.lower() in each.name.lower()]
+    cases = named_cases()
+    if name in cases:
+        return cases[name]
+    alike = [each for each in cases if name.lower() in each.lower()]
     hint = f": did you mean {', '.join(alike[:5])}?" if alike else "."
     raise ValueError(f"--case {name} is not a named case{hint} --list shows them")
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from tilewise_reference import CASES, FEATURE_CASES, SHORT_CASES, Case, paper_grid
+from tilewise_reference import Case, paper_grid
+from tilewise_reference.cases import named_cases
 
 from ..tile_table import DIMS, PASSES, Key, Pass, Tile
 from ..tiles import length_tile, table_tile, user_table
@@ -35,11 +36,11 @@ def choose_cases(names: Sequence[str], dtype: str | None) -> list[Case]:
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} must be one of {', '.join(DTYPES)}")
-    grid = list(paper_grid(dtype=dtype or "bfloat16"))
-    known = {case.name: case for case in (*CASES, *FEATURE_CASES, *SHORT_CASES, *grid)}
+    dtype_of_grid = dtype or "bfloat16"
+    known = named_cases(dtype_of_grid)
     if not names:
         # Dimension 128 first: most models have it.
-        chosen = [case for case in grid if case.q_len == DEFAULT_LENGTH]
+        chosen = [case for case in paper_grid(dtype=dtype_of_grid) if case.q_len == DEFAULT_LENGTH]
         chosen.sort(key=lambda case: (128, 64, 256).index(case.head_dim))
         return chosen
     if unknown := [name for name in names if name not in known]:

@@ -16,7 +16,8 @@ from unittest import mock
 import torch
 import triton
 
-from tilewise_reference import CASES, FEATURE_CASES, SHORT_CASES, Case, paper_grid
+from tilewise_reference import CASES, Case
+from tilewise_reference.cases import named_cases
 
 from ..api import make_request
 from ..autograd import parameter_slots, run_backward, run_forward
@@ -140,7 +141,7 @@ def plain_variants(
 
 def find_case(name: str) -> Case:
     """A case of the reference by its name. Raises ValueError where there is none, with the nearest."""
-    cases = {case.name: case for case in (*CASES, *FEATURE_CASES, *SHORT_CASES, *paper_grid())}
+    cases = named_cases()
     if name not in cases:
         near = difflib.get_close_matches(name, cases, n=5, cutoff=0.3) or [case.name for case in CASES]
         raise ValueError(f"case={name!r} is not a named case; there are for example {', '.join(near)}")
