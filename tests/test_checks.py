@@ -155,6 +155,11 @@ CASES = [
         interpreted=False,
     ),
     Broken(
+        "hopper_can_answer",
+        ("impl='hopper'", "q.dtype=torch.float32", "torch.bfloat16", "impl=None"),
+        BARE | dict(impl="hopper"),
+    ),
+    Broken(
         "twins_exist", ("UserMask(even_keys)", "twin="), dict(impl="torch", mask=tilewise.UserMask(even_keys))
     ),
     Broken(

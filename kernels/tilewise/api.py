@@ -84,9 +84,10 @@ def attention(
     dropout_seed: a tensor of one int64 on q's device that decides which pairs are dropped: `dropout_mask`
                 shows them. None: drawn from PyTorch's generator of the device.
     return_lse: also return the natural logarithm of each row's sum of exponentials (with the sink's).
-    impl:       "portable", the Triton kernel; "torch", plain PyTorch, whose memory is quadratic in length;
-                None: the kernel on a GPU, and on a CPU in Triton's interpreter if TRITON_INTERPRET=1 was set
-                before import, else plain PyTorch.
+    impl:       "portable", the Triton kernels; "hopper", a second forward, for some calls on Hopper GPUs:
+                no GPU has run it yet; "torch", plain PyTorch, whose memory is quadratic in length.
+                None: the portable kernels on a GPU, and on a CPU in Triton's interpreter if
+                TRITON_INTERPRET=1 was set before import, else plain PyTorch.
     strict:     raise for whatever needs memory quadratic in length: plain PyTorch, and a bool mask, bias or
                 tensor of a user's function that is stored, not expanded, along both queries and keys.
 

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from .backward import launch_dkv, launch_dq
-from .call import bind
+from .call import Call, bind
 from .checks import Request
 from .encoding import Encoded, decode
 from .forward import launch_forward
+from .hopper import rules as hopper_rules
 from .parameters import parameter_gradient
 from .prepare import BackwardCall, prepare
 from .scores import Parameter
+from .tile_table import HopperTile
 from .tiles import choose_tile, square_tile
 
 Tensor = torch.Tensor
@@ -30,8 +32,27 @@ def run_forward(
     out = empty_in_order_of(q, shape.value_dim)
     lse = q.new_empty(rows, dtype=torch.float32) if return_lse else None
     statistics = q.new_empty((2, *rows), dtype=torch.float32) if for_backward else None
-    launch_forward(bind(request), out, lse, statistics, choose_tile(q, shape, "forward"))
+    call = bind(request)
+    if request.implementation == "hopper":
+        launch_hopper(request, call, out, lse, statistics)
+    else:
+        launch_forward(call, out, lse, statistics, choose_tile(q, shape, "forward"))
     return out, lse, statistics
+
+
+def launch_hopper(
+    request: Request, call: Call, out: Tensor, lse: Tensor | None, statistics: Tensor | None
+) -> None:
+    """The forward of Hopper's kernel, which Gluon is imported for. Addresses are known only now where a graph
+    was compiled before."""
+    from .hopper.launch import launch_forward
+
+    for reason in hopper_rules.reasons(request):
+        raise ValueError(f"impl='hopper': {reason}")
+    tile = choose_tile(request.q, request.shape, "hopper")
+    if not isinstance(tile, HopperTile):  # forced on all passes by `tiles.use`
+        raise ValueError(f"impl='hopper' needs a HopperTile, not {tile}")
+    launch_forward(call, out, lse, statistics, tile)
 
 
 def run_backward(

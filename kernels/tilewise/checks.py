@@ -16,6 +16,7 @@ import torch
 
 from .bounds import UNLIMITED
 from .dropout import Dropout
+from .hopper import rules as hopper_rules
 from .masks import Mask
 from .numerics import INTERPRETED
 from .problem import FLOATS, Shape, ceil_div
@@ -23,7 +24,7 @@ from .quadratic import mebibytes, score_matrix_bytes, stored_pairs
 from .scores import Score
 from .similarity import Cosine, Similarity, similarity_scores
 
-IMPLEMENTATIONS = ("portable", "torch")
+IMPLEMENTATIONS = ("portable", "hopper", "torch")
 MAX_DIM = 256
 FINITE = torch.finfo(torch.float32).max  # scores are fp32, and so is what multiplies them
 
@@ -57,10 +58,12 @@ class Request:
 
     @property
     def implementation(self) -> str:
-        """The implementation that answers: the one asked for, else the fused kernel wherever it can run."""
+        """The implementation that answers: the one asked for, else a fused kernel wherever one can run."""
         if self.impl is not None:
             return self.impl
-        return "portable" if INTERPRETED or self.q.device.type in ("cuda", "meta") else "torch"
+        if not INTERPRETED and self.q.device.type not in ("cuda", "meta"):
+            return "torch"
+        return "hopper" if hopper_rules.is_default(self) else "portable"
 
     @property
     def plugs(self) -> tuple[Mask | Score, ...]:
@@ -262,15 +265,22 @@ def implementation_is_known(r: Request) -> str | None:
 
 
 def kernel_can_run(r: Request) -> str | None:
-    device = r.q.device.type
-    if r.implementation != "portable" or device in ("cuda", "meta") or (INTERPRETED and device == "cpu"):
+    device, impl = r.q.device.type, r.implementation
+    if impl == "torch" or device in ("cuda", "meta") or (INTERPRETED and device == "cpu"):
         return None
     if device == "cpu":
         return (
-            "impl='portable' on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 in the "
+            f"{impl=} on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 in the "
             "environment before tilewise is imported, or leave impl=None for plain PyTorch"
         )
-    return f"impl='portable' cannot run on {r.q.device}: it needs a CUDA or ROCm GPU; give impl='torch'"
+    return f"{impl=} cannot run on {r.q.device}: it needs a CUDA or ROCm GPU; give impl='torch'"
+
+
+def hopper_can_answer(r: Request) -> str | None:
+    if r.impl != "hopper":
+        return None
+    found = "; ".join(hopper_rules.reasons(r))
+    return f"impl='hopper': {found}; leave impl=None for the portable kernel" if found else None
 
 
 def twins_exist(r: Request) -> str | None:
@@ -361,6 +371,7 @@ STAGES: tuple[tuple[Rule, ...], ...] = (
         masks_and_scores_fit,
         implementation_is_known,
         kernel_can_run,
+        hopper_can_answer,
         twins_exist,
         dropout_fits,
         memory_is_linear,
@@ -406,6 +417,7 @@ def looks(r: Request) -> tuple[Any, ...]:
         temperature if not isinstance(temperature, torch.Tensor) else None, type(r.sink),
         r.impl, None if r.dropout is None else r.dropout.p, bool(INTERPRETED), *of_parts,
         r.strict and tuple([t.stride() for _, t in r.other_tensors]),
+        r.impl == "hopper" and hopper_rules.looks(r),
     )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def encode(request: Request) -> Encoded:
     if isinstance(similarity, Cosine):
         similarity, temperature = "cosine with a temperature", similarity.temperature
     seed, p = (None, None) if request.dropout is None else (request.dropout.seed, request.dropout.p)
-    for value in (request.scale, temperature, similarity, request.sink, seed, p):
+    for value in (request.scale, temperature, similarity, request.sink, seed, p, request.impl):
         _put(value, encoded, words)
     for parts in (request.masks, request.scores):
         words.append(f"({len(parts)}")
@@ -104,7 +104,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
     tensors, ints, floats = iter(encoded.tensors), iter(encoded.ints), iter(encoded.floats)
     take = lambda: _take(words, tensors, ints, floats)  # noqa: E731
 
-    scale, temperature, similarity, sink, seed, p = (take() for _ in range(6))
+    scale, temperature, similarity, sink, seed, p, impl = (take() for _ in range(7))
     parts: list[tuple[Any, ...]] = []
     for _ in range(2):
         count = int(next(words)[1:])
@@ -119,7 +119,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
     return Request(
         q, k, v, parts[0], parts[1], scale,
         Cosine(temperature) if similarity == "cosine with a temperature" else similarity,
-        sink, "portable", None if seed is None else Dropout(p, seed),
+        sink, impl, None if seed is None else Dropout(p, seed),
     )  # fmt: skip
 
 

@@ -17,10 +17,10 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-Pass = Literal["forward", "dkv", "dq"]
-PASSES: tuple[Pass, ...] = get_args(Pass)
+Pass = Literal["forward", "dkv", "dq", "hopper"]
+PASSES: tuple[Pass, ...] = ("forward", "dkv", "dq")  # of the portable kernels; "hopper" is a second forward
 # Pass, architecture, bytes an element (2: fp16 and bf16, 4: fp32), the wider of head_dim and value_dim up to
 # a power of two.
 Key = tuple[Pass, str, int, int]
@@ -47,6 +47,36 @@ class Tile:
                 raise ValueError(f"{name}={size} must be a power of two, at least 16")
 
 
+WARPGROUP_ROWS = 64  # query rows of a warpgroup of Hopper's forward
+NAMED_BARRIERS = 16  # of a multiprocessor
+
+
+@dataclass(frozen=True)
+class HopperTile(Tile):
+    """The same for Hopper's forward: warpgroups of 4 warps own 64 query rows each, K and V have num_stages
+    buffers each. The producer's warp is not counted."""
+
+    has_turns: bool = True  # warpgroups issue their matmuls one after another
+    is_q_in_registers: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tile_q not in (2 * WARPGROUP_ROWS, 3 * WARPGROUP_ROWS):
+            raise ValueError(
+                f"tile_q={self.tile_q} must be 128 or 192: 64 rows for each of 2 or 3 warpgroups"
+            )
+        if self.tile_kv not in (16, 32, 64, 128, 256):
+            raise ValueError(f"tile_kv={self.tile_kv} must be a power of two from 16 to 256")
+        if self.num_warps != 4 * self.warpgroups:
+            raise ValueError(f"num_warps={self.num_warps} must be {4 * self.warpgroups} where {self.tile_q=}")
+        most = (NAMED_BARRIERS - 2 - 3 * self.warpgroups) // 2  # hopper/forward.py counts them
+        if not 1 <= self.num_stages <= most:
+            raise ValueError(f"num_stages={self.num_stages} must be from 1 to {most} where {self.tile_q=}")
+
+    @property
+    def warpgroups(self) -> int:
+        return self.tile_q // WARPGROUP_ROWS
+
+
 @dataclass(frozen=True)
 class Evidence:
     """Why a row is what it is. Without a GPU it was compiled, and never timed."""
@@ -59,6 +89,7 @@ class Evidence:
     before: dict[str, float] = field(default_factory=dict)  # the same of the tile that it was compared with
     before_tile: str | None = None  # "128 x 64, 8 warps, 2 stages"
     gain: float | None = None  # before / after, geometric mean over the cases; 1.05: 5 % less time
+    over_portable: float | None = None  # Hopper's: portable time / its time, the least over the cases
     samples: int | None = None  # the fewest behind a median
     error: float | None = None  # the largest, as a share of what the rule allows
     torch: str | None = None
@@ -85,10 +116,13 @@ class Row:
 
 def describe(tile: Tile) -> str:
     """A tile in words: "128 x 64, 8 warps, 2 stages"."""
-    return (
+    text = (
         f"{tile.tile_q} x {tile.tile_kv}, {tile.num_warps} warp{'s' * (tile.num_warps > 1)}, "
         f"{tile.num_stages} stage{'s' * (tile.num_stages > 1)}"
     )
+    if isinstance(tile, HopperTile):
+        text += ", in turns" * tile.has_turns + ", Q in registers" * tile.is_q_in_registers
+    return text
 
 
 def to_json(row: Row) -> dict[str, Any]:
@@ -106,18 +140,21 @@ def to_json(row: Row) -> dict[str, Any]:
 
 _NUMBER, _TIMES = (int, float), dict
 _EVIDENCE_TYPES: dict[str, Any] = {
-    "registers": int, "shared_bytes": int, "samples": int, "gain": _NUMBER, "error": _NUMBER,
-    "milliseconds": _TIMES, "before": _TIMES,
+    "registers": int, "shared_bytes": int, "samples": int, "gain": _NUMBER, "over_portable": _NUMBER,
+    "error": _NUMBER, "milliseconds": _TIMES, "before": _TIMES,
 }  # fmt: skip
 _ROW_TYPES: dict[str, Any] = {
     "pass": str, "arch": str, "element_bytes": int, "dim": int, "tile_q": int, "tile_kv": int,
     "num_warps": int, "num_stages": int, "evidence": dict,
 }  # fmt: skip
+_HOPPER_TYPES: dict[str, Any] = {"has_turns": bool, "is_q_in_registers": bool}
 
 
 def from_json(given: Any) -> Row:
     """The row that this plain data means. Raises ValueError that says what is wrong with it."""
-    _check_fields("a row", given, _ROW_TYPES, required=_ROW_TYPES)
+    is_hopper = isinstance(given, dict) and given.get("pass") == "hopper"
+    types = _ROW_TYPES | _HOPPER_TYPES if is_hopper else _ROW_TYPES
+    _check_fields("a row", given, types, required=types)
     known = {each.name: _EVIDENCE_TYPES.get(each.name, str) for each in fields(Evidence)}
     evidence = {name: value for name, value in given["evidence"].items() if value is not None}
     _check_fields("evidence", evidence, known, required=["triton"])
@@ -125,7 +162,7 @@ def from_json(given: Any) -> Row:
         for case, value in evidence.get(name, {}).items():
             if isinstance(value, bool) or not isinstance(value, _NUMBER) or not value > 0:
                 raise ValueError(f"{name}[{case!r}]={value!r} must be a positive number")
-    for name, allowed in (("pass", PASSES), ("element_bytes", ELEMENT_BYTES), ("dim", DIMS)):
+    for name, allowed in (("pass", (*PASSES, "hopper")), ("element_bytes", ELEMENT_BYTES), ("dim", DIMS)):
         if given[name] not in allowed:
             raise ValueError(f"{name}={given[name]!r} must be one of {', '.join(map(str, allowed))}")
     warps, stages = given["num_warps"], given["num_stages"]
@@ -133,9 +170,13 @@ def from_json(given: Any) -> Row:
         raise ValueError(f"num_warps={warps} must be a power of two from 1 to {MOST_WARPS}")
     if not 1 <= stages <= MOST_STAGES:
         raise ValueError(f"num_stages={stages} must be from 1 to {MOST_STAGES}")
-    tile = Tile(given["tile_q"], given["tile_kv"], warps, stages)
+    tile = Tile(given["tile_q"], given["tile_kv"], warps, stages) if not is_hopper else hopper_tile(given)
     where = given["pass"], given["arch"], given["element_bytes"], given["dim"]
     return Row(*where, tile, Evidence(**evidence))
+
+
+def hopper_tile(given: dict[str, Any]) -> HopperTile:
+    return HopperTile(**{each.name: given[each.name] for each in fields(HopperTile)})
 
 
 def _check_fields(what: str, given: Any, types: dict[str, Any], required: Iterable[str]) -> None:
@@ -146,7 +187,7 @@ def _check_fields(what: str, given: Any, types: dict[str, Any], required: Iterab
     if missing := [name for name in required if name not in given]:
         raise ValueError(f"{what} lacks {', '.join(missing)}")
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, types[name]):
+        if isinstance(value, bool) != (types[name] is bool) or not isinstance(value, types[name]):
             wanted = "a number" if types[name] is _NUMBER else types[name].__name__
             raise ValueError(f"{name}={value!r} must be {wanted}")
 

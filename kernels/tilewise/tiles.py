@@ -17,12 +17,13 @@ import torch
 
 from .numerics import INTERPRETED
 from .problem import Shape, next_power_of_two
-from .tile_table import PASSES, SHIPPED, Key, Row, load
+from .tile_table import PASSES, SHIPPED, Evidence, HopperTile, Key, Row, load
 from .tile_table import Pass as Pass
 from .tile_table import Tile as Tile
 from .user_tiles import UserTable, read_user_table
 
-TABLE: dict[Key, Tile] = {key: row.tile for key, row in load(SHIPPED).items()}
+_SHIPPED_ROWS = load(SHIPPED)
+TABLE: dict[Key, Tile] = {key: row.tile for key, row in _SHIPPED_ROWS.items()}
 
 # Shared memory that one block may use, in bytes (CUDA programming guide, "compute capabilities"; CDNA3 ISA).
 SHARED_BYTES = {
@@ -42,6 +43,7 @@ SHARED_BYTES = {
 SMALLEST_SHARED_BYTES = 65_536
 # Of a thread's 255; the rest goes to addresses, row state and operands, of which dQ's pass has the fewest.
 ACCUMULATOR_REGISTERS = {"forward": 160, "dkv": 168, "dq": 224}
+HOPPER_REGISTERS = {2: 192, 3: 112}  # by warpgroups: of 240 and 160
 
 
 def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> int:
@@ -49,6 +51,8 @@ def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass
     times those in flight, and P and dS on their way from one matmul to the next. Hopper's and Blackwell's
     16-bit matmuls take all stages from shared memory, others one less; without pipelining K and V share one
     place in the forward. CDNA keeps what a program owns in registers."""
+    if isinstance(tile, HopperTile):
+        return hopper_bytes(tile, dim, dim, has_out_buffer(tile, dim, dim))
     walked = tile.tile_q if work == "dkv" else tile.tile_kv
     owned = {"forward": tile.tile_q, "dq": 2 * tile.tile_q, "dkv": 2 * tile.tile_kv}[work]
     owned = 0 if arch.startswith("gfx") else owned
@@ -62,8 +66,30 @@ def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass
     return element_bytes * (owned * dim + between + buffers * walked * dim)
 
 
+def hopper_bytes(tile: HopperTile, head_tile: int, value_tile: int, with_out_buffer: bool) -> int:
+    """Shared memory of Hopper's forward: Q, the rings of K and V, O on its way out, and the barriers."""
+    columns = tile.tile_q * head_tile + tile.num_stages * tile.tile_kv * (head_tile + value_tile)
+    columns += tile.tile_q * value_tile if with_out_buffer else 0
+    return 2 * columns + 512
+
+
+def has_out_buffer(tile: HopperTile, head_tile: int, value_tile: int) -> bool:
+    """Whether O has a place of its own there, so that the next tile's Q can be on its way while O leaves.
+    Otherwise O leaves through Q's."""
+    if hopper_bytes(tile, head_tile, value_tile, True) <= SHARED_BYTES["sm_90"]:
+        return True
+    if head_tile == value_tile:
+        return False
+    raise NotImplementedError(
+        f"{tile} has no room for O in shared memory beside Q, K and V of {head_tile} and {value_tile} columns"
+    )
+
+
 def accumulator_registers(tile: Tile, arch: str, dim: int, work: Pass = "forward") -> int:
     """Registers a thread that hold what is summed (O; dQ; dK and dV), the scores and what becomes of them."""
+    if isinstance(tile, HopperTile):  # as the forward's, and Q where it is kept there
+        q = tile.tile_q * dim // 2 if tile.is_q_in_registers else 0
+        return (tile.tile_q * (dim + tile.tile_kv + tile.tile_kv // 2) + q) // (32 * tile.num_warps)
     threads = tile.num_warps * (64 if arch.startswith("gfx") else 32)
     pairs = tile.tile_q * tile.tile_kv
     if work == "forward":  # S and the rounded P
@@ -74,7 +100,10 @@ def accumulator_registers(tile: Tile, arch: str, dim: int, work: Pass = "forward
 
 def fits(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> bool:
     """Whether a pass with this tile stays within the chip's shared memory and a thread's registers."""
-    budget = ACCUMULATOR_REGISTERS[work] * (2 if arch.startswith("gfx") else 1)
+    if isinstance(tile, HopperTile):
+        budget = HOPPER_REGISTERS[tile.warpgroups]
+    else:
+        budget = ACCUMULATOR_REGISTERS[work] * (2 if arch.startswith("gfx") else 1)
     return (
         shared_bytes(tile, arch, element_bytes, dim, work) <= SHARED_BYTES.get(arch, SMALLEST_SHARED_BYTES)
         and accumulator_registers(tile, arch, dim, work) <= budget
@@ -93,6 +122,8 @@ def family(arch: str) -> str:
 def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> Tile:
     """The shipped table's tile, halved until it fits a chip that the table does not list."""
     dim = max(64, dim)
+    if work == "hopper":  # for this chip alone
+        return TABLE[work, arch, element_bytes, dim]
     tile = TABLE.get((work, arch, element_bytes, dim)) or TABLE[work, family(arch), element_bytes, dim]
     while not fits(tile, arch, element_bytes, dim, work) and tile != Tile(16, 16, tile.num_warps, 1):
         if tile.num_stages > 1:
@@ -116,6 +147,17 @@ def architecture(device: torch.device) -> str:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def is_proven(evidence: Evidence) -> bool:
+    """Whether a GPU has shown that Hopper's forward is right there, and faster than the portable one."""
+    right = evidence.error is not None and evidence.error <= 1
+    return evidence.gpu is not None and right and (evidence.over_portable or 0) > 1
+
+
+PROVEN = frozenset(
+    key for key, row in _SHIPPED_ROWS.items() if key[0] == "hopper" and is_proven(row.evidence)
+)
 
 
 def length_tile(length: int, most: int) -> int:
@@ -147,6 +189,8 @@ def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
     if forced is not None:
         return forced
     if INTERPRETED:  # its cost is by the operation, hardly by the element
+        if work == "hopper":
+            return HopperTile(128, length_tile(shape.kv_len, 32), 8, 2)
         return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
     dim = widest(shape)
     return cut_tile(device_row(q.device, q.element_size(), dim, work)[0], shape, dim, work)
@@ -212,6 +256,8 @@ def widest(shape: Shape) -> int:
 def cut_tile(tile: Tile, shape: Shape, dim: int, work: Pass) -> Tile:
     """A row's tile, or fewer rows of it where q_len is short. In the forward fewer warps share them then, or
     fewer keys where O is wide."""
+    if work == "hopper":  # its warpgroups have 64 rows each, whatever q_len is
+        return tile
     tile_q = length_tile(shape.q_len, tile.tile_q)
     if tile_q == tile.tile_q or work != "forward":
         return replace(tile, tile_q=tile_q)

@@ -1,0 +1,124 @@
+"""How do the producer and the consumers hand tiles to one another? A ring of buffers with two barriers each.
+
+                  acquire                  fill                     wait_full
+    producer  ───────────────►  buffer  ◄────────  copy engine  ───────────────►  consumers
+                    ▲                                                              │
+                    └──────────────────────────── release ─────────────────────────┘
+
+    full   an mbarrier: the copy engine counts the bytes that have landed; consumers wait for its phase, which
+           is 0 in the first round through the ring, then 1, then 0 ...
+    free   a named barrier: consumers arrive, and never wait there; the producer waits for all of them
+
+Every buffer is free in the beginning: `release_all` says so, and `collect` takes back what nobody waits for
+in the end, so that each barrier is left as it was found.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .instructions import aggregate, arrive, load_async, sync
+
+
+@aggregate
+class Place:
+    """Where a role is in a ring: the buffer that comes next, and the phase of its round."""
+
+    stage: gl.tensor
+    phase: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, stage, phase):
+        self.stage = stage
+        self.phase = phase
+
+    @gluon.jit
+    def next(self, STAGES: gl.constexpr):
+        stage = self.stage + 1
+        is_around = stage == STAGES
+        return Place(gl.where(is_around, 0, stage), gl.where(is_around, self.phase ^ 1, self.phase))
+
+
+@gluon.jit
+def place_at(stage):
+    """The buffer `stage` in the first round."""
+    return Place(gl.to_tensor(stage), gl.to_tensor(0))
+
+
+@gluon.jit
+def first_place():
+    return place_at(0)
+
+
+@aggregate
+class Ring:
+    buffers: gl.shared_memory_descriptor  # [stages, 1, 1, rows, columns]
+    full: gl.shared_memory_descriptor  # [stages, 1]
+    FREE: gl.constexpr  # the named barrier of the first buffer; the others' follow
+    STAGES: gl.constexpr
+    THREADS: gl.constexpr  # of all consumers and the producer
+
+    @gluon.constexpr_function
+    def __init__(self, buffers, full, FREE, STAGES, THREADS):
+        self.buffers = buffers
+        self.full = full
+        self.FREE = gl.constexpr(FREE)
+        self.STAGES = gl.constexpr(STAGES)
+        self.THREADS = gl.constexpr(THREADS)
+
+    @gluon.jit
+    def tile(self, place):
+        """The buffer, [rows, columns]."""
+        shape: gl.constexpr = self.buffers.shape
+        return self.buffers.index(place.stage).reshape([shape[3], shape[4]])
+
+    @gluon.jit
+    def fill(self, place, descriptor, batch, head, row):
+        """Producer: wait until the buffer is free, and have the rows that start at `row` copied into it."""
+        sync(self.FREE + place.stage, self.THREADS)
+        full = self.full.index(place.stage)
+        mbarrier.expect(full, descriptor.block_type.nbytes)
+        load_async(descriptor, [batch, head, row, 0], full, self.buffers.index(place.stage))
+        return place.next(self.STAGES)
+
+    @gluon.jit
+    def collect(self):
+        """Producer: wait until every buffer is free."""
+        for stage in gl.static_range(self.STAGES):
+            sync(self.FREE + stage, self.THREADS)
+
+    @gluon.jit
+    def release_all(self):
+        """Consumer, once, in the beginning."""
+        for stage in gl.static_range(self.STAGES):
+            arrive(self.FREE + stage, self.THREADS)
+
+    @gluon.jit
+    def wait_full(self, place, is_needed=True):
+        """Consumer: wait until the buffer's tile has landed."""
+        mbarrier.wait(self.full.index(place.stage), place.phase, is_needed)
+
+    @gluon.jit
+    def release(self, place):
+        """Consumer: this warpgroup has read the buffer."""
+        arrive(self.FREE + place.stage, self.THREADS)
+        return place.next(self.STAGES)
+
+    @gluon.jit
+    def release_slot(self, place):
+        """The same for a consumer that has a buffer of its own: its next tile comes into the same."""
+        arrive(self.FREE + place.stage, self.THREADS)
+        return Place(place.stage, place.phase ^ 1)
+
+
+@gluon.jit
+def make_ring(descriptor, FREE: gl.constexpr, STAGES: gl.constexpr, THREADS: gl.constexpr):
+    """A ring for the tiles that `descriptor` describes, its barriers ready for use."""
+    shape: gl.constexpr = descriptor.block_type.shape
+    buffers = gl.allocate_shared_memory(
+        descriptor.dtype, [STAGES, 1, 1, shape[2], shape[3]], descriptor.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+    return Ring(buffers, full, FREE, STAGES, THREADS)

@@ -1,0 +1,192 @@
+"""Which calls does the Hopper kernel take, which does it refuse, and in what words?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import tilewise
+from tilewise import checks, tiles
+from tilewise.api import make_request
+from tilewise.hopper import rules
+from tilewise.tile_table import Evidence
+
+BATCH, Q_HEADS, KV_HEADS, Q_LEN, KV_LEN, DIM = 2, 4, 2, 5, 7, 16
+
+
+def good(device: torch.device) -> dict[str, Any]:
+    """A call with everything that it takes."""
+    q = torch.zeros(BATCH, Q_LEN, Q_HEADS, DIM, dtype=torch.bfloat16, device=device).transpose(1, 2)
+    k = torch.zeros(BATCH, KV_HEADS, KV_LEN, DIM, dtype=torch.bfloat16, device=device)
+    lengths = torch.tensor([3, 7], device=device)
+    return dict(
+        q=q, k=k, v=torch.zeros_like(k), impl="hopper", sink=torch.zeros(Q_HEADS, device=device),
+        mask=tilewise.Causal("top_left") & tilewise.Window(3, 1) & tilewise.Padding(lengths),
+        score=[tilewise.Softcap(30.0), tilewise.ALiBi(torch.ones(Q_HEADS, device=device))], scale=2.0,
+        bias=torch.zeros(Q_LEN, KV_LEN, device=device), similarity="cosine",
+    )  # fmt: skip
+
+
+def halves(*shape: int, **options: Any) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16, **options)
+
+
+def keep_all(q_idx, kv_idx, batch, head, args):
+    return q_idx >= 0
+
+
+K = (BATCH, KV_HEADS, KV_LEN, DIM)
+# A rule, the words of its reason, and what changes in a good call, made on a device.
+REFUSED = [
+    ("dtype_is_16_bits", ("q.dtype=torch.float32", "torch.float16", "torch.bfloat16"), lambda d: {
+        name: torch.zeros(*shape, device=d) for name, shape in
+        (("q", (BATCH, Q_HEADS, Q_LEN, DIM)), ("k", K), ("v", K))
+    }),
+    ("some_key_is_there", ("kv_len=0",), lambda d: dict(
+        k=halves(BATCH, KV_HEADS, 0, DIM, device=d), v=halves(BATCH, KV_HEADS, 0, DIM, device=d), bias=None,
+    )),
+    ("nothing_is_dropped", ("dropout_p=0.5", "must be 0"), lambda d: dict(
+        dropout_p=0.5, dropout_seed=torch.zeros(1, dtype=torch.int64, device=d),
+    )),
+    ("masks_leave_no_gaps", ("Documents", "Causal, Window, Prefix, Padding"), lambda d: dict(
+        mask=tilewise.Causal() & tilewise.Documents(torch.zeros(Q_LEN, dtype=torch.int32, device=d),
+                                                    torch.zeros(KV_LEN, dtype=torch.int32, device=d)),
+    )),
+    ("masks_leave_no_gaps", ("Dense",), lambda d: dict(
+        mask=torch.ones(Q_LEN, KV_LEN, dtype=torch.bool, device=d),
+    )),
+    ("masks_leave_no_gaps", ("Intervals",), lambda d: dict(
+        mask=tilewise.Intervals(*torch.zeros(2, Q_LEN, dtype=torch.int32, device=d)),
+    )),
+    ("masks_leave_no_gaps", ("UserMask",), lambda d: dict(mask=tilewise.UserMask(keep_all))),
+    ("scores_are_known", ("keep_all", "function of the caller's own"), lambda d: dict(
+        score=tilewise.UserScore(keep_all),
+    )),
+    ("out_is_aligned", ("value_dim=12", "multiple of 8"), lambda d: dict(v=halves(*K[:3], 12, device=d))),
+    ("tensors_can_be_copied", ("k.stride(3)=7", "must be 1"), lambda d: dict(
+        k=halves(BATCH, KV_HEADS, DIM, KV_LEN, device=d).mT,
+    )),
+    ("tensors_can_be_copied", ("k.stride(0)=252", "504 bytes", "multiple of 16"), lambda d: dict(
+        k=halves(BATCH, KV_HEADS, KV_LEN, DIM + 2, device=d)[..., :DIM],
+    )),
+    ("tensors_can_be_copied", ("v.stride(0)=0", "0 bytes", "above 0"), lambda d: dict(
+        v=halves(1, *K[1:], device=d).expand(K),
+    )),
+    ("tensors_can_be_copied", ("k starts at an address", "16 bytes", "clone()"), lambda d: dict(
+        k=halves(BATCH * KV_HEADS * KV_LEN * DIM + 4, device=d)[4:].view(K),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule, words, change", REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_is_refused_says_why(rule, words, change, device, monkeypatch):
+    monkeypatch.setattr("tilewise.autograd.launch_hopper", None)  # nothing runs
+    arguments = good(device) | change(device)
+    reason = getattr(rules, rule)(make_request(**arguments))
+    assert reason is not None and all(word in reason for word in words), reason
+    listed = tilewise.why_not(**arguments)
+    assert len(listed) == 1 and listed[0].startswith("impl='hopper': ") and reason in listed[0]
+    assert "impl=None" in listed[0]
+    with pytest.raises(ValueError, match="impl='hopper'"):
+        tilewise.attention(**arguments)
+    # The portable kernel takes it.
+    assert tilewise.why_not(**arguments | dict(impl="portable")) == []
+
+
+def test_every_rule_has_a_case():
+    on_a_gpu = {"chip_is_hopper"}
+    assert {rule.__name__ for rule in rules.RULES} == {rule for rule, *_ in REFUSED} | on_a_gpu
+
+
+def test_a_call_with_everything_that_is_taken(device):
+    assert tilewise.why_not(**good(device)) == []
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_dimension_of_one_may_have_any_stride(axis, device):
+    shape = [1 if i == axis else size for i, size in enumerate((BATCH, KV_HEADS, KV_LEN, DIM))]
+    odd = list(halves(*shape).stride())
+    odd[axis] = 3
+    k = halves(4096, device=device).as_strided(shape, odd)
+    q = halves(shape[0], Q_HEADS, Q_LEN, DIM, device=device)
+    assert tilewise.why_not(q, k, k, impl="hopper") == []
+
+
+def test_other_chips_are_refused(device, monkeypatch):
+    """Asked of a GPU that says it is another chip; nothing runs on it."""
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_80")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    request = make_request(**good(device))
+    on_cuda = replace(request, q=_OnCuda())
+    reason = rules.chip_is_hopper(on_cuda)
+    assert reason == "it needs a Hopper GPU (sm_90), and cuda:0 is NVIDIA A100 (sm_80)"
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
+    assert rules.chip_is_hopper(on_cuda) is None
+
+
+class _OnCuda:
+    """As much of a tensor as the rule about chips looks at."""
+
+    device = torch.device("cuda:0")
+    shape = (BATCH, Q_HEADS, Q_LEN, DIM)
+
+    def element_size(self) -> int:
+        return 2
+
+
+def test_a_call_that_passed_and_one_that_only_looks_like_it(device):
+    """What passed is remembered by what rules look at: strides and addresses are among it."""
+    arguments = good(device)
+    checks.check(make_request(**arguments))
+    moved = halves(BATCH * KV_HEADS * KV_LEN * DIM + 4, device=device)[4:].view(K)
+    with pytest.raises(ValueError, match="k starts at an address"):
+        checks.check(make_request(**arguments | dict(k=moved)))
+    with pytest.raises(ValueError, match=r"k\.stride\(3\)"):
+        checks.check(
+            make_request(**arguments | dict(k=halves(BATCH, KV_HEADS, DIM, KV_LEN, device=device).mT))
+        )
+    checks.check(make_request(**arguments | dict(k=moved, impl="portable")))
+
+
+# ---- Without being asked for
+
+
+PROVEN = Evidence("3.9.0", gpu="NVIDIA H200", error=0.9, over_portable=1.2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(gpu=None), dict(error=None), dict(error=1.1), dict(over_portable=None), dict(over_portable=1.0)],
+)
+def test_a_result_proves_only_what_a_gpu_showed_right_and_faster(change):
+    assert tiles.is_proven(PROVEN)
+    assert not tiles.is_proven(replace(PROVEN, **change))
+
+
+def test_it_must_be_asked_for_until_a_gpu_has_proven_it(device):
+    """The shipped table has no such result; when one is committed, this test goes."""
+    assert frozenset() == tiles.PROVEN
+    request = make_request(**good(device) | dict(impl=None))
+    assert request.implementation == "portable" and not rules.is_default(request)
+
+
+def test_it_is_the_default_where_it_is_proven(device, monkeypatch):
+    request = make_request(**good(device) | dict(impl=None))
+    monkeypatch.setattr(tiles, "PROVEN", frozenset({("hopper", "sm_90", 2, 64)}))
+    monkeypatch.setattr(rules, "RULES", (rules.chip_is_hopper, rules.masks_leave_no_gaps))
+    monkeypatch.setattr(rules, "INTERPRETED", False)
+
+    def is_default(arch: str = "sm_90", **changes: Any) -> bool:
+        monkeypatch.setattr(tiles, "architecture", lambda device: arch)
+        asked = replace(request, q=_OnCuda(), **changes)
+        asked._shape = request.shape
+        return rules.is_default(asked)
+
+    assert is_default()
+    assert not is_default(masks=(tilewise.UserMask(keep_all),))  # refused: the portable kernel answers
+    assert not is_default("sm_100")
+    monkeypatch.setattr(tiles, "PROVEN", frozenset({("hopper", "sm_90", 2, 128)}))
+    assert not is_default()
