@@ -12,7 +12,10 @@ import tilewise
 from tilewise import checks, tiles
 from tilewise.api import make_request
 from tilewise.hopper import rules
-from tilewise.tile_table import Evidence
+from tilewise.tile_table import Evidence, HopperTile
+
+if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("needs a Hopper GPU (sm_90), or none: then it runs in the emulator", allow_module_level=True)
 
 BATCH, Q_HEADS, KV_HEADS, Q_LEN, KV_LEN, DIM = 2, 4, 2, 5, 7, 16
 
@@ -110,9 +113,11 @@ def test_a_dimension_of_one_may_have_any_stride(axis, device):
     shape = [1 if i == axis else size for i, size in enumerate((BATCH, KV_HEADS, KV_LEN, DIM))]
     odd = list(halves(*shape).stride())
     odd[axis] = 3
-    k = halves(4096, device=device).as_strided(shape, odd)
-    q = halves(shape[0], Q_HEADS, Q_LEN, DIM, device=device)
+    k = torch.randn(4096, device=device).bfloat16().as_strided(shape, odd)
+    q = torch.randn(shape[0], Q_HEADS, Q_LEN, DIM, device=device).bfloat16()
     assert tilewise.why_not(q, k, k, impl="hopper") == []
+    out = tilewise.attention(q, k, k, impl="hopper")
+    assert torch.equal(out, tilewise.attention(q, k.contiguous(), k.contiguous(), impl="hopper"))
 
 
 def test_other_chips_are_refused(device, monkeypatch):
@@ -190,3 +195,11 @@ def test_it_is_the_default_where_it_is_proven(device, monkeypatch):
     assert not is_default("sm_100")
     monkeypatch.setattr(tiles, "PROVEN", frozenset({("hopper", "sm_90", 2, 128)}))
     assert not is_default()
+
+
+def test_o_without_a_place_is_refused():
+    """O leaves through Q's place only where both are as wide."""
+    wide, narrow = HopperTile(128, 64, 8, 3), HopperTile(128, 64, 8, 2)
+    assert not tiles.has_out_buffer(narrow, 256, 256) and tiles.has_out_buffer(narrow, 256, 128)
+    with pytest.raises(NotImplementedError, match=r"no room for O.*256 and 128"):
+        tiles.has_out_buffer(wide, 256, 128)

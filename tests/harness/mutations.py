@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .mutate import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
+from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 
 ADDRESSING = "kernels/tilewise/addressing.py"
@@ -290,6 +291,7 @@ MUTATIONS = (
              "or any([tensor.requires_grad for _, tensor in self.other_tensors])", "or False",
              tests("backward", "second_order_raises[bias]")),
     *BACKWARD_MUTATIONS,
+    *HOPPER_MUTATIONS,
     *TOOLS_MUTATIONS,
 )
 # fmt: on

@@ -30,7 +30,10 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.runtime import interpreter
+
+from tilewise import gluon_emulator
 
 # Marked NaNs whose payload sits in the seven top mantissa bits, so that it survives every conversion
 # between float types; integers repeat one byte, which no small index or length looks like.
@@ -164,11 +167,34 @@ class Sanitizer:
         finally:
             self._views = {}
 
+    def _emulate(
+        self, original: Callable[..., Any], kernel: Any, grid: Any, arguments: Any, *rest: Any
+    ) -> None:
+        """The same for a Gluon kernel. What its copy engine moves stays inside a descriptor's tensor; its
+        loads and stores by address are checked."""
+        self.launches += 1
+        self._kernel, self._error, self._views = kernel.fn.__name__, None, {}
+        for name, arg in arguments.items():
+            self._learn(name, arg, arg)
+        self._tie_views_of_one_storage()
+        try:
+            original(kernel, grid, arguments, *rest)
+        except Exception:
+            if self._error is not None:
+                raise self._error from None
+            raise
+        finally:
+            self._views = {}
+
     def _init_args(self, original: Callable[..., Any], executor: Any, args: Any, kwargs: Any) -> Any:
         host_args, host_kwargs = original(executor, args, kwargs)  # copies of the tensors of a GPU
         device = [*zip(executor.arg_names, args, strict=False), *kwargs.items()]
         for (name, arg), host in zip(device, [*host_args, *host_kwargs.values()], strict=True):
             self._learn(name, arg, host)
+        self._tie_views_of_one_storage()
+        return host_args, host_kwargs
+
+    def _tie_views_of_one_storage(self) -> None:
         by_storage: dict[int, list[_View]] = {}
         for view in self._views.values():
             if view.extent:
@@ -177,13 +203,12 @@ class Sanitizer:
             memory = _Memory(views)
             for view in views:
                 view.memory = memory
-        return host_args, host_kwargs
 
     def _learn(self, name: str, arg: Any, host: Any) -> None:
         if isinstance(arg, tuple):
             for i, (item, host_item) in enumerate(zip(arg, host, strict=True)):
                 self._learn(f"{name}[{i}]", item, host_item)
-        elif isinstance(arg, interpreter.TensorDescriptor):
+        elif isinstance(arg, (interpreter.TensorDescriptor, HopperDescriptor)):
             self._learn(f"{name}.base", arg.base, host.base)
         elif hasattr(arg, "data_ptr"):
             storage = interpreter._unwrap_tensor(arg).untyped_storage().data_ptr()
@@ -350,6 +375,7 @@ def sanitize(*, races: bool = True, fresh: Iterable[torch.Tensor] = ()) -> Itera
     wrappers = [
         (executor, "__call__", state._call),
         (executor, "_init_args_hst", state._init_args),
+        (gluon_emulator, "emulate", state._emulate),
         (interpreter, "_implicit_cvt", state._convert),
         (builder, "set_grid_idx", state._set_grid_idx),
         (builder, "create_masked_load", state._load),

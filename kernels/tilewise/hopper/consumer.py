@@ -65,16 +65,18 @@ def finish_scores(
 
 
 @gluon.jit
-def hide_unseen(v_tile, kv_start, rows, kv_len):
-    """Zero the rows of V outside start..stop: 0 · NaN is NaN, and a key that no row sees may hold one. What
-    lies beyond kv_len is 0 already. All consumers do it, each before it multiplies: writing a 0 twice is no
-    harm."""
-    TILE_KV: gl.constexpr = v_tile.shape[0]
-    COLUMNS: gl.constexpr = v_tile.shape[1]
+def hide_unseen(v_ring, v_place, kv_start, rows, kv_len):
+    """Zero the rows of this step's V that lie outside start..stop: 0 · NaN is NaN, and a key that no row sees
+    may hold one. What lies beyond kv_len is 0 already. All consumers do it, each before it multiplies:
+    writing a 0 twice is no harm."""
+    TILE_KV: gl.constexpr = v_ring.buffers.shape[3]
+    COLUMNS: gl.constexpr = v_ring.buffers.shape[4]
     LAYOUT: gl.constexpr = gl.BlockedLayout(
         [1, 8], [32 // (COLUMNS // 8), COLUMNS // 8], [gl.num_warps(), 1], [1, 0]
     )
     if (kv_start < rows.start) | ((rows.stop < kv_start + TILE_KV) & (rows.stop < kv_len)):
+        v_ring.wait_full(v_place)
+        v_tile = v_ring.tile(v_place)
         for chunk in gl.static_range(TILE_KV // CHUNK):
             part = v_tile.slice(chunk * CHUNK, CHUNK)  # [CHUNK, VALUE_TILE]
             kv_idx = kv_start + chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
@@ -135,6 +137,7 @@ def consume(asked, WARPGROUP: gl.constexpr):
         s = finish_scores(s, rows, row, lo, hi, kv_start, kv_len, score_args, plan.SCORES, True)
         row_max, row_sum, p, rescale = softmax_step(s, row_max, row_sum, unit[0] if len(unit) != 0 else None)
         pairs = pack_pairs(p, DTYPE)
+        hide_unseen(v_ring, v_place, kv_start, rows, kv_len)
         k_ring.wait_full(k_place, rows.steps > 1)
 
         for IS_FULL in gl.static_range(2):
@@ -142,17 +145,13 @@ def consume(asked, WARPGROUP: gl.constexpr):
             if IS_FULL:
                 begin, end = gl.maximum(rows.cut_steps, 1), rows.steps
             for step in range(begin, end):
-                v_tile = v_ring.tile(v_place)  # [TILE_KV, VALUE_TILE]
-                if not IS_FULL:
-                    v_ring.wait_full(v_place)
-                    hide_unseen(v_tile, kv_start, rows, kv_len)
                 p = unpack_pairs(pairs, DTYPE, P_LAYOUT)  # [ROWS, TILE_KV]
                 if plan.HAS_TURNS:
                     sync(MY_TURN, TURN_THREADS)
                 s_later = start_scores(q, k_ring.tile(k_place), S_LAYOUT)
                 v_ring.wait_full(v_place)
                 # O = O + P V
-                o_later = warpgroup_mma(p, v_tile, o, is_async=True)  # [ROWS, VALUE_TILE]
+                o_later = warpgroup_mma(p, v_ring.tile(v_place), o, is_async=True)  # [ROWS, VALUE_TILE]
                 if plan.HAS_TURNS:
                     arrive(NEXT_TURN, TURN_THREADS)
 
@@ -175,15 +174,15 @@ def consume(asked, WARPGROUP: gl.constexpr):
                 v_place = v_ring.release(v_place)
                 pairs = pack_pairs(p, DTYPE)
                 o = o * gl.convert_layout(rescale, O_ROWS, assert_trivial=True)[:, None]
+                if not IS_FULL:
+                    hide_unseen(v_ring, v_place, kv_start, rows, kv_len)
 
         if plan.HAS_OUT_BUFFER:
             q_place = q_ring.release_slot(q_place)  # the next tile's Q may come while this one is finished
         p = unpack_pairs(pairs, DTYPE, P_LAYOUT)
-        v_tile = v_ring.tile(v_place)
         v_ring.wait_full(v_place)
-        hide_unseen(v_tile, kv_start, rows, kv_len)
         # O = O + P V
-        o = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_tile, o, is_async=True)])
+        o = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_ring.tile(v_place), o, is_async=True)])
         v_place = v_ring.release(v_place)
 
         row_max = gl.convert_layout(row_max, O_ROWS, assert_trivial=True)

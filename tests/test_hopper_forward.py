@@ -1,0 +1,241 @@
+"""The Hopper forward against float64: its own source, run in the emulator where there is no GPU.
+
+Where a Hopper GPU is present, it answers every problem of the portable kernel's tests too: `harness.oracle`.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import tilewise
+from harness.features import FEATURES, build, judge
+from harness.gradients import check_gradients
+from harness.oracle import check
+from harness.problem import keeps_pairs
+from tilewise import Causal, Padding, Prefix, Softcap, Window, tiles
+from tilewise.hopper import launch
+from tilewise.tile_table import HopperTile
+
+if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("needs a Hopper GPU (sm_90), or none: then it runs in the emulator", allow_module_level=True)
+
+HOPPER = dict(impl="hopper")
+# Features that its rules refuse, whatever else a call asks for: those below say which, and why not more.
+REFUSED = {
+    "float32", "no_key", "dropout", "user_score",
+    "documents", "scattered_documents", "intervals", "bool_mask", "user_mask", "user_interval",
+    "sliced_layout", "expanded_layout", "inner_strided_layout",
+}  # fmt: skip
+# Refused or not: it depends on which numbers are drawn.
+DRAWN = {"mixed_layout", "odd_dims", "value_dim_differs"}
+
+
+def problem(device, *features, seed=0, **sizes):
+    """A problem with these features that asks for the Hopper kernel, in bf16 if they leave the dtype open."""
+    dtype = "float16" if seed % 2 else "bfloat16"
+    names = [*features] if {"float16", "float32"} & {*features} else [*features, dtype]
+    for attempt in range(100):
+        p = build(device, random.Random(str((features, seed, attempt))), names, **sizes)
+        if 0 in (p.batch, p.q_len, p.kv_len) or keeps_pairs(p):
+            p.tile = None  # Hopper's own
+            p.arguments |= HOPPER
+            return p
+    raise AssertionError(f"no pair counts under {features} in 100 draws")
+
+
+def taken(p) -> bool:
+    q, k, v = p.tensors()
+    return tilewise.why_not(q, k, v, **p.keywords()) == []
+
+
+@pytest.mark.parametrize("name", [name for name in FEATURES if FEATURES[name].kind != "tile"])
+def test_every_feature_is_taken_and_right_or_refused(device, name):
+    p = problem(device, name, seed=len(name))
+    assert taken(p) == (name not in REFUSED) or name in DRAWN
+    if taken(p):
+        judge(p)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("seed", range(10))
+def test_features_of_every_kind_at_once(device, seed):
+    """Any combination of what is taken is taken."""
+    rng = random.Random(seed)
+    names = []
+    for kind in ("heads", "lengths", "similarity", "scale", "score", "bias", "sink", "mask"):
+        names.append(rng.choice([n for n, f in FEATURES.items() if f.kind == kind and n not in REFUSED]))
+    p = problem(device, *names, seed=seed)
+    assert taken(p), names
+    judge(p)
+
+
+# ---- Sizes
+
+DIMS = [(8, 8), (64, 64), (72, 72), (128, 128), (192, 128), (64, 256), (256, 256)]
+
+
+@pytest.mark.parametrize("head_dim, value_dim", DIMS)
+def test_dimensions(device, head_dim, value_dim):
+    q, k = (torch.randn(1, 1, n, head_dim, device=device).half() for n in (70, 45))
+    check(q, k, torch.randn(1, 1, 45, value_dim, device=device).half(), mask=Causal(), **HOPPER)
+
+
+@pytest.mark.parametrize(
+    "q_len, kv_len", [(1, 1), (1, 70), (64, 32), (65, 33), (129, 64), (200, 31), (300, 100)]
+)
+def test_lengths_around_its_tiles(device, q_len, kv_len):
+    q = torch.randn(1, 2, q_len, 16, device=device).bfloat16()
+    k, v = torch.randn(2, 1, 1, kv_len, 16, device=device).bfloat16()
+    for mask in (None, Causal(), Causal("top_left"), Window(20, 3)):
+        check(q, k, v, mask=mask, **HOPPER)
+
+
+TILES = {
+    "three warpgroups": HopperTile(192, 32, 12, 2),
+    "one stage": HopperTile(128, 16, 8, 1),
+    "three stages": HopperTile(128, 16, 8, 3),
+    "four stages": HopperTile(128, 16, 8, 4),
+    "out of turn": HopperTile(128, 32, 8, 2, has_turns=False),
+    "three out of turn": HopperTile(192, 16, 12, 1, has_turns=False),
+    "Q in registers": HopperTile(128, 32, 8, 2, is_q_in_registers=True),
+    "O through Q's place": HopperTile(128, 64, 8, 3),
+}
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_tiles(device, name):
+    dim = 256 if name == "O through Q's place" else 32
+    q = torch.randn(1, 2, 250 if dim == 32 else 150, dim, device=device).bfloat16()
+    k, v = torch.randn(2, 1, 1, 100, dim, device=device).bfloat16()
+    assert launch.has_out_buffer(TILES[name], max(64, dim), max(64, dim)) == (dim == 32)
+    with tiles.use(TILES[name], passes=["hopper"]):
+        check(q, k, v, mask=Causal(), **HOPPER)
+        check(
+            q,
+            k,
+            v,
+            mask=Padding(torch.tensor([77, 3], device=device)),
+            sink=torch.randn(2, device=device),
+            **HOPPER,
+        )
+
+
+@pytest.mark.parametrize("cached_bytes", [1, 10_000, 1 << 30])
+@pytest.mark.parametrize("programs", [1, 2, 5, 132])
+def test_every_tile_has_its_turn_in_any_order(device, cached_bytes, programs, monkeypatch):
+    """Heads together, the last ones fewer, and programs with more tiles than others or none to spare."""
+    monkeypatch.setattr(launch, "CACHED_BYTES", cached_bytes)
+    monkeypatch.setattr(launch, "resident_programs", lambda device: programs)
+    q = torch.randn(1, 6, 130, 16, device=device).half()
+    k, v = torch.randn(2, 1, 2, 40, 16, device=device).half()
+    check(q, k, v, mask=Causal("top_left"), **HOPPER)
+
+
+# ---- Values that nobody may see
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_no_query_sees_does_not_matter(device, side, value):
+    q = torch.randn(2, 2, 70, 16, device=device).bfloat16()
+    k, v = torch.randn(2, 2, 2, 100, 16, device=device).bfloat16()
+    lens = torch.tensor([41, 0], device=device)
+    mask = Padding(lens, side)
+    want = tilewise.attention(q, k, v, mask=mask, return_lse=True, **HOPPER)
+    for b in range(2):
+        unseen = slice(int(lens[b]), None) if side == "right" else slice(0, 100 - int(lens[b]))
+        k[b, :, unseen] = v[b, :, unseen] = value
+    got = tilewise.attention(q, k, v, mask=mask, return_lse=True, **HOPPER)
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert not got[0][1].any() and got[1][1].isneginf().all()
+
+
+@pytest.mark.parametrize(
+    "mask, seen",
+    [
+        (Causal("top_left"), (0, 30)), (Window(5, 2), (65, 100)), (Prefix(10) & Causal("top_left"), (0, 30)),
+        (Padding(63) & Window(None, 0), (0, 63)), (Padding(90) & Padding(60, "left"), (40, 90)),
+        (Padding(31), (0, 31)), (Padding(1), (0, 1)),
+    ],
+)  # fmt: skip
+def test_keys_outside_a_mask_do_not_matter(device, mask, seen):
+    q = torch.randn(1, 2, 30, 16, device=device).half()
+    k, v = torch.randn(2, 1, 2, 100, 16, device=device).half()
+    want = tilewise.attention(q, k, v, mask=mask, **HOPPER)
+    for unseen in (slice(0, seen[0]), slice(seen[1], None)):
+        k[:, :, unseen] = v[:, :, unseen] = float("nan")
+    assert torch.equal(tilewise.attention(q, k, v, mask=mask, **HOPPER), want)
+    assert want.isfinite().all() and want.any()
+
+
+def test_rows_that_see_no_key(device):
+    q = torch.randn(1, 2, 150, 16, device=device).half()
+    k, v = torch.randn(2, 1, 2, 20, 16, device=device).half()
+    out, lse = check(q, k, v, mask=Causal(), **HOPPER)
+    assert not out[:, :, :130].any() and lse[:, :, :130].isneginf().all() and lse[:, :, 130:].isfinite().all()
+    sink = torch.randn(2, device=device)
+    _, lse = check(q, k, v, mask=Causal(), sink=sink, **HOPPER)
+    assert torch.allclose(lse[0, :, 0], sink)
+
+
+# ---- With the rest of the library
+
+
+def test_a_row_depends_on_itself_alone(device):
+    """The same bits whatever stands beside it, and however long the padding is."""
+    q = torch.randn(3, 4, 140, 16, device=device).bfloat16()
+    k, v = torch.randn(2, 3, 2, 90, 16, device=device).bfloat16()
+    lens = torch.tensor([90, 40, 17], device=device)
+    out = tilewise.attention(q, k, v, mask=Padding(lens), **HOPPER)
+    for b in range(3):
+        for kv_len in (int(lens[b]), 90):
+            one = [x[b : b + 1, :, :kv_len] for x in (k, v)]
+            alone = tilewise.attention(q[b : b + 1], *one, mask=Padding(lens[b : b + 1]), **HOPPER)
+            assert torch.equal(alone[0], out[b])
+    assert torch.equal(
+        tilewise.attention(q[:, 2:3], k[:, 1:], v[:, 1:], mask=Padding(lens), **HOPPER), out[:, 2:3]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_come_from_the_portable_backward(device, dtype):
+    q = torch.randn(1, 4, 70, 16, device=device).to(dtype)
+    k, v = torch.randn(2, 1, 2, 50, 16, device=device).to(dtype)
+    sink = torch.randn(4, device=device)
+    check_gradients(q, k, v, mask=Causal(), score=Softcap(3.0), sink=sink, **HOPPER)
+    check_gradients(q, k, v, scale=0.3, **HOPPER)
+
+
+def test_a_compiled_graph_asks_for_it_too(device):
+    q = torch.randn(1, 2, 70, 16, device=device).half().requires_grad_()
+    k, v = torch.randn(2, 1, 2, 50, 16, device=device).half()
+
+    def attend(q, k, v):
+        return tilewise.attention(q, k, v, mask=Causal(), return_lse=True, **HOPPER)
+
+    out, lse = attend(q, k, v)
+    (want,) = torch.autograd.grad(out.sum() + lse[:, :, 30:].sum(), q)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    got_out, got_lse = compiled(q, k, v)
+    (got,) = torch.autograd.grad(got_out.sum() + got_lse[:, :, 30:].sum(), q)
+    assert torch.equal(out, got_out) and torch.equal(lse, got_lse) and torch.equal(want, got)
+    # What a graph cannot know when it is made, it says when it runs.
+    off = torch.randn(1 * 2 * 50 * 16 + 4, device=device).half()[4:].view(1, 2, 50, 16)
+    with pytest.raises(ValueError, match="k starts at an address"):
+        compiled(q, off, v)
+
+
+def test_it_writes_nothing_but_its_results(device):
+    """Out may be a view with gaps: what lies between its rows stays as it is."""
+    q = torch.randn(1, 70, 2, 16, device=device).half().transpose(1, 2)
+    k, v = torch.randn(2, 1, 2, 50, 16, device=device).half()
+    request = tilewise.api.make_request(q, k, v, **HOPPER)
+    whole = torch.full((1, 2, 80, 24), 7.0, device=device).half()
+    tile = tiles.choose_tile(q, request.shape, "hopper")
+    launch.launch_forward(tilewise.call.bind(request), whole[:, :, :70, :16], None, None, tile)
+    assert torch.equal(whole[:, :, :70, :16], tilewise.attention(q, k, v, **HOPPER))
+    whole[:, :, :70, :16] = 7.0
+    assert (whole == 7.0).all()
