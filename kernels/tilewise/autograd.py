@@ -43,11 +43,11 @@ def run_forward(
 def launch_hopper(
     request: Request, call: Call, out: Tensor, lse: Tensor | None, statistics: Tensor | None
 ) -> None:
-    """The forward of Hopper's kernel, which Gluon is imported for. Addresses are known only now where a graph
-    was compiled before."""
+    """The forward of Hopper's kernel, which Gluon is imported for. Where a graph was compiled before, it is
+    only now that addresses are known."""
     from .hopper.launch import launch_forward
 
-    for reason in hopper_rules.reasons(request):
+    if (reason := hopper_rules.tensors_can_be_copied(request)) is not None:
         raise ValueError(f"impl='hopper': {reason}")
     tile = choose_tile(request.q, request.shape, "hopper")
     if not isinstance(tile, HopperTile):  # forced on all passes by `tiles.use`

@@ -19,6 +19,7 @@ from .forward import hopper_forward_kernel
 
 CACHED_BYTES = 24 << 20  # of keys and values that the L2 cache (50 MB) is trusted to hold
 SMALLEST_TILE = 64  # columns: 128 bytes, over which rows are swizzled
+LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 REGISTERS = {2: (240, 24), 3: (160, 32)}  # a thread's, of consumers and producer, by the number of warpgroups
 
 
@@ -84,8 +85,7 @@ def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     aligned = 16 // x.element_size()
     # Along a dimension of size 1 nobody steps, and PyTorch may say anything.
     strides = [stride if size > 1 else aligned for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], layout)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], LAYOUT)
 
 
 def heads_together(shape: Shape, element_bytes: int) -> int:
