@@ -55,7 +55,7 @@ def _host_case(name: str, trained: bool, **features: object) -> Case:
     asks: Features = {**features}  # type: ignore[typeddict-item]
     return Case(
         name=f"host-{name}{'-training' if trained else ''}", batch=1, q_heads=2, kv_heads=2, q_len=4,
-        kv_len=4, head_dim=16, value_dim=16, dtype="float32", phase="training" if trained else "encoder",
+        kv_len=4, head_dim=16, value_dim=16, dtype="bfloat16", phase="training" if trained else "encoder",
         provenance=_HOST, features=asks,
     )  # fmt: skip
 

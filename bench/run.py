@@ -15,7 +15,7 @@ from typing import Protocol
 from .machine import clocks_now, describe
 from .progress import Progress
 from .results import Check, Entry, Machine, Results, Stage, append
-from .stages import Job, Plan, Setting, broken, not_for, salvage
+from .stages import Job, Plan, Setting, broken, not_for, runs_suspect, salvage, without_suspect
 from .workers import Outcome, Task
 
 SAME = ("gpu", "arch", "driver", "versions", "revision")  # of the machine, in all parts of one results file
@@ -60,6 +60,7 @@ class Run:
     deadline: Deadline
     known: dict[Hashable, set[str]] = field(default_factory=dict)
     shortfall: list[str] = field(default_factory=list)  # what there was no time for
+    suspected: Hashable = None  # the job at which the suspect broke a process, as far as anybody knows
 
     def begin(self, earlier: Results | None) -> None:
         """Write down the machine, or see that it is that of the results that are there.
@@ -112,7 +113,7 @@ class Run:
                 if took and left < statistics.median(took) / 2:
                     return  # it would take more from the stages that follow than it has itself
                 measuring = left / len(jobs) / 2  # the other half goes into compiling and checking
-                job = jobs.popleft()
+                job = self.allowed(jobs.popleft())
                 arguments = (*job.arguments, min(plan.most, measuring)) if job.timed else job.arguments
                 task = Task(job.name, job.function, arguments, plan.limit)
                 given[id(task)] = job
@@ -137,6 +138,8 @@ class Run:
             return None
         entries, remark = outcome.value or ([], "")
         again = None
+        if outcome.broken and not entries:
+            self.suspect(job)
         if outcome.broken and job.implementations:
             entries, again = salvage(job, entries)
         self.add(*entries)
@@ -145,6 +148,22 @@ class Run:
         if remark:
             self.progress.note(f"not applicable: {job.name}: {remark}")
         return again
+
+    def suspect(self, job: Job) -> None:
+        """A process hung or ended at this job, and nobody knows by what. Where it ran the suspect, that is
+        left out from now on; where it did not, and was the same job made again, it was not the suspect."""
+        if runs_suspect(job):
+            self.suspected = self.suspected or job.key
+        elif self.suspected == job.key:
+            self.suspected = None
+
+    def allowed(self, job: Job) -> Job:
+        """The job, its comparison without the suspect where that is left out."""
+        if self.suspected is None or not runs_suspect(job) or not job.is_comparison:
+            return job
+        job, rows = without_suspect(job)
+        self.add(*rows)
+        return job
 
     def add(self, *entries: Entry) -> None:
         append(self.path, *entries)

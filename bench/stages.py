@@ -17,7 +17,7 @@ from . import checks
 from .ceilings import measure_ceilings
 from .groups import Comparison, comparisons
 from .implementations import for_group, select
-from .measure import measure
+from .measure import blank, measure
 from .report.ranking import is_tilewise
 from .results import Check, Entry, Row, Work
 
@@ -48,6 +48,11 @@ class Job:
     arguments: tuple[Any, ...]
     timed: bool = False
     implementations: tuple[str, ...] = ()
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether it calls several implementations, the fourth of its arguments."""
+        return self.function in (do_measure, compile_ahead)
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,13 @@ def do_ceilings(device: str, seconds: float) -> tuple[list[Entry], str]:
     return [measure_ceilings(torch.device(device), seconds)], ""
 
 
-def check_jobs(alone: bool) -> Callable[[Setting], list[Job]]:
-    """The checks that need the GPU for themselves, or the others."""
+def check_jobs(stage: str) -> Callable[[Setting], list[Job]]:
+    """The checks of a stage."""
 
     def jobs(setting: Setting) -> list[Job]:
         return [
             Job(("check", name), name, checks.perform, (name, setting.device, setting.seed))
-            for name in checks.trials(torch.device(setting.device), alone)
+            for name in checks.trials(torch.device(setting.device), stage)
         ]
 
     return jobs
@@ -157,7 +162,7 @@ def in_turns(lists: Iterable[list[Job]]) -> list[Job]:
     return [job for turn in itertools.zip_longest(*lists) for job in turn if job is not None]
 
 
-COMPILED = ("tilewise portable", "flex")  # the implementations that are compiled for each case
+COMPILED = ("tilewise portable", "tilewise hopper", "flex")  # the implementations compiled for each case
 HEAD_DIMS, LENGTHS = (128, 64, 256), (4096, 16384, 1024, 8192, 2048, 512)
 
 
@@ -173,16 +178,44 @@ def most_telling(comparison: Comparison) -> tuple[int, int, int]:
 # ---- After a process broke
 
 
+# Hopper's forward waits at barriers of its own, and no GPU has run it yet: where nobody knows what a process
+# hung or ended at, it is the first to be left out.
+SUSPECT = "tilewise hopper"
+
+
+def runs_suspect(job: Job) -> bool:
+    """Whether it is a check of Hopper's forward, or calls it among others."""
+    if job.function is checks.perform:
+        return job.name in checks.trials(torch.device(job.arguments[1]), "hopper")
+    return job.is_comparison and SUSPECT in job.arguments[3]
+
+
+def without_suspect(job: Job) -> tuple[Job, list[Row]]:
+    """The comparison without Hopper's forward, and the row that says so where it was to have one."""
+    group, case, work, names, *where = job.arguments
+    left = tuple(name for name in names if name != SUSPECT)
+    kept = tuple(name for name in job.implementations if name != SUSPECT)
+    (suspect,) = select([SUSPECT])
+    row = blank(case, work, group, suspect)
+    row.status, row.reason = "failed", "left out: a process of this run hung or ended with it aboard"
+    changed = replace(job, arguments=(group, case, work, left, *where), implementations=kept)
+    return changed, [row] if SUSPECT in job.implementations else []
+
+
 def salvage(job: Job, entries: list[Entry]) -> tuple[list[Entry], Job | None]:
     """What to keep of what came from a process that lost its GPU or ended, and what to do again in a new one:
     the comparison without the implementation that broke it, as those after that could not but fail; or, where
-    nothing came, so that nobody knows which one it was, tilewise alone."""
+    nothing came, so that nobody knows which one it was, without the one that is suspected, then tilewise
+    alone."""
     culprit = next((entry.implementation for entry in entries if broke_the_gpu(entry)), None)
     if culprit is not None:
         entries = [row for row in entries if isinstance(row, Row) and row.implementation == culprit]
         names = tuple(name for name in job.implementations if name != culprit)
     elif entries:
         return entries, None
+    elif SUSPECT in job.implementations:
+        again, rows = without_suspect(job)
+        return [*rows], again
     else:
         names = tuple(filter(is_tilewise, job.implementations))
     if names in ((), job.implementations):
@@ -202,8 +235,9 @@ def broke_the_gpu(entry: Entry) -> TypeGuard[Row]:
 
 STAGES: tuple[Plan, ...] = (
     Plan("ceilings", 3, ceiling_jobs, most=10),
-    Plan("correctness", 20, check_jobs(alone=False), parallel=True),
-    Plan("correctness at size", 7, check_jobs(alone=True)),
+    Plan("hopper", 12, check_jobs("hopper"), limit=75, parallel=True),
+    Plan("correctness", 20, check_jobs("correctness"), parallel=True),
+    Plan("correctness at size", 7, check_jobs("correctness at size")),
     Plan("compilation", 15, compile_jobs("forward grid", "backward grid", order=most_telling), parallel=True),
     Plan("forward grid", 19, measure_jobs("forward grid", order=most_telling), most=2.5),
     Plan("backward grid", 17, measure_jobs("backward grid", order=most_telling), most=2.5),

@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import typer
+from torch._subclasses import FakeTensorMode
 from typer.testing import CliRunner
 
 from tilewise.tools import doctor, doctor_command
@@ -44,6 +45,35 @@ def test_a_machine_that_works(device):
     assert only(found, "ptxas").found.split(", ")[0] == triton.knobs.nvidia.ptxas.path
     test = only(found, "attention")
     assert test.found.startswith(f"portable on {device.type}, fp32") and test.verdict == "ok"
+
+
+def test_hoppers_forward_has_its_line_and_its_test(device):
+    """In the interpreter it runs in an emulator; on a GPU that is no Hopper, it says what the GPU is."""
+    found = examine()
+    line = only(found, f"impl='hopper' on {device.type}")
+    tests = [f for f in found.findings if f.subject == "attention, impl='hopper'"]
+    if device.type == "cpu":
+        assert (line.found, line.verdict) == ("available, in an emulator", "ok")
+        assert tests[0].found.startswith("hopper on cpu, fp16") and tests[0].verdict == "ok"
+    else:
+        assert (line.verdict == "ok") == bool(tests)
+
+
+@pytest.mark.parametrize(
+    "arch, name, verdict, said",
+    [
+        ("sm_90", "NVIDIA H200", "ok", "available where it is asked for: no GPU has shown yet"),
+        ("sm_80", "NVIDIA A100", "note", "it needs a Hopper GPU (sm_90), and cuda:0 is NVIDIA A100 (sm_80)"),
+    ],
+)
+def test_hoppers_forward_on_gpus_that_are_not_here(arch, name, verdict, said, monkeypatch):
+    """The probe asks for tensors on the GPU; fake ones have no memory, and need none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    monkeypatch.setattr("tilewise.hopper.rules.tiles.architecture", lambda device: arch)
+    with FakeTensorMode():
+        (line,) = (f for f in doctor.implementations() if f.subject == "impl='hopper' on cuda")
+    assert line.verdict == verdict and said in line.found
 
 
 def test_the_command_prints_every_finding(command):
@@ -78,12 +108,13 @@ def test_a_broken_probe_stops_no_other(monkeypatch):
     assert only(found, "attention").verdict == "ok"
 
 
-def test_a_wrong_result_is_a_problem(monkeypatch):
+def test_a_wrong_result_is_a_problem(device, monkeypatch):
     right = doctor.tilewise.attention
-    for wrong in (lambda *a, **b: right(*a, **b) * 1.001, lambda *a, **b: right(*a, **b) * torch.nan):
-        monkeypatch.setattr(doctor.tilewise, "attention", wrong)
-        (finding,) = doctor.self_test()
-        assert finding.verdict == "problem" and "wrong" in finding.advice
+    for impl, dtype, factor in ((None, torch.float32, 1.001), ("hopper", torch.float16, 1.01)):
+        for by in (factor, torch.nan):
+            monkeypatch.setattr(doctor.tilewise, "attention", lambda *a, by=by, **b: right(*a, **b) * by)
+            finding = doctor.tested(impl, dtype, device.type)
+            assert finding.verdict == "problem" and "wrong" in finding.advice
 
 
 def test_without_the_interpreter_a_cpu_runs_plain_pytorch():
@@ -97,7 +128,8 @@ def test_without_the_interpreter_a_cpu_runs_plain_pytorch():
     found = {f["subject"]: f for f in read["findings"]}
     assert "TRITON_INTERPRET=1" in found["impl='portable' on cpu"]["found"]
     assert found["impl='portable' on cpu"]["verdict"] == "note"
-    assert found["impl=None on cpu"]["found"] == "is 'torch'"
+    assert found["impl='hopper' on cpu"]["found"].startswith("not available: impl='hopper' on CPU tensors")
+    assert found["impl=None on cpu"]["found"] == "is 'torch'" and "attention, impl='hopper'" not in found
     assert found["attention"]["found"].startswith("torch on cpu")
     assert found["GPU"]["verdict"] == "note" and found["interpreter"]["found"] == "off"
     assert "TRITON_INTERPRET=0" in found["environment"]["found"]

@@ -136,6 +136,7 @@ class _OnCuda:
     """As much of a tensor as the rule about chips looks at."""
 
     device = torch.device("cuda:0")
+    is_meta = False
     shape = (BATCH, Q_HEADS, Q_LEN, DIM)
 
     def element_size(self) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import re
+import shutil
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import triton
 
 from tilewise import tiles, user_tiles
 from tilewise.problem import Shape
-from tilewise.tile_table import DIMS, PASSES, SHIPPED, Evidence, Row, describe, load, save
+from tilewise.tile_table import DIMS, PASSES, SHIPPED, Evidence, HopperTile, Row, describe, load, save
 from tilewise.tiles import Tile
 
 GPU, ARCH = "NVIDIA H200", "sm_90"
@@ -90,7 +91,9 @@ def test_what_is_saved_is_loaded(tmp_path):
         registers=200, shared_bytes=65536, milliseconds={"a": 1.5}, before={"a": 2.0}, before_tile="x",
         gain=1.3, samples=90, error=0.4, torch="2.11", driver="580.1", date="2026-11-24T00:00:00+00:00",
     )  # fmt: skip
-    rows = [full, row("dq", dim=64), row(gpu=None, arch="gfx942")]
+    three = HopperTile(192, 64, 12, 2, has_turns=False, is_q_in_registers=True)
+    hopper = Row("hopper", "sm_90", 2, 64, three, Evidence("3.9.0", gpu="H200", error=0.5, over_portable=1.2))
+    rows = [full, row("dq", dim=64), row(gpu=None, arch="gfx942"), hopper]
     path = tmp_path / "new" / "table.json"
     save(path, rows)
     assert list(load(path).values()) == rows
@@ -98,8 +101,9 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert load(path) == {}
 
 
-def changed(**changes):
-    given = json.loads(SHIPPED.read_text())["rows"][0]
+def changed(of="forward", **changes):
+    rows = json.loads(SHIPPED.read_text())["rows"]
+    given = next(each for each in rows if each["pass"] == of)
     return {name: value for name, value in (given | changes).items() if value is not ...}
 
 
@@ -114,6 +118,13 @@ def changed(**changes):
         (changed(num_stages=0), r"row 1: num_stages=0 must be from 1 to 8"),
         (changed(dim=96), r"row 1: dim=96 must be one of 64, 128, 256"),
         ({**changed(), "pass": "sideways"}, r"pass='sideways' must be one of forward, dkv, dq"),
+        (changed(of="hopper", tile_q=64), r"row 1: tile_q=64 must be 128 or 192"),
+        (changed(of="hopper", tile_kv=512), r"row 1: tile_kv=512 must be a power of two from 16 to 256"),
+        (changed(of="hopper", num_warps=4), r"row 1: num_warps=4 must be 8 where .*tile_q=128"),
+        (changed(of="hopper", num_stages=5), r"row 1: num_stages=5 must be from 1 to 4"),
+        (changed(of="hopper", has_turns=1), r"row 1: has_turns=1 must be bool"),
+        (changed(of="hopper", has_turns=...), r"row 1: a row lacks has_turns"),
+        (changed(has_turns=True), r"row 1: a row has no field has_turns"),
         (changed(tile_kv="64"), r"row 1: tile_kv='64' must be int"),
         (changed(tile_kv=True), r"row 1: tile_kv=True must be int"),
         (changed(evidence=...), r"row 1: a row lacks evidence"),
@@ -232,13 +243,14 @@ def test_where_the_tables_are(monkeypatch, environment, folder):
 def test_a_changed_kernel_changes_the_hash(monkeypatch, tmp_path):
     """And a changed rule for tiles does not: the tile of a row is what was timed."""
     package = tmp_path / "tilewise"
-    package.mkdir()
-    for path in user_tiles.Path(user_tiles.__file__).parent.glob("*.py"):
-        (package / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(user_tiles.Path(user_tiles.__file__).parent, package)
     monkeypatch.setattr(user_tiles, "__file__", str(package / "user_tiles.py"))
     compute = user_tiles.kernels_hash.__wrapped__
     assert compute() == user_tiles.kernels_hash()
-    for name, changes in (("tiles.py", False), ("softmax.py", True), ("call.py", True)):
+    for name, changes in (
+        ("tiles.py", False), ("softmax.py", True), ("call.py", True), ("hopper/rules.py", False),
+        ("hopper/consumer.py", True), ("hopper/plan.py", True), ("hopper/launch.py", True),
+    ):  # fmt: skip
         before = compute()
         with (package / name).open("a") as file:
             file.write("\n")
@@ -292,3 +304,6 @@ def test_a_chip_by_name_gets_the_shipped_tile():
 def test_a_tile_in_words():
     assert describe(Tile(128, 64, 8, 2)) == "128 x 64, 8 warps, 2 stages"
     assert describe(Tile(16, 16, 1, 1)) == "16 x 16, 1 warp, 1 stage"
+    assert describe(HopperTile(128, 64, 8, 2)) == "128 x 64, 8 warps, 2 stages, in turns"
+    both = HopperTile(192, 64, 12, 1, has_turns=False, is_q_in_registers=True)
+    assert describe(both) == "192 x 64, 12 warps, 1 stage, Q in registers"

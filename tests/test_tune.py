@@ -11,8 +11,8 @@ import pytest
 import torch
 import triton
 
-from tilewise import tiles, user_tiles
-from tilewise.tile_table import load, save
+from tilewise import autograd, tiles, user_tiles
+from tilewise.tile_table import HopperTile, load, save
 from tilewise.tiles import PASSES, Tile, fits
 from tilewise.tools import tune_case, tune_command, tune_kernels, tune_store
 from tilewise.tools.candidates import candidates, distance, nearest_first
@@ -69,7 +69,10 @@ def test_default_cases_are_the_papers_grid_at_4096():
     cases = choose_cases([], None)
     assert {case.q_len for case in cases} == {4096} and {case.dtype for case in cases} == {"bfloat16"}
     rows = grouped(cases, [], "sm_90")
-    assert [*rows] == [(work, "sm_90", 2, dim) for work in PASSES for dim in (128, 64, 256)]
+    assert [*rows] == [(work, "sm_90", 2, dim) for work in (*PASSES, "hopper") for dim in (128, 64, 256)]
+    assert [*grouped(cases, [], "sm_80")] == [
+        (work, "sm_80", 2, dim) for work in PASSES for dim in (128, 64, 256)
+    ]
     assert all([case.name for case in group] == [f"paper-d{key[3]}-full-4096", f"paper-d{key[3]}-causal-4096"]
                for key, group in rows.items())  # fmt: skip
 
@@ -217,6 +220,19 @@ def test_launches_are_watched_and_compiled_ahead_through_the_same_door(monkeypat
     assert launched == [((1,), (2,), False), ((3,), (4,), True)] and Kernel.run is before
 
 
+def test_every_pass_has_a_kernel_that_is_watched():
+    from tilewise import backward, forward
+    from tilewise.hopper.forward import hopper_forward_kernel
+
+    kernels = dict(forward=forward.forward_kernel, dkv=backward.dkv_kernel, dq=backward.dq_kernel)
+    named = {
+        work: kernel.fn.__name__ for work, kernel in (kernels | dict(hopper=hopper_forward_kernel)).items()
+    }
+    assert named == tune_kernels.KERNELS
+    # Gluon's launches go through the same door as Triton's.
+    assert type(hopper_forward_kernel).run is tune_kernels.JITFunction.run
+
+
 # ---- The search, with injected times
 
 
@@ -224,7 +240,7 @@ class FakeBench:
     """Times and faults by tile; `calls` is what was asked, in order."""
 
     cases = ("full", "causal")
-    batch = 4
+    batch, portable = 4, 1.0
 
     def __init__(self, times, faults=None, spills=(), wrong_with_features=(), stop_after=None):
         self.times, self.faults, self.spills = times, faults or {}, spills
@@ -253,17 +269,22 @@ class FakeBench:
         self.now += 1.0
         return [self.times(tile) * (2.0 if case == "full" else 1.0)] * 3
 
+    def time_portable(self, case, milliseconds):
+        self.calls.append(("portable", case))
+        return [self.portable * (2.0 if case == "full" else 3.0)] * 3
+
     def checked(self):
         return [tile for call, tile in self.calls if call == "check"]
 
 
 POOL = candidates(*KEY)
 FASTEST = Tile(128, 64, 8, 3)
+HOPPER_FASTEST = HopperTile(128, 64, 8, 3, False, False)
 
 
 def by_distance(tile):
-    """The nearer to FASTEST, the faster; 10 % a step."""
-    return 1.1 ** distance(tile, FASTEST)
+    """The nearer to the fastest, the faster; 10 % a step."""
+    return 1.1 ** distance(tile, HOPPER_FASTEST if isinstance(tile, HopperTile) else FASTEST)
 
 
 def searched(bench, journal, pool=POOL, starts=(SHIPPED,), seconds=1e9):
@@ -410,6 +431,105 @@ def test_a_journal_that_was_cut_off_is_read_up_to_there(journal):
         read_entries(journal.path)
 
 
+# ---- Hopper's forward
+
+
+HOPPER_KEY = ("hopper", "sm_90", 2, 128)
+HOPPER_SHIPPED = tiles.table_tile("sm_90", 2, 128, "hopper")
+
+
+@pytest.mark.parametrize("dim, keys", [(64, {64, 128}), (128, {64, 128}), (256, {32, 64})])
+def test_candidates_of_hoppers_forward(dim, keys):
+    found = candidates("hopper", "sm_90", 2, dim)
+    shipped = tiles.table_tile("sm_90", 2, dim, "hopper")
+    assert shipped in found and len({*found}) == len(found)
+    assert all(fits(tile, "sm_90", 2, dim, "hopper") for tile in found)
+    assert {tile.tile_kv for tile in found} == keys and {tile.num_stages for tile in found} >= {2}
+    assert {tile.has_turns for tile in found} == {True, False}
+    assert {tile.warpgroups for tile in found} == ({2, 3} if dim < 256 else {2})
+    assert any(tile.is_q_in_registers for tile in found) == (dim < 256)
+    near = nearest_first(found, shipped, shipped)
+    assert near[0] == shipped and distance(shipped, replace(shipped, has_turns=False)) == 0.5
+    # Two of the three switches of a tile apart.
+    assert distance(shipped, replace(shipped, num_stages=3, is_q_in_registers=True)) == 1.0
+
+
+def searched_hopper(bench, journal):
+    pool = candidates(*HOPPER_KEY)
+    return Search(HOPPER_KEY, (HOPPER_SHIPPED,), pool, bench, journal, clock=lambda: bench.now).run(1e9)
+
+
+def test_hoppers_forward_is_timed_beside_the_portable_one(journal, tmp_path):
+    bench = FakeBench(by_distance)
+    bench.portable = 1.2
+    outcome = searched_hopper(bench, journal)
+    assert outcome.winner == HOPPER_FASTEST and outcome.milliseconds == {"full": 2.0, "causal": 1.0}
+    assert outcome.portable == pytest.approx({"full": 2.4, "causal": 3.6})
+    assert outcome.over_portable == pytest.approx(1.2)  # where it gains least
+    # In turns: the portable forward before the tiles of each turn of the last round.
+    last = bench.calls[-ROUNDS[2].turns * 2 * (1 + 4) - 1 : -1]
+    assert [call for call, _ in last].count("portable") == ROUNDS[2].turns * 2
+
+    table, subject = tmp_path / "t.json", Subject(HOPPER_KEY, FakeBench.cases, HOPPER_SHIPPED)
+    tune_store.store(table, journal, subject, outcome, WHERE)
+    (row,) = load(table).values()
+    assert (row.key, row.tile) == (HOPPER_KEY, HOPPER_FASTEST)
+    assert (row.evidence.over_portable, row.evidence.error) == (1.2, 0.5) and tiles.is_proven(row.evidence)
+    # A new run takes it up from the journal, tiles with all their numbers.
+    again = FakeBench(by_distance)
+    assert searched_hopper(again, Journal(journal.path, "stamp")) == replace(outcome, settled=True)
+    assert again.calls == []
+
+
+def test_a_hopper_row_that_is_slower_than_the_portable_forward_proves_nothing(journal):
+    bench = FakeBench(by_distance)
+    bench.portable = 0.9
+    row = tune_store.row_of(searched_hopper(bench, journal), WHERE)
+    assert row.evidence.over_portable == 0.9 and not tiles.is_proven(row.evidence)
+
+
+def test_other_passes_are_not_timed_beside_it(journal):
+    bench = FakeBench(by_distance)
+    outcome = searched(bench, journal)
+    assert outcome.portable == {} and outcome.over_portable is None
+    assert "portable" not in [call for call, _ in bench.calls]
+
+
+@pytest.mark.parametrize(
+    "names, dtype, arch, said",
+    [
+        ([], None, "sm_80", "--pass hopper, case paper-d128-.*needs a Hopper GPU .sm_90., .* is sm_80"),
+        ([], "float32", "sm_90", "q.dtype=torch.float32 must be torch.float16"),
+        (["feature-dropout"], None, "sm_90", "case feature-dropout: dropout_p="),
+    ],
+)
+def test_what_hoppers_forward_cannot_answer_is_not_tuned(names, dtype, arch, said):
+    cases = choose_cases(names, dtype)
+    with pytest.raises(ValueError, match=said):
+        grouped(cases, ["hopper"], arch)
+    assert "hopper" not in [key[0] for key in grouped(cases, [], arch)]
+
+
+def test_hoppers_answers_are_checked_in_the_emulator(device, monkeypatch):
+    if tiles.INTERPRETED is False and tiles.architecture(device) != "sm_90":
+        pytest.skip("it needs a Hopper GPU")
+    case = replace(case_named("paper-d64-causal-4096"), q_heads=4, kv_heads=2)
+    bench = Bench("hopper", [small(case, 48)], device, 48)
+    tile = HopperTile(128, 16, 8, 2)
+    assert 0 < bench.check(tile).error <= 1 and 0 < bench.check_every_feature(tile).error <= 1
+    (name,) = bench.cases
+    assert bench.time(name, tile, 1)[0] > 0 and bench.time_portable(name, 1)[0] > 0
+    right = autograd.launch_hopper
+
+    def wrong(request, call, out, *rest):
+        right(request, call, out, *rest)
+        out[0, 1, 40, 3] += 0.05
+
+    monkeypatch.setattr(autograd, "launch_hopper", wrong)
+    with pytest.raises(Rejected, match="wrong: out is"):
+        bench.check(tile)
+
+
 # ---- From an outcome to a table
 
 
@@ -508,9 +628,12 @@ def test_the_command_stores_what_calls_then_use_and_forgets_it(fake_gpu, tmp_pat
     assert done.exit_code == 0, done.output
     path = tmp_path / "tiles" / "nvidia-h200.json"
     table = tiles.user_table(torch.device("cuda", 0))
-    assert table.path == path and {key[0] for key in table.applied} == {*PASSES} and table.refused == []
+    assert table.path == path and {key[0] for key in table.applied} == {*PASSES, "hopper"}
+    assert table.refused == []
     assert tiles.device_row(torch.device("cuda", 0), 2, 128, "forward") == (FASTEST, f"your table ({path})")
     assert f"Winners are in {path}" in done.output and "128x64 w8 s3" in done.output
+    row = table.applied["hopper", "sm_90", 2, 128]
+    assert row.evidence.over_portable > 1 and f"{row.evidence.over_portable:.3f} times" in done.output
 
     exported = tmp_path / "shared.json"
     assert tune_with("--export", str(exported)).exit_code == 0
@@ -524,11 +647,11 @@ def test_the_command_stores_what_calls_then_use_and_forgets_it(fake_gpu, tmp_pat
 def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(fake_gpu, tmp_path):
     fake_gpu.stop_at = 2
     stopped = tune_with(*CAUSAL_128)
-    assert stopped.exit_code == 130 and "1 of 3 rows are done" in stopped.output
+    assert stopped.exit_code == 130 and "1 of 4 rows are done" in stopped.output
     path = tmp_path / "tiles" / "nvidia-h200.json"
     assert [*load(path)] == [("forward", "sm_90", 2, 128)]
     assert tune_with(*CAUSAL_128).exit_code == 0
-    assert len(load(path)) == 3
+    assert len(load(path)) == 4
 
 
 def test_the_tile_in_use_is_tried_even_when_there_is_no_time(fake_gpu, tmp_path):
@@ -557,7 +680,7 @@ def test_short_cases_try_no_tile_longer_than_they_are(fake_gpu):
 
 def test_smoke_jobs_are_tiny():
     jobs = smoke_jobs(choose_cases([], None), [])
-    assert [job.key[0] for job in jobs] == [*PASSES]
+    assert [job.key[0] for job in jobs] == [*PASSES, "hopper"]
     for job in jobs:
         assert len(job.pool) == 3 and job.key[1] == "interpreter"
         assert all(case.q_heads == case.batch == 1 for case in job.cases)
@@ -570,5 +693,6 @@ def test_the_command_runs_in_the_interpreter_and_stores_nothing(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Its times mean nothing" in done.stdout and "Nothing was stored" in done.stdout
-    assert all(f"{work} 16-bit 64" in done.stdout for work in PASSES)
+    assert all(f"{work} 16-bit 64" in done.stdout for work in (*PASSES, "hopper"))
+    assert "times as fast" not in done.stdout
     assert not (tmp_path / "cache").exists()

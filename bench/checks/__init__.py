@@ -24,19 +24,23 @@ if TESTS not in sys.path:
 
 from .accuracy import ACCURACY  # noqa: E402
 from .graphs import GRAPHS  # noqa: E402
+from .hopper import HOPPER  # noqa: E402
 from .large import LARGE  # noqa: E402
 from .trial import NotApplicable, Trial  # noqa: E402
 
-TRIALS: dict[str, Trial] = {trial.name: trial for trial in (*ACCURACY, *GRAPHS, *LARGE)}
+_PORTABLE = (*ACCURACY, *GRAPHS, *LARGE)
+# By the stage that performs them.
+STAGES: dict[str, list[Trial]] = {
+    "hopper": HOPPER,
+    "correctness": [trial for trial in _PORTABLE if not trial.alone],
+    "correctness at size": [trial for trial in _PORTABLE if trial.alone],
+}
+TRIALS: dict[str, Trial] = {trial.name: trial for found in STAGES.values() for trial in found}
 
 
-def trials(device: torch.device, alone: bool) -> list[str]:
-    """The names of the checks for this device, in order. alone: those that want the GPU for themselves, or
-    the others."""
-    on_gpu = device.type == "cuda"
-    return [
-        name for name, trial in TRIALS.items() if trial.alone == alone and (on_gpu or not trial.needs_gpu)
-    ]
+def trials(device: torch.device, stage: str) -> list[str]:
+    """The names of a stage's checks for this device, in order."""
+    return [trial.name for trial in STAGES[stage] if device.type == "cuda" or not trial.needs_gpu]
 
 
 def left_out(device: torch.device) -> list[str]:

@@ -41,6 +41,7 @@ _KERNELS: tuple[Implementation, ...] = (
 # Their times are the host's: with Triton's launch and without, in eager mode and compiled, beside PyTorch's.
 _HOST: tuple[Implementation, ...] = (
     Tilewise("portable"),
+    Tilewise("hopper"),
     Unlaunched(Tilewise("portable")),
     Compiled(Tilewise("portable")),
     Compiled(Unlaunched(Tilewise("portable"))),

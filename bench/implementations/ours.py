@@ -20,7 +20,7 @@ class Tilewise(Implementation):
         self.impl, self.name = impl, f"tilewise {impl}"
 
     def unavailable(self, device: torch.device) -> str | None:
-        x = torch.empty(1, 1, 1, 16, device=device)
+        x = torch.empty(1, 1, 1, 16, device=device, dtype=torch.float16)  # which all of them take
         return "; ".join(tilewise.why_not(x, x, x, impl=self.impl)) or None
 
     def unsupported(self, case: Case, work: Work) -> str | None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..results import Row
-from .ranking import Contest, counts, geometric_mean
+from .ranking import Contest, geometric_mean
 from .table import Table
-from .units import duration, percent, times
+from .units import duration, percent, teraflops, times
 
 GPUS = ("H100", "H200")  # whose limits a clock are the same; the goals say nothing about others
 
@@ -22,21 +22,22 @@ GPUS = ("H100", "H200")  # whose limits a clock are the same; the goals say noth
 @dataclass(frozen=True)
 class Goal:
     """`measure` says what the three levels are: tilewise's ratio to the fastest rival (geometric mean over
-    the cases), the time of a call in seconds (of the slowest case), or the share of the datasheet's memory
-    bandwidth (geometric mean)."""
+    the cases), FLOPs a second (of the slowest case), the time of a call in seconds (likewise), or the share
+    of the datasheet's memory bandwidth (geometric mean)."""
 
     name: str
     covers: Callable[[Row], bool]
     floor: float
     target: float
     stretch: float | None
-    measure: Literal["ratio", "seconds", "bandwidth"] = "ratio"
+    measure: Literal["ratio", "rate", "seconds", "bandwidth"] = "ratio"
 
     def written(self, value: float | None) -> str:
         """A level or a result in the goal's unit."""
         if value is None:
             return ""
-        return {"ratio": times, "seconds": duration, "bandwidth": percent}[self.measure](value)
+        units = {"ratio": times, "rate": teraflops, "seconds": duration, "bandwidth": percent}
+        return units[self.measure](value)
 
     def verdict(self, value: float) -> str:
         """The highest level that `value` reaches."""
@@ -83,13 +84,14 @@ def _decode(row: Row) -> bool:
     return row.work == "forward" and row.sizes.get("q_len") == 1 and row.bytes >= 256e6
 
 
-_FULL, _CAUSAL = _grid("forward", 128, "full", 8192), _grid("forward", 128, "causal", 8192)
+_FULL, _CAUSAL = _grid("forward", 128, "full", 4096), _grid("forward", 128, "causal", 4096)
 _LACKING = "boolean mask, bias with gradient, softcap, sink, dropout, head_dim ≠ value_dim"
 _DECODE = "decode, keys and values of 256 MB: share of the datasheet's bandwidth"
 
 GOALS = (
-    Goal("forward, head_dim 128, full, 8k and 16k", _FULL, 0.70, 0.96, 1.02),
-    Goal("forward, head_dim 128, causal, 8k and 16k", _CAUSAL, 0.70, 0.96, 1.02),
+    Goal("forward, head_dim 128, full, from 4k", _FULL, 0.70, 0.96, 1.02),
+    Goal("forward, head_dim 128, full, from 4k: FLOPs a second", _FULL, 420e12, 600e12, 700e12, "rate"),
+    Goal("forward, head_dim 128, causal, from 4k", _CAUSAL, 0.70, 0.96, 1.02),
     Goal("forward, head_dim 64, above 1k", _grid("forward", 64), 0.70, 0.95, 1.02),
     Goal("forward, head_dim 256, above 1k", _grid("forward", 256), 0.65, 0.95, 1.01),
     Goal("backward, head_dim 128, above 1k", _grid("backward", 128), 0.65, 0.90, 1.00),
@@ -115,23 +117,30 @@ class Outcome:
     value: float | None
 
 
-def outcome(goal: Goal, found: Iterable[Contest], implementation: str, gpu: str) -> Outcome:
-    """The result of `implementation`, over the cases in which its answer is right (and, for a ratio, a
-    rival's too)."""
+def outcome(goal: Goal, found: Iterable[Contest], implementations: Iterable[str], gpu: str) -> Outcome:
+    """The result of the implementations, of each case the faster of them, over the cases in which an answer
+    of theirs is right (and, for a ratio, a rival's too)."""
+    names = {*implementations}
     values: dict[str, float] = {}
     for contest in found:
-        for row in contest.rows:
-            if row.implementation != implementation or not counts(row) or not goal.covers(row):
-                continue
-            value = contest.ratio(row) if goal.measure == "ratio" else row.median
-            if goal.measure == "bandwidth" and row.median:
-                value = row.bytes / row.median / datasheet_bandwidth(gpu)
-            if value is not None:
-                values[f"{contest.case}, {contest.work}"] = value
+        row = contest.fastest(names)
+        value = None if row is None or not goal.covers(row) else measured(goal, contest, row, gpu)
+        if value is not None:
+            values[f"{contest.case}, {contest.work}"] = value
     if not values:
         return Outcome(goal, (), None)
-    combined = max(values.values()) if goal.measure == "seconds" else geometric_mean(values.values())
-    return Outcome(goal, tuple(values), combined)
+    combine = {"seconds": max, "rate": min}.get(goal.measure, geometric_mean)
+    return Outcome(goal, tuple(values), combine(values.values()))
+
+
+def measured(goal: Goal, contest: Contest, row: Row, gpu: str) -> float | None:
+    """What the goal measures of a row that is right."""
+    if goal.measure == "ratio":
+        return contest.ratio(row)
+    assert row.median
+    if goal.measure == "rate":
+        return row.flops / row.median
+    return row.median if goal.measure == "seconds" else row.bytes / row.median / datasheet_bandwidth(gpu)
 
 
 def datasheet_bandwidth(gpu: str) -> float:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from .figures import Picture, draw_all, slug
 from .sections import Section
-from .summary import NO_SPEED, ceiling_line, goal_table, ratio_table, status_lines
+from .summary import NO_SPEED, ceiling_line, gain_table, goal_table, ratio_table, status_lines
 from .table import group_table
 from .units import count
 
 PAGE = "report.md"
 HOW_TO_READ = """\
 "median" and "p20 to p80" are of the row's samples. "ratio" is the time of the fastest rival over the row's
-own: above 1 the row is faster than every rival. TFLOP/s count the matmuls over the pairs of query and key
+own: above 1 the row is faster than every rival. "over portable" is the portable kernel's time over that of
+Hopper's forward. TFLOP/s count the matmuls over the pairs of query and key
 that count; "of matmul" and "of copy" are shares of what a large matmul and a copy reached in the same run;
 GB/s stand where memory is the limit. "extra memory" is the most that a call had in use beyond what was there
 before it. "error" is the largest distance from float64, beside that of PyTorch's own computation in the same
@@ -40,7 +41,7 @@ def section_parts(section: Section, pictures: list[Picture]) -> list[str]:
     else:
         parts.append(f"**{NO_SPEED}**")
     parts.append("\n".join(f"- {line}" for line in about(section)))
-    tables = [ratio_table(section), goal_table(section)] if section.on_gpu else []
+    tables = [ratio_table(section), gain_table(section), goal_table(section)] if section.on_gpu else []
     for table in tables:
         if table is not None and table.lines:
             parts += [f"### {table.title}", table.markdown()]

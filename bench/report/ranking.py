@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from ..results import Ceilings, Row
+
+PORTABLE, HOPPER = "tilewise portable", "tilewise hopper"
+FASTER = "tilewise, the faster"  # of its kernels, in each case
 
 
 def is_tilewise(implementation: str) -> bool:
@@ -22,6 +25,13 @@ def is_whole(implementation: str) -> bool:
 def is_contender(implementation: str) -> bool:
     """Whether it is there to be fast: tilewise's kernels, not its path in plain PyTorch."""
     return is_tilewise(implementation) and is_whole(implementation) and implementation != "tilewise torch"
+
+
+def kernels_of(rows: Iterable[Row]) -> list[str]:
+    """The implementations of tilewise that users call and that are there to be fast, not what is wrapped
+    around them: "tilewise portable", "tilewise hopper"."""
+    names = dict.fromkeys(row.implementation for row in rows)
+    return [name for name in names if is_contender(name) and "," not in name]
 
 
 def counts(row: Row) -> bool:
@@ -50,8 +60,12 @@ class Contest:
     @property
     def rival(self) -> Row | None:
         """The fastest rival whose answer is right."""
-        rivals = [row for row in self.rows if counts(row) and not is_tilewise(row.implementation)]
-        return min(rivals, key=lambda row: row.median or math.inf, default=None)
+        return self.fastest({row.implementation for row in self.rows if not is_tilewise(row.implementation)})
+
+    def fastest(self, names: Container[str]) -> Row | None:
+        """The fastest row of these implementations whose answer is right."""
+        rows = [row for row in self.rows if row.implementation in names and counts(row)]
+        return min(rows, key=lambda row: row.median or math.inf, default=None)
 
     def ratio(self, row: Row) -> float | None:
         """The fastest rival's time over the row's: above 1, the row is faster. None where one is missing
@@ -66,6 +80,14 @@ class Contest:
         ):
             return None
         return rival.median / row.median
+
+
+def over_portable(contest: Contest) -> float | None:
+    """The portable kernel's time over that of Hopper's forward, where both are right."""
+    hopper, portable = (contest.fastest((name,)) for name in (HOPPER, PORTABLE))
+    if hopper is None or portable is None or not hopper.median or not portable.median:
+        return None
+    return portable.median / hopper.median
 
 
 def has_rate(row: Row) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..results import load
 from .goals import levels
 from .sections import Section, gather
-from .summary import ceiling_line, goal_table, ratio_table, status_lines
+from .summary import ceiling_line, gain_table, goal_table, ratio_table, status_lines
 
 ROOT = Path(__file__).parents[2]
 MEASURED = Path("bench", "measured")
@@ -40,7 +40,7 @@ def performance(sections: list[Section]) -> str:
     for section in sections:
         files = ", ".join(f"[{name}](bench/measured/{name}.jsonl)" for name in section.files)
         parts.append(f"**{section.name}**: {section.made_with}; {ceiling_line(section)}. From {files}.")
-        for table in (ratio_table(section), goal_table(section)):
+        for table in (ratio_table(section), gain_table(section), goal_table(section)):
             if table is not None and table.lines:
                 parts += [f"{table.title}:", table.markdown()]
         parts.append("\n".join(f"- {line}" for line in status_lines(section)))

@@ -10,7 +10,16 @@ from rich.text import Text
 
 from ..results import Row
 from .goals import GOALS, concerns, outcome
-from .ranking import Contest, contests, counts, geometric_mean, is_contender
+from .ranking import (
+    FASTER,
+    Contest,
+    contests,
+    counts,
+    geometric_mean,
+    is_contender,
+    kernels_of,
+    over_portable,
+)
 from .sections import Section
 from .table import Table, reasons
 from .units import count, digits, one_line, times
@@ -39,18 +48,23 @@ class Standing:
 
 
 def standings(rows: Iterable[Row]) -> list[Standing]:
-    """A standing for every group, work and contender of tilewise's that was asked there."""
+    """A standing for every group, work and contender of tilewise's that was asked there; where several of its
+    kernels have answers, one for the faster of them in each case."""
     found: dict[tuple[str, str], list[Contest]] = {}
     for contest in contests(rows):
         found.setdefault((contest.rows[0].group, contest.work), []).append(contest)
     lines = []
     for (group, work), same in found.items():
-        ours = dict.fromkeys(r.implementation for c in same for r in c.rows if is_contender(r.implementation))
-        for implementation in ours:
+        of_group = [row for contest in same for row in contest.rows]
+        ours = {r.implementation: {r.implementation} for r in of_group if is_contender(r.implementation)}
+        answering = kernels_of(filter(counts, of_group))
+        if len(answering) > 1:
+            ours[FASTER] = {*answering}
+        for implementation, names in ours.items():
             ratios, alone, missing = {}, [], []
             for contest in same:
-                row = next((r for r in contest.rows if r.implementation == implementation), None)
-                if row is None or not counts(row):
+                row = contest.fastest(names)
+                if row is None:
                     missing.append(contest.case)
                 elif (ratio := contest.ratio(row)) is None:
                     alone.append(contest.case)
@@ -86,18 +100,43 @@ def ratio_table(section: Section) -> Table:
     )
 
 
+def gain_table(section: Section) -> Table:
+    """What Hopper's forward gains over the portable one, by group; the backward is the same for both."""
+    found: dict[str, dict[str, float]] = {}
+    for contest in contests(section.rows):
+        gain = over_portable(contest)
+        if gain is not None and contest.work != "backward":
+            group = contest.rows[0].group
+            name = group if contest.work in group else f"{group}, {contest.work}"
+            found.setdefault(name, {})[contest.case] = gain
+    lines = []
+    for name, gains in found.items():
+        worst, best = (choose(gains, key=gains.__getitem__) for choose in (min, max))
+        ends = (f"{times(gains[case])} {case}" for case in (worst, best))
+        lines.append((name, times(geometric_mean(gains.values())), str(len(gains)), *ends))
+    return Table(
+        "Hopper's forward over the portable one, geometric mean (above 1: Hopper's is faster)",
+        ("group", "ratio", "cases", "lowest", "highest"),
+        tuple(lines),
+    )
+
+
 def goal_table(section: Section) -> Table | None:
-    """The goals with what was reached; None where they were not set for this machine."""
+    """The goals with what was reached, by each implementation and by the faster of tilewise's kernels, which
+    is what counts; None where they were not set for this machine."""
     gpu = section.machine.gpu
     if gpu is None or not concerns(gpu):
         return None
     found = contests(section.rows)
     ours = sorted({row.implementation for row in section.rows if is_contender(row.implementation)})
-    lines = []
+    kernels, lines = kernels_of(section.rows), []
     for goal in GOALS:
-        outcomes = [(name, outcome(goal, found, name, gpu)) for name in ours]
+        outcomes = [(name, outcome(goal, found, (name,), gpu)) for name in ours]
         levels = tuple(map(goal.written, (goal.floor, goal.target, goal.stretch)))
         reached = [(name, result) for name, result in outcomes if result.value is not None]
+        several = [name for name, _ in reached if name in kernels]
+        if len(several) > 1:
+            reached.append((FASTER, outcome(goal, found, several, gpu)))
         if not reached:
             lines.append((goal.name, *levels, "", "", "", "no row"))
         for name, result in reached:
@@ -149,7 +188,7 @@ def screen(section: Section) -> Group:
     if section.on_gpu:
         parts.append(Text(ceiling_line(section)))
         goals = goal_table(section)
-        tables = [ratio_table(section), *([goals] if goals else [])]
+        tables = [ratio_table(section), gain_table(section), *([goals] if goals else [])]
         parts += [table.rich() for table in tables if table.lines]
     else:
         parts.append(Text(NO_SPEED))

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..results import Row, Status
-from .ranking import Contest, case_names, contests, has_rate, is_tilewise, limit
+from .ranking import HOPPER, Contest, case_names, contests, has_rate, is_tilewise, limit, over_portable
 from .sections import Section
 from .units import digits, duration, memory, one_line, percent, span, times
 
@@ -99,8 +99,11 @@ def in_order(contest: Contest) -> list[Row]:
 def cells(section: Section, contest: Contest, row: Row) -> dict[str, str]:
     """One line of the table by column; rates and ratios only of right answers on a GPU."""
     line = dict.fromkeys(
-        ["median", "p20 to p80", "TFLOP/s", "of matmul", "GB/s", "of copy", "ratio", "extra memory"], ""
-    )
+        [
+            "median", "p20 to p80", "TFLOP/s", "of matmul", "GB/s", "of copy", "ratio", "over portable",
+            "extra memory",
+        ], ""
+    )  # fmt: skip
     median = row.median
     if median:
         low, high = np.percentile(row.seconds, (20, 80))
@@ -109,6 +112,8 @@ def cells(section: Section, contest: Contest, row: Row) -> dict[str, str]:
         ceilings = section.ceilings
         ratio = contest.ratio(row)
         line["ratio"] = "" if ratio is None else times(ratio)
+        gain = over_portable(contest) if row.implementation == HOPPER else None
+        line["over portable"] = "" if gain is None else times(gain)
         if has_rate(row):
             line["TFLOP/s"] = digits(row.flops / median / 1e12)
             rate = ceilings and ceilings.matmul_flops_per_second.get(row.dtype)

@@ -28,6 +28,11 @@ def duration(seconds: float) -> str:
     return f"{digits(seconds / size)} {name}"
 
 
+def teraflops(rate: float) -> str:
+    """FLOPs a second: "612 TFLOP/s"."""
+    return f"{digits(rate / 1e12)} TFLOP/s"
+
+
 def span(low: float, high: float, like: float) -> str:
     """Two times without their unit, which is that of the time `like`."""
     _, size = unit_of(like)

@@ -44,11 +44,12 @@ def launch_hopper(
     request: Request, call: Call, out: Tensor, lse: Tensor | None, statistics: Tensor | None
 ) -> None:
     """The forward of Hopper's kernel, which Gluon is imported for. Where a graph was compiled before, it is
-    only now that addresses are known."""
+    only now that the chip and the addresses are known."""
     from .hopper.launch import launch_forward
 
-    if (reason := hopper_rules.tensors_can_be_copied(request)) is not None:
-        raise ValueError(f"impl='hopper': {reason}")
+    for rule in (hopper_rules.chip_is_hopper, hopper_rules.tensors_can_be_copied):
+        if (reason := rule(request)) is not None:
+            raise ValueError(f"impl='hopper': {reason}")
     tile = choose_tile(request.q, request.shape, "hopper")
     if not isinstance(tile, HopperTile):  # forced on all passes by `tiles.use`
         raise ValueError(f"impl='hopper' needs a HopperTile, not {tile}")

@@ -49,6 +49,7 @@ class Tile:
 
 WARPGROUP_ROWS = 64  # query rows of a warpgroup of Hopper's forward
 NAMED_BARRIERS = 16  # of a multiprocessor
+HOPPER_COLUMNS = 64  # of its tiles at least: 128 bytes, over which rows are swizzled
 
 
 @dataclass(frozen=True)
@@ -165,18 +166,17 @@ def from_json(given: Any) -> Row:
     for name, allowed in (("pass", (*PASSES, "hopper")), ("element_bytes", ELEMENT_BYTES), ("dim", DIMS)):
         if given[name] not in allowed:
             raise ValueError(f"{name}={given[name]!r} must be one of {', '.join(map(str, allowed))}")
+    where = given["pass"], given["arch"], given["element_bytes"], given["dim"]
+    if is_hopper:
+        tile: Tile = HopperTile(**{each.name: given[each.name] for each in fields(HopperTile)})
+        return Row(*where, tile, Evidence(**evidence))
     warps, stages = given["num_warps"], given["num_stages"]
     if not 1 <= warps <= MOST_WARPS or warps & (warps - 1):
         raise ValueError(f"num_warps={warps} must be a power of two from 1 to {MOST_WARPS}")
     if not 1 <= stages <= MOST_STAGES:
         raise ValueError(f"num_stages={stages} must be from 1 to {MOST_STAGES}")
-    tile = Tile(given["tile_q"], given["tile_kv"], warps, stages) if not is_hopper else hopper_tile(given)
-    where = given["pass"], given["arch"], given["element_bytes"], given["dim"]
+    tile = Tile(given["tile_q"], given["tile_kv"], warps, stages)
     return Row(*where, tile, Evidence(**evidence))
-
-
-def hopper_tile(given: dict[str, Any]) -> HopperTile:
-    return HopperTile(**{each.name: given[each.name] for each in fields(HopperTile)})
 
 
 def _check_fields(what: str, given: Any, types: dict[str, Any], required: Iterable[str]) -> None:

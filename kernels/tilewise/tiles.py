@@ -160,6 +160,11 @@ PROVEN = frozenset(
 )
 
 
+def is_hopper_proven(arch: str, element_bytes: int, shape: Shape) -> bool:
+    """Whether it has been shown for such calls on a chip."""
+    return ("hopper", arch, element_bytes, max(64, widest(shape))) in PROVEN
+
+
 def length_tile(length: int, most: int) -> int:
     """The tile for an axis: no longer than the axis needs."""
     return min(most, max(16, next_power_of_two(length)))

@@ -18,6 +18,8 @@ import triton
 
 from .tile_table import Key, Row, load
 
+JIT = (b"@triton.jit", b"@gluon.jit", b"@gluon.constexpr_function")
+
 
 class UserTable(NamedTuple):
     """The rows of one file: those that override the shipped table, and those that do not, with the reason."""
@@ -44,12 +46,17 @@ def table_path(gpu: str) -> Path:
 
 @functools.cache
 def kernels_hash() -> str:
-    """Of the sources that a kernel is made of: the files with jit functions, and the one of what they are
+    """Of the sources that a kernel is made of: the files with jit functions, and those of what they are
     given."""
     folder = Path(__file__).parent
-    sources = {path: path.read_bytes() for path in sorted(folder.glob("*.py"))}
-    kernels = [source for path, source in sources.items() if b"@triton.jit" in source or path.stem == "call"]
+    paths = (*sorted(folder.glob("*.py")), *sorted(folder.glob("hopper/*.py")))
+    sources = {path: path.read_bytes() for path in paths}
+    kernels = [source for path, source in sources.items() if is_of_a_kernel(path, source)]
     return hashlib.sha256(b"\0".join(kernels)).hexdigest()[:12]
+
+
+def is_of_a_kernel(path: Path, source: bytes) -> bool:
+    return any(word in source for word in JIT) or path.stem in ("call", "launch")
 
 
 def read_user_table(gpu: str, arch: str, fits: Callable[[Row], bool]) -> UserTable:

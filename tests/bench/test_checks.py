@@ -31,6 +31,12 @@ def run(name: str):
         "feature window",
         "the same bits again, full, head_dim 64",
         "the last head of many keys",
+        "hopper: float16, width 80, causal",
+        "hopper: three warpgroups",
+        "hopper: odd lengths, causal",
+        "hopper: NaN beyond the lengths",
+        "hopper: the same bits again, full",
+        "hopper: gradients, sink and softcap",
     ],
 )
 def test_checks_pass(name):
@@ -81,6 +87,38 @@ def test_memory_left_unwritten_is_noticed(monkeypatch):
     assert not run("feature causal").passed
 
 
+@pytest.mark.parametrize("what", ["out", "lse"])
+def test_a_wrong_hopper_forward_is_noticed(monkeypatch, what):
+    launch = autograd.launch_hopper
+
+    def wrong(request, call, out, lse, statistics):
+        launch(request, call, out, lse, statistics)
+        (out if what == "out" else lse)[..., -1:] += 0.5
+
+    monkeypatch.setattr(autograd, "launch_hopper", wrong)
+    check = run("hopper: bfloat16, width 64, full")
+    assert not check.passed and f"{what}[" in check.detail
+
+
+def test_values_behind_the_lengths_that_show_are_noticed(monkeypatch):
+    launch = autograd.launch_hopper
+
+    def curious(request, call, out, *rest):
+        launch(request, call, out, *rest)
+        out[0, 0, 0, 0] += 1e-3 * request.v[0, 0, -1, 0].isnan()
+
+    monkeypatch.setattr(autograd, "launch_hopper", curious)
+    check = run("hopper: NaN beyond the lengths")
+    assert not check.passed and "out changes with what lies beyond the lengths, right" in check.detail
+
+
+def test_hoppers_checks_do_not_apply_to_another_gpu(monkeypatch):
+    monkeypatch.setattr(checks.hopper, "architecture", lambda device: "sm_80")
+    for trial in checks.HOPPER:
+        with pytest.raises(NotApplicable, match=r"needs a Hopper GPU \(sm_90\), and this one is sm_80"):
+            trial.function(torch.device("cuda"), 0)
+
+
 def test_what_raises_has_failed_and_what_lacks_something_has_no_result(monkeypatch):
     def raises(device, seed):
         raise ZeroDivisionError("of all things")
@@ -96,11 +134,13 @@ def test_what_raises_has_failed_and_what_lacks_something_has_no_result(monkeypat
 
 
 def test_every_check_has_its_place():
-    beside, alone = (checks.trials(torch.device("cuda"), alone) for alone in (False, True))
-    assert sorted(beside + alone) == sorted(checks.TRIALS)
-    assert len(checks.ACCURACY + checks.GRAPHS + checks.LARGE) == len(checks.TRIALS), "two of one name"
-    here = checks.trials(CPU, False) + checks.trials(CPU, True)
+    hopper, beside, alone = (checks.trials(torch.device("cuda"), stage) for stage in checks.STAGES)
+    assert sorted(hopper + beside + alone) == sorted(checks.TRIALS)
+    everything = checks.ACCURACY + checks.GRAPHS + checks.LARGE + checks.HOPPER
+    assert len(everything) == len(checks.TRIALS), "two of one name"
+    here = [name for stage in checks.STAGES for name in checks.trials(CPU, stage)]
     assert sorted(here + checks.left_out(CPU)) == sorted(checks.TRIALS)
+    assert all(name.startswith("hopper: ") for name in hopper) and checks.trials(CPU, "hopper") == hopper
     features = {name.removeprefix("feature ") for name in beside if name.startswith("feature ")}
     from harness.features import FEATURES
 

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,8 @@ class Hands:
                 return
             self.asked.append(task)
             if task.name in self.broken:
-                self.broken = tuple(name for name in self.broken if name != task.name)
+                first = self.broken.index(task.name)
+                self.broken = self.broken[:first] + self.broken[first + 1 :]
                 yield Outcome(task, 1.0, error="its process ended with exit code 3", broken=True)
                 continue
             try:
@@ -132,7 +134,7 @@ def test_stages_in_order_each_within_its_share(tmp_path):
 
 def test_the_order_of_the_stages_and_of_the_grid():
     assert [plan.name for plan in stages.STAGES] == [
-        "ceilings", "correctness", "correctness at size", "compilation", "forward grid",
+        "ceilings", "hopper", "correctness", "correctness at size", "compilation", "forward grid",
         "backward grid", "models and features", "overheads",
     ]  # fmt: skip
     pairs = sorted(comparisons("forward grid", tiny=False), key=most_telling)
@@ -163,7 +165,7 @@ def test_what_is_compiled_ahead_is_measured_later_and_leaves_no_row(monkeypatch)
     )
     assert ahead[0].function(*ahead[0].arguments) == ([], "")
     ((given, options),) = asked
-    assert {each.name for each in given} == {"tilewise portable", "flex"}
+    assert {each.name for each in given} == {"tilewise portable", "tilewise hopper", "flex"}
     assert options["seconds"] == 0 and options["rounds"] == 1
 
 
@@ -232,6 +234,74 @@ def test_a_comparison_whose_process_died_is_made_again_by_tilewise_alone(compari
     assert [(check.name, check.passed) for check in results.checks] == [(f"grid: {comparison.name}", False)]
     assert [(r.implementation, r.status) for r in results.rows] == [("tilewise portable", "ok")]
     assert run.shortfall == []
+
+
+# ---- Hopper's forward, of which nobody knows yet whether it ends
+
+
+@pytest.fixture
+def with_hopper() -> list[Job]:
+    """Two comparisons of which Hopper's forward is a part, and one that is compiled ahead."""
+    names = ("tilewise portable", "tilewise hopper", "sdpa cudnn")
+    jobs = [
+        stages.measure_job(SETTING, "g", case, work, names)
+        for case, work in comparisons("forward grid", tiny=True)[:2]
+    ]
+    ahead = replace(
+        jobs[0], key="ahead", name="ahead", function=stages.compile_ahead, timed=False, implementations=()
+    )
+    return [*jobs, ahead]
+
+
+def names_asked(hands: Hands) -> list[tuple[str, ...]]:
+    return [task.arguments[3] for task in hands.asked if task.function is not describe]
+
+
+ALL_THREE = ("tilewise portable", "tilewise hopper", "sdpa cudnn")
+OTHERS = ("tilewise portable", "sdpa cudnn")
+
+
+def test_where_a_process_hung_hoppers_forward_is_left_out_from_then_on(with_hopper, tmp_path):
+    first, second, ahead = with_hopper
+    hands = Hands(broken=(first.name,))
+    run = make_run(tmp_path / "results.jsonl", hands)
+    run.begin(None)
+    run.stage(Plan("grid", 1, lambda setting: [first, second, ahead], most=0.0), 60.0)
+    assert names_asked(hands) == [ALL_THREE, OTHERS, OTHERS, OTHERS]
+    results = load(run.path)
+    rows = {(r.case, r.implementation): (r.status, r.reason) for r in results.rows}
+    for job in (first, second):
+        status, reason = rows[job.arguments[1].name, "tilewise hopper"]
+        assert status == "failed" and reason.startswith("left out: a process of this run hung")
+        assert rows[job.arguments[1].name, "tilewise portable"][0] == "ok"
+    assert [check.name for check in results.checks] == [f"grid: {first.name}"] and len(results.rows) == 6
+
+
+def test_what_breaks_without_it_too_was_not_hoppers_doing(with_hopper, tmp_path):
+    first, second, _ = with_hopper
+    hands = Hands(broken=(first.name, first.name))
+    run = make_run(tmp_path / "results.jsonl", hands)
+    run.begin(None)
+    run.stage(Plan("grid", 1, lambda setting: [first, second], most=0.0), 60.0)
+    assert names_asked(hands) == [ALL_THREE, OTHERS, ("tilewise portable",), ALL_THREE]
+
+
+def test_a_check_of_hoppers_forward_that_hangs_keeps_it_out_of_what_is_timed(with_hopper, tmp_path):
+    name = stages.checks.HOPPER[0].name
+    checks = [job for job in stages.check_jobs("hopper")(SETTING) if job.name == name]
+    hands = Hands(broken=(name,))
+    run = make_run(tmp_path / "results.jsonl", hands)
+    run.begin(None)
+    run.stage(Plan("hopper", 1, lambda setting: checks), 60.0)
+    assert run.suspected == ("check", name)
+    run.stage(Plan("grid", 1, lambda setting: with_hopper[:1], most=0.0), 60.0)
+    assert hands.asked[-1].arguments[3] == OTHERS
+    # Another check that breaks says nothing about it.
+    run = make_run(tmp_path / "other.jsonl", Hands(broken=("feature causal",)))
+    run.begin(None)
+    causal = [job for job in stages.check_jobs("correctness")(SETTING) if job.name == "feature causal"]
+    run.stage(Plan("correctness", 1, lambda setting: causal), 60.0)
+    assert run.suspected is None and not load(run.path).checks[0].passed
 
 
 # ---- Processes

@@ -161,9 +161,11 @@ def test_the_hosts_cost_is_measured_in_every_mode(device):
     names = [each.name for each in for_group("host") if each.name != "tilewise portable"]
     wanted = ("host-plain-training", "host forward and backward")
     case, work = next(pair for pair in comparisons("host") if (pair[0].name, pair[1]) == wanted)
-    rows = measured(case, work, *select(names), device=device)
-    assert [(row.status, row.reason) for row in rows] == [("ok", "")] * 5
-    assert all(min(row.seconds) > 0 for row in rows)
+    rows = {row.implementation: row for row in measured(case, work, *select(names), device=device)}
+    if rows["tilewise hopper"].status == "unavailable":  # on another GPU
+        assert "it needs a Hopper GPU" in rows.pop("tilewise hopper").reason
+    assert {(row.status, row.reason) for row in rows.values()} == {("ok", "")} and len(rows) >= 5
+    assert all(min(row.seconds) > 0 for row in rows.values())
 
 
 def test_peak_memory_is_that_of_one_call():

@@ -13,12 +13,11 @@ from ..call import Call, power_of_two_tile
 from ..dropout import on_device_of
 from ..numerics import INTERPRETED
 from ..problem import Shape, ceil_div
-from ..tile_table import WARPGROUP_ROWS, HopperTile
+from ..tile_table import HOPPER_COLUMNS, WARPGROUP_ROWS, HopperTile
 from ..tiles import has_out_buffer
 from .forward import hopper_forward_kernel
 
 CACHED_BYTES = 24 << 20  # of keys and values that the L2 cache (50 MB) is trusted to hold
-SMALLEST_TILE = 64  # columns: 128 bytes, over which rows are swizzled
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 REGISTERS = {2: (240, 24), 3: (160, 32)}  # a thread's, of consumers and producer, by the number of warpgroups
 
@@ -44,8 +43,8 @@ def forward_launch(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the arguments with which `hopper_forward_kernel` answers `call`."""
     shape = call.shape
-    head_tile = max(SMALLEST_TILE, power_of_two_tile(shape.head_dim))
-    value_tile = max(SMALLEST_TILE, power_of_two_tile(shape.value_dim))
+    head_tile = max(HOPPER_COLUMNS, power_of_two_tile(shape.head_dim))
+    value_tile = max(HOPPER_COLUMNS, power_of_two_tile(shape.value_dim))
     tiles = ceil_div(shape.q_len, tile.tile_q) * shape.q_heads * shape.batch
     heads = shape.batch * shape.q_heads
     consumer_registers, producer_registers = REGISTERS[tile.warpgroups]

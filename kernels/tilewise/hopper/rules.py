@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import tiles
 from ..masks import Mask
@@ -35,14 +36,18 @@ def reasons(r: Request) -> Iterator[str]:
 def is_default(r: Request) -> bool:
     """Whether it answers without being asked for: on its chip, where a GPU's result in the table shows that
     it is right and faster than the portable kernel. No such result is there yet."""
-    if not tiles.PROVEN or INTERPRETED or r.q.device.type != "cuda" or torch.compiler.is_compiling():
+    if not tiles.PROVEN or INTERPRETED or r.q.device.type != "cuda":
         return False
-    key = ("hopper", tiles.architecture(r.q.device), r.q.element_size(), max(64, tiles.widest(r.shape)))
-    return key in tiles.PROVEN and not any(reasons(r))
+    if is_without_memory(r.q) or torch.compiler.is_compiling():  # a graph is asked when it runs
+        return False
+    arch = tiles.architecture(r.q.device)
+    return tiles.is_hopper_proven(arch, r.q.element_size(), r.shape) and not any(reasons(r))
 
 
 def chip_is_hopper(r: Request) -> str | None:
-    if r.q.device.type != "cuda" or tiles.architecture(r.q.device) == "sm_90":
+    if r.q.device.type != "cuda" or is_without_memory(r.q) or torch.compiler.is_compiling():
+        return None  # another device's rule is `checks.kernel_can_run`; a graph is asked when it runs
+    if tiles.architecture(r.q.device) == "sm_90":
         return None
     name = torch.cuda.get_device_name(r.q.device)
     return f"it needs a Hopper GPU (sm_90), and {r.q.device} is {name} ({tiles.architecture(r.q.device)})"
@@ -112,10 +117,14 @@ def _copy(name: str, x: torch.Tensor) -> str | None:
 
 
 def start_of(x: torch.Tensor) -> int:
-    """The address of the first element; within its memory, where there is none behind it."""
-    if x.is_meta or isinstance(x, torch._subclasses.FakeTensor):
+    """The address of the first element; its place in memory, where there is none behind it."""
+    if is_without_memory(x):
         return int(x.storage_offset()) * x.element_size()
     return x.data_ptr()
+
+
+def is_without_memory(x: torch.Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def first(found: Iterator[str | None]) -> str | None:

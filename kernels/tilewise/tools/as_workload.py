@@ -22,8 +22,11 @@ from .coverage import rows_of
 from .workload import Allocation, Extra, TileChoice, TrainedParameter, Workload
 
 
-def as_workload(request: Request, chip: Chip, training: bool, return_lse: bool, on_its_gpu: bool) -> Workload:
-    """The request as the model sees it. on_its_gpu: `chip` is the GPU that q is on, whose own tiles count."""
+def as_workload(
+    request: Request, chip: Chip, training: bool, return_lse: bool, on_its_gpu: bool, is_hopper: bool = False
+) -> Workload:
+    """The request as the model sees it. on_its_gpu: `chip` is the GPU that q is on, whose own tiles count.
+    is_hopper: the forward is Hopper's."""
     computed = tuple(computed_tensors(request))
     softcaps = sum(isinstance(score, Softcap) for score in request.scores)
     return Workload(
@@ -40,6 +43,7 @@ def as_workload(request: Request, chip: Chip, training: bool, return_lse: bool, 
         computed=computed,
         of_scores=softcaps,
         of_derivatives=softcaps,
+        is_hopper=is_hopper,
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import math
 import os
 import platform
 import re
@@ -23,11 +22,17 @@ import triton
 
 import tilewise
 import tilewise_reference
+from tilewise_reference.yardstick import (
+    allowed_error,
+    difference,
+    largest_difference,
+    pytorch_attention,
+)
 
 from ..api import make_request
 from ..checks import IMPLEMENTATIONS
 from ..numerics import INTERPRETED
-from ..tiles import TABLE, architecture, family, user_table
+from ..tiles import PROVEN, TABLE, architecture, family, user_table
 from ..user_tiles import cache_folder
 from .chips import find_chip
 
@@ -196,15 +201,26 @@ def implementations() -> Iterator[Finding]:
         yield Finding("runs", "interpreter", found)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
-        q = torch.empty(1, 1, 1, 16, device=device)
+        q = torch.empty(1, 1, 1, 16, device=device, dtype=torch.float16)
         for name in IMPLEMENTATIONS:
             reasons = tilewise.why_not(q, q, q, impl=name)
             subject = f"impl={name!r} on {device}"
             if reasons:
                 yield Finding("runs", subject, f"not available: {'; '.join(reasons)}", "note")
+            elif name == "hopper":
+                yield Finding("runs", subject, hopper_here(device))
             else:
                 yield Finding("runs", subject, "available")
         yield Finding("runs", f"impl=None on {device}", f"is {make_request(q, q, q).implementation!r}")
+
+
+def hopper_here(device: str) -> str:
+    """Where Hopper's forward can run: how, and whether it must be asked for."""
+    if device == "cpu":
+        return "available, in an emulator"
+    if PROVEN:
+        return "available"
+    return "available where it is asked for: no GPU has shown yet that it is right and faster"
 
 
 def tile_tables() -> Iterator[Finding]:
@@ -303,23 +319,35 @@ def settings() -> Iterator[Finding]:
 
 
 def self_test() -> Iterator[Finding]:
-    """A small causal call against float64, on the device and with the implementation that calls get here."""
+    """A small causal call against float64, on the device and with the implementation that calls get here; and
+    one with Hopper's forward, where it can run."""
     device = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+    yield tested(None, torch.float32, device)
+    q = torch.empty(1, 1, 1, 16, device=device, dtype=torch.float16)
+    if not tilewise.why_not(q, q, q, impl="hopper"):
+        yield tested("hopper", torch.float16, device)
+
+
+def tested(impl: str | None, dtype: torch.dtype, device: str) -> Finding:
+    """What became of the call in this dtype."""
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 40, 32, device=device, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 40, 32, device=device, generator=generator).to(dtype) for _ in range(3))
     causal = tilewise_reference.masks.causal(40, 40)
     exact = tilewise_reference.attention(q, k, v, mask=causal)
-    plain = tilewise_reference.attention(q, k, v, mask=causal, dtype=torch.float32)
-    out = tilewise.attention(q, k, v, mask=tilewise.Causal())
-    error, rounding = (out - exact).abs().max().item(), torch.finfo(torch.float32).eps / 2
-    allowed = 10 * max((plain - exact).abs().max().item(), rounding)
-    name = make_request(q, k, v).implementation
-    found = f"{name} on {device}, fp32: largest error {error:.1e}, allowed {allowed:.1e}"
-    if error <= allowed and math.isfinite(error):
-        yield Finding("self test", "attention", found)
-    else:
-        advice = "the result is wrong: report this, with this output"
-        yield Finding("self test", "attention", found, "problem", advice)
+    torch_error = largest_difference(pytorch_attention(q, k, v, mask=causal)[0], exact)
+    errors = difference(tilewise.attention(q, k, v, mask=tilewise.Causal(), impl=impl), exact)
+    allowed = allowed_error(exact, dtype, torch_error)
+    worst = (errors / allowed).argmax()
+    error, limit = (x.flatten()[worst].item() for x in (errors, allowed))
+    name = make_request(q, k, v, impl=impl).implementation
+    subject = "attention" if impl is None else f"attention, impl={impl!r}"
+    precision = {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
+    found = f"{name} on {device}, {precision}: largest error {error:.1e}, allowed {limit:.1e}"
+    if error <= limit:
+        return Finding("self test", subject, found)
+    return Finding(
+        "self test", subject, found, "problem", "the result is wrong: report this, with this output"
+    )
 
 
 Probe = Callable[[], Iterator[Finding]]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from .. import tiles
 from ..api import make_request
 from ..checks import IMPLEMENTATIONS, STAGES, Request, implementation_is_known, violations
+from ..hopper import rules as hopper_rules
 from ..nested import is_nested, pack
 from ..numerics import INTERPRETED
 from ..quadratic import score_matrix_bytes
@@ -42,6 +44,8 @@ class Explanation:
     gpu: str
     gpu_because: str
     no_kernels: str  # why no GPU runs this call with the fused kernels; empty if one does
+    on_gpu: str  # the implementation that the forward below is of
+    on_gpu_note: str  # what to know of that; empty where there is nothing
     sizes: dict[str, int]
     dtype: str
     pairs: int  # of query and key, in all batches and heads
@@ -135,12 +139,16 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
     """`explain` of a request. The mode of gradients is that of `work`."""
     refuse_malformed(request)
     given = on_meta(request) if request.q.is_meta else request
-    refused, on_a_gpu = reasons(given), reasons(replace(on_meta(given), impl="portable", strict=False))
+    chip, gpu_because, on_its_gpu = chip_for(request.q, gpu)
+    not_hopper = why_not_hopper(request, chip)
+    refused = reasons(given, not_hopper)
+    on_a_gpu = reasons(replace(on_meta(given), impl="portable", strict=False))
     if refused and on_a_gpu:
         raise ValueError(refused[0])
     shape, implementation = request.shape, request.implementation
-    chip, gpu_because, on_its_gpu = chip_for(request.q, gpu)
-    model = as_workload(request, chip, work == "training", return_lse, on_its_gpu)
+    on_gpu, on_gpu_note = forward_on(chip, request, not_hopper)
+    is_hopper = on_gpu == "hopper"
+    model = as_workload(request, chip, work == "training", return_lse, on_its_gpu, is_hopper)
     kernels: tuple[Kernel, ...] = ()
     if not on_a_gpu:
         try:
@@ -148,16 +156,21 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
         except NotImplementedError as error:  # no tile fits the chip
             on_a_gpu = [str(error)]
     plain = Allocation("score matrices in fp32, several of", score_matrix_bytes(shape), "during the call")
+    others = {name: why_not_this(given, name) for name in IMPLEMENTATIONS if name != implementation}
+    if "hopper" in others:  # a word on the chip, not on this machine
+        others["hopper"] = "; ".join(on_a_gpu or not_hopper) or why_hopper_waits(request, chip)
     return Explanation(
         work=work,
         device=str(request.q.device),
         implementation=implementation,
         because=why_this(request),
         refused=tuple(refused),
-        others={name: why_not_this(given, name) for name in IMPLEMENTATIONS if name != implementation},
+        others=others,
         gpu=chip.name,
         gpu_because=gpu_because,
         no_kernels=on_a_gpu[0] if on_a_gpu else "",
+        on_gpu=on_gpu,
+        on_gpu_note=on_gpu_note,
         sizes=shape._asdict(),
         dtype=str(request.q.dtype).removeprefix("torch."),
         pairs=math.prod(shape.scores),
@@ -179,10 +192,16 @@ def refuse_malformed(request: Request) -> None:
                 raise ValueError(reason)
 
 
-def reasons(request: Request) -> list[str]:
-    """Every rule that the request breaks; of fake tensors, within their own mode."""
-    with request.q.fake_mode if isinstance(request.q, FakeTensor) else nullcontext():
+def reasons(request: Request, not_hopper: Iterable[str] = ()) -> list[str]:
+    """Every rule that the request breaks; of fake tensors, within their own mode. Those have no GPU that
+    Hopper's forward could look at: its own rules have been asked before, and say `not_hopper`."""
+    if not isinstance(request.q, FakeTensor):
         return [str(violation) for violation in violations(request)]
+    is_hopper = request.impl == "hopper"
+    with request.q.fake_mode:
+        asked = replace(request, impl="portable") if is_hopper else request
+        found = [str(violation) for violation in violations(asked)]
+    return found or [f"impl='hopper': {reason}" for reason in not_hopper if is_hopper]
 
 
 def on_meta(request: Request) -> Request:
@@ -208,6 +227,45 @@ def on_meta(request: Request) -> Request:
     for name in ("masks", "scores"):
         changed[name] = tuple(map(part_moved, getattr(request, name)))
     return replace(request, **changed)
+
+
+# ---- Hopper's forward
+
+
+def why_not_hopper(request: Request, chip: Chip) -> list[str]:
+    """The rules of Hopper's forward that the request breaks; the one on GPUs is asked about the chip."""
+    if chip.arch != "sm_90":
+        return [f"it needs a Hopper GPU (sm_90), and {chip.name} is {chip.arch}"]
+    broken = [rule(request) for rule in hopper_rules.RULES if rule is not hopper_rules.chip_is_hopper]
+    return [reason for reason in broken if reason is not None]
+
+
+def forward_on(chip: Chip, request: Request, not_hopper: list[str]) -> tuple[str, str]:
+    """Whose forward the chip runs, where one of the kernels answers there, and what to know of it."""
+    if request.impl == "hopper" and not_hopper:
+        return "portable", f"impl='hopper' cannot answer there: {'; '.join(not_hopper)}"
+    if request.impl == "hopper":
+        return "hopper", "" if is_proven(request, chip) else "Hopper's forward has not run on a GPU yet"
+    if request.impl is None and not not_hopper and is_proven(request, chip):
+        return "hopper", "Hopper's forward answers there: a GPU has shown that it is right and faster"
+    return "portable", ""
+
+
+def is_proven(request: Request, chip: Chip) -> bool:
+    """Whether Hopper's forward answers such calls on the chip without being asked for."""
+    return tiles.is_hopper_proven(chip.arch, request.q.element_size(), request.shape)
+
+
+def why_hopper_waits(request: Request, chip: Chip) -> str:
+    """Why it does not answer a call that it could answer on the chip."""
+    if not is_proven(request, chip):
+        return "it must be asked for, impl='hopper': no GPU has shown yet that it is right and faster"
+    if request.impl is not None:
+        return f"it could; impl={request.impl!r} asks for another"
+    return f"it does on an {chip.name}"
+
+
+# ---- Why this one, and why no other
 
 
 def why_this(request: Request) -> str:

@@ -65,6 +65,7 @@ def explain(
     alibi: Annotated[bool, typer.Option("--alibi", help="ALiBi slopes.")] = False,
     cosine: Annotated[bool, typer.Option("--cosine", help="Cosine similarity.")] = False,
     dropout: Annotated[float | None, typer.Option(help="Probability of dropping a pair.")] = None,
+    impl: Annotated[str | None, typer.Option(help="Ask for portable, hopper or torch.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     list_cases: Annotated[bool, typer.Option("--list", help="List the named cases.")] = False,
 ) -> None:
@@ -86,10 +87,10 @@ def explain(
         if case is None:
             chosen = case_of_sizes(q, kv, value_dim, dtype, features)
         elif q is not None or kv is not None or value_dim is not None or features:
-            raise ValueError("--case says everything but --gpu and --training; leave the others out")
+            raise ValueError("--case says everything but --gpu, --training and --impl; leave the others out")
         else:
             chosen = find_case(case)
-        found = explain_case(chosen, gpu, training)
+        found = explain_case(chosen, gpu, training, impl)
     except (ValueError, NotImplementedError) as error:
         typer.echo(f"tilewise explain: {error}", err=True)
         raise typer.Exit(2) from None
@@ -155,7 +156,7 @@ def window_of(given: str) -> tuple[int | None, int | None]:
     return left, right
 
 
-def explain_case(case: Case, gpu: str | None, training: bool) -> Explanation:
+def explain_case(case: Case, gpu: str | None, training: bool, impl: str | None = None) -> Explanation:
     """The explanation of a case, with q, k and v on the device meta: nothing of their size is stored."""
     inputs = case_inputs(case, "meta", gradients=training)
     arguments = dict(inputs.arguments)
@@ -169,7 +170,7 @@ def explain_case(case: Case, gpu: str | None, training: bool) -> Explanation:
             if isinstance(part, Dense):
                 arguments["mask"] = arguments["mask"] & part
     work: Work = "training" if training else "forward"
-    return explain_call(inputs.q, inputs.k, inputs.v, gpu=gpu, work=work, **arguments)
+    return explain_call(inputs.q, inputs.k, inputs.v, gpu=gpu, work=work, impl=impl, **arguments)
 
 
 def print_cases(console: Console) -> None:

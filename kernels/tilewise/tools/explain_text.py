@@ -50,10 +50,12 @@ def implementation(e: Explanation) -> Section:
     sentences += [f"Plain PyTorch holds {x.name} {quantity(x.bytes, 'B')}." for x in e.memory_here]
     if e.no_kernels:
         sentences.append(f"No kernel on an {e.gpu}: {e.no_kernels}.")
-    elif e.implementation == "torch" or e.refused:
-        sentences.append(f"On an {e.gpu} ({e.gpu_because}) the portable kernels would answer, as follows.")
+    elif e.implementation != e.on_gpu or e.refused:
+        sentences.append(f"On an {e.gpu} ({e.gpu_because}) the {e.on_gpu} kernels would answer, as follows.")
     else:
         sentences.append(f"What follows is for an {e.gpu} ({e.gpu_because}).")
+    if e.on_gpu_note and not e.no_kernels:
+        sentences.append(f"{e.on_gpu_note}.")
     return Section("Implementation", tuple(sentences))
 
 

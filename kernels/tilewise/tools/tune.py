@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from ..tile_table import Key, Tile
 from .candidates import nearest_first
 from .tune_bench import DeviceLost, Rejected, Verdict, median
-from .tune_journal import Journal, Subject
+from .tune_journal import Journal, Subject, tile_of
 
 NOISE = 0.02  # a gain that is smaller is none
 
@@ -48,6 +48,7 @@ class Measures(Protocol):
     def check(self, tile: Tile) -> Verdict: ...
     def check_every_feature(self, tile: Tile) -> Verdict: ...
     def time(self, case: str, tile: Tile, milliseconds: int) -> list[float]: ...
+    def time_portable(self, case: str, milliseconds: int) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,17 @@ class Outcome:
     left: int  # candidates that there was no time for
     problem: str = ""  # why the shipped tile itself cannot be used here
     settled: bool = False  # an earlier run found it, and nothing was left to try
+    portable: dict[str, float] = field(default_factory=dict)  # of Hopper's: the portable forward's, likewise
 
     @property
     def tile(self) -> Tile:
         return self.winner or self.shipped
+
+    @property
+    def over_portable(self) -> float | None:
+        """The portable forward's time over Hopper's, the least over the cases; None of other passes."""
+        ratios = [time / self.milliseconds[case] for case, time in self.portable.items()]
+        return min(ratios) if ratios else None
 
     def facts(self) -> dict[str, Any]:
         """As the journal keeps it, without its subject."""
@@ -85,7 +93,8 @@ class Outcome:
         facts = {name: entry[name] for name in cls.__dataclass_fields__ if name in entry}
         facts |= dict(key=subject.key, cases=subject.cases, shipped=subject.shipped)
         facts["settled"] = True
-        facts["winner"] = None if facts["winner"] is None else Tile(*facts["winner"])
+        work = subject.key[0]
+        facts["winner"] = None if facts["winner"] is None else tile_of(work, facts["winner"])
         facts["verdict"] = None if facts["verdict"] is None else Verdict(**facts["verdict"])
         return cls(**facts)
 
@@ -118,6 +127,7 @@ class Search:
     verdicts: dict[Tile, Verdict] = field(default_factory=dict)
     rejected: dict[Tile, str] = field(default_factory=dict)
     reference: Tile | None = None  # what times are compared with: the shipped tile, if it can be used
+    portable: dict[str, list[float]] = field(default_factory=dict)  # in the turns of the last comparison
 
     def run(self, seconds: float) -> Outcome:
         """Search for about so long. Raises DeviceLost where a candidate took the GPU with it; the journal
@@ -212,7 +222,8 @@ class Search:
         return sorted(self.ratios, key=self.ratios.__getitem__)[:count]
 
     def compare(self, field: Sequence[Tile], this: Round) -> dict[Tile, dict[str, list[float]]]:
-        """Time these and those in use in turns with the reference; by tile and case all samples."""
+        """Time these and those in use in turns with the reference, Hopper's with the portable forward too; by
+        tile and case all samples."""
         if self.reference is None:
             return {}
         tiles = list(dict.fromkeys([self.reference, *field, *(t for t in self.starts if t in self.ratios)]))
@@ -220,8 +231,11 @@ class Search:
             tile: {c: [] for c in self.bench.cases} for tile in tiles
         }
         self.bench.compile_ahead(tiles)
+        self.portable = {case: [] for case in self.bench.cases if self.key[0] == "hopper"}
         for turn in range(this.turns):
             self.tell(f"comparing {len(tiles)}, turn {turn + 1} of {this.turns}")
+            for case, times in self.portable.items():
+                times += self.bench.time_portable(case, this.milliseconds)
             for tile in [tile for tile in tiles if tile in samples]:
                 try:
                     for case in self.bench.cases:
@@ -271,6 +285,7 @@ class Search:
             rejected=len(self.rejected),
             left=len(self.pool) - self.count_tried(),
             problem=self.rejected.get(shipped, ""),
+            portable={case: median(each) for case, each in self.portable.items() if case in times},
         )
 
     def count_tried(self) -> int:

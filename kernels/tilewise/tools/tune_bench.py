@@ -15,7 +15,7 @@ import triton
 from tilewise_reference import Case
 
 from ..numerics import INTERPRETED
-from ..tiles import Pass, Tile
+from ..tiles import Pass, Tile, choose_tile
 from .tune_case import Workload, small, with_every_feature
 from .tune_kernels import KERNELS, WORKERS, compiling_ahead, watched
 
@@ -69,7 +69,7 @@ class Bench:
         self._timed = {label(case): Workload(case, device) for case in cases}
         self._checked = [Workload(small(case, check_length), device) for case in cases]
         self._every_feature = functools.cache(
-            lambda: Workload(with_every_feature(cases[0], check_length), device)
+            lambda: Workload(with_every_feature(cases[0], check_length, work), device)
         )
 
     @property
@@ -123,7 +123,7 @@ class Bench:
 
     def _run_forwards(self, workloads: Sequence[Workload]) -> None:
         """What a backward starts from."""
-        if self.work != "forward":
+        if self.work in ("dkv", "dq"):
             for workload in workloads:
                 workload.forward()
 
@@ -131,6 +131,13 @@ class Bench:
         """Milliseconds of each launch within about so many of timing. Raises Rejected."""
         with self._rejecting():
             return self._timer(self._timed[case].launcher(self.work, tile), milliseconds)
+
+    def time_portable(self, case: str, milliseconds: int) -> list[float]:
+        """The same of the portable forward, with the tile that it gets here."""
+        timed = self._timed[case]
+        tile = choose_tile(timed.request.q, timed.request.shape, "forward")
+        with self._rejecting():
+            return self._timer(timed.launcher("forward", tile), milliseconds)
 
     @contextmanager
     def _rejecting(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from tilewise_reference import Case
+from tilewise_reference.cases import Features
 
 from .. import tiles
 from ..api import make_request
@@ -23,6 +24,7 @@ from .poison import poisoned_memory
 from .tune_answers import Expected, expect, gradient_tensors, worst_share
 
 Tensor = torch.Tensor
+FORWARDS: tuple[Pass, ...] = ("forward", "hopper")
 CHECK_LENGTH = 336  # several tiles, and no multiple of one; but of 16, as the lengths that are timed
 
 
@@ -48,10 +50,16 @@ def small(case: Case, length: int = CHECK_LENGTH) -> Case:
     return replace(case, batch=1, q_len=q_len, kv_len=kv_len, features=features)
 
 
-def with_every_feature(case: Case, length: int = CHECK_LENGTH) -> Case:
+def with_every_feature(case: Case, length: int = CHECK_LENGTH, work: Pass = "forward") -> Case:
     """A small call of the case's dtype and dimensions with what makes a kernel large: the last check of a
-    tile, so that no feature asks for more than the chip has with it."""
+    tile, so that no feature asks for more than the chip has with it. Of Hopper's, what it takes."""
     heads = 4
+    features: Features = dict(
+        causal="bottom_right", window=(length // 2, 0), documents=2, softcap=20.0, alibi=True, sink=True,
+        bias=(1, heads, length - 3, length - 3), dropout=0.1, trained=True,
+    )  # fmt: skip
+    if work == "hopper":
+        del features["documents"], features["dropout"]
     return replace(
         small(case, length),
         name="every feature",
@@ -59,11 +67,17 @@ def with_every_feature(case: Case, length: int = CHECK_LENGTH) -> Case:
         kv_heads=2,
         q_len=length - 3,
         kv_len=length - 3,
-        features=dict(
-            causal="bottom_right", window=(length // 2, 0), documents=2, softcap=20.0, alibi=True, sink=True,
-            bias=(1, heads, length - 3, length - 3), dropout=0.1, trained=True,
-        ),
-    )  # fmt: skip
+        features=features,
+    )
+
+
+def forward_launcher(work: Pass) -> Callable[..., None]:
+    """The launch of the portable forward or of Hopper's, for which Gluon is imported."""
+    if work == "forward":
+        return launch_forward
+    from ..hopper import launch
+
+    return launch.launch_forward
 
 
 class Workload:
@@ -102,10 +116,11 @@ class Workload:
         they share tile_q."""
         q, k, shape = self.request.q.detach(), self.request.k.detach(), self.request.shape
         tile, call = self.tile(tile, work), bind(self.request)
-        if work == "forward":
+        if work in FORWARDS:
+            launch = forward_launcher(work)
             lse = q.new_empty(shape.scores[:3], dtype=torch.float32)
             filled = empty_in_order_of(q, shape.value_dim), lse, q.new_empty((2, *lse.shape), dtype=lse.dtype)
-            return lambda: launch_forward(call, *filled, tile)
+            return lambda: launch(call, *filled, tile)
         out, statistics = self.forward()
         if work == "dq":
             dkv_tile = tiles.choose_tile(q, shape, "dkv")
@@ -122,12 +137,13 @@ class Workload:
         names = [
             name
             for name in gradient_tensors(self.request)
-            if work != "forward" and (name == "dq") == (work == "dq")
+            if work not in FORWARDS and (name == "dq") == (work == "dq")
         ]
-        start = None if work == "forward" else self.forward()
+        start = None if work in FORWARDS else self.forward()
+        request = replace(self.request, impl="hopper") if work == "hopper" else self.request
         with tiles.use(self.tile(tile, work), (work,)), poisoned_memory(), torch.no_grad():
             if start is None:
-                out, lse, _ = run_forward(self.request, return_lse=True, for_backward=True)
+                out, lse, _ = run_forward(request, return_lse=True, for_backward=True)
                 assert lse is not None
                 return {"out": out, "lse": lse}
             grads = run_backward(self.request, *start, self.do, None, needs)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from ..numerics import INTERPRETED
-from ..tile_table import Key, Pass, Tile
+from ..tile_table import HopperTile, Key, Pass, Tile
 from ..tiles import reload_user_tables
 from ..user_tiles import table_path
 from .tune import ROUNDS, Outcome, Round, Search, Status
@@ -36,6 +36,7 @@ class PassName(str, Enum):
     forward = "forward"
     dkv = "dkv"
     dq = "dq"
+    hopper = "hopper"
 
 
 def tune(
@@ -45,7 +46,11 @@ def tune(
     ] = None,
     pass_: Annotated[
         list[PassName] | None,
-        typer.Option("--pass", help="A pass to tune; may be repeated. Default: those that the cases run."),
+        typer.Option(
+            "--pass",
+            help="A pass to tune; may be repeated; hopper: the forward for Hopper GPUs. Default: those that "
+            "the cases run.",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16, or a case's own.")
@@ -212,11 +217,16 @@ def show(console: Console, outcomes: list[Outcome]) -> None:
         "128x64 w8 s2: 128 queries against 64 keys a step, 8 warps, 2 stages. ms: the median of each case, "
         "before and after. gain: their geometric mean. error: the largest, as a share of what is allowed.",
     )
+    if any(outcome.key[0] == "hopper" for outcome in outcomes):
+        say(console, "turns: warpgroups issue their matmuls one after another. Qreg: Q stays in registers.")
     tried, rejected, left = (
         sum(getattr(outcome, name) for outcome in outcomes) for name in ("tried", "rejected", "left")
     )
     say(console, f"{tried} candidates were tried, {rejected} of them refused; for {left} there was no time.")
     for outcome in outcomes:
+        if outcome.over_portable is not None and not INTERPRETED:
+            times_as_fast = f"{outcome.over_portable:.3f} times as fast as the portable forward"
+            say(console, f"{title(outcome.key)}: {times_as_fast}, in the case where it gains least")
         if outcome.problem:
             say(console, f"{title(outcome.key)}: the shipped tile cannot be used here: {outcome.problem}")
 
@@ -238,8 +248,11 @@ def title(key: Key) -> str:
 
 
 def short(tile: Tile) -> str:
-    """A tile in a table: "128x64 w8 s2"."""
-    return f"{tile.tile_q}x{tile.tile_kv} w{tile.num_warps} s{tile.num_stages}"
+    """A tile in a table: "128x64 w8 s2"; of Hopper's, also "turns" and "Qreg" where they are on."""
+    text = f"{tile.tile_q}x{tile.tile_kv} w{tile.num_warps} s{tile.num_stages}"
+    if isinstance(tile, HopperTile):
+        text += " turns" * tile.has_turns + " Qreg" * tile.is_q_in_registers
+    return text
 
 
 def say(console: Console, text: str) -> None:

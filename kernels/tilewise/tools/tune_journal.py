@@ -7,13 +7,19 @@ of the table, the cases that decide it and the tile that candidates are compared
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..tile_table import Key, Tile
+from ..tile_table import HopperTile, Key, Pass, Tile
 
 ATTEMPTS = 2  # a candidate that twice left no result took the process with it
+
+
+def tile_of(work: Pass, numbers: Sequence[Any]) -> Tile:
+    """A pass' tile, of its numbers as an entry has them."""
+    return HopperTile(*numbers) if work == "hopper" else Tile(*numbers)
 
 
 class Subject(NamedTuple):
@@ -53,7 +59,7 @@ class Journal:
         for entry in self.about(subject):
             if "tile" not in entry:
                 continue
-            tile = Tile(*entry["tile"])
+            tile = tile_of(subject.key[0], entry["tile"])
             if entry["kind"] in ("trying", "interrupted"):
                 attempts[tile] = attempts.get(tile, 0) + (1 if entry["kind"] == "trying" else -1)
             elif entry["kind"] != "timed" or found.get(tile, entry)["kind"] == "timed":

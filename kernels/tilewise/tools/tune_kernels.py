@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import triton
 from triton.runtime.jit import JITFunction
 
-KERNELS = {"forward": "forward_kernel", "dkv": "dkv_kernel", "dq": "dq_kernel"}
+KERNELS = {
+    "forward": "forward_kernel",
+    "dkv": "dkv_kernel",
+    "dq": "dq_kernel",
+    "hopper": "hopper_forward_kernel",
+}
 WORKERS = min(16, os.cpu_count() or 1)
 
 

@@ -11,13 +11,17 @@ import torch
 from tilewise_reference import Case, paper_grid
 from tilewise_reference.cases import named_cases
 
-from ..tile_table import DIMS, PASSES, Key, Pass, Tile
+from ..api import make_request
+from ..hopper import rules as hopper_rules
+from ..tile_table import DIMS, PASSES, HopperTile, Key, Pass, Tile
 from ..tiles import length_tile, table_tile, user_table
 from .candidates import candidates, nearest_first
+from .inputs import case_inputs
 
 DEFAULT_LENGTH = 4096
 FEWEST_QUERIES = 128
 DTYPES = ("bfloat16", "float16", "float32")
+ORDER: tuple[Pass, ...] = (*PASSES, "hopper")  # it is timed beside the forward, which is tuned by then
 
 
 class Job(NamedTuple):
@@ -55,9 +59,24 @@ def choose_cases(names: Sequence[str], dtype: str | None) -> list[Case]:
     return [replace(case, dtype=dtype) if dtype else case for case in cases]
 
 
-def passes_of(case: Case, asked: Sequence[Pass]) -> tuple[Pass, ...]:
-    """The passes to tune with a case: those asked for, else what its model runs."""
-    return tuple(asked) or (PASSES if case.phase == "training" else ("forward",))
+def passes_of(case: Case, asked: Sequence[Pass], arch: str) -> tuple[Pass, ...]:
+    """The passes to tune with a case: those asked for, else what its model runs, and Hopper's forward where
+    that can answer. Raises ValueError where it is asked for and cannot."""
+    against = why_not_hopper(case, arch)
+    if "hopper" in asked and against:
+        raise ValueError(f"--pass hopper, case {case.name}: {against}")
+    if asked:
+        return tuple(asked)
+    found: tuple[Pass, ...] = PASSES if case.phase == "training" else ("forward",)
+    return found if against else (*found, "hopper")
+
+
+def why_not_hopper(case: Case, arch: str) -> str:
+    """Why Hopper's forward cannot answer the case on this architecture; empty where it can."""
+    if arch != "sm_90":
+        return f"it needs a Hopper GPU (sm_90), and this one is {arch}"
+    q, k, v, arguments, _ = case_inputs(case, "meta")
+    return "; ".join(hopper_rules.reasons(make_request(q, k, v, **arguments, impl="hopper")))
 
 
 def dim_of(case: Case) -> int:
@@ -69,10 +88,10 @@ def grouped(cases: Iterable[Case], asked: Sequence[Pass], arch: str) -> dict[Key
     """The rows that these cases decide, in the order in which they deserve the time."""
     rows: dict[Key, list[Case]] = {}
     for case in cases:
-        for work in passes_of(case, asked):
+        for work in passes_of(case, asked, arch):
             key = work, arch, case.torch_dtype.itemsize, dim_of(case)
             rows.setdefault(key, []).append(case)
-    return dict(sorted(rows.items(), key=lambda row: PASSES.index(row[0][0])))
+    return dict(sorted(rows.items(), key=lambda row: ORDER.index(row[0][0])))
 
 
 def gpu_jobs(cases: Iterable[Case], asked: Sequence[Pass], arch: str, device: torch.device) -> list[Job]:
@@ -90,6 +109,12 @@ def gpu_jobs(cases: Iterable[Case], asked: Sequence[Pass], arch: str, device: to
 
 
 SMOKE_LENGTH, SMOKE_CANDIDATES, SMOKE_ARCH = 48, 3, "sm_90"
+_HOPPER = HopperTile(128, 16, 8, 2)
+SMOKE_HOPPER: tuple[Tile, ...] = (
+    _HOPPER,
+    replace(_HOPPER, has_turns=False),
+    replace(_HOPPER, is_q_in_registers=True),
+)
 
 
 def is_tiny(tile: Tile) -> bool:
@@ -105,12 +130,13 @@ def smoke_jobs(cases: Sequence[Case], asked: Sequence[Pass]) -> list[Job]:
         features["bias"] = 1, 1, *features["bias"][2:]
     tiny = replace(case, batch=1, q_heads=1, kv_heads=1, features=features)
     jobs = []
-    for work in passes_of(case, asked):
+    for work in passes_of(case, asked, SMOKE_ARCH):
         size = tiny.torch_dtype.itemsize, dim_of(tiny)
-        start = Tile(32, 32)
-        found = [tile for tile in candidates(work, SMOKE_ARCH, *size) if is_tiny(tile)]
-        pool = nearest_first(found, start, start)[:SMOKE_CANDIDATES]
-        jobs.append(
-            Job((work, "interpreter", *size), (tiny,), (start,), tuple(dict.fromkeys([start, *pool])))
-        )
+        start, pool = Tile(32, 32), SMOKE_HOPPER
+        if work == "hopper":
+            start = pool[0]
+        else:
+            found = [tile for tile in candidates(work, SMOKE_ARCH, *size) if is_tiny(tile)]
+            pool = (start, *nearest_first(found, start, start)[:SMOKE_CANDIDATES])
+        jobs.append(Job((work, "interpreter", *size), (tiny,), (start,), tuple(dict.fromkeys(pool))))
     return jobs

@@ -72,6 +72,7 @@ def row_of(outcome: Outcome, where: Where) -> Row:
         before_tile=describe(outcome.shipped),
         gain=None if outcome.gain is None else round(outcome.gain, 4),
         samples=outcome.samples,
+        over_portable=None if outcome.over_portable is None else round(outcome.over_portable, 4),
         error=None if verdict is None else round(verdict.error, 4),
         torch=where.torch,
         driver=where.driver,

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 
 from ..call import power_of_two_tile
 from ..problem import Shape, ceil_div
+from ..tile_table import HOPPER_COLUMNS
 from ..tiles import Pass, Tile, square_tile
 from .chips import Chip
 from .coverage import (
     Coverage,
     Rows,
+    coverage,
     keys_that_are_seen,
     pairs_that_count,
+    ranges_of,
     walk_of_a_parameter,
     walk_over_keys,
     walk_over_rows,
@@ -77,6 +80,7 @@ class Workload:
     # Exponentials a pair beside that of the softmax: in the scores, and in their derivative.
     of_scores: int = 0
     of_derivatives: int = 0
+    is_hopper: bool = False  # the forward is Hopper's
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Kernel:
 
 def kernels_of(work: Workload) -> tuple[Kernel, ...]:
     """The launches of a call, in order."""
-    kernels = [forward(work)]
+    kernels = [hopper_forward(work) if work.is_hopper else forward(work)]
     if work.training:
         kernels += [prepare(work), dq(work), dkv(work)]
         kernels += [gradient(work, parameter) for parameter in work.parameters]
@@ -153,14 +157,17 @@ def extra_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:
 
 def walk(
     work: Workload, name: str, tile: tuple[Tile, str], programs: int, tiles: Coverage,
-    dims: tuple[int, int], exponentials: int, moved: int,
+    dims: tuple[int, int], exponentials: int, moved: int, least_columns: int = 0,
 ) -> Kernel:  # fmt: skip
     """A kernel that visits tiles of pairs. dims: how many products over head_dim and over value_dim it makes
-    of each; exponentials: of each pair."""
+    of each; exponentials: of each pair; least_columns: of a tile, however narrow a head is."""
     shape, (chosen, tile_from) = work.shape, tile
     of_head, of_value = dims
     executed = tiles.visited * chosen.tile_q * chosen.tile_kv
-    padded = of_head * power_of_two_tile(shape.head_dim) + of_value * power_of_two_tile(shape.value_dim)
+    head_tile, value_tile = (
+        max(least_columns, power_of_two_tile(dim)) for dim in (shape.head_dim, shape.value_dim)
+    )
+    padded = of_head * head_tile + of_value * value_tile
     flops = 2 * executed * padded
     wanted = of_head * shape.head_dim + of_value * shape.value_dim
     return Kernel(
@@ -184,13 +191,41 @@ def forward(work: Workload) -> Kernel:
     shape = work.shape
     tile, tile_from = work.choose(work.element_bytes, "forward")
     tiles = walk_over_keys(work.rows, shape, tile.tile_q, tile.tile_kv)
-    kept = 3 if work.training else int(work.return_lse)  # lse and two statistics
-    moved = rows_bytes(work, shape.head_dim + shape.value_dim) + seen_bytes(work)
-    moved += extra_bytes(work, tiles, tile) + statistics_bytes(work, kept)
     return walk(
         work, "forward", (tile, tile_from), rows_programs(work, tile.tile_q), tiles, (1, 1),
-        1 + work.of_scores, moved,
+        1 + work.of_scores, forward_bytes(work, tiles, tile),
     )  # fmt: skip
+
+
+def hopper_forward(work: Workload) -> Kernel:
+    """The same by programs that stay, one on each multiprocessor, and take one tile of rows after another."""
+    shape = work.shape
+    tile, tile_from = work.choose(work.element_bytes, "hopper")
+    tiles = hopper_walk(work.rows, shape, tile)
+    programs = min(work.chip.multiprocessors, rows_programs(work, tile.tile_q))
+    return walk(
+        work, "hopper forward", (tile, tile_from), programs, tiles, (1, 1),
+        1 + work.of_scores, forward_bytes(work, tiles, tile), HOPPER_COLUMNS,
+    )  # fmt: skip
+
+
+def hopper_walk(rows: Rows, shape: Shape, tile: Tile) -> Coverage:
+    """As every walk over keys; but a tile of rows that sees no key visits one tile, and masks it out."""
+    found = walk_over_keys(rows, shape, tile.tile_q, tile.tile_kv)
+    if 0 in shape.scores:
+        return found
+    ranges = ranges_of(rows, shape, tile.tile_q)
+    blind = int((ranges.stop <= ranges.start).sum())
+    added = coverage(rows, shape, (tile.tile_q, tile.tile_kv), blind, 0).masked
+    return Coverage(found.total, found.skipped - added, found.masked + added, found.full)
+
+
+def forward_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:
+    """q, out, what some row sees of k and v, the other tensors, and what is kept of each row."""
+    shape = work.shape
+    kept = 3 if work.training else int(work.return_lse)  # lse and two statistics
+    moved = rows_bytes(work, shape.head_dim + shape.value_dim) + seen_bytes(work)
+    return moved + extra_bytes(work, tiles, tile) + statistics_bytes(work, kept)
 
 
 def prepare(work: Workload) -> Kernel:
