@@ -45,8 +45,10 @@ def is_default(r: Request) -> bool:
 
 
 def chip_is_hopper(r: Request) -> str | None:
-    if r.q.device.type != "cuda" or is_without_memory(r.q) or torch.compiler.is_compiling():
+    if r.q.device.type != "cuda" or torch.compiler.is_compiling():
         return None  # another device's rule is `checks.kernel_can_run`; a graph is asked when it runs
+    if is_without_memory(r.q) and not torch.cuda.is_available():  # a fake tensor, on a chip that is not here
+        return None
     if tiles.architecture(r.q.device) == "sm_90":
         return None
     name = torch.cuda.get_device_name(r.q.device)
