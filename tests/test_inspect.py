@@ -13,12 +13,12 @@ import pytest
 
 from harness.baseline import Figures, against_baseline, better, load, save, worse
 from tilewise.tools.compiled import Compiled, CompileError, Variant, compile_variants
-from tilewise.tools.inspect import check_arguments, inspect_one, variants
+from tilewise.tools.inspect import applicable, check_arguments, inspect_one, variants
 from tilewise.tools.machine_code import Instruction
 from tilewise.tools.main_loop import main_loops
-from tilewise.tools.variants import find_case
+from tilewise.tools.variants import KERNELS, find_case
 
-OLD = Figures(200, 0, 1024, [500, 700], [16, 16], [66, 66])
+OLD = Figures(200, 0, 1024, [500, 700], [16, 16], [66, 66], [66, 64])
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,8 @@ OLD = Figures(200, 0, 1024, [500, 700], [16, 16], [66, 66])
         (dict(instructions=[500]), "instructions [500, 700] -> [500]"),
         (dict(matmuls=[16, 8]), "matmuls [16, 16] -> [16, 8]"),
         (dict(exponentials=[65, 66]), "exponentials [66, 66] -> [65, 66]"),
+        (dict(overlapped=[66, 63]), "overlapped [66, 64] -> [66, 63]"),
+        (dict(overlapped=[66, 66]), None),
         (dict(registers=100, shared_bytes=512, instructions=[400, 600]), None),
     ],
 )
@@ -48,12 +50,12 @@ def test_what_is_better_than_the_baseline():
 
 def some_kernel(**change) -> Compiled:
     """With two main loops, one of three instructions and one of two."""
-    product, back = Instruction("HGMMA.64x128x16.F32.BF16"), Instruction("BRA", target=0, continues=True)
-    code = [product, Instruction("MUFU.EX2"), back, product, dataclasses.replace(back, target=3)]
+    product, back = Instruction("HGMMA.64x128x16.F32.BF16"), Instruction("BRA", targets=(0,))
+    code = [product, Instruction("MUFU.EX2"), back, product, dataclasses.replace(back, targets=(3,))]
     loops = main_loops(code, warps=8, warp=32)
     tile = dict(TILE_Q=64, TILE_KV=128, HEAD_TILE=64, VALUE_TILE=64)
     kernel = Compiled(
-        "bf16 64 causal", "dkv_kernel", "sm_90", "bfloat16", tile, 8, 2, 200, 0, 1024, 0, {}, {}, loops
+        "bf16 64 causal", "dkv_kernel", "sm_90", "bfloat16", tile, 8, 2, 200, {}, 0, 1024, 0, {}, {}, loops
     )
     return dataclasses.replace(kernel, **change)
 
@@ -62,7 +64,7 @@ def test_baseline_file(tmp_path, monkeypatch):
     """Written and read back; what is worse fails, what is better warns, another Triton is skipped."""
     file = tmp_path / "inspect.json"
     monkeypatch.setattr("harness.baseline.load", lambda: load(file))
-    name, figures = "sm_90 dkv bf16 64 causal", Figures(200, 0, 1024, [3, 2], [1, 1], [1, 0])
+    name, figures = "sm_90 dkv bf16 64 causal", Figures(200, 0, 1024, [3, 2], [1, 1], [1, 0], [0, 0])
     monkeypatch.setattr("triton.__version__", "3.9.0")
     save({"3.9.0": {name: figures}, "3.6.0": {}}, file)
     assert load(file) == {"3.6.0": {}, "3.9.0": {name: figures}}
@@ -95,15 +97,36 @@ DEFAULTS = dict(archs=["sm_90"], dtypes=["bf16"], dims=[64], masks=["full"], ker
         (dict(archs=["sm_33"]), "arch='sm_33' must be one of sm_75, sm_80"),
         (dict(dtypes=["fp8"]), "dtype='fp8' must be one of fp16, bf16, fp32"),
         (dict(masks=["window"]), "mask='window' must be one of causal, full"),
-        (dict(kernels=["decode"]), "kernel='decode' must be one of forward, dkv, dq, prepare, parameter"),
+        (
+            dict(kernels=["decode"]),
+            "kernel='decode' must be one of forward, hopper, dkv, dq, prepare, parameter",
+        ),
         (dict(dims=[257]), "dim=257 must be from 1 to 256"),
         (dict(cases=["llama3-8b"]), "case='llama3-8b' is not a named case; there are for example llama3-8b-"),
         (dict(kernels=[]), "nothing to inspect"),
+        (dict(kernels=["hopper"], archs=["sm_90", "sm_100"]), "'hopper' does not apply: .* arch='sm_100'"),
+        (dict(kernels=["hopper"], dtypes=["fp32"]), "'hopper' does not apply: .* dtype='fp32'"),
+        (dict(kernels=["hopper"], cases=["feature-dropout"]), "case='feature-dropout': dropout_p=0.1"),
     ],
 )
 def test_wrong_names_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         check_arguments(**DEFAULTS | change)
+
+
+@pytest.mark.parametrize(
+    ("archs", "dtypes", "cases", "applies"),
+    [
+        (["sm_90"], ["bf16", "fp16"], [], True),
+        (["sm_90"], ["bf16", "fp32"], [], False),
+        (["sm_90", "sm_80"], ["bf16"], [], False),
+        (["sm_90"], ["bf16"], ["feature-softcap"], True),
+        (["sm_90"], ["bf16"], ["feature-softcap", "feature-dropout"], False),
+    ],
+)
+def test_hoppers_forward_is_inspected_where_it_applies(archs, dtypes, cases, applies):
+    expected = ["forward", "hopper", "dkv", "dq"] if applies else ["forward", "dkv", "dq"]
+    assert applicable(KERNELS, archs, dtypes, cases) == expected
 
 
 def test_what_is_compiled():
@@ -145,6 +168,7 @@ def test_the_command_on_one_kernel():
     names = ("kernel", "variant", "target", "chip")
     assert [found[name] for name in names] == ["forward", "bf16 128 causal", "sm_90", "H200"]
     assert found["compiled"]["spill_bytes"] == 0 and found["occupancy"]["programs"] == 1
+    assert found["compiled"]["assembler"] == {"warnings": [], "spill_stores": 0, "spill_loads": 0}
     full, cut = found["loops"]
     assert full["counts"]["name"] == "full" and full["counts"]["matmuls"] == cut["counts"]["matmuls"] == 16
     assert 0 < full["bound"]["apart"] < full["bound"]["together"] <= 1

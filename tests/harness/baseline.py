@@ -20,13 +20,18 @@ from tilewise.tools.compiled import TARGETS, Compiled, compile_variants
 
 FILE = Path(__file__).parents[1] / "baselines" / "inspect.json"
 REFRESH = "PYTHONPATH=tests python -m harness.baseline"
-SOURCES = {"main_variants": TARGETS, "backward_variants": TARGETS, "oldest_variants": ("sm_80", "sm_90")}
+SOURCES = {
+    "main_variants": TARGETS,
+    "backward_variants": TARGETS,
+    "oldest_variants": ("sm_80", "sm_90"),
+    "hopper_variants": ("sm_90",),
+}
 MORE_REGISTERS, LONGER_LOOP = 8, 1.1  # what passes as the same
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is kept of a compiled kernel; of its loops over full and over cut tiles, a number each."""
+    """What is kept of a compiled kernel; of its main loops, a number each."""
 
     registers: int
     spill_bytes: int
@@ -34,6 +39,7 @@ class Figures:
     instructions: list[int]
     matmuls: list[int]
     exponentials: list[int]
+    overlapped: list[int]
 
 
 def figures_of(compiled: Compiled) -> Figures:
@@ -45,12 +51,13 @@ def figures_of(compiled: Compiled) -> Figures:
         instructions=[loop.instructions for loop in loops],
         matmuls=[loop.matmuls for loop in loops],
         exponentials=[loop.exponentials for loop in loops],
+        overlapped=[loop.overlapped for loop in loops],
     )
 
 
 def key(compiled: Compiled) -> str:
     """The name of a kernel in the file: "sm_90 forward bf16 128 causal"."""
-    return f"{compiled.target} {compiled.kernel.removesuffix('_kernel')} {compiled.variant}"
+    return f"{compiled.target} {compiled.name} {compiled.variant}"
 
 
 def worse(old: Figures, new: Figures) -> list[str]:
@@ -65,6 +72,7 @@ def worse(old: Figures, new: Figures) -> list[str]:
         "instructions": longer,
         "matmuls": new.matmuls != old.matmuls,
         "exponentials": new.exponentials != old.exponentials,
+        "overlapped": any(now < before for before, now in zip(old.overlapped, new.overlapped, strict=False)),
     }
     return [
         f"{name} {getattr(old, name)} -> {getattr(new, name)}" for name, is_worse in found.items() if is_worse

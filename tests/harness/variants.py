@@ -2,17 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from filelock import FileLock
 
 import tilewise
-from tilewise.tools.compiled import Variant
+from tilewise.tile_table import HopperTile
+from tilewise.tools.compiled import TARGETS, Compiled, Variant, compile_variants
 from tilewise.tools.inspect import DIMS
-from tilewise.tools.variants import DTYPES, backward_variant, forward_variant, launch, launch_backward
+from tilewise.tools.variants import (
+    DTYPES,
+    backward_variant,
+    forward_variant,
+    hopper_variant,
+    launch,
+    launch_backward,
+    plain_inputs,
+)
 
 from .features import build
+
+
+def shared_folder(folders: pytest.TempPathFactory) -> Path:
+    """A folder that the workers of a run have in common."""
+    folder: Path = folders.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def compiled_once(
+    variants: str,
+    folders: pytest.TempPathFactory,
+    targets: Sequence[str] = TARGETS,
+    parts: Sequence[dict[str, Any]] = ({},),
+    **options: Any,
+) -> dict[str, list[Compiled]]:
+    """The variants for these targets. It takes minutes, so the workers of a run share one file of results.
+
+    parts: arguments of the function of variants, for a process each; options: of `compile_variants`.
+    """
+
+    def compiled(part: dict[str, Any]) -> dict[str, list[Compiled]]:
+        return compile_variants(f"harness.variants:{variants}", targets, part, **options)
+
+    file = shared_folder(folders) / f"{variants}.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            with ThreadPoolExecutor() as pool:
+                done = list(pool.map(compiled, parts))
+            found = {target: [each for part in done for each in part[target]] for target in targets}
+            file.write_text(json.dumps(found, default=dataclasses.asdict))
+    found = json.loads(file.read_text())
+    return {target: [Compiled.from_json(each) for each in kernels] for target, kernels in found.items()}
 
 
 def main_variants() -> list[Variant]:
@@ -67,6 +116,32 @@ def backward_variants() -> list[Variant]:
     dtypes = ("bf16", "fp32")
     found = [backward_variant(dtype, dim, "causal") for dtype in dtypes for dim in DIMS]
     return [*found, backward_variant("bf16", 128, "full")]
+
+
+# What `tilewise tune` may choose beside the table's tiles of Hopper's forward, at head_dim 64 and 128.
+HOPPER_TILES = {
+    "three warpgroups": (64, HopperTile(192, 64, 12, 2)),
+    "no turns": (128, HopperTile(128, 128, 8, 2, has_turns=False)),
+    "Q in registers": (128, HopperTile(128, 128, 8, 2, is_q_in_registers=True)),
+}
+
+
+def hopper_variants(part: int | None = None) -> list[Variant]:
+    """Hopper's forward: every row of the table, other tiles, and a call with features. They take a minute, so
+    that two processes may have a part each, 0 or 1."""
+
+    def features() -> None:
+        lengths = torch.empty(1, dtype=torch.int32, device="meta")
+        mask = tilewise.Causal() & tilewise.Window(100, 0) & tilewise.Padding(lengths)
+        sink = torch.empty(4, device="meta")
+        inputs = plain_inputs("bf16", 64)
+        launch(*inputs, return_lse=True, mask=mask, score=tilewise.Softcap(30.0), sink=sink, impl="hopper")
+
+    found = [hopper_variant("bf16", dim, mask) for mask in ("causal", "full") for dim in DIMS]
+    found += [hopper_variant("fp16", 128, "causal"), Variant("bf16 64 features", features)]
+    for name, (dim, tile) in HOPPER_TILES.items():
+        found.append(hopper_variant("bf16", dim, "causal", tile, f"bf16 {dim} causal, {name}"))
+    return found if part is None else found[part::2]
 
 
 def ones_variant() -> Variant:

@@ -3,6 +3,9 @@
 Nothing here is measured, and everything is optimistic: no bank conflicts, no latency, every unit at its
 datasheet's rate. What Blackwell's matmuls read from shared memory is not counted: their opcodes do not say.
 So the shares are limits that a GPU stays below, not predictions.
+
+Where warps have roles, a step is one of every team, for all share the units; what the producer's warp issues
+is not counted (it is one warp of nine or thirteen, and computes nothing).
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ def occupancy(chip: Chip, warps: int, registers: int, shared_bytes: int, tensor_
 
 @dataclass(frozen=True)
 class Bound:
-    """Clocks that a tile step of one program keeps each unit of a multiprocessor busy, and what follows."""
+    """Clocks that a tile step of one program, of all its teams, keeps each unit of a multiprocessor busy, and
+    what follows."""
 
     matmul: float
     exponentials: float  # the special function unit: other functions of it included
@@ -63,19 +67,20 @@ class Bound:
     together: float  # the same if all units work all the time
 
 
-def bound(loop: MainLoop, chip: Chip, warps: int, element_bytes: int) -> Bound:
-    """The limits of a loop on a chip, for programs of `warps` warps and inputs of `element_bytes`."""
+def bound(loop: MainLoop, chip: Chip, element_bytes: int) -> Bound:
+    """The limits of a loop on a chip, for inputs of `element_bytes`, all teams being in loops like it."""
     rate = matmul_rate(chip, element_bytes, loop.matmuls > 0)
-    matmul = loop.matmul_flops / rate
-    lanes = warps * chip.warp
+    matmul = loop.teams * loop.matmul_flops / rate
+    lanes = loop.teams * loop.warps * chip.warp
     special = loop.exponentials + loop.special
     # On NVIDIA four schedulers issue a warp's instruction each clock; on AMD four units of 16 lanes take four
     # clocks for the 64 of theirs.
     slots = chip.warp * 4 if chip.warp == 32 else 64
-    multiplied = loop.matmuls or loop.tile_flops // (2 * lanes)  # in IEEE fp32 the products are FFMAs
+    useful_flops = loop.teams * loop.tile_flops
+    multiplied = loop.matmuls or useful_flops // (2 * lanes)  # in IEEE fp32 the products are FFMAs
     rest = loop.issued - special - multiplied
     # Threads that multiply fp32 read the same numbers, which cross the port once: how often, no opcode says.
-    shared_bytes = loop.shared_bytes if loop.matmuls else 0
+    shared_bytes = loop.teams * loop.shared_bytes if loop.matmuls else 0
     fp32 = loop.float32 - (0 if loop.matmuls else multiplied)
     fp32_lanes = min(slots, chip.float32_flops // 2)
     clocks = {
@@ -85,7 +90,7 @@ def bound(loop: MainLoop, chip: Chip, warps: int, element_bytes: int) -> Bound:
         "shared memory": shared_bytes / chip.shared_bytes_a_clock,
     }
     other = max(rest * lanes / slots, fp32 * lanes / fp32_lanes)
-    useful = loop.tile_flops / rate
+    useful = useful_flops / rate
     in_turn = max(matmul, clocks["shared memory"]) + clocks["exponentials"] + other
     limit = max(clocks, key=lambda name: clocks[name])
     return Bound(

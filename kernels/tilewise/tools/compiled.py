@@ -34,15 +34,19 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from ..tile_table import WARPGROUP_ROWS
 from ..tiles import SHARED_BYTES, family
-from .machine_code import read_amdgcn, read_cubin
+from .assembler import Messages, assembler_messages
+from .machine_code import Flow, MachineCode, read_amdgcn, read_cubin
 from .main_loop import MainLoop, kind_of, main_loops
 
 # The start of the opcode that multiplies fp16 and bf16 tiles of 64 rows and more, by family.
 MATMUL = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 TARGETS = tuple(MATMUL)  # those that the tests compile for
 # Products of a tile step: how many of them are as long as head_dim, and how many as value_dim.
+HOPPER = "hopper_forward_kernel"
 PRODUCTS = {"forward_kernel": (1, 1), "dkv_kernel": (2, 2), "dq_kernel": (2, 1), "parameter_kernel": (1, 1)}
+PRODUCTS |= {HOPPER: (1, 1)}
 TILE_SIZES = ("TILE_Q", "TILE_KV", "HEAD_TILE", "VALUE_TILE")
 
 
@@ -65,15 +69,22 @@ class Compiled:
     target: str
     dtype: str  # of the inputs: "bfloat16"
     tile: dict[str, int]  # by TILE_SIZES, those that the kernel has
-    warps: int
+    warps: int  # a program's; with a producer, those that fill up its four included
     stages: int
-    registers: int  # a thread's
+    registers: int  # a thread's when the program starts
+    role_registers: dict[str, int]  # later, of a "consumer" and the "producer", where warps have these roles
     spill_bytes: int  # a thread's stack; Triton kernels put nothing else there
     shared_bytes: int  # a program's
     tensor_memory: int  # columns, of a program on Blackwell
     instructions: dict[str, int]  # by opcode without modifiers: {"LDG": 12, ...}
     matmuls: dict[str, int]  # by opcode with its modifiers: {"HMMA.16816.F32": 64, ...}
     loops: list[MainLoop]  # over tiles, in the program's order
+    assembler: Messages | None = None  # None where nobody asked, and for AMD
+
+    @property
+    def name(self) -> str:
+        """As `tilewise inspect --kernel` has it: "forward", "hopper", "dkv"."""
+        return "hopper" if self.kernel == HOPPER else self.kernel.removesuffix("_kernel")
 
     @property
     def uses_tensor_cores(self) -> bool:
@@ -83,7 +94,9 @@ class Compiled:
     @staticmethod
     def from_json(answer: dict[str, Any]) -> Compiled:
         """Undo `dataclasses.asdict`."""
-        return Compiled(**answer | dict(loops=[MainLoop(**loop) for loop in answer["loops"]]))
+        said = answer["assembler"]
+        loops = [MainLoop(**loop) for loop in answer["loops"]]
+        return Compiled(**answer | dict(loops=loops, assembler=None if said is None else Messages(**said)))
 
 
 @dataclass(frozen=True)
@@ -151,18 +164,19 @@ def compile_only(target: str, only: Sequence[str] | None = None) -> Iterator[lis
         yield launched
 
 
-def read(variant: str, launched: Launched, target: str, assembly: Path | None = None) -> Compiled:
-    """Read a compiled kernel's machine code; `assembly`: a folder to write it to."""
+def read(
+    variant: str, launched: Launched, target: str, assembly: Path | None = None, messages: bool = False
+) -> Compiled:
+    """Read a compiled kernel's machine code; `assembly`: a folder to write it to; `messages`: ask what the
+    assembler says."""
     kernel, metadata = launched.kernel, launched.kernel.metadata
     amd = "amdgcn" in kernel.asm
     code = read_amdgcn(kernel.asm["amdgcn"]) if amd else read_cubin(kernel.asm["cubin"])
     if assembly is not None:
-        name = re.sub(r"\W+", "-", f"{metadata.name.removesuffix('_kernel')} {variant}")
-        file = assembly / target / f"{name}.{'s' if amd else 'sass'}"
+        file = assembly_file(assembly, target, metadata.name, variant)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(code.text)
-    tile = {name: int(launched.arguments[name]) for name in TILE_SIZES if name in launched.arguments}
-    inputs = launched.arguments.get("q_ptr", launched.arguments.get("out_ptr"))
+    tile, inputs = tile_and_inputs(launched)
     opcodes = [instruction.opcode for instruction in code.instructions]
     return Compiled(
         variant=variant,
@@ -171,20 +185,60 @@ def read(variant: str, launched: Launched, target: str, assembly: Path | None = 
         dtype="" if inputs is None else str(inputs.dtype).removeprefix("torch."),
         tile=tile,
         warps=metadata.num_warps,
-        stages=metadata.num_stages,
+        stages=launched.arguments.get("STAGES", metadata.num_stages),
         registers=code.registers,
+        role_registers=role_registers(code),
         spill_bytes=code.spill_bytes,
         shared_bytes=metadata.shared,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,  # AMD's metadata have none
         instructions=dict(Counter(opcode.split(".")[0] for opcode in opcodes)),
         matmuls=dict(Counter(opcode for opcode in opcodes if kind_of(opcode) == "matmul")),
-        loops=main_loops(
-            code.instructions,
-            metadata.num_warps,
-            gpu_target(target).warp_size,
-            tile_flops(metadata.name, tile),
-        ),
+        loops=loops_of(code, metadata.name, tile, metadata.num_warps, gpu_target(target).warp_size),
+        assembler=assembler_messages(kernel) if messages and not amd else None,
     )
+
+
+def assembly_file(folder: Path, target: str, kernel: str, variant: str) -> Path:
+    """Where `read` writes a kernel's machine code."""
+    name = re.sub(r"\W+", "-", f"{kernel.removesuffix('_kernel')} {variant}")
+    return folder / target / f"{name}.{'s' if target.startswith('gfx') else 'sass'}"
+
+
+def tile_and_inputs(launched: Launched) -> tuple[dict[str, int], torch.Tensor | None]:
+    """A launch's tile, by TILE_SIZES, and a tensor of its inputs' dtype; Hopper's kernel has them in
+    descriptors of pieces of [1, 1, rows, columns]."""
+    given = launched.arguments
+    tile = {name: int(given[name]) for name in TILE_SIZES if name in given}
+    if "q_desc" not in given:
+        return tile, given.get("q_ptr", given.get("out_ptr"))
+    q, v = given["q_desc"], given["v_desc"]
+    columns = dict(HEAD_TILE=q.block_shape[3], VALUE_TILE=v.block_shape[3])
+    return tile | columns | dict(TILE_Q=q.block_shape[2] * given["WARPGROUPS"]), q.base
+
+
+def loops_of(code: MachineCode, kernel: str, tile: dict[str, int], warps: int, warp: int) -> list[MainLoop]:
+    """A kernel's main loops. In Hopper's, each warpgroup runs its own over its 64 rows, the cut tiles first,
+    and the copy engine brings K and V for all of them."""
+    flops = tile_flops(kernel, tile)
+    if kernel != HOPPER:
+        return main_loops(code.instructions, warps, warp, flops)
+    teams = tile["TILE_Q"] // WARPGROUP_ROWS
+    copied = 2 * tile["TILE_KV"] * (tile["HEAD_TILE"] + tile["VALUE_TILE"]) // teams
+    assert flops is not None
+    return main_loops(code.instructions, 4, warp, flops // teams, ("cut", "full"), copied)
+
+
+def role_registers(code: MachineCode) -> dict[str, int]:
+    """What a thread of each role has where it does its work: the consumers multiply, the producer has tiles
+    copied."""
+    if not any(each.opcode.startswith("USETMAXREG") for each in code.instructions):
+        return {}
+    flow = Flow(code.instructions)
+    found: dict[str, int] = {}
+    for role, work in (("consumer", MATMUL["sm_90"]), ("producer", "UTMALDG")):
+        places = [i for i, each in enumerate(code.instructions) if each.opcode.startswith(work)]
+        found[role] = min(flow.registers(place) or code.registers for place in places)
+    return found
 
 
 def tile_flops(kernel: str, tile: dict[str, int]) -> int | None:
@@ -202,12 +256,14 @@ def compile_variants(
     arguments: dict[str, Any] | None = None,
     workers: int = 2,
     assembly: Path | None = None,
+    messages: bool = False,
     on_variant: Callable[[str, str], None] = lambda target, variant: None,
 ) -> dict[str, list[Compiled]]:
     """Compile the variants that `source` ("module:function") returns for each target, one process a target.
 
     arguments: keyword arguments for that function, as JSON can say them. assembly: a folder for the machine
-    code as text. on_variant: told of each variant that is done, from a thread of its target's.
+    code as text. messages: whether to ask what the assembler says. on_variant: told of each variant that is
+    done, from a thread of its target's.
     Raises CompileError naming every variant that failed.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -217,6 +273,7 @@ def compile_variants(
         command = [sys.executable, "-m", "tilewise.tools.compiled", source, target]
         command += ["--arguments", json.dumps(arguments or {})]
         command += [] if assembly is None else ["--assembly", str(assembly)]
+        command += ["--messages"] if messages else []
         compiled, failures = [], []
         with tempfile.TemporaryFile("w+") as errors:
             with subprocess.Popen(
@@ -253,6 +310,7 @@ def main() -> None:
     parser.add_argument("target", choices=SHARED_BYTES)
     parser.add_argument("--arguments", type=json.loads, default={}, help="the function's, as a JSON object")
     parser.add_argument("--assembly", type=Path, help="a folder to write the machine code to")
+    parser.add_argument("--messages", action="store_true", help="ask what the assembler says")
     options = parser.parse_args()
     module, function = options.source.split(":")
     with contextlib.redirect_stdout(sys.stderr):  # stdout carries the answers alone
@@ -266,7 +324,7 @@ def main() -> None:
                 if not launched:
                     raise RuntimeError("it launched no kernel")
                 for each in launched:
-                    compiled = read(variant.name, each, options.target, options.assembly)
+                    compiled = read(variant.name, each, options.target, options.assembly, options.messages)
                     answers.append(dataclasses.asdict(compiled))
             except Exception as error:  # one variant's failure must not hide the others'
                 answers = [{"variant": variant.name, "error": f"{type(error).__name__}: {error}"}]

@@ -18,7 +18,7 @@ from .bound import Bound, Occupancy, bound, occupancy
 from .chips import Chip, chip_of_target
 from .compiled import Compiled, compile_variants, gpu_target
 from .main_loop import MainLoop
-from .variants import DTYPES, KERNELS, MASKS, case_variants, find_case, plain_variants
+from .variants import DTYPES, KERNELS, MASKS, case_variants, find_case, plain_variants, why_not_hopper
 
 SOURCE = f"{__name__}:variants"
 DIMS = (64, 128, 256)
@@ -38,7 +38,7 @@ class InspectedLoop:
 class Inspection:
     """One kernel, compiled for one target."""
 
-    kernel: str  # "forward", "dkv", "dq", "prepare", "parameter"
+    kernel: str  # "forward", "hopper", "dkv", "dq", "prepare", "parameter"
     variant: str  # "bf16 128 causal", or a case's name
     target: str
     chip: str | None  # by whose datasheet the limits are stated
@@ -54,7 +54,7 @@ def inspect_kernels(
     dtypes: Sequence[str] = ("bf16",),
     dims: Sequence[int] = DIMS,
     masks: Sequence[str] = ("causal", "full"),
-    kernels: Sequence[str] = KERNELS,
+    kernels: Sequence[str] | None = None,
     cases: Sequence[str] = (),
     assembly: Path | None = None,
     on_variant: Callable[[str, str], None] = lambda target, variant: None,
@@ -64,16 +64,27 @@ def inspect_kernels(
     archs: targets such as "sm_90" and "gfx942", of `tiles.SHARED_BYTES`.
     dtypes, dims, masks: the plain calls; "fp16", "bf16", "fp32"; head dimensions from 1 to 256; "causal",
         "full". Not used where there are cases.
-    kernels: of "forward", "dkv", "dq", "prepare", "parameter".
+    kernels: of "forward", "hopper", "dkv", "dq", "prepare", "parameter"; None: the first four, but "hopper"
+        only where it can do all that is asked for: sm_90, 16 bits, and cases that it takes.
     cases: names of `tilewise_reference.cases`, each compiled with its own dtype, dimensions and features.
     assembly: a folder for the machine code as text.
     on_variant: told of each target and variant that is done.
     Raises ValueError for a name that is unknown, CompileError for what does not compile.
     """
+    if kernels is None:
+        kernels = applicable(KERNELS, archs, dtypes, cases)
     arguments = check_arguments(archs, dtypes, dims, masks, kernels, cases)
-    done = compile_variants(SOURCE, archs, arguments, assembly=assembly, on_variant=on_variant)
+    done = compile_variants(SOURCE, archs, arguments, assembly=assembly, messages=True, on_variant=on_variant)
     found = [inspect_one(compiled) for target in archs for compiled in done[target]]
     return sorted(found, key=lambda each: (archs.index(each.target), ALL_KERNELS.index(each.kernel)))
+
+
+def applicable(
+    kernels: Sequence[str], archs: Sequence[str], dtypes: Sequence[str], cases: Sequence[str]
+) -> list[str]:
+    """Those of the kernels that can be compiled for all of this."""
+    left_out = "hopper" if why_not_hopper(archs, dtypes, cases) else None
+    return [kernel for kernel in kernels if kernel != left_out]
 
 
 def check_arguments(
@@ -100,6 +111,8 @@ def check_arguments(
             raise ValueError(f"{dim=} must be from 1 to 256")
     for case in cases:
         find_case(case)
+    if "hopper" in kernels and (reason := why_not_hopper(archs, dtypes, cases)):
+        raise ValueError(f"kernel='hopper' does not apply: {reason}")
     if not archs or not kernels or not (cases or (dtypes and dims and masks)):
         raise ValueError(
             f"nothing to inspect: {archs=}, {kernels=}, {cases=}, {dtypes=}, {dims=}, {masks=} must not be "
@@ -119,7 +132,7 @@ def inspect_one(compiled: Compiled) -> Inspection:
     """What follows from a compiled kernel on the chip that stands for its target."""
     chip = chip_or_none(compiled.target)
     return Inspection(
-        kernel=compiled.kernel.removesuffix("_kernel"),
+        kernel=compiled.name,
         variant=compiled.variant,
         target=compiled.target,
         chip=None if chip is None else chip.name,
@@ -139,7 +152,7 @@ def occupancy_of(compiled: Compiled, chip: Chip) -> Occupancy:
 
 
 def bound_of(compiled: Compiled, loop: MainLoop, chip: Chip) -> Bound:
-    return bound(loop, chip, compiled.warps, 4 if compiled.dtype == "float32" else 2)
+    return bound(loop, chip, 4 if compiled.dtype == "float32" else 2)
 
 
 def chip_or_none(target: str) -> Chip | None:

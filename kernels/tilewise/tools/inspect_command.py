@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .compiled import CompileError
-from .inspect import ALL_KERNELS, DIMS, check_arguments, inspect_kernels, to_json, variants
+from .inspect import ALL_KERNELS, DIMS, applicable, check_arguments, inspect_kernels, to_json, variants
 from .inspect_table import WIDTH, print_inspections
 from .variants import KERNELS, MASKS
 
@@ -25,9 +25,12 @@ def inspect(
     mask: Annotated[list[str] | None, typer.Option(help="causal or full. [default: both]")] = None,
     kernel: Annotated[
         list[str] | None,
-        typer.Option(help="forward, dkv, dq, prepare or parameter. [default: the first three]"),
+        typer.Option(
+            help="forward, hopper, dkv, dq, prepare or parameter. [default: the first four, hopper where it "
+            "applies to the rest: sm_90, 16 bits]"
+        ),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All five kernels.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All kernels that apply.")] = False,
     case: Annotated[
         list[str] | None,
         typer.Option(help="The call of a named case instead, with its features."),
@@ -46,14 +49,13 @@ def inspect(
     if every and kernel:
         raise typer.BadParameter("--all and --kernel exclude each other")
     archs = arch or ["sm_90"]
-    kernels = list(ALL_KERNELS) if every else kernel or list(KERNELS)
+    dtypes, cases = dtype or ["bf16"], case or []
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH)  # rather broken lines than columns cut off
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        arguments = check_arguments(
-            archs, dtype or ["bf16"], dim or DIMS, mask or list(MASKS), kernels, case or []
-        )
+        kernels = kernel or applicable(ALL_KERNELS if every else KERNELS, archs, dtypes, cases)
+        arguments = check_arguments(archs, dtypes, dim or DIMS, mask or list(MASKS), kernels, cases)
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             count = len(archs) * len(variants(**arguments))
             compiling = progress.add_task("compiling", total=count)

@@ -17,24 +17,28 @@ RESOURCES = {
     "tile": "rows of queries x keys that a program works on at a time",
     "warps": "groups of threads that share a program's tile",
     "stages": "steps over a tile whose loads are in flight at once",
-    "registers": "of a thread; what does not fit is spilled",
+    "registers": "of a thread; what does not fit is spilled. hopper: of a consumer and of the producer",
     "spill": "bytes of a thread that travel to memory and back for want of registers; should be 0",
     "shared": "memory on the chip that a program's threads share: tiles on their way to the tensor cores",
     "programs": "that run at once on a multiprocessor, and what keeps out the next one",
 }
 COUNTS = {
-    "loop": "full: over tiles in which every pair counts; cut: over tiles that a mask cuts, masking included",
+    "loop": "full: over tiles in which every pair counts; cut: over tiles that a mask cuts, masking "
+    "included; the number says which warpgroup's loop it is",
     "instr": "instructions of a thread for a step over one tile, of which the next columns are a part",
     "matmul": "matrix products on tensor cores (Hopper: by four warps together; Blackwell: by one thread for "
     "all); none in fp32 unless TF32 is allowed",
+    "reg": "of these, on Hopper, those whose left operand is in registers",
     "exp": "exponentials",
+    "under": "of these, on Hopper, those that run while matmuls of the same warps are under way",
     "fp32": "additions, multiplications, comparisons and selections of fp32",
     "loads, stores": "of shared memory, copies from global memory into it included",
     "waits": "barriers, and waits for matmuls and copies",
 }
 CLOCKS = {
     "clocks": "that a step keeps a multiprocessor's tensor cores (matmul), special function units (exp), "
-    "issue slots (issue) and the port of its shared memory (shared) busy, by the datasheet",
+    "issue slots (issue) and the port of its shared memory (shared) busy, by the datasheet; hopper: a step "
+    "of every warpgroup",
     "busiest": "the one of the four that takes longest",
     "apart": "share of the chip's matmul rate (fp32: of its fp32 rate) that is left if matmuls, exponentials "
     "and the other instructions take turns",
@@ -53,6 +57,8 @@ def print_inspections(console: Console, inspections: Sequence[Inspection]) -> No
         versions = f"Triton {first.triton}, tilewise {first.tilewise}"
         console.print(f"{target}, compiled by {versions}", style="bold", markup=False)
         console.print(resources(of_target))
+        for warning in warnings(of_target):
+            console.print(warning, style="bold red", markup=False)
         if looping:
             console.print(counts(looping))
         if first.chip is None:
@@ -103,7 +109,7 @@ def resources(inspections: Sequence[Inspection]) -> Table:
             " x ".join(map(str, sizes)),
             str(compiled.warps),
             str(compiled.stages),
-            str(compiled.registers),
+            "/".join(map(str, compiled.role_registers.values())) or str(compiled.registers),
             Text(str(compiled.spill_bytes), style="bold red" if compiled.spill_bytes else ""),
             f"{compiled.shared_bytes / 1024:.0f} KiB",
             str(runs.programs) if runs else "",
@@ -112,14 +118,28 @@ def resources(inspections: Sequence[Inspection]) -> Table:
     return made
 
 
+def warnings(inspections: Sequence[Inspection]) -> list[str]:
+    """What the assembler warns of."""
+    return [
+        f"{each.kernel} {each.variant}: {warning}"
+        for each in inspections
+        if each.compiled.assembler is not None
+        for warning in each.compiled.assembler.warnings
+    ]
+
+
 def counts(inspections: Sequence[Inspection]) -> Table:
-    made = table("kernel", "call", "loop", "instr", "matmul", "exp", "fp32", "loads", "stores", "waits")
+    made = table(
+        "kernel", "call", "loop", "instr", "matmul", "reg", "exp", "under", "fp32", "loads", "stores", "waits"
+    )
     for each in inspections:
         for loop in (found.counts for found in each.loops):
             numbers = (
                 loop.instructions,
                 loop.matmuls,
+                loop.register_matmuls,
                 loop.exponentials,
+                loop.overlapped,
                 loop.float32,
                 loop.shared_loads,
                 loop.shared_stores,

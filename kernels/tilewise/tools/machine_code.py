@@ -3,10 +3,14 @@
 A loop is what compilers call a natural loop: a jump back to a header that every way into the loop passes, and
 all that lies between. So code that the assembler has moved out of line, such as the rare second round of a
 wait, belongs to the loop that it returns to, and does not look like a loop because it jumps back.
+
+Where warps have roles, workers get to their code by a jump through a table, and the other warps run what that
+jump does not lead to. So the table says whose an instruction is.
 """
 
 from __future__ import annotations
 
+import bisect
 import re
 import subprocess
 import tempfile
@@ -22,7 +26,7 @@ class Instruction:
 
     opcode: str  # with its modifiers: "HGMMA.64x128x16.F32.BF16", "v_exp_f32_e32"
     operands: str = ""
-    target: int | None = None  # the place, in the list of instructions, that it may jump to
+    targets: tuple[int, ...] = ()  # the places, in the list of instructions, that it may jump to
     continues: bool = True  # the next instruction may follow
     skipped: bool = False  # its predicate is never true: it fills a slot, and does nothing
 
@@ -37,31 +41,40 @@ class MachineCode:
     text: str  # the assembly
 
 
-# /*1e60*/  @!P0 BRA 0x5040 ;   the address, a predicate, the opcode, its operands
-_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.M)
+# .L_x_3:                                           a label, or
+#         /*1e60*/              @!P0 BRA `(.L_x_3) ;   the address, a predicate, the opcode, its operands
+_SASS = re.compile(
+    r"^(?:([.$][\w$.]+):|\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;)", re.M
+)
 _SASS_JUMPS = ("BRA", "JMP", "CALL")
-_SASS_ENDS = ("EXIT", "RET", "KILL", "BRX", "JMX")
+_SASS_TABLES = ("BRX", "JMX")  # jumps through a table: BRX R4 -0x1a0 (*"BRANCH_TARGETS .L_x_2,.L_x_66"*);
+_SASS_ENDS = ("EXIT", "RET", "KILL", *_SASS_TABLES)
 _AMD = re.compile(r"^(?:(\.L\w+):|\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)[ \t]*([^;\n]*))", re.M)
 
 
 def read_sass(text: str) -> list[Instruction]:
-    """The instructions that `cuobjdump -sass` prints for one kernel."""
-    lines = _SASS.findall(text)
-    place = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
+    """The instructions that `nvdisasm -c` prints for one kernel."""
+    lines: list[tuple[str, str, str]] = []
+    place: dict[str, int] = {}
+    for label, *line in _SASS.findall(text):
+        if label:
+            place[label] = len(lines)
+        else:
+            lines.append((line[0], line[1], line[2]))
     found = []
-    for _, predicate, opcode, operands in lines:
+    for predicate, opcode, operands in lines:
         name = opcode.split(".")[0]
-        to = re.search(r"0x([0-9a-f]+)$", operands) if name in _SASS_JUMPS else None
+        labels = re.findall(r"[.$][\w$]+", operands) if name in (*_SASS_JUMPS, *_SASS_TABLES) else []
         if opcode == "BRA.DIV":  # taken only where the threads of a warp have parted, which ours never do
-            to = None
-        # Conditions stand before the opcode or among the operands: BRA.U !UP0, 0x170.
-        always = not predicate and opcode != "BRA.DIV" and (to is None or to.start() == 0)
+            labels = []
+        # Conditions stand before the opcode or among the operands: BRA.U !UP0, `(.L_x_3).
+        always = not predicate and opcode != "BRA.DIV" and (name not in _SASS_JUMPS or operands[:1] == "`")
         ends = name in _SASS_ENDS or (name in _SASS_JUMPS and name != "CALL")
         found.append(
             Instruction(
                 opcode=opcode,
                 operands=operands,
-                target=None if to is None else place.get(int(to[1], 16)),
+                targets=tuple(place[label] for label in labels if label in place),
                 continues=not (ends and always),
                 skipped=predicate in ("!PT", "!UPT"),
             )
@@ -82,7 +95,9 @@ def read_amd(text: str) -> list[Instruction]:
         Instruction(
             opcode=opcode,
             operands=operands,
-            target=place.get(operands) if opcode.startswith(("s_branch", "s_cbranch")) else None,
+            targets=(place[operands],)
+            if opcode.startswith(("s_branch", "s_cbranch")) and operands in place
+            else (),
             continues=not opcode.startswith(("s_branch", "s_endpgm", "s_setpc")),
         )
         for opcode, operands in lines
@@ -90,14 +105,14 @@ def read_amd(text: str) -> list[Instruction]:
 
 
 def read_cubin(cubin: bytes) -> MachineCode:
-    """What the disassembler says that Triton's wheel carries."""
+    """What the disassemblers say that Triton's wheel carries."""
+    tools = triton.knobs.nvidia
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
         usage, sass = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
+            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+            for command in ((tools.cuobjdump.path, "-res-usage"), (tools.nvdisasm.path, "-c"))
         )
     found, instructions = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage), read_sass(sass)
     if found is None or not instructions:
@@ -116,43 +131,77 @@ def read_amdgcn(text: str) -> MachineCode:
     return MachineCode(int(registers[1]), int(scratch[1]), instructions, text)
 
 
-def natural_loops(instructions: Sequence[Instruction]) -> list[list[int]]:
-    """The loops, each as the places of its instructions, in the order of their headers."""
-    starts, follows = _blocks(instructions)
-    dominators = _dominators(follows)
-    before: list[list[int]] = [[] for _ in starts]
-    for block, after in enumerate(follows):
-        for next_block in after:
-            before[next_block].append(block)
-    bodies: dict[int, set[int]] = {}
-    for block, after in enumerate(follows):
-        for header in after:
-            if not dominators[block] >> header & 1:
-                continue
-            body, reached = bodies.setdefault(header, {header}), [block]
-            while reached:
-                inside = reached.pop()
-                if inside not in body:
-                    body.add(inside)
-                    reached += [b for b in before[inside] if dominators[b]]
-    ends = [*starts[1:], len(instructions)]
-    return [[i for b in sorted(bodies[h]) for i in range(starts[b], ends[b])] for h in sorted(bodies)]
+class Flow:
+    """Where a kernel may go from where."""
+
+    def __init__(self, instructions: Sequence[Instruction]) -> None:
+        self._instructions = instructions
+        self._starts, self._follows = _blocks(instructions)
+        self._ends = [*self._starts[1:], len(instructions)]
+        self._dominators = _dominators(self._follows)
+        self._entries = [
+            bisect.bisect(self._starts, target) - 1
+            for each in instructions
+            if each.opcode.startswith(_SASS_TABLES)
+            for target in each.targets
+        ]
+
+    def loops(self) -> list[list[int]]:
+        """The natural loops, each as the places of its instructions, in the order of their headers."""
+        before: list[list[int]] = [[] for _ in self._starts]
+        for block, after in enumerate(self._follows):
+            for next_block in after:
+                before[next_block].append(block)
+        bodies: dict[int, set[int]] = {}
+        for block, after in enumerate(self._follows):
+            for header in after:
+                if not self._dominators[block] >> header & 1:
+                    continue
+                body, reached = bodies.setdefault(header, {header}), [block]
+                while reached:
+                    inside = reached.pop()
+                    if inside not in body:
+                        body.add(inside)
+                        reached += [b for b in before[inside] if self._dominators[b]]
+        return [
+            [i for block in sorted(bodies[header]) for i in range(self._starts[block], self._ends[block])]
+            for header in sorted(bodies)
+        ]
+
+    def role(self, place: int) -> int:
+        """Whose an instruction is: 0, or n for the worker whose entry is the n-th of the table."""
+        passed = self._passed(place)
+        return next((n for n, entry in enumerate(self._entries, 1) if passed >> entry & 1), 0)
+
+    def registers(self, place: int) -> int | None:
+        """What a thread has there, by the last USETMAXREG on every way; None where there is none."""
+        passed = self._passed(place)
+        told = {}
+        for block, start in enumerate(self._starts):
+            if passed >> block & 1:
+                for each in self._instructions[start : min(self._ends[block], place)]:
+                    if each.opcode.startswith("USETMAXREG"):
+                        told[self._dominators[block].bit_count()] = int(each.operands.split()[-1], 16)
+        return told[max(told)] if told else None
+
+    def _passed(self, place: int) -> int:
+        """The blocks, as bits, that every way to an instruction passes, its own included."""
+        return self._dominators[bisect.bisect(self._starts, place) - 1]
 
 
 def _blocks(instructions: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
     """Where straight runs of instructions start, and for each the runs that may follow it."""
     cuts = {0}
     for i, instruction in enumerate(instructions):
-        if instruction.target is not None or not instruction.continues:
+        if instruction.targets or not instruction.continues:
             cuts.add(i + 1)
-        if instruction.target is not None:
-            cuts.add(instruction.target)
+        cuts.update(instruction.targets)
     starts = sorted(cuts - {len(instructions)})
     number = {start: block for block, start in enumerate(starts)}
     follows = []
     for end in [*starts[1:], len(instructions)]:
         last = instructions[end - 1]
-        after = [number[last.target]] if last.target is not None else []
+        after = [number[target] for target in last.targets]
         if last.continues and end in number:
             after.append(number[end])
         follows.append(after)

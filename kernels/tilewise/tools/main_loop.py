@@ -12,26 +12,30 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .machine_code import Instruction, natural_loops
+from .machine_code import Flow, Instruction
 
 
 @dataclass(frozen=True)
 class MainLoop:
     """One of the loops over tiles. A kernel of tilewise has two: "full", over the tiles in which every pair
-    counts, and "cut", over those that need masking."""
+    counts, and "cut", over those that need masking. Where warps have roles, each team has two: "full 1"."""
 
     name: str
+    warps: int  # that run it together: a team's
+    teams: int  # that have such loops
     instructions: int
     issued: int  # of these, those that wait for a slot of the vector units: on NVIDIA all
     matmuls: int
+    register_matmuls: int  # of these on Hopper, those that have their left operand in registers
     matmul_flops: int  # what the matmul instructions compute, padding and repetition included
     tile_flops: int  # what the products of one tile step need
     exponentials: int
+    overlapped: int  # of these on Hopper, those that run while matmuls of the same warps are under way
     special: int  # other instructions of the special function unit: reciprocals, logarithms, tanh
     float32: int  # additions, multiplications, comparisons and selections of fp32
     shared_loads: int
     shared_stores: int
-    shared_bytes: int  # to and from shared memory, each thread's counted, and operands of Hopper's matmuls
+    shared_bytes: int  # to and from shared memory: threads', operands of Hopper's matmuls, a copy engine's
     spills: int  # loads and stores of a thread's stack
     waits: int  # barriers, and waits for matmuls and copies
 
@@ -79,8 +83,32 @@ def operand_bytes(instruction: Instruction) -> int:
     if shape is None:
         return 0
     m, n = map(int, shape.groups())
-    a_in_registers = re.match(r"\w+, R\w+, ", instruction.operands) is not None
-    return 32 * (n if a_in_registers else m + n)  # K times the element is 32 bytes in every dtype
+    return 32 * (
+        n if a_in_registers(instruction) else m + n
+    )  # K times the element is 32 bytes in every dtype
+
+
+def a_in_registers(instruction: Instruction) -> bool:
+    """Whether a warpgroup's matmul has its left operand in registers."""
+    is_hopper = re.match(r"[A-Z]GMMA\.", instruction.opcode) is not None
+    return is_hopper and re.match(r"\w+, R\w+, ", instruction.operands) is not None
+
+
+def overlapped(loop: Sequence[Instruction]) -> int:
+    """Exponentials that stand where matmuls of the same warps are under way: after the last of a group, which
+    names gsb0, and before the wait for it, a WARPGROUP.DEPBAR, which says how many groups it leaves. What one
+    step leaves, the next begins with: hence twice round the loop."""
+    under_way = found = 0
+    for each in (*loop, None, *loop):
+        if each is None:
+            found = 0
+        elif each.opcode.startswith("WARPGROUP.DEPBAR"):
+            under_way = min(under_way, int(each.operands.split()[-1], 16))
+        elif kind_of(each.opcode) == "matmul":
+            under_way += each.operands.endswith("gsb0")
+        elif kind_of(each.opcode) == "exponential":
+            found += under_way > 0
+    return found
 
 
 def shared_bytes(opcode: str) -> int:
@@ -96,20 +124,40 @@ def shared_bytes(opcode: str) -> int:
 
 
 def main_loops(
-    instructions: Sequence[Instruction], warps: int, warp: int, tile_flops: int | None = None
+    instructions: Sequence[Instruction],
+    warps: int,
+    warp: int,
+    tile_flops: int | None = None,
+    order: tuple[str, ...] = ("full", "cut"),
+    copied_bytes: int = 0,
 ) -> list[MainLoop]:
-    """The main loops of a kernel whose programs have `warps` warps of `warp` threads, in the program's order.
+    """The main loops of a kernel whose teams have `warps` warps of `warp` threads, in the program's order,
+    team by team.
 
-    tile_flops: what the products of a tile step need; without it, what the matmul instructions compute.
+    tile_flops: what the products of a team's step need; without it, what the matmul instructions compute.
+    order: of a team's loops. copied_bytes: what a copy engine brings for a step, a team's share.
     """
-    loops = [[instructions[place] for place in loop] for loop in _innermost(instructions)]
-    names = ["full", "cut"] if len(loops) == 2 else [str(n) for n in range(1, len(loops) + 1)]
-    return [_count(name, loop, warps, warp, tile_flops) for name, loop in zip(names, loops, strict=True)]
+    teams = loops_by_team(instructions)
+    found = []
+    for team, loops in enumerate(teams, 1):
+        names = order if len(loops) == len(order) else [str(n) for n in range(1, len(loops) + 1)]
+        for name, code in zip(names, loops, strict=True):
+            name = name if len(teams) == 1 else f"{name} {team}"
+            found.append(_count(name, code, warps, warp, len(teams), tile_flops, copied_bytes))
+    return found
 
 
-def _innermost(instructions: Sequence[Instruction]) -> list[list[int]]:
+def loops_by_team(instructions: Sequence[Instruction]) -> list[list[list[Instruction]]]:
+    """The instructions of each team's main loops, in the program's order."""
+    flow = Flow(instructions)
+    teams: dict[int, list[list[Instruction]]] = {}
+    for places in _innermost(instructions, flow.loops()):
+        teams.setdefault(flow.role(places[0]), []).append([instructions[i] for i in places])
+    return [teams[role] for role in sorted(teams)]
+
+
+def _innermost(instructions: Sequence[Instruction], loops: list[list[int]]) -> list[list[int]]:
     """The loops that multiply, or else take exponentials, and hold no other loop that does."""
-    loops = natural_loops(instructions)
     for kind in ("matmul", "exponential"):
         holding = [loop for loop in loops if any(kind_of(instructions[i].opcode) == kind for i in loop)]
         if holding:
@@ -117,7 +165,15 @@ def _innermost(instructions: Sequence[Instruction]) -> list[list[int]]:
     return []
 
 
-def _count(name: str, loop: Sequence[Instruction], warps: int, warp: int, tile_flops: int | None) -> MainLoop:
+def _count(
+    name: str,
+    loop: Sequence[Instruction],
+    warps: int,
+    warp: int,
+    teams: int,
+    tile_flops: int | None,
+    copied_bytes: int,
+) -> MainLoop:
     done = [instruction for instruction in loop if not instruction.skipped]
     kinds = Counter(kind_of(instruction.opcode) for instruction in done)
     shapes = [matmul_flops(each.opcode) for each in done if kind_of(each.opcode) == "matmul"]
@@ -127,17 +183,21 @@ def _count(name: str, loop: Sequence[Instruction], warps: int, warp: int, tile_f
     moved = warp * warps * sum(shared_bytes(each.opcode) for each in done)
     return MainLoop(
         name=name,
+        warps=warps,
+        teams=teams,
         instructions=len(loop),
         issued=sum(each.opcode[0].isupper() or each.opcode.startswith("v_") for each in loop),
         matmuls=kinds["matmul"],
+        register_matmuls=sum(map(a_in_registers, done)),
         matmul_flops=flops,
         tile_flops=flops if tile_flops is None else tile_flops,
         exponentials=kinds["exponential"],
+        overlapped=overlapped(done),
         special=kinds["special"],
         float32=kinds["float32"],
         shared_loads=kinds["shared load"],
         shared_stores=kinds["shared store"],
-        shared_bytes=moved + warps // 4 * sum(map(operand_bytes, done)),
+        shared_bytes=moved + warps // 4 * sum(map(operand_bytes, done)) + copied_bytes,
         spills=kinds["spill"],
         waits=kinds["wait"],
     )

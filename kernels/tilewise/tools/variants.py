@@ -19,18 +19,21 @@ import triton
 from tilewise_reference import CASES, Case
 from tilewise_reference.cases import named_cases
 
+from .. import tiles
 from ..api import make_request
 from ..autograd import parameter_slots, run_backward, run_forward
+from ..hopper import rules as hopper_rules
 from ..masks import Causal
 from ..positions import RelativePosition
 from ..problem import Shape
-from ..tiles import Tile, gpu_tile
+from ..tile_table import HopperTile
+from ..tiles import Tile
 from .compiled import Variant
 from .inputs import case_inputs
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MASKS = {"causal": Causal(), "full": None}
-KERNELS = ("forward", "dkv", "dq")
+KERNELS = ("forward", "hopper", "dkv", "dq")
 LENGTH, Q_HEADS, KV_HEADS = 512, 4, 2  # no kernel is another for longer sequences or other heads
 
 
@@ -42,10 +45,10 @@ def target_name() -> str:
 
 @contextlib.contextmanager
 def target_tiles() -> Iterator[None]:
-    """Every pass of a call gets the tile that it would get on the target."""
+    """Every pass of a call gets the tile that it would get on the target, or that `tiles.use` gives."""
 
     def choose(q: torch.Tensor, shape: Shape, work: Any) -> Tile:
-        return gpu_tile(target_name(), q.element_size(), shape, work)
+        return tiles.arch_choice(target_name(), q.element_size(), shape, work)[0]
 
     with mock.patch("tilewise.autograd.choose_tile", choose):
         yield
@@ -97,6 +100,18 @@ def forward_variant(
     return Variant(f"{dtype}{tf32} {dim} {mask}{'' if q_len == LENGTH else f' q_len {q_len}'}", run)
 
 
+def hopper_variant(
+    dtype: str, dim: int, mask: str, tile: HopperTile | None = None, name: str = ""
+) -> Variant:
+    """Hopper's forward under the plainest call, with the table's tile or another."""
+
+    def run() -> None:
+        with contextlib.nullcontext() if tile is None else tiles.use(tile, ["hopper"]):
+            launch(*plain_inputs(dtype, dim), return_lse=True, mask=MASKS[mask], impl="hopper")
+
+    return Variant(name or f"{dtype} {dim} {mask}", run)
+
+
 def backward_variant(dtype: str, dim: int, mask: str, kernels: Sequence[str] | None = None) -> Variant:
     """The backward's tiles of the table under the plainest call; kernels: of "prepare", "dkv" and "dq"."""
     only = None if kernels is None else tuple(f"{name}_kernel" for name in kernels)
@@ -132,6 +147,8 @@ def plain_variants(
     for dtype, dim, mask in itertools.product(dtypes, dims, masks):
         if "forward" in kernels:
             found.append(forward_variant(dtype, dim, mask))
+        if "hopper" in kernels:
+            found.append(hopper_variant(dtype, dim, mask))
         if backward:
             found.append(backward_variant(dtype, dim, mask, backward))
         if "parameter" in kernels:
@@ -148,14 +165,33 @@ def find_case(name: str) -> Case:
     return cases[name]
 
 
+def why_not_hopper(archs: Sequence[str], dtypes: Sequence[str], cases: Sequence[str]) -> str | None:
+    """Why Hopper's forward cannot be compiled for all of this; None where it can. dtypes are those of the
+    plain calls, where there are no cases."""
+    for arch in archs:
+        if arch != "sm_90":
+            return f"it is for sm_90, and {arch=}"
+    for dtype in () if cases else dtypes:
+        if dtype == "fp32":
+            return f"it is for fp16 and bf16, and {dtype=}"
+    for case in cases:
+        q, k, v, given, _ = case_inputs(find_case(case), "meta")
+        for reason in hopper_rules.reasons(make_request(q, k, v, impl="hopper", **given)):
+            return f"{case=}: {reason}"
+    return None
+
+
 def case_variants(names: Sequence[str], kernels: Sequence[str]) -> list[Variant]:
     """The calls of these named cases with all that they ask for; kernels as for `plain_variants`."""
     found = []
-    backward = tuple(f"{name}_kernel" for name in kernels if name != "forward")
+    backward = tuple(f"{name}_kernel" for name in kernels if name not in ("forward", "hopper"))
     for name in names:
         q, k, v, given, _ = case_inputs(find_case(name), "meta")
         if "forward" in kernels:
             found.append(Variant(name, functools.partial(launch, q, k, v, return_lse=True, **given)))
+        if "hopper" in kernels:
+            run = functools.partial(launch, q, k, v, return_lse=True, impl="hopper", **given)
+            found.append(Variant(name, run))
         if backward:
             found.append(Variant(name, functools.partial(launch_backward, q, k, v, **given), backward))
     return found

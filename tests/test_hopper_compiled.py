@@ -1,0 +1,320 @@
+"""What Hopper's forward becomes, read from its machine code: no GPU needed, none replaced by it.
+
+Whether it is right, no listing says. What one says is whether the compiler has kept what the kernel is built
+for: P in registers, softmax under the second product, registers handed over, named barriers as planned. What
+was measured once is the budget of later changes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import pytest
+
+from harness.baseline import against_baseline
+from harness.variants import HOPPER_TILES, compiled_once, hopper_variants, shared_folder
+from tilewise import tiles
+from tilewise.tile_table import HopperTile
+from tilewise.tools.compiled import Compiled, assembly_file
+from tilewise.tools.in_flight import touched_in_flight
+from tilewise.tools.inspect import inspect_one
+from tilewise.tools.machine_code import Instruction, read_sass
+from tilewise.tools.main_loop import a_in_registers, loops_by_team, overlapped
+
+pytestmark = pytest.mark.oldest
+
+NAMES = [variant.name for variant in hopper_variants()]
+REGISTERS = {2: dict(consumer=240, producer=24), 3: dict(consumer=160, producer=32)}  # by warpgroups
+SHARED_BYTES = 232_448  # of a program at most (CUDA programming guide)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What Triton 3.6.0 and 3.9.0 made of a variant: the larger of the two."""
+
+    full: int  # instructions of the longest loop over full tiles
+    spill_bytes: int = 0  # a thread's stack
+    spills: int = 0  # loads and stores of it in a loop over full tiles
+
+
+BUDGETS = {
+    "bf16 64 causal": Budget(461),
+    "bf16 64 full": Budget(460),
+    "bf16 128 causal": Budget(509),
+    "bf16 128 full": Budget(517),
+    "bf16 256 causal": Budget(451, spill_bytes=56),
+    "bf16 256 full": Budget(463, spill_bytes=16),
+    "fp16 128 causal": Budget(509),
+    "bf16 64 features": Budget(2006, spill_bytes=8),  # nearly all of it is tanh
+    "bf16 64 causal, three warpgroups": Budget(288),
+    "bf16 128 causal, no turns": Budget(507),
+    "bf16 128 causal, Q in registers": Budget(573, spill_bytes=128, spills=38),
+}
+LONGER = 1.05
+
+
+@dataclass(frozen=True)
+class Kernel:
+    compiled: Compiled
+    code: list[Instruction]
+
+    @cached_property
+    def warpgroups(self) -> int:
+        return self.compiled.tile["TILE_Q"] // 64
+
+    @property
+    def tile(self) -> HopperTile:
+        name = self.compiled.variant.partition(", ")[2]
+        if name:
+            return HOPPER_TILES[name][1]
+        return tiles.table_tile("sm_90", 2, self.compiled.tile["HEAD_TILE"], "hopper")
+
+    @cached_property
+    def loops(self) -> list[tuple[list[Instruction], list[Instruction]]]:
+        """Of each warpgroup, the loops over cut and over full tiles."""
+        return [(cut, full) for cut, full in loops_by_team(self.code)]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> dict[str, Kernel]:
+    """By variant."""
+    folder = shared_folder(tmp_path_factory) / "hopper"
+    parts = [dict(part=0), dict(part=1)]
+    options = dict(parts=parts, assembly=folder, messages=True)
+    found = compiled_once("hopper_variants", tmp_path_factory, ["sm_90"], **options)["sm_90"]
+
+    def listing(each: Compiled) -> list[Instruction]:
+        return read_sass(assembly_file(folder, each.target, each.kernel, each.variant).read_text())
+
+    return {each.variant: Kernel(each, listing(each)) for each in found}
+
+
+# ---- What a listing must not show, in words; nothing where all is well
+
+
+def count(code: list[Instruction], *names: str) -> int:
+    """Instructions whose opcode, without modifiers, is one of these, and that do something."""
+    return sum(each.opcode.split(".")[0] in names and not each.skipped for each in code)
+
+
+def complaints_of_both_loops(
+    code: list[Instruction], tile: dict[str, int], q_in_registers: bool
+) -> list[str]:
+    """O += P V with P in registers, two products under way at once, and the softmax under the second."""
+    along_head, along_kv = tile["HEAD_TILE"] // 16, tile["TILE_KV"] // 16
+    in_registers = along_kv + q_in_registers * along_head
+    exponentials = sum(each.opcode == "MUFU.EX2" for each in code)
+    found = {
+        "HGMMA": (count(code, "HGMMA"), along_head + along_kv),
+        "HGMMA with A in registers": (sum(map(a_in_registers, code)), in_registers),
+        "WARPGROUP, 4 of which are needed": (count(code, "WARPGROUP"), 4),
+    }
+    complaints = [f"{what}: {seen}, not {meant}" for what, (seen, meant) in found.items() if seen != meant]
+    if overlapped(code) < 0.9 * exponentials:
+        complaints.append(f"exponentials under a product: {overlapped(code)} of {exponentials}")
+    return complaints
+
+
+def complaints_of_full_loop(code: list[Instruction], budget: Budget) -> list[str]:
+    """Nothing of the softmax goes through shared memory, nobody waits more often than planned, no 16-bit
+    number has a register of its own, nothing is spilled."""
+    limits = {
+        "LDS, STS, LDSM, STSM": (count(code, "LDS", "STS", "LDSM", "STSM"), 0),
+        "BAR": (count(code, "BAR"), 5),
+        "PRMT": (count(code, "PRMT"), 8),
+        "LDL, STL": (count(code, "LDL", "STL"), budget.spills),
+        "instructions": (len(code), LONGER * budget.full),
+    }
+    return [f"{what}: {seen}, above {most:g}" for what, (seen, most) in limits.items() if seen > most]
+
+
+def planned_barriers(warpgroups: int, stages: int) -> set[tuple[int, int | None]]:
+    """(number, threads that it counts), as hopper/forward.py numbers them; Triton's own come first: a barrier
+    of each role, and 1, where the workers wait for a role."""
+    everyone = 128 * warpgroups + 32
+    first_turn = warpgroups + 2
+    first_q, first_ring = first_turn + warpgroups, first_turn + 2 * warpgroups
+    return (
+        {(1, None), (0, 128)}
+        | {(n, 128) for n in range(2, warpgroups + 1)}
+        | {(n, 256) for n in range(first_turn, first_q)}
+        | {(n, 160) for n in range(first_q, first_ring)}
+        | {(n, everyone) for n in range(first_ring, first_ring + 2 * stages)}
+    )
+
+
+def complaints_of_barriers(code: list[Instruction], warpgroups: int, stages: int) -> list[str]:
+    """Only the buffers of K and V are told apart at run time: their barriers' number is in a register."""
+    planned, everyone = planned_barriers(warpgroups, stages), 128 * warpgroups + 32
+    found = []
+    for each in code:
+        if each.opcode.split(".")[0] == "BAR":
+            number, *threads = (word.strip() for word in each.operands.split(","))
+            counted = int(threads[0], 16) if threads else None
+            is_planned = counted == everyone if number[0] == "R" else (int(number, 16), counted) in planned
+            if not is_planned:
+                found.append(f"{each.opcode} {each.operands}")
+    return found
+
+
+# ---- The variants
+
+
+def test_every_variant_has_a_budget():
+    assert set(NAMES) == set(BUDGETS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_assembler_serialises_nothing(kernels, name):
+    """Short of registers it makes every matmul wait for the one before, and says so: C7510 and its like."""
+    assert kernels[name].compiled.assembler.warnings == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spills_are_known(kernels, name):
+    assert kernels[name].compiled.spill_bytes <= BUDGETS[name].spill_bytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_registers_are_handed_over(kernels, name):
+    """The program starts with equal shares; then the consumers get what the producer leaves."""
+    kernel = kernels[name]
+    registers = kernel.compiled.role_registers
+    assert registers == REGISTERS[kernel.warpgroups]
+    assert kernel.compiled.warps == 4 * kernel.warpgroups + 4
+    assert 128 * (kernel.warpgroups * registers["consumer"] + registers["producer"]) <= 65_536
+    assert inspect_one(kernel.compiled).occupancy.programs == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shared_memory_is_as_estimated(kernels, name):
+    kernel = kernels[name]
+    dim = kernel.compiled.tile["HEAD_TILE"]
+    estimate = tiles.shared_bytes(kernel.tile, "sm_90", 2, dim, "hopper")
+    assert kernel.compiled.shared_bytes <= min(SHARED_BYTES, estimate)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tile_is_the_one_asked_for(kernels, name):
+    kernel = kernels[name]
+    compiled, tile = kernel.compiled, kernel.tile
+    dtype, dim = name.split()[:2]
+    sizes = dict(TILE_Q=tile.tile_q, TILE_KV=tile.tile_kv, HEAD_TILE=int(dim), VALUE_TILE=int(dim))
+    assert compiled.tile == sizes and compiled.stages == tile.num_stages
+    assert compiled.dtype == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_warpgroup_has_a_loop_of_cut_and_one_of_full_tiles(kernels, name):
+    """Each multiplies 64 rows once. Only the cut ones select: a score, or -inf."""
+    kernel = kernels[name]
+    compiled = kernel.compiled
+    teams = range(1, kernel.warpgroups + 1)
+    names = [f"{kind} {team}" for team in teams for kind in ("cut", "full")]
+    assert [loop.name for loop in compiled.loops] == names
+    pairs = 64 * compiled.tile["TILE_KV"]
+    for loop in compiled.loops:
+        assert (loop.warps, loop.teams) == (4, kernel.warpgroups)
+        assert loop.matmul_flops == loop.tile_flops == 4 * pairs * compiled.tile["HEAD_TILE"]
+    for cut, full in kernel.loops:
+        assert count(cut, "FSEL") >= count(full, "FSEL") + pairs // 128
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_touches_the_registers_of_a_matmul_in_flight(kernels, name):
+    for loops in kernels[name].loops:
+        for loop in loops:
+            assert touched_in_flight(loop) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_softmax_runs_under_the_second_product(kernels, name):
+    kernel = kernels[name]
+    for loops in kernel.loops:
+        for loop in loops:
+            in_registers = kernel.tile.is_q_in_registers
+            assert complaints_of_both_loops(loop, kernel.compiled.tile, in_registers) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_tiles_cost_no_more_than_planned(kernels, name):
+    for _, full in kernels[name].loops:
+        assert complaints_of_full_loop(full, BUDGETS[name]) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_barriers_are_the_planned_ones(kernels, name):
+    kernel = kernels[name]
+    assert complaints_of_barriers(kernel.code, kernel.warpgroups, kernel.tile.num_stages) == []
+
+
+def test_hoppers_forward_is_no_worse_than_the_baseline(kernels):
+    against_baseline(kernel.compiled for kernel in kernels.values())
+
+
+# ---- Each check can fail: listings with something done to them
+
+
+def changed(code: list[Instruction], old: str, new: Instruction, last: bool = False) -> list[Instruction]:
+    """With the first, or last, instruction of this opcode replaced."""
+    places = [i for i, each in enumerate(code) if each.opcode.split(".")[0] == old]
+    place = places[-1 if last else 0]
+    return [*code[:place], new, *code[place + 1 :]]
+
+
+@pytest.fixture(scope="module")
+def kernel(kernels) -> Kernel:
+    return kernels["bf16 64 full"]
+
+
+@pytest.fixture(scope="module")
+def full(kernel) -> list[Instruction]:
+    return kernel.loops[0][1]
+
+
+@pytest.mark.parametrize(
+    ("what", "limit", "instruction"),
+    [
+        ("LDS, STS, LDSM, STSM", 0, Instruction("STS.128", "[R4], R8")),
+        ("LDS, STS, LDSM, STSM", 0, Instruction("LDSM.16.M88.4", "R4, [R8]")),
+        ("BAR", 5, Instruction("BAR.SYNC.DEFER_BLOCKING", "0x0, 0x80")),
+        ("PRMT", 8, Instruction("PRMT", "R4, R4, 0x5410, R5")),
+        ("LDL, STL", 2, Instruction("LDL", "R4, [R1]")),
+        ("instructions", 21, Instruction("FADD", "R4, R4, R5")),
+    ],
+)
+def test_a_costlier_full_loop_is_noticed(what, limit, instruction):
+    budget = Budget(full=20, spills=2)
+    assert complaints_of_full_loop([instruction] * limit, budget) == []
+    complaints = complaints_of_full_loop([instruction] * (limit + 1), budget)
+    assert complaints == [f"{what}: {limit + 1}, above {limit}"]
+
+
+def test_exponentials_after_the_wait_are_noticed(kernel, full):
+    """The wait for the second product moved up to the first, as ptxas would have it."""
+    waits = [i for i, each in enumerate(full) if each.opcode.startswith("WARPGROUP.DEPBAR")]
+    first, second = waits
+    early = [*full[: first + 1], full[second], *full[first + 1 : second], *full[second + 1 :]]
+    (complaint,) = complaints_of_both_loops(early, kernel.compiled.tile, False)
+    assert complaint == "exponentials under a product: 0 of 66"
+
+
+def test_serialised_matmuls_are_noticed(kernel, full):
+    wait = Instruction("WARPGROUP.DEPBAR.LE", "gsb0, 0x0")
+    complaints = complaints_of_both_loops([*full, wait], kernel.compiled.tile, False)
+    assert complaints == ["WARPGROUP, 4 of which are needed: 5, not 4"]
+
+
+def test_p_in_shared_memory_is_noticed(kernel, full):
+    product = Instruction("HGMMA.64x64x16.F32.BF16", "R88, gdesc[UR20].tnspB, R88")
+    doctored = changed(full, "HGMMA", product, last=True)
+    complaints = complaints_of_both_loops(doctored, kernel.compiled.tile, False)
+    assert "HGMMA with A in registers: 7, not 8" in complaints
+
+
+@pytest.mark.parametrize(
+    "operands", ["0x0", "0x3, 0x80", "0xc, 0x120", "0x4, 0x80", "0x6, 0x100", "R4, 0x100", "R4"]
+)
+def test_a_barrier_that_is_not_planned_is_noticed(kernel, operands):
+    """Of two warpgroups: role, turns 4 and 5, q 6 and 7, k and v 8 to 11."""
+    doctored = changed(kernel.code, "BAR", Instruction("BAR.ARV", operands))
+    assert complaints_of_barriers(doctored, 2, 2) == [f"BAR.ARV {operands}"]
