@@ -661,7 +661,7 @@ SKIPPING = [
     ["user_interval"],
 ]
 SKIPPING += [["scattered_documents"], ["causal", "window"], ["prefix", "left_padding", "window"]]
-WALKS = [(kernel, tile) for kernel in ("dkv", "dq") for tile in (Tile(16, 16), Tile(32, 16), Tile(16, 32))]
+WALKS = [(kernel, tile) for kernel in ("dkv", "dq") for tile in (Tile(32, 16), Tile(16, 32))]
 WALKS += [("parameter", Tile(32, 32))]
 
 

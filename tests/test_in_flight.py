@@ -50,7 +50,13 @@ def test_what_touches_them(after, inserted, words):
 
 
 @pytest.mark.parametrize(
-    "harmless", ["FMUL R23, R120, R121", "FADD R5, R152, R6", "ISETP.GE.AND P0, PT, R3, R4, PT"]
+    "harmless",
+    [
+        "FMUL R23, R120, R121",
+        "SHF.R.U64 R23, R3, 0x4, R5",  # one register, in spite of its name
+        "FADD R5, R152, R6",
+        "ISETP.GE.AND P0, PT, R3, R4, PT",
+    ],
 )
 def test_what_does_not(harmless):
     """Neighbours; a read of what the matmul reads too; a predicate as the target."""

@@ -9,7 +9,7 @@ import torch
 import tilewise
 
 ON_GPU = torch.cuda.is_available()
-REPEATS = 200 if ON_GPU else 3
+REPEATS = 200 if ON_GPU else 2
 BATCH, Q_HEADS, KV_HEADS, Q_LEN, KV_LEN, DIM = (4, 8, 2, 200, 333, 64) if ON_GPU else (2, 4, 2, 19, 35, 8)
 DTYPES = [torch.float32, torch.bfloat16]
 U = 2.0**-24  # half a unit in the last place of fp32

@@ -139,9 +139,14 @@ MUTATIONS = (
     Mutation("hopper: unseen values before the window", CONSUMER,
              "if (kv_start < rows.start) | ((rows.stop", "if ((rows.stop",
              UNSEEN),
-    Mutation("hopper: unseen values of later cut steps", CONSUMER,
+    Mutation("hopper: unseen values of earlier cut steps", CONSUMER,
              "                if not IS_FULL:\n"
-             "                    hide_unseen(v_ring, v_place, kv_start, rows, kv_len)\n",
+             "                    hide_unseen(v_ring, v_place, kv_start, rows, kv_len)  # of the step before\n",
+             "",
+             UNSEEN),
+    Mutation("hopper: unseen values of the last cut step", CONSUMER,
+             "            if not IS_FULL:\n"
+             "                hide_unseen(v_ring, v_place, kv_start, rows, kv_len)  # of the last cut step\n",
              "",
              UNSEEN),
     Mutation("hopper: zeros not yet seen by the tensor cores", CONSUMER,

@@ -66,7 +66,7 @@ def finish_scores(
 
 @gluon.jit
 def hide_unseen(v_ring, v_place, kv_start, rows, kv_len):
-    """Zero the rows of this step's V that lie outside start..stop: 0 · NaN is NaN, and a key that no row sees
+    """Zero the rows of a step's V that lie outside start..stop: 0 · NaN is NaN, and a key that no row sees
     may hold one. What lies beyond kv_len is 0 already. All consumers do it, each before it multiplies:
     writing a 0 twice is no harm."""
     TILE_KV: gl.constexpr = v_ring.buffers.shape[3]
@@ -137,7 +137,6 @@ def consume(asked, WARPGROUP: gl.constexpr):
         s = finish_scores(s, rows, row, lo, hi, kv_start, kv_len, score_args, plan.SCORES, True)
         row_max, row_sum, p, rescale = softmax_step(s, row_max, row_sum, unit[0] if len(unit) != 0 else None)
         pairs = pack_pairs(p, DTYPE)
-        hide_unseen(v_ring, v_place, kv_start, rows, kv_len)
         k_ring.wait_full(k_place, rows.steps > 1)
 
         for IS_FULL in gl.static_range(2):
@@ -145,6 +144,8 @@ def consume(asked, WARPGROUP: gl.constexpr):
             if IS_FULL:
                 begin, end = gl.maximum(rows.cut_steps, 1), rows.steps
             for step in range(begin, end):
+                if not IS_FULL:
+                    hide_unseen(v_ring, v_place, kv_start, rows, kv_len)  # of the step before
                 p = unpack_pairs(pairs, DTYPE, P_LAYOUT)  # [ROWS, TILE_KV]
                 if plan.HAS_TURNS:
                     sync(MY_TURN, TURN_THREADS)
@@ -174,8 +175,8 @@ def consume(asked, WARPGROUP: gl.constexpr):
                 v_place = v_ring.release(v_place)
                 pairs = pack_pairs(p, DTYPE)
                 o = o * gl.convert_layout(rescale, O_ROWS, assert_trivial=True)[:, None]
-                if not IS_FULL:
-                    hide_unseen(v_ring, v_place, kv_start, rows, kv_len)
+            if not IS_FULL:
+                hide_unseen(v_ring, v_place, kv_start, rows, kv_len)  # of the last cut step
 
         if plan.HAS_OUT_BUFFER:
             q_place = q_ring.release_slot(q_place)  # the next tile's Q may come while this one is finished

@@ -20,8 +20,8 @@ _PRODUCT = re.compile(r"R(\d+), (?:R(\d+)|gdesc)")
 _SHAPE = re.compile(r"[A-Z]GMMA\.64x(\d+)x")
 _WAIT = re.compile(r"gsb0, 0x([0-9a-f]+)")
 _A_REGISTERS = 4  # a thread's, of 64 x 16 numbers of 16 bits
-# How many registers an instruction writes, by what its opcode says of its width.
-_WIDTHS = (("128", 4), ("64", 2), ("WIDE", 2))
+# How many registers an instruction writes, by its opcode; one, where nothing matches.
+_WIDTHS = ((re.compile(r"LD.*\.128"), 4), (re.compile(r"LD.*\.64|I\w+\.WIDE"), 2))
 
 
 @dataclass
@@ -73,8 +73,7 @@ def _registers(instruction: Instruction) -> tuple[set[int], set[int]]:
     first, _, rest = instruction.operands.partition(",")
     written: set[int] = set()
     if target := re.fullmatch(r"R(\d+)", first.strip()):
-        name = instruction.opcode.split(".", 1)[-1]
-        width = next((count for word, count in _WIDTHS if word in name), 1)
+        width = next((count for pattern, count in _WIDTHS if pattern.match(instruction.opcode)), 1)
         written = set(range(int(target[1]), int(target[1]) + width))
     else:
         rest = instruction.operands
