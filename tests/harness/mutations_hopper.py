@@ -141,7 +141,8 @@ MUTATIONS = (
              UNSEEN),
     Mutation("hopper: unseen values of earlier cut steps", CONSUMER,
              "                if not IS_FULL:\n"
-             "                    hide_unseen(v_ring, v_place, kv_start, rows, kv_len)  # of the step before\n",
+             "                    hide_unseen(v_ring, v_place, kv_start, rows, kv_len)"
+             "  # of the step before\n",
              "",
              UNSEEN),
     Mutation("hopper: unseen values of the last cut step", CONSUMER,

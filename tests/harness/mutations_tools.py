@@ -65,7 +65,7 @@ MUTATIONS = (
              "return_lse=True, impl=impl, strict=strict,", "return_lse=True, impl=impl,",
              tests("strict", "nested_tensors_are_linear_unless_plain_pytorch_answers")),
     Mutation("doctor: NaN passes the self test", DOCTOR,
-             "if error <= allowed and math.isfinite(error):", "if not error > allowed:",
+             "    if error <= limit:", "    if not limit < error < float('inf'):",
              tests("doctor", "a_wrong_result_is_a_problem")),
 )
 # fmt: on
