@@ -320,11 +320,11 @@ def settings() -> Iterator[Finding]:
 
 def self_test() -> Iterator[Finding]:
     """A small causal call against float64, on the device and with the implementation that calls get here; and
-    one with Hopper's forward, where it can run."""
+    one with Hopper's forward, in the emulator, or where a GPU has proven it: before that it might hang."""
     device = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
     yield tested(None, torch.float32, device)
     q = torch.empty(1, 1, 1, 16, device=device, dtype=torch.float16)
-    if not tilewise.why_not(q, q, q, impl="hopper"):
+    if (device == "cpu" or PROVEN) and not tilewise.why_not(q, q, q, impl="hopper"):
         yield tested("hopper", torch.float16, device)
 
 
