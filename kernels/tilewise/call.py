@@ -54,8 +54,18 @@ def power_of_two_tile(dim: int) -> int:
     return max(16, next_power_of_two(dim))
 
 
+def function_arguments(call: Call) -> dict[str, Any]:
+    """What every walk over tiles is told of masks and scores: functions, and what these are given."""
+    return dict(
+        mask_args=tuple([mask.args for mask in call.masks]),
+        score_args=tuple([score.args for score in call.scores]),
+        INTERVALS=tuple([mask.interval for mask in call.masks]),
+        SCORES=tuple([score.score for score in call.scores]),
+    )
+
+
 def shared_arguments(call: Call) -> dict[str, Any]:
-    """The arguments that every kernel takes, by the names they have there."""
+    """The arguments that every portable kernel takes, by the names they have there."""
     shape = call.shape
     return dict(
         q_ptr=call.q,
@@ -70,11 +80,8 @@ def shared_arguments(call: Call) -> dict[str, Any]:
         kv_len=shape.kv_len,
         unit=call.unit,
         dropout=call.dropout,
-        mask_args=tuple([mask.args for mask in call.masks]),
-        score_args=tuple([score.args for score in call.scores]),
-        INTERVALS=tuple([mask.interval for mask in call.masks]),
+        **function_arguments(call),
         KEEPS=tuple([mask.keep for mask in call.masks]),
-        SCORES=tuple([score.score for score in call.scores]),
         HEAD_DIM=shape.head_dim,
         VALUE_DIM=shape.value_dim,
         HEAD_TILE=power_of_two_tile(shape.head_dim),

@@ -17,7 +17,6 @@ TILES = "kernels/tilewise/tiles.py"
 STEPS = tests("hopper_protocol", "fewer_steps_than_stages_and_more")
 ORDERS = tests("hopper_protocol", "every_order_gives_the_same_bits")
 LENGTHS = tests("hopper_forward", "lengths_around_its_tiles")
-TILES_OF_IT = tests("hopper_forward", "tiles")
 UNSEEN = tests("hopper_forward", "what_no_query_sees_does_not_matter", "keys_outside_a_mask_do_not_matter")
 REFUSED = tests("hopper_rules", "what_is_refused_says_why")
 

@@ -155,11 +155,12 @@ class Sanitizer:
 
     # The launch: learn the tensors, number the programs, unwrap the interpreter's own exception.
 
-    def _call(self, original: Callable[..., Any], executor: Any, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def _launch(self, kernel: str) -> Iterator[None]:
         self.launches += 1
-        self._kernel, self._error, self._views = executor.fn.__name__, None, {}
+        self._kernel, self._error, self._views = kernel, None, {}
         try:
-            return original(executor, *args, **kwargs)
+            yield
         except Exception:
             if self._error is not None:
                 raise self._error from None
@@ -167,24 +168,20 @@ class Sanitizer:
         finally:
             self._views = {}
 
+    def _call(self, original: Callable[..., Any], executor: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._launch(executor.fn.__name__):
+            return original(executor, *args, **kwargs)
+
     def _emulate(
         self, original: Callable[..., Any], kernel: Any, grid: Any, arguments: Any, *rest: Any
     ) -> None:
         """The same for a Gluon kernel. What its copy engine moves stays inside a descriptor's tensor; its
         loads and stores by address are checked."""
-        self.launches += 1
-        self._kernel, self._error, self._views = kernel.fn.__name__, None, {}
-        for name, arg in arguments.items():
-            self._learn(name, arg, arg)
-        self._tie_views_of_one_storage()
-        try:
+        with self._launch(kernel.fn.__name__):
+            for name, arg in arguments.items():
+                self._learn(name, arg, arg)
+            self._tie_views_of_one_storage()
             original(kernel, grid, arguments, *rest)
-        except Exception:
-            if self._error is not None:
-                raise self._error from None
-            raise
-        finally:
-            self._views = {}
 
     def _init_args(self, original: Callable[..., Any], executor: Any, args: Any, kwargs: Any) -> Any:
         host_args, host_kwargs = original(executor, args, kwargs)  # copies of the tensors of a GPU

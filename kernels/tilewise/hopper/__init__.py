@@ -2,7 +2,10 @@
 
     rules.py          which calls it takes
     launch.py         a call as the kernel's arguments
-    forward.py        the kernel: what the producer does, and what a consumer does
+    forward.py        the kernel: which roles there are, what they share, who waits for whom
+    producer.py       one warp that has tiles copied
+    consumer.py       a warpgroup that computes: the loop
+    plan.py           what all roles know
     channels.py       how they hand tiles to one another
     schedule.py       which tile comes next
     instructions.py   what Gluon has no name for

@@ -1,9 +1,9 @@
 """How do the producer and the consumers hand tiles to one another? A ring of buffers with two barriers each.
 
-                  acquire                  fill                     wait_full
-    producer  ───────────────►  buffer  ◄────────  copy engine  ───────────────►  consumers
-                    ▲                                                              │
-                    └──────────────────────────── release ─────────────────────────┘
+                 fill                                    wait_full
+    producer  ──────────►  copy engine  ──────►  buffer  ───────────►  consumers
+                 ▲                                                         │
+                 └──────────────────────── release ────────────────────────┘
 
     full   an mbarrier: the copy engine counts the bytes that have landed; consumers wait for its phase, which
            is 0 in the first round through the ring, then 1, then 0 ...

@@ -27,21 +27,23 @@ def barrier_text(instruction, threads):
 
 
 @gluon.jit
-def sync(barrier, THREADS: gl.constexpr):
-    """Wait at a named barrier until THREADS threads, these included, have come."""
+def at_barrier(barrier, TEXT: gl.constexpr):
+    """Every thread of the role executes TEXT with the number of a named barrier."""
     WARPS: gl.constexpr = gl.num_warps()
     number = gl.full([32 * WARPS], barrier, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    TEXT: gl.constexpr = barrier_text("bar.sync", THREADS)
     gl.inline_asm_elementwise(TEXT, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def sync(barrier, THREADS: gl.constexpr):
+    """Wait at a named barrier until THREADS threads, these included, have come."""
+    at_barrier(barrier, barrier_text("bar.sync", THREADS))
 
 
 @gluon.jit
 def arrive(barrier, THREADS: gl.constexpr):
     """Be counted at a named barrier, and go on."""
-    WARPS: gl.constexpr = gl.num_warps()
-    number = gl.full([32 * WARPS], barrier, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    TEXT: gl.constexpr = barrier_text("bar.arrive", THREADS)
-    gl.inline_asm_elementwise(TEXT, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+    at_barrier(barrier, barrier_text("bar.arrive", THREADS))
 
 
 @gluon.constexpr_function

@@ -9,13 +9,14 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..call import Call, power_of_two_tile
+from ..call import Call, function_arguments, power_of_two_tile
 from ..dropout import on_device_of
 from ..numerics import INTERPRETED
 from ..problem import Shape, ceil_div
 from ..tile_table import HOPPER_COLUMNS, WARPGROUP_ROWS, HopperTile
 from ..tiles import has_out_buffer
 from .forward import hopper_forward_kernel
+from .rules import ALIGNMENT
 
 CACHED_BYTES = 24 << 20  # of keys and values that the L2 cache (50 MB) is trusted to hold
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -60,10 +61,7 @@ def forward_launch(
         sizes=(shape.q_heads, shape.q_len, shape.kv_len),
         group=shape.group,
         unit=() if call.unit is None else (call.unit,),
-        mask_args=tuple([mask.args for mask in call.masks]),
-        score_args=tuple([score.args for score in call.scores]),
-        INTERVALS=tuple([mask.interval for mask in call.masks]),
-        SCORES=tuple([score.score for score in call.scores]),
+        **function_arguments(call),
         WARPGROUPS=tile.warpgroups,
         TILE_KV=tile.tile_kv,
         STAGES=tile.num_stages,
@@ -81,7 +79,7 @@ def forward_launch(
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """x [batch, heads, length, dim] for the copy engine, in pieces of [1, 1, rows, columns]. What a piece has
     beyond x reads as 0, and is not written."""
-    aligned = 16 // x.element_size()
+    aligned = ALIGNMENT // x.element_size()
     # Along a dimension of size 1 nobody steps, and PyTorch may say anything.
     strides = [stride if size > 1 else aligned for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], LAYOUT)

@@ -43,10 +43,12 @@ from .main_loop import MainLoop, kind_of, main_loops
 # The start of the opcode that multiplies fp16 and bf16 tiles of 64 rows and more, by family.
 MATMUL = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 TARGETS = tuple(MATMUL)  # those that the tests compile for
-# Products of a tile step: how many of them are as long as head_dim, and how many as value_dim.
 HOPPER = "hopper_forward_kernel"
-PRODUCTS = {"forward_kernel": (1, 1), "dkv_kernel": (2, 2), "dq_kernel": (2, 1), "parameter_kernel": (1, 1)}
-PRODUCTS |= {HOPPER: (1, 1)}
+# Products of a tile step: how many of them are as long as head_dim, and how many as value_dim.
+PRODUCTS = {
+    "forward_kernel": (1, 1), HOPPER: (1, 1), "dkv_kernel": (2, 2), "dq_kernel": (2, 1),
+    "parameter_kernel": (1, 1),
+}  # fmt: skip
 TILE_SIZES = ("TILE_Q", "TILE_KV", "HEAD_TILE", "VALUE_TILE")
 
 

@@ -83,9 +83,8 @@ def operand_bytes(instruction: Instruction) -> int:
     if shape is None:
         return 0
     m, n = map(int, shape.groups())
-    return 32 * (
-        n if a_in_registers(instruction) else m + n
-    )  # K times the element is 32 bytes in every dtype
+    rows = n if a_in_registers(instruction) else m + n
+    return 32 * rows  # K times the element is 32 bytes in every dtype
 
 
 def a_in_registers(instruction: Instruction) -> bool:
