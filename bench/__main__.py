@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 # Only what was asked for is imported: a report needs no torch, and evidence no matplotlib.
 COMMANDS = {
     "evidence": "bench.evidence",
+    "gpu": "bench.gpu",
     "report": "bench.report.commands",
     "compare": "bench.report.commands",
     "readme": "bench.report.commands",

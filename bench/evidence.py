@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from tilewise.__main__ import interpret_without_gpu
 
-from .progress import Progress
-from .report.ranking import is_tilewise
+from .conduct import Orders, conduct
+from .jobs import canary_jobs
 from .report.sections import gather
-from .report.summary import print_summary
-from .results import Results, Row, load, mend
-from .run import CannotBegin, Deadline, Run
-from .stages import STAGES, Plan, Setting
-from .workers import Workers
-
-INTERRUPTED = 130  # the exit code that a shell gives for Ctrl-C
+from .report.summary import screen
+from .results import Results
+from .stages import STAGES, Plan
 
 
 def evidence(
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, summary.txt and workers.log.")],
     minutes: Annotated[float, typer.Option(help="How long it may take.", min=0.01)] = 9.0,
     only: Annotated[
-        list[str] | None, typer.Option(help="A stage to run; may be given several times.")
+        list[str] | None, typer.Option(help="A stage to run; several are run in the order given.")
     ] = None,
     seed: Annotated[int, typer.Option(help="For the random inputs.")] = 0,
     resume: Annotated[
@@ -45,85 +38,30 @@ def evidence(
     """
     began = time.monotonic()
     interpret_without_gpu()
-    plans = chosen(only or [])
-    path = out / "results.jsonl"
+    orders = Orders(
+        chosen(only or []), out, 60 * minutes, min(20.0, max(5.0, 15 * minutes)), summary, seed, resume,
+        began=began,
+    )  # fmt: skip
     try:
-        earlier = results_there(path, resume)
+        code = conduct(orders)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--out") from None
-    setting = Setting("cuda" if torch.cuda.is_available() else "cpu", seed)
-    console = Console(highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
-    workers = Workers((out / "workers.log").absolute(), grace=min(20.0, max(5.0, 15 * minutes)))
-    interrupted = False
-    with Progress(console, began, 60 * minutes, setting.on_gpu) as progress:
-        run = Run(path, setting, workers, progress, Deadline(60 * minutes, began))
-        try:
-            with interrupted_by(signal.SIGTERM):
-                run.begin(earlier)
-                run.stages(plans)
-        except KeyboardInterrupt:
-            interrupted = True
-        except CannotBegin as error:
-            typer.echo(f"bench evidence: {error}", err=True)
-            raise typer.Exit(2) from None
-        finally:
-            workers.close()
-    raise typer.Exit(conclude(path, console, run.shortfall, interrupted))
+    raise typer.Exit(code)
 
 
 def chosen(only: list[str]) -> list[Plan]:
-    """The stages of these names, in their own order, or all."""
-    names = [plan.name for plan in STAGES]
+    """The stages of these names, in the order of the names, or all. The canary comes first in any case:
+    without it Hopper's forward is left out."""
+    plans = {plan.name: plan for plan in STAGES}
     for name in only:
-        if name not in names:
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(names)}", param_hint="--only")
-    return [plan for plan in STAGES if not only or plan.name in only]
+        if name not in plans:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(plans)}", param_hint="--only")
+    if not only:
+        return [*STAGES]
+    canaries = [plan for plan in STAGES if plan.jobs is canary_jobs and plan.name not in only]
+    return [*canaries, *(plans[name] for name in only)]
 
 
-@contextlib.contextmanager
-def interrupted_by(number: int) -> Iterator[None]:
-    """Inside, this signal does what Ctrl-C does."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
-def conclude(path: Path, console: Console, shortfall: list[str], interrupted: bool) -> int:
-    """Show how things stand, on the console and in summary.txt; the exit code."""
-    if not path.exists() or not path.stat().st_size:
-        console.print("nothing was measured", markup=False)
-        return INTERRUPTED if interrupted else 1
-    mend(path)
-    results = load(path)
-    text = path.with_name("summary.txt")
-    with text.open("w", encoding="utf-8") as file:
-        for screen in (console, Console(file=file, width=140)):
-            print_summary(gather([results]), screen)
-            for line in shortfall:
-                screen.print(line, markup=False, highlight=False)
-    console.print(f"results: {path}; this screen: {text}", markup=False, soft_wrap=True)
-    if any(not check.passed for check in results.checks) or any(map(is_our_fault, results.rows)):
-        return 1
-    return INTERRUPTED if interrupted else 0
-
-
-def is_our_fault(row: Row) -> bool:
-    return is_tilewise(row.implementation) and row.status in ("wrong", "failed")
-
-
-def results_there(path: Path, resume: bool) -> Results | None:
-    """What an earlier run left, its last line mended where that was cut off. Raises ValueError where there is
-    something and nobody asked to go on with it."""
-    if not path.exists():
-        return None
-    if not resume:
-        raise ValueError(f"{path} is there already: choose another folder, or go on with it by --resume")
-    mend(path)
-    return load(path) if path.stat().st_size else None
+def summary(results: Results, shortfall: list[str]) -> RenderableType:
+    (section,) = gather([results])
+    return Group(screen(section), *map(Text, shortfall))

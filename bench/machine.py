@@ -14,9 +14,12 @@ from pathlib import Path
 
 import torch
 
+from tilewise.user_tiles import kernels_hash
+
 from .results import Machine
 
 ROOT = Path(__file__).resolve().parents[1]
+STAMP = ".revision"
 # What is installed of these is named with its version: distribution names, rivals and what they stand on.
 DISTRIBUTIONS = (
     "triton",
@@ -64,11 +67,27 @@ def versions() -> dict[str, str]:
 
 
 def revision(root: Path = ROOT) -> str | None:
-    """The commit that is checked out, with "-dirty" where tracked files differ from it; None outside git."""
+    """The commit that is checked out, with "-dirty" where tracked files differ from it. Outside git what
+    `write_stamp` wrote, "-dirty" where the kernels are others; None where nothing tells."""
     commit = _git(root, "rev-parse", "HEAD")
-    if commit is None:
+    if commit is not None:
+        return commit + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    stamp = root / STAMP
+    if not stamp.exists():
         return None
-    return commit + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    stamped, kernels = stamp.read_text().split()
+    return stamped if kernels == kernels_hash() else stamped.removesuffix("-dirty") + "-dirty"
+
+
+def write_stamp(root: Path = ROOT) -> Path:
+    """Write the revision into a file, for a copy of the files without their .git. Raises ValueError outside
+    git."""
+    found = revision(root)
+    if _git(root, "rev-parse", "HEAD") is None:
+        raise ValueError(f"{root} is no git checkout: there is no revision to write down")
+    stamp = root / STAMP
+    stamp.write_text(f"{found} {kernels_hash()}\n")
+    return stamp
 
 
 def clocks_now() -> dict[str, float]:
@@ -76,9 +95,10 @@ def clocks_now() -> dict[str, float]:
     if not torch.cuda.is_available():
         return {}
     readings = {
-        "sm_mhz": lambda: float(torch.cuda.clock_rate()),
-        "temperature_c": lambda: float(torch.cuda.temperature()),
-        "power_w": lambda: torch.cuda.power_draw() / 1000,  # in mW
+        # Of device 0 by its number: asked for the current one, PyTorch would start the GPU for this process.
+        "sm_mhz": lambda: float(torch.cuda.clock_rate(0)),
+        "temperature_c": lambda: float(torch.cuda.temperature(0)),
+        "power_w": lambda: torch.cuda.power_draw(0) / 1000,  # in mW
     }
     found = {}
     for name, read in readings.items():

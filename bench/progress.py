@@ -12,9 +12,17 @@ from rich.text import Text
 
 from .report.ranking import Contest, is_tilewise
 from .report.units import digits, duration, times
-from .results import Ceilings, Check, Entry, Row
+from .results import Ceilings, Check, CheckStatus, Entry, Row
 
-MARKS = {True: ("passed", "green"), False: ("FAILED", "bold red")}
+MARKS: dict[CheckStatus, tuple[str, str]] = {
+    "right": ("right", "green"),
+    "wrong": ("WRONG", "bold red"),
+    "failed": ("FAILED", "bold red"),
+    "hung": ("HUNG", "bold red"),
+    "crashed": ("CRASHED", "bold red"),
+    "left out": ("left out", "yellow"),
+    "not applicable": ("not applicable", ""),
+}
 
 
 class Progress:
@@ -66,7 +74,7 @@ class Progress:
         entries = list(entries)
         for entry in entries:
             if isinstance(entry, Check):
-                word, style = MARKS[entry.passed]
+                word, style = MARKS[entry.status]
                 detail = "" if entry.passed else f": {entry.detail}"
                 self.note(f"{word} {entry.name} ({entry.seconds:.1f} s){detail}", style)
             elif isinstance(entry, Ceilings):

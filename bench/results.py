@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 Work = Literal["forward", "backward", "host forward", "host forward and backward", "cold start"]
 Status = Literal["ok", "wrong", "unsupported", "unavailable", "failed"]
+CheckStatus = Literal["right", "wrong", "failed", "hung", "crashed", "left out", "not applicable"]
 
 
 @dataclass
@@ -72,21 +73,34 @@ class Row:
 
 @dataclass
 class Check:
-    """One correctness check on the machine."""
+    """One correctness check on the machine.
+
+    "failed": it raised; "hung": its process had to be ended; "crashed": its process ended; "left out": what
+    it needs was found not to work; "not applicable": the machine lacks what it needs.
+    """
 
     name: str
-    passed: bool
+    status: CheckStatus
     seconds: float
-    detail: str = ""  # what was wrong, or, where it passed, how much it looked at
+    detail: str = ""  # what was wrong, or, where it is right, how much it looked at
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "right"
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether it was made and did not pass."""
+        return self.status in ("wrong", "failed", "hung", "crashed")
 
 
 @dataclass
 class Stage:
-    """What an evidence run set out to do next, written before it did: how the GPU stood then, and how many
-    checks and comparisons were left to do, of which fewer may follow where the time ran out."""
+    """What a run set out to do next, written before it did: how the GPU stood then, and which checks and
+    comparisons were left to do, of which fewer may follow where the time ran out."""
 
     name: str
-    planned: int
+    jobs: list[str]
     seconds: float  # its share of the time
     seed: int
     date: str  # UTC, ISO 8601

@@ -1,9 +1,8 @@
-"""How does an evidence run get through its stages in time, and go on where another one stopped?"""
+"""How does a run get through its stages in time, and go on where another one stopped?"""
 
 from __future__ import annotations
 
 import datetime
-import math
 import statistics
 import time
 from collections import deque
@@ -12,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from .gate import Gate, culprit, salvage, without_suspect
+from .jobs import SUSPECT, Job, Setting
 from .machine import clocks_now, describe
 from .progress import Progress
 from .results import Check, Entry, Machine, Results, Stage, append
-from .stages import Job, Plan, Setting, broken, not_for, runs_suspect, salvage, without_suspect
+from .stages import Plan, broken, check_name, not_for
 from .workers import Outcome, Task
 
 SAME = ("gpu", "arch", "driver", "versions", "revision")  # of the machine, in all parts of one results file
@@ -51,7 +52,7 @@ class Deadline:
 
 @dataclass
 class Run:
-    """One evidence run, as far as it has come."""
+    """One run, as far as it has come."""
 
     path: Path
     setting: Setting
@@ -60,7 +61,10 @@ class Run:
     deadline: Deadline
     known: dict[Hashable, set[str]] = field(default_factory=dict)
     shortfall: list[str] = field(default_factory=list)  # what there was no time for
-    suspected: Hashable = None  # the job at which the suspect broke a process, as far as anybody knows
+    after_stage: Callable[[], object] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.gate = Gate(self.setting)
 
     def begin(self, earlier: Results | None) -> None:
         """Write down the machine, or see that it is that of the results that are there.
@@ -77,6 +81,7 @@ class Run:
         else:
             compare(earlier, machine, self.setting.seed)
             self.known = done_before(earlier)
+            self.gate.see(earlier.checks)
             self.progress.note(f"going on after {len(earlier.checks)} checks and {len(earlier.rows)} rows")
         versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
         self.progress.note(f"{machine.gpu or 'no GPU: kernels interpreted, all is tiny'}; {versions}")
@@ -89,33 +94,37 @@ class Run:
         for number, plan in enumerate(plans):
             later = sum(plan.weight for plan in plans[number + 1 :])
             self.stage(plan, self.deadline.share(plan.weight, later))
+            self.after_stage()
 
     def stage(self, plan: Plan, seconds: float) -> None:
         """One stage: hand out its jobs, in order, and write down what comes back."""
         try:
             jobs = deque(job for job in plan.jobs(self.setting) if not self.is_done(plan, job))
         except Exception as failure:
-            self.add(Check(f"{plan.name}: its jobs", False, 0.0, repr(failure)))
+            self.add(Check(f"{plan.name}: its jobs", "failed", 0.0, repr(failure)))
             return
         planned, done, until = len(jobs), 0, self.deadline.clock() + seconds
         if not jobs:
             return
-        clocks = self.clocks() if self.setting.on_gpu and seconds > 0 else {}
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        append(self.path, Stage(plan.name, planned, seconds, self.setting.seed, date, clocks))
+        names = [job.name for job in jobs]
+        append(self.path, Stage(plan.name, names, seconds, self.setting.seed, date, clocks_now()))
         self.progress.stage(plan.name, planned, seconds)
         given: dict[int, Job] = {}
         took: list[float] = []
+        left_out: list[None] = []
 
         def tasks() -> Iterator[Task]:
             while jobs:
                 left = max(0.0, until - self.deadline.clock())
                 if took and left < statistics.median(took) / 2:
                     return  # it would take more from the stages that follow than it has itself
-                measuring = left / len(jobs) / 2  # the other half goes into compiling and checking
-                job = self.allowed(jobs.popleft())
-                arguments = (*job.arguments, min(plan.most, measuring)) if job.timed else job.arguments
-                task = Task(job.name, job.function, arguments, plan.limit)
+                measuring = min(plan.most, left / len(jobs) * plan.measuring)
+                job = self.allowed(plan, jobs.popleft())
+                if job is None:
+                    left_out.append(job)
+                    continue
+                task = Task(job.name, *job.call(*[measuring] * job.timed), plan.limit, job.lane)
                 given[id(task)] = job
                 yield task
 
@@ -128,40 +137,40 @@ class Run:
             elif not outcome.cut:
                 done += 1
             self.progress.show(plan.name, done, planned)
-        if done < planned:
-            self.shortfall.append(f"{plan.name}: there was time for {done} of {planned}")
+        if done + len(left_out) < planned:
+            self.shortfall.append(f"{plan.name}: there was time for {done} of {planned - len(left_out)}")
 
     def take(self, plan: Plan, job: Job, outcome: Outcome) -> Job | None:
         """Write down what became of the job; what to do again, if anything."""
         if outcome.cut:
             self.progress.note(f"{job.name}: {outcome.error}")
+            if outcome.seconds > plan.limit / 2:  # it may have hung as well
+                self.gate.blame(job)
             return None
         entries, remark = outcome.value or ([], "")
         again = None
-        if outcome.broken and not entries:
-            self.suspect(job)
+        if outcome.broken and (not entries or culprit(entries) == SUSPECT):
+            self.gate.blame(job)
         if outcome.broken and job.implementations:
             entries, again = salvage(job, entries)
+        self.gate.see(entries)
         self.add(*entries)
         if outcome.error:
-            self.add(broken(plan, job, outcome.seconds, outcome.error))
+            self.add(broken(plan, job, outcome))
         if remark:
-            self.progress.note(f"not applicable: {job.name}: {remark}")
+            self.add(Check(check_name(plan, job), "not applicable", outcome.seconds, remark))
         return again
 
-    def suspect(self, job: Job) -> None:
-        """A process hung or ended at this job, and nobody knows by what. Where it ran the suspect, that is
-        left out from now on; where it did not, and was the same job made again, it was not the suspect."""
-        if runs_suspect(job):
-            self.suspected = self.suspected or job.key
-        elif self.suspected == job.key:
-            self.suspected = None
-
-    def allowed(self, job: Job) -> Job:
-        """The job, its comparison without the suspect where that is left out."""
-        if self.suspected is None or not runs_suspect(job) or not job.is_comparison:
+    def allowed(self, plan: Plan, job: Job) -> Job | None:
+        """The job as it may run: a comparison without Hopper's forward where that is left out; None where
+        nothing is left."""
+        reason = self.gate.against(job)
+        if not reason:
             return job
-        job, rows = without_suspect(job)
+        if not job.is_comparison:
+            self.add(Check(check_name(plan, job), "left out", 0.0, reason))
+            return None
+        job, rows = without_suspect(job, reason)
         self.add(*rows)
         return job
 
@@ -169,15 +178,9 @@ class Run:
         append(self.path, *entries)
         self.progress.results(entries)
 
-    def clocks(self) -> dict[str, float]:
-        """How the GPU stands, asked for in another process: this one stays clear of it."""
-        until = self.deadline.clock() + 20.0
-        outcomes = list(self.hands.run(iter([Task("clocks", clocks_now, (), 20.0)]), until))
-        return (outcomes[0].value or {}) if outcomes else {}
-
     def is_done(self, plan: Plan, job: Job) -> bool:
         """Whether the results that are there have this job's, or say that it could not be done."""
-        if ("check", broken(plan, job, math.nan, "").name) in self.known:
+        if ("check", check_name(plan, job)) in self.known:
             return True
         return job.key in self.known and self.known[job.key] >= set(job.implementations)
 

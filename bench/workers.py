@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import signal
@@ -16,12 +17,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-STARTING = 90.0  # seconds that a new process may spend on its imports, on a slow disk
+STARTING = 60.0  # seconds that a process may spend on the imports of a task, on a slow disk
+ENDING = 10.0  # seconds to wait for a process that was killed: a GPU at work may hold it
+READY = "ready"
 
 
 @dataclass(frozen=True)
@@ -31,72 +34,83 @@ class Task:
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    seconds: float  # after which its process is ended
+    seconds: float  # after which its process is ended, from when that was ready: imports are over by then
+    lane: str = ""  # tasks of different lanes share no process: what one breaks is not the other's
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task. `broken`: its process could not go on."""
+    """What became of a task, and how many seconds it took from when its process was ready."""
 
     task: Task
     seconds: float
     value: Any = None
     error: str = ""  # empty where `value` holds
-    broken: bool = False
+    broken: bool = False  # its process could not go on
     cut: bool = False  # ended because the time was up, which says nothing about the task
+    hung: bool = False  # ended because it had run for as long as it may
 
 
 class Worker:
     """One process, and the task that it is at."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, lane: str, preloaded: str) -> None:
         # Spawned, not forked: CUDA does not survive a fork.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, str(log)))
+        self.process = context.Process(target=serve, args=(theirs, str(log), preloaded))
         self.process.start()
         theirs.close()  # so that its end of the pipe closes with it
+        self.lane, self.is_new = lane, True
         self.task: Task | None = None
-        self.began = self.end = 0.0
-        self.fresh = True
+        self.ready: float | None = None  # when it was, with this task
+        self.end = self.last = 0.0
 
     def give(self, task: Task, last: float) -> None:
         """Start the task; at `last` it is ended in any case."""
-        self.task, self.began = task, time.monotonic()
-        self.end = min(self.began + task.seconds + self.fresh * STARTING, last)
-        self.fresh = False
+        self.task, self.ready, self.last, self.is_new = task, None, last, False
+        self.end = min(time.monotonic() + STARTING, last)
         with contextlib.suppress(OSError):  # a process that is gone: `outcome` says so
             self.pipe.send((task.function, task.arguments))
 
-    def outcome(self, last: float) -> Outcome:
-        """What became of the task, once the pipe has something to say or the time is up."""
+    def outcome(self) -> Outcome | None:
+        """What became of the task, once the pipe has something to say or the time is up; None where it was
+        only that the process is ready."""
         assert self.task is not None
-        task, seconds = self.task, time.monotonic() - self.began
-        self.task = None
+        task, now = self.task, time.monotonic()
+        seconds = 0.0 if self.ready is None else now - self.ready
         try:
             if self.pipe.poll():
-                value, error, broken = self.pipe.recv()
-                return Outcome(task, seconds, value, error, broken)
+                said = self.pipe.recv()
+                if said == READY:
+                    self.ready, self.end = now, min(now + task.seconds, self.last)
+                    return None
+                self.task = None
+                return Outcome(task, seconds, *said)
         except (EOFError, OSError):
             self.process.join(5)
             return Outcome(task, seconds, error=ending(self.process.exitcode), broken=True)
-        if self.end >= last:
+        if self.end >= self.last:
             return Outcome(task, seconds, error="the time was up", broken=True, cut=True)
         if self.process.pid is not None:
             os.kill(self.process.pid, signal.SIGUSR1)  # it writes to its log where it is
             time.sleep(0.5)
+        if self.ready is None:
+            error = f"its process was not ready after {STARTING:.0f} s; workers.log shows where it was"
+            return Outcome(task, seconds, error=error, broken=True)
         error = f"not done after {task.seconds:.0f} s; workers.log shows where it was"
-        return Outcome(task, seconds, error=error, broken=True)
+        return Outcome(task, seconds, error=error, broken=True, hung=True)
 
-    def close(self) -> None:
-        """End the process, whatever it is at."""
+    def close(self) -> bool:
+        """End the process, whatever it is at. False where it has not ended even so."""
         self.pipe.close()
         self.process.join(0.1)
         if self.process.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # and what it started
         self.process.kill()
-        self.process.join()
+        self.process.join(ENDING)
+        return self.process.exitcode is not None
 
 
 def ending(code: int | None) -> str:
@@ -110,58 +124,82 @@ class Workers:
     """Processes, started when there is work and replaced when they break.
 
     log: the file that takes what they print. grace: seconds that work in progress gets when the time is up.
+    preloaded: a module that each imports as soon as it starts. stuck: how many have not ended although they
+    were killed.
     """
 
-    def __init__(self, log: Path, grace: float) -> None:
-        self.log, self.grace = log, grace
+    def __init__(self, log: Path, grace: float, preloaded: str = "") -> None:
+        self.log, self.grace, self.preloaded = log, grace, preloaded
         self.workers: list[Worker] = []
+        self.stuck = 0
 
     def run(self, tasks: Iterable[Task], until: float, count: int = 1) -> Iterator[Outcome]:
-        """Hand out the tasks in order, each when one of `count` processes is free, until `until` on the
-        monotonic clock; yield what became of them as it comes. `tasks` is asked for a task no sooner than
-        that."""
+        """Hand out the tasks in order, `count` at a time, until `until` on the monotonic clock; yield what
+        became of them as it comes. `tasks` is asked for a task no sooner than one can be given. Processes
+        that are there and have nothing to do stay for later."""
         last = until + self.grace
-        for worker in self.workers[count:]:
-            worker.close()
-        del self.workers[count:]
         waiting, more = iter(tasks), True
         while True:
-            while more and time.monotonic() < until and sum(w.task is not None for w in self.workers) < count:
+            while more and time.monotonic() < until and len(self.busy) < count:
                 task = next(waiting, None)
                 more = task is not None
                 if task is not None:
-                    self.idle().give(task, last)
-            busy = [worker for worker in self.workers if worker.task is not None]
-            if not busy:
+                    self.idle(task.lane, count).give(task, last)
+            if not self.busy:
                 return
-            yield from self.wait(busy, last)
+            yield from self.wait()
 
-    def idle(self) -> Worker:
-        """A process without a task; a new one if need be."""
-        for worker in self.workers:
-            if worker.task is None:
+    def hire(self, count: int) -> None:
+        """Start so many before there is work: they import side by side meanwhile."""
+        while len(self.workers) < count:
+            self.workers.append(Worker(self.log, "", self.preloaded))
+
+    @property
+    def busy(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.task is not None]
+
+    def idle(self, lane: str, count: int) -> Worker:
+        """A process of this lane without a task; a new one if need be, in the place of one of another lane
+        where there are `count`."""
+        spare = [worker for worker in self.workers if worker.task is None]
+        for worker in spare:
+            if worker.lane == lane or worker.is_new:
+                worker.lane = lane
                 return worker
-        self.workers.append(Worker(self.log))
+        if spare and len(self.workers) >= count:
+            self.dismiss(spare[0])
+        self.workers.append(Worker(self.log, lane, self.preloaded))
         return self.workers[-1]
 
-    def wait(self, busy: list[Worker], last: float) -> Iterator[Outcome]:
-        """What has come to its end, after waiting until something has."""
+    def wait(self) -> Iterator[Outcome]:
+        """What has come to its end, after waiting until something has, or is ready."""
+        busy = self.busy
         left = min(worker.end for worker in busy) - time.monotonic()
         ready = wait([worker.pipe for worker in busy], timeout=max(0.0, left))
         for worker in busy:
-            if worker.pipe in ready or time.monotonic() >= worker.end:
-                outcome = worker.outcome(last)
-                if outcome.broken:
-                    worker.close()
-                    self.workers.remove(worker)
-                yield outcome
+            if worker.pipe not in ready and time.monotonic() < worker.end:
+                continue
+            outcome = worker.outcome()
+            if outcome is None:
+                continue
+            if outcome.broken and not self.dismiss(worker):
+                note = "its process has not ended: what is timed from now on may share the GPU with it"
+                outcome = replace(outcome, error=f"{outcome.error}; {note}")
+            yield outcome
+
+    def dismiss(self, worker: Worker) -> bool:
+        """End its process; whether it has ended."""
+        self.workers.remove(worker)
+        ended = worker.close()
+        self.stuck += not ended
+        return ended
 
     def close(self) -> None:
         while self.workers:
-            self.workers.pop().close()
+            self.dismiss(self.workers[-1])
 
 
-def serve(pipe: Connection, log: str) -> None:
+def serve(pipe: Connection, log: str, preloaded: str = "") -> None:
     """In the worker process: do one task after the other until the pipe closes."""
     os.setsid()  # Ctrl-C reaches the parent alone, which ends this process and what it started
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -170,11 +208,16 @@ def serve(pipe: Connection, log: str) -> None:
     os.dup2(output, 2)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
+    if preloaded:
+        importlib.import_module(preloaded)
+        start_gpu()
     while True:
         try:
-            function, arguments = pipe.recv()
+            function, arguments = pipe.recv()  # which imports what they need
         except EOFError:
             return
+        start_gpu()
+        pipe.send(READY)
         value, error = None, ""
         try:
             value = function(*arguments)
@@ -193,6 +236,13 @@ def end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os.killpg(0, signal.SIGKILL)
+
+
+def start_gpu() -> None:
+    """Make the GPU ready for this process, where torch was imported and there is one: it takes seconds."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and not torch.cuda.is_initialized():
+        torch.zeros(1, device="cuda")
 
 
 def last_lines(raised: Exception, count: int = 6) -> str:

@@ -34,6 +34,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--also",
+        action="append",
+        default=[],
+        choices=["hopper"],
+        help="an implementation that must give every answer too, where it takes the call",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from harness import oracle
+
+    oracle.ALSO[:] = config.getoption("also")
+
+
 def pytest_report_header() -> str:
     if triton.knobs.runtime.interpret:
         where = "Triton's interpreter on the CPU"

@@ -15,7 +15,7 @@ import torch
 
 from tilewise.tools.poison import poisoned_memory
 
-from ..results import Check
+from ..results import Check, CheckStatus
 from ..workers import last_lines
 
 TESTS = str(Path(__file__).resolve().parents[2] / "tests")
@@ -52,18 +52,17 @@ def perform(name: str, device: str, seed: int) -> tuple[list[Check], str]:
     """Run one check. No result and the reason, where it does not apply to this machine after all."""
     began = time.monotonic()
     torch.manual_seed(seed)
-    passed = False
+    status: CheckStatus = "right"
     try:
         with poisoned_memory():
             detail = TRIALS[name].function(torch.device(device), seed) or ""
         if device != "cpu":
             torch.cuda.synchronize()  # a late failure is this check's, not the next one's
             torch.cuda.empty_cache()  # the processes beside this one need memory too
-        passed = True
     except NotApplicable as reason:
         return [], str(reason)
     except AssertionError as wrong:
-        detail = str(wrong) or last_lines(wrong)
+        status, detail = "wrong", str(wrong) or last_lines(wrong)
     except Exception as failure:
-        detail = last_lines(failure)
-    return [Check(name, passed, time.monotonic() - began, detail)], ""
+        status, detail = "failed", last_lines(failure)
+    return [Check(name, status, time.monotonic() - began, detail)], ""

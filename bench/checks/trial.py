@@ -24,6 +24,7 @@ class Trial:
     function: Callable[[torch.device, int], str | None]
     needs_gpu: bool = False
     alone: bool = False  # it needs much of the GPU's memory, or would be in the others' way
+    width: int = 0  # of the row of the tile table with which it runs Hopper's forward; 0: it does not
 
 
 def from_tests(module: str, test: str, *arguments: Any) -> Callable[[torch.device, int], str | None]:

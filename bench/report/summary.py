@@ -161,10 +161,13 @@ def status_lines(section: Section) -> list[str]:
     if len(bad) > LISTED:
         lines.append(f"and {count(len(bad) - LISTED, 'other reason')} why rows are wrong or failed")
     if section.checks:
-        failed = [check for check in section.checks if not check.passed]
-        passed = len(section.checks) - len(failed)
-        lines.append(f"{passed} of {count(len(section.checks), 'check')} passed")
-        lines += [f"check failed: {check.name}: {one_line(check.detail)}" for check in failed]
+        made = [check for check in section.checks if check.passed or check.is_bad]
+        passed = sum(check.passed for check in made)
+        lines.append(f"{passed} of {count(len(made), 'check')} passed")
+        lines += [f"{c.status}: {c.name}: {one_line(c.detail)}" for c in made if c.is_bad]
+        left_out = [check for check in section.checks if check.status == "left out"]
+        if left_out:
+            lines.append(f"{count(len(left_out), 'check')} left out: {one_line(left_out[0].detail)}")
     return lines
 
 

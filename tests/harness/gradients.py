@@ -26,8 +26,8 @@ from .oracle import (
     _assert_close,
     assert_matches,
     exact,
-    hopper_takes,
     neighbour,
+    others_asked,
     pytorch,
 )
 
@@ -40,13 +40,13 @@ def check_gradients(
     """Run `tilewise.attention` forward and backward with these arguments, and hold out, lse and every
     gradient against float64: those of q, k, v, the sink and all parameters of scores.
 
-    do, dlse: the gradients of out and lse; random if None. impl is "portable" unless given; then, on a Hopper
-    GPU, the gradients after Hopper's forward must be right too, where it takes the call. Returns the
+    do, dlse: the gradients of out and lse; random if None. impl is "portable" unless given; then the
+    gradients after the forwards of `oracle.ALSO` must be right too, where they take the call. Returns the
     gradients of the implementation under test, by name. Raises AssertionError that names the gradient, the
     worst element and what was allowed there.
     """
-    if "impl" not in arguments and hopper_takes(q, k, v, **arguments):
-        check_gradients(q, k, v, do, dlse, **arguments, impl="hopper")
+    for impl in others_asked(q, k, v, **arguments):
+        check_gradients(q, k, v, do, dlse, **arguments, impl=impl)
     arguments = {"impl": "portable"} | arguments
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     names = trained(make_request(q, k, v, **arguments))

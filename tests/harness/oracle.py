@@ -25,33 +25,35 @@ import tilewise
 import tilewise_reference
 from tilewise.api import make_request, oracle_arguments
 from tilewise.checks import Request
-from tilewise.tiles import architecture
 from tilewise_reference.yardstick import allowed_error, difference, largest_difference, pytorch_attention
 
 Tensor = torch.Tensor
 SAMPLES, NEIGHBOURS = 4096, 8
+ALSO: list[
+    str
+] = []  # implementations that must give the answer too, where they take the call: `pytest --also`
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
     """Run `tilewise.attention` with these arguments and hold out and lse against float64.
 
-    impl is "portable" unless given; then, on a Hopper GPU, Hopper's forward must give the answer too, where
-    it takes the call. Returns (out, lse) of the implementation under test. Raises AssertionError that names
-    the output, the worst element and what was allowed there.
+    impl is "portable" unless given; then those of ALSO must give the answer too, where they take the call.
+    Returns (out, lse) of the implementation under test. Raises AssertionError that names the output, the
+    worst element and what was allowed there.
     """
-    if "impl" not in arguments and hopper_takes(q, k, v, **arguments):
-        check(q, k, v, **arguments, impl="hopper")
+    for impl in others_asked(q, k, v, **arguments):
+        check(q, k, v, **arguments, impl=impl)
     arguments = {"impl": "portable"} | arguments
     out, lse = tilewise.attention(q, k, v, **arguments, return_lse=True)
     assert_matches(out, lse, make_request(q, k, v, **arguments))
     return out, lse
 
 
-def hopper_takes(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> bool:
-    """Whether this is a Hopper GPU whose forward takes the call. In the emulator it has tests of its own."""
-    if not q.is_cuda or architecture(q.device) != "sm_90":
-        return False
-    return not tilewise.why_not(q, k, v, **arguments, impl="hopper")
+def others_asked(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
+    """Those of ALSO that take the call, where it does not say which implementation it means."""
+    if "impl" in arguments:
+        return []
+    return [impl for impl in ALSO if not tilewise.why_not(q, k, v, **arguments, impl=impl)]
 
 
 def assert_matches(out: Tensor, lse: Tensor, request: Request) -> None:

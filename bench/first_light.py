@@ -1,0 +1,126 @@
+"""What does a GPU that is lent for minutes do first, what next? The two runs of `.ci/gpu`, in order.
+
+The weights are seconds: a stage that needs fewer leaves them to those after it, and one that needs more
+takes as much from all of these. Everything of Hopper's forward waits for its canary (gate.py).
+docs/gpu_run.md says how to read what comes of it.
+
+    FIRST   420 s    a kernel that works at all → the first ratios → every feature → the rest
+    AGAIN   200 s    what failed there or was not reached → tuning → FlexAttention
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tilewise_reference.cases import Case
+
+from .again import is_due
+from .jobs import (
+    PORTABLE,
+    SUSPECT,
+    Jobs,
+    Setting,
+    canary_jobs,
+    ceiling_jobs,
+    check_jobs,
+    compile_jobs,
+    measure_jobs,
+    most_telling,
+    one_after_the_other,
+    one_of_each,
+)
+from .lent import jobs_of_tests, sanitizer_jobs, tuning_jobs
+from .results import Results
+from .stages import Plan
+
+RIVALS = ("sdpa cudnn", "sdpa flash")  # the fastest there are without another package; nobody else at first
+
+
+def grid(*dims: int, lengths: tuple[int, ...]) -> Jobs:
+    """The papers' grid at these dimensions and lengths, forward and backward in turns. The backward after
+    Hopper's forward is the portable one."""
+
+    def only(case: Case) -> bool:
+        return case.head_dim in dims and (case.q_len in lengths or case.name.endswith("-tiny"))
+
+    forward = measure_jobs("forward grid", order=most_telling, names=(PORTABLE, SUSPECT, *RIVALS), only=only)
+    backward = measure_jobs("backward grid", order=most_telling, names=(PORTABLE, *RIVALS), only=only)
+    return one_of_each(forward, backward)
+
+
+def some(jobs: Jobs, count: int, *picked: str) -> Jobs:
+    """All of the jobs on a GPU; in the interpreter, where they show that the run works, the first and those
+    of these names."""
+
+    def chosen(setting: Setting) -> list[Any]:
+        found = jobs(setting)
+        if setting.on_gpu:
+            return found
+        return [job for i, job in enumerate(found) if i < count or job.name in picked]
+
+    return chosen
+
+
+WIDTH_128 = grid(128, lengths=(4096, 8192, 16384))
+OTHER_WIDTHS = grid(64, 256, lengths=(4096, 16384))
+HOST = measure_jobs("host", names=(PORTABLE, SUSPECT, "sdpa"))
+TESTS = one_after_the_other(
+    jobs_of_tests("tests/test_cuda.py", without_gpu="tests/reference/test_yardstick.py"),
+    jobs_of_tests("tests/test_hopper_cuda.py", without_gpu="tests/reference/test_masks.py", hopper=True),
+)
+
+FIRST: tuple[Plan, ...] = (
+    # 14 processes; a job of Hopper's ends 20 s after it is ready. What follows at 128 is compiled beside it.
+    Plan("canary", 50, canary_jobs, limit=20, beside=14),
+    Plan(
+        "hopper", 25, one_after_the_other(compile_jobs(WIDTH_128), some(check_jobs("hopper"), 4)),
+        limit=30, beside=14,
+    ),
+    Plan("first ratios", 95, some(WIDTH_128, 3), most=4.0, limit=40),
+    Plan(
+        "correctness", 95,
+        one_after_the_other(compile_jobs(OTHER_WIDTHS), some(check_jobs("correctness"), 4)),
+        limit=60, beside=10,
+    ),
+    Plan("other widths and the host", 65, one_after_the_other(some(OTHER_WIDTHS, 4), some(HOST, 1)), most=2.0,
+         limit=40),
+    Plan("tests", 70, TESTS, most=70.0, limit=90, measuring=1.0),
+    Plan("ceilings", 20, ceiling_jobs, most=6.0),
+)  # fmt: skip
+
+
+def again(earlier: Results) -> tuple[Plan, ...]:
+    """The second run: of the first what was not right there or not reached, then what it had no time for."""
+
+    def due(jobs: Jobs) -> Jobs:
+        return lambda setting: [job for job in jobs(setting) if is_due(job, earlier)]
+
+    def rest(name: str, weight: float, change: Callable[[Jobs], Jobs] = due) -> Plan:
+        plan = next(plan for plan in FIRST if plan.name == name)
+        return replace(plan, weight=weight, jobs=change(plan.jobs))
+
+    def and_flex(jobs: Jobs) -> Jobs:
+        return one_after_the_other(compile_jobs(flex), due(jobs))
+
+    def fresh_canary(jobs: Jobs) -> Jobs:
+        # Hopper's must pass on this machine, with the kernels as they are now.
+        return lambda setting: [job for job in jobs(setting) if job.hopper or is_due(job, earlier)]
+
+    flex = measure_jobs(
+        "forward grid", "backward grid", order=most_telling, names=(PORTABLE, SUSPECT, "flex"),
+        only=lambda case: case.head_dim == 128 and case.q_len in (64, 4096, 16384),
+    )  # fmt: skip
+    return (
+        rest("canary", 35, fresh_canary),
+        rest("hopper", 10, and_flex),
+        rest("first ratios", 20),
+        rest("correctness", 15),
+        rest("other widths and the host", 10),
+        rest("tests", 15),
+        Plan("tuning", 75, tuning_jobs, most=15.0, limit=60, measuring=1.0),
+        Plan("FlexAttention", 15, some(flex, 1), most=1.5, limit=60),
+        Plan("compute-sanitizer", 5, sanitizer_jobs, limit=45),
+        rest("ceilings", 5),
+    )

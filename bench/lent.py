@@ -1,0 +1,121 @@
+"""What more is there to do on a GPU that is lent for minutes? Its tests, compute-sanitizer, tuning."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from . import tuning
+from .jobs import CANARY_DIMS, Job, Jobs, Setting
+from .results import Check, Results, load
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = "results.jsonl"
+TEST_PROCESSES, TEST_SECONDS = 10, 45
+
+# ---- Tests
+
+
+def jobs_of_tests(*files: str, without_gpu: str, hopper: bool = False) -> Jobs:
+    """These files of tests, each a job; without a GPU, on which there is nothing to see, one that runs."""
+
+    def jobs(setting: Setting) -> list[Job]:
+        return [
+            Job(
+                ("tests", file), file, do_tests,
+                (file, without_gpu, str(setting.folder), setting.on_gpu), timed=True,
+                hopper=CANARY_DIMS if hopper else (),
+            )
+            for file in files
+        ]  # fmt: skip
+
+    return jobs
+
+
+def do_tests(
+    file: str, without_gpu: str, folder: str, on_gpu: bool, seconds: float
+) -> tuple[list[Check], str]:
+    """Run a file of tests for so long at most. Each test is a check of its own, written down as it ends, and
+    so is the whole of them."""
+    command = [
+        sys.executable, "-m", "pytest", file if on_gpu else without_gpu,
+        "-q", "-n", str(TEST_PROCESSES if on_gpu else 2),
+        # In a thread of its own: a test that waits for a kernel hears no signal. It takes its process along.
+        "--timeout", str(TEST_SECONDS), "--timeout-method", "thread",
+        "-p", "bench.checks.of_pytest", "--checks", str(Path(folder, RESULTS).absolute()),
+    ]  # fmt: skip
+    with Path(folder, "tests.log").open("ab") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return [Check(f"all of {file}", "failed", seconds, f"cut after {seconds:.0f} s")], ""
+    words = {0: "", 5: "there was no test to run"}.get(code, f"pytest ended with {code}: tests.log")
+    return [Check(f"all of {file}", "failed" if words else "right", 0.0, words)], ""
+
+
+# ---- compute-sanitizer
+
+SMALL_CALL = """
+import torch, tilewise
+q = torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+tilewise.attention(q, q, q, mask=tilewise.Causal(), impl="{impl}").sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+def sanitizer_jobs(setting: Setting) -> list[Job]:
+    """A small call of each kernel that gave a wrong answer or broke so far; nothing where all is right."""
+    bad = [check.name for check in so_far(setting).checks if check.is_bad]
+    kernels = ("hopper", "portable")
+    asked = [impl for impl in kernels if any(is_about(name, impl) for name in bad)]
+    return [
+        Job(("check", f"compute-sanitizer {tool}: {impl}"), f"compute-sanitizer {tool}: {impl}", do_sanitizer,
+            (tool, impl, str(setting.folder)))
+        for impl in asked
+        for tool in ("memcheck", "synccheck")
+    ]  # fmt: skip
+
+
+def is_about(name: str, impl: str) -> bool:
+    """Whether a check of this name says something of that kernel."""
+    return ("hopper" in name.lower()) == (impl == "hopper")
+
+
+def so_far(setting: Setting) -> Results:
+    return load(setting.folder / RESULTS)
+
+
+def do_sanitizer(tool: str, impl: str, folder: str) -> tuple[list[Check], str]:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return [], "compute-sanitizer is not installed"
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c",
+               SMALL_CALL.format(impl=impl)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    name = f"compute-sanitizer {tool}: {impl}"
+    with Path(folder, "sanitizer.log").open("a") as log:
+        log.write(f"== {name}\n{done.stdout}{done.stderr}\n")
+    if done.returncode == 0:
+        return [Check(name, "right", 0.0, "a small causal call, forward and backward")], ""
+    found = [line for line in done.stdout.splitlines() if line.startswith("=========") and line[9:].strip()]
+    return [Check(name, "wrong", 0.0, "\n".join(found[:6]) or f"ended with {done.returncode}")], ""
+
+
+# ---- Tuning
+
+
+def tuning_jobs(setting: Setting) -> list[Job]:
+    """A few candidates a row of the tile table, those that the static model holds to be the fastest."""
+    return [tuning_job(setting, *row) for row in tuning.tuned_rows()[: None if setting.on_gpu else 2]]
+
+
+def tuning_job(setting: Setting, work: str, dim: int) -> Job:
+    name = f"tuning: {work} 16-bit {dim}"
+    arguments = (work, dim, str(setting.folder), setting.device)
+    return Job(("check", name), name, tuning.tune_row, arguments, timed=True,
+               hopper=(dim,) if work == "hopper" else ())  # fmt: skip

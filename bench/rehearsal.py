@@ -1,0 +1,131 @@
+"""Does the GPU run work, before a GPU sees it? Both of its runs on a CPU, with faults planted in the first.
+
+Everything is tiny and interpreted, but the stages, their order, the processes and their time limits are the
+real ones. A hang, a crash, a wrong answer and a lack of memory are planted: each must cost what it was
+planted in and nothing else, and the second run must find all of it mended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.rule import Rule
+
+from . import first_light
+from .conduct import Orders, conduct
+from .faults import Fault
+from .jobs import SUSPECT, Job, Setting
+from .report.screen import gpu_screen, reached
+from .results import Results, load
+from .stages import Plan
+
+SECONDS = 900.0  # each run; far more than it takes, so that a slow machine reaches everything too
+HUNG = "canary: hopper forward, width 64, full"
+WRONG = "canary: hopper forward, width 256, causal"
+CRASHED = "canary: portable forward, width 256, full"
+PLANTED = {
+    HUNG: Fault("hang", "hopper"),
+    WRONG: Fault("wrong", "hopper"),
+    CRASHED: Fault("crash", "portable"),
+}
+MEMORY = Fault("memory", "hopper")  # in the first comparison at width 128, where Hopper's canary passes
+
+
+def rehearse(folder: Path) -> int:
+    """Both runs; 0 if they went as they must."""
+    if torch.cuda.is_available():
+        raise ValueError("--rehearse is for a machine without a GPU: on this one, run it for good")
+    console = Console(highlight=False)
+    problems: list[str] = []
+    setting = Setting("cpu", 0)
+    short_of_memory = first_light.WIDTH_128(setting)[0].name
+    planted = {**PLANTED, short_of_memory: MEMORY}
+    console.print(Rule("the first run, with four faults planted"))
+    first = carried_out(with_faults(first_light.FIRST, planted), folder / "first")
+    problems += [f"first run: {line}" for line in differences(first, short_of_memory)]
+    console.print(Rule("the second run, without them"))
+    second = carried_out(first_light.again(first), folder / "again")
+    problems += [f"second run: {line}" for line in anything_bad(second)]
+    problems += [f"second run: {line}" for line in not_mended(second, [*PLANTED], short_of_memory)]
+    console.print(Rule("the rehearsal"))
+    for line in problems or ["each fault cost what it was planted in, and nothing else; then all was mended"]:
+        console.print(line, markup=False, soft_wrap=True)
+    return 1 if problems else 0
+
+
+def carried_out(plans: Sequence[Plan], folder: Path) -> Results:
+    conduct(Orders(plans, folder, SECONDS, grace=8.0, screen=gpu_screen, kept="screen.txt"))
+    return load(folder / "results.jsonl")
+
+
+def with_faults(plans: Sequence[Plan], faults: dict[str, Fault]) -> list[Plan]:
+    """The same stages, with these faults in the jobs of these names."""
+
+    def planted(plan: Plan) -> Plan:
+        def jobs(setting: Setting) -> list[Job]:
+            return [replace(job, fault=faults.get(job.name)) for job in plan.jobs(setting)]
+
+        return replace(plan, jobs=jobs)
+
+    return [planted(plan) for plan in plans]
+
+
+def differences(first: Results, short_of_memory: str) -> list[str]:
+    """What the first run should have made of the faults and did not, or of anything else and should not."""
+    found = {check.name: check.status for check in first.checks}
+    wanted = {HUNG: "hung", WRONG: "wrong", CRASHED: "crashed"}
+    lines = [
+        f"{name} is {found.get(name)}, not {status}"
+        for name, status in wanted.items()
+        if found.get(name) != status
+    ]
+    lines += [
+        f"{c.name} is {c.status}: {c.detail}" for c in first.checks if c.is_bad and c.name not in wanted
+    ]
+    bad = [row for row in first.rows if row.status in ("wrong", "failed")]
+    left_out = [row for row in bad if row.reason.startswith("left out")]
+    lines += [
+        f"{row.implementation} was left out of {row.case}"
+        for row in left_out
+        if row.implementation != SUSPECT or 64 < row.sizes["head_dim"] <= 128
+    ]
+    others = [row for row in bad if row not in left_out]
+    where = [(f"{row.case}, {row.work}", row.implementation, row.reason.split(":")[0]) for row in others]
+    if where != [(short_of_memory, SUSPECT, "out of memory")]:
+        lines.append(f"rows that are wrong or failed: {where}")
+    if not any(row.implementation == SUSPECT and row.status == "ok" for row in first.rows):
+        lines.append("no row of Hopper's forward is right, though its canary passed at width 128")
+    return lines + missing(first)
+
+
+def anything_bad(results: Results) -> list[str]:
+    bad = [check for check in results.checks if check.is_bad or check.status == "left out"]
+    lines = [f"{check.name} is {check.status}: {check.detail}" for check in bad]
+    lines += [
+        f"{row.implementation}, {row.case}, {row.work} is {row.status}: {row.reason}"
+        for row in results.rows
+        if row.status in ("wrong", "failed")
+    ]
+    return lines + missing(results)
+
+
+def not_mended(second: Results, names: list[str], short_of_memory: str) -> list[str]:
+    """What was bad in the first run and has no good answer in the second."""
+    right = {check.name for check in second.checks if check.passed}
+    right |= {
+        f"{row.case}, {row.work}"
+        for row in second.rows
+        if (row.implementation, row.status) == (SUSPECT, "ok")
+    }
+    lines = [f"{name} was not done again" for name in (*names, short_of_memory) if name not in right]
+    if not any(name.startswith("tuning: ") for name in right):
+        lines.append("nothing was tuned")
+    return lines
+
+
+def missing(results: Results) -> list[str]:
+    return [f"{each.stage}: not reached: {name}" for each in reached(results) for name in each.missing]
