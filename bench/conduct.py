@@ -60,7 +60,7 @@ def conduct(orders: Orders) -> int:
     interrupted = False
     with Progress(console, began, orders.seconds, setting.on_gpu) as progress:
         run = Run(path, setting, workers, progress, Deadline(orders.seconds, began))
-        run.after_stage = lambda: keep_screen(orders, path, run.shortfall)
+        run.after_stage = lambda: progress.guarded("the screen", keep_screen, orders, path, run.shortfall)
         try:
             with interrupted_by(signal.SIGTERM):
                 run.begin(earlier)

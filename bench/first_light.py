@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from tilewise_reference.cases import Case
 
@@ -21,7 +20,6 @@ from .jobs import (
     PORTABLE,
     SUSPECT,
     Jobs,
-    Setting,
     canary_jobs,
     ceiling_jobs,
     check_jobs,
@@ -38,33 +36,34 @@ from .stages import Plan
 RIVALS = ("sdpa cudnn", "sdpa flash")  # the fastest there are without another package; nobody else at first
 
 
-def grid(*dims: int, lengths: tuple[int, ...]) -> Jobs:
+def grid(*dims: int, lengths: tuple[int, ...], backward_lengths: tuple[int, ...] | None = None) -> Jobs:
     """The papers' grid at these dimensions and lengths, forward and backward in turns. The backward after
     Hopper's forward is the portable one."""
 
-    def only(case: Case) -> bool:
-        return case.head_dim in dims and (case.q_len in lengths or case.name.endswith("-tiny"))
+    def at(lengths: tuple[int, ...]) -> Callable[[Case], bool]:
+        return lambda case: case.head_dim in dims and (case.q_len in lengths or case.name.endswith("-tiny"))
 
-    forward = measure_jobs("forward grid", order=most_telling, names=(PORTABLE, SUSPECT, *RIVALS), only=only)
-    backward = measure_jobs("backward grid", order=most_telling, names=(PORTABLE, *RIVALS), only=only)
+    forward = measure_jobs(
+        "forward grid", order=most_telling, names=(PORTABLE, SUSPECT, *RIVALS), only=at(lengths)
+    )
+    backward = measure_jobs(
+        "backward grid", order=most_telling, names=(PORTABLE, *RIVALS), only=at(backward_lengths or lengths)
+    )
     return one_of_each(forward, backward)
 
 
-def some(jobs: Jobs, count: int, *picked: str) -> Jobs:
-    """All of the jobs on a GPU; in the interpreter, where they show that the run works, the first and those
-    of these names."""
-
-    def chosen(setting: Setting) -> list[Any]:
-        found = jobs(setting)
-        if setting.on_gpu:
-            return found
-        return [job for i, job in enumerate(found) if i < count or job.name in picked]
-
-    return chosen
+def compiled(*dims: int, lengths: tuple[int, ...]) -> Jobs:
+    """The kernels of that grid. All lengths have the same backward; Hopper's schedule may tell them apart."""
+    return compile_jobs(grid(*dims, lengths=lengths, backward_lengths=lengths[:1]))
 
 
-WIDTH_128 = grid(128, lengths=(4096, 8192, 16384))
-OTHER_WIDTHS = grid(64, 256, lengths=(4096, 16384))
+def some(jobs: Jobs, count: int) -> Jobs:
+    """All of the jobs on a GPU; in the interpreter, where they show that the run works, the first of them."""
+    return lambda setting: jobs(setting)[: None if setting.on_gpu else count]
+
+
+FEWER, ALL = (4096, 16384), (4096, 8192, 16384)
+WIDTH_128, OTHER_WIDTHS = grid(128, lengths=ALL), grid(64, 256, lengths=FEWER)
 HOST = measure_jobs("host", names=(PORTABLE, SUSPECT, "sdpa"))
 TESTS = one_after_the_other(
     jobs_of_tests("tests/test_cuda.py", without_gpu="tests/reference/test_yardstick.py"),
@@ -75,13 +74,13 @@ FIRST: tuple[Plan, ...] = (
     # 14 processes; a job of Hopper's ends 20 s after it is ready. What follows at 128 is compiled beside it.
     Plan("canary", 50, canary_jobs, limit=20, beside=14),
     Plan(
-        "hopper", 25, one_after_the_other(compile_jobs(WIDTH_128), some(check_jobs("hopper"), 4)),
+        "hopper", 25, one_after_the_other(compiled(128, lengths=ALL), some(check_jobs("hopper"), 4)),
         limit=30, beside=14,
     ),
     Plan("first ratios", 95, some(WIDTH_128, 3), most=4.0, limit=40),
     Plan(
         "correctness", 95,
-        one_after_the_other(compile_jobs(OTHER_WIDTHS), some(check_jobs("correctness"), 4)),
+        one_after_the_other(compiled(64, 256, lengths=FEWER), some(check_jobs("correctness"), 4)),
         limit=60, beside=10,
     ),
     Plan("other widths and the host", 65, one_after_the_other(some(OTHER_WIDTHS, 4), some(HOST, 1)), most=2.0,

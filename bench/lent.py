@@ -44,7 +44,7 @@ def do_tests(
         "-q", "-n", str(TEST_PROCESSES if on_gpu else 2),
         # In a thread of its own: a test that waits for a kernel hears no signal. It takes its process along.
         "--timeout", str(TEST_SECONDS), "--timeout-method", "thread",
-        "-p", "bench.checks.of_pytest", "--checks", str(Path(folder, RESULTS).absolute()),
+        "-p", "bench.pytest_verdicts", "--checks", str(Path(folder, RESULTS).absolute()),
     ]  # fmt: skip
     with Path(folder, "tests.log").open("ab") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 import rich.progress
@@ -54,6 +54,13 @@ class Progress:
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.began
+
+    def guarded(self, what: str, function: Callable[..., object], *arguments: object) -> None:
+        """function(*arguments), which is not worth the run: where it raises, a note says so."""
+        try:
+            function(*arguments)
+        except Exception as error:
+            self.note(f"{what} could not be made: {type(error).__name__}: {error}", "bold red")
 
     def stage(self, name: str, planned: int, seconds: float) -> None:
         self.note(f"{name}: {planned} to do in {seconds:.0f} s", style="bold")

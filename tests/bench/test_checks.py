@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 
+import tilewise
 from bench import checks
 from bench.checks.trial import NotApplicable, Trial
 from tilewise import autograd
@@ -160,3 +161,31 @@ def test_checks_that_are_gpu_tests_name_tests_that_there_are(monkeypatch):
             name, test, arguments = trial.function.args
             assert name == "test_cuda"
             inspect.signature(getattr(module, test)).bind(*arguments)
+
+
+def test_hoppers_checks_say_which_tiles_they_run_with():
+    widths = {trial.name: trial.width for trial in checks.HOPPER}
+    assert {*widths.values()} == {64, 128, 256}
+    assert widths["hopper: odd lengths, full"] == 64 and widths["hopper: gradients, width 256"] == 256
+    assert widths["hopper: bfloat16, width 80, full"] == 128
+    assert not any(trial.width for trial in checks.TRIALS.values() if trial not in checks.HOPPER)
+
+
+def test_another_implementation_answers_a_check_only_where_that_is_asked_for(monkeypatch):
+    """A Hopper forward that is wrong, or hangs, must not fail what is asked of the portable kernels."""
+    from harness import oracle
+
+    asked = []
+    attention = tilewise.attention
+
+    def seen(*given, **options):
+        asked.append(options["impl"])
+        return attention(*given, **options)
+
+    monkeypatch.setattr(tilewise, "attention", seen)
+    monkeypatch.setattr(tilewise, "why_not", lambda *given, **options: [])
+    monkeypatch.setattr(oracle, "ALSO", [])
+    assert run("bfloat16, width 64, causal").passed and {*asked} == {"portable"}
+    monkeypatch.setattr(oracle, "ALSO", ["hopper"])
+    del asked[:]
+    assert run("bfloat16, width 64, causal").passed and {*asked} == {"portable", "hopper"}

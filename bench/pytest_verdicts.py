@@ -1,6 +1,6 @@
 """How do tests become checks of a run? A pytest plugin: each verdict is in the results as it is known.
 
-python -m pytest -p bench.checks.of_pytest --checks FILE ...
+python -m pytest -p bench.pytest_verdicts --checks FILE ...
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ..results import Check, CheckStatus, append
+from .results import Check, CheckStatus, append
 
 PHASES = ("setup", "call", "teardown")
 STATUS: dict[str, CheckStatus] = {"passed": "right", "failed": "wrong", "skipped": "not applicable"}
@@ -48,4 +48,4 @@ def last_words(report: pytest.TestReport, most: int = 6) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("checks")
     if path is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Recorder(path), "checks-of-pytest")
+        config.pluginmanager.register(Recorder(path), "verdicts")
