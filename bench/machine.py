@@ -1,7 +1,9 @@
 """On what does a run run? The GPU and its state, the versions of everything involved, the git revision.
 
 describe() -> Machine        once a run
-clocks_now() -> dict         MHz, °C and W, as often as wanted; empty without a GPU or without nvidia-ml-py
+clocks_now() -> dict         MHz, °C and W, as often as wanted; empty without a GPU
+
+Both ask nvidia-ml-py, and where it is missing or does not tell, the command nvidia-smi.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import datetime
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from .results import Machine
 
 ROOT = Path(__file__).resolve().parents[1]
 STAMP = ".revision"
+CLOCKS = ("sm_mhz", "temperature_c", "power_w")
 # What is installed of these is named with its version: distribution names, rivals and what they stand on.
 DISTRIBUTIONS = (
     "triton",
@@ -94,17 +98,27 @@ def clocks_now() -> dict[str, float]:
     """How the GPU stands: clock of its multiprocessors, temperature, power."""
     if not torch.cuda.is_available():
         return {}
-    readings = {
-        # Of device 0 by its number: asked for the current one, PyTorch would start the GPU for this process.
-        "sm_mhz": lambda: float(torch.cuda.clock_rate(0)),
-        "temperature_c": lambda: float(torch.cuda.temperature(0)),
-        "power_w": lambda: torch.cuda.power_draw(0) / 1000,  # in mW
-    }
+    # Of device 0 by its number: asked for the current one, PyTorch would start the GPU for this process.
+    asked: tuple[Callable[[], float], ...] = (
+        lambda: float(torch.cuda.clock_rate(0)),
+        lambda: float(torch.cuda.temperature(0)),
+        lambda: torch.cuda.power_draw(0) / 1000,  # in mW
+    )
     found = {}
-    for name, read in readings.items():
+    for name, read in zip(CLOCKS, asked, strict=True):
         try:
             found[name] = read()
         except Exception:  # no nvidia-ml-py, or a driver that does not tell: each in its own exception
+            continue
+    return found or _clocks_by_command()
+
+
+def _clocks_by_command() -> dict[str, float]:
+    found = {}
+    for name, word in zip(CLOCKS, _nvidia_smi("clocks.sm", "temperature.gpu", "power.draw"), strict=False):
+        try:
+            found[name] = float(word)
+        except ValueError:  # "[N/A]"
             continue
     return found
 
@@ -123,8 +137,22 @@ def _driver() -> str | None:
         pynvml.nvmlInit()
         version = pynvml.nvmlSystemGetDriverVersion()
     except Exception:  # not installed, or no NVIDIA driver: nvidia-ml-py has an exception a reason
-        return None
+        return next(iter(_nvidia_smi("driver_version")), None)
     return version.decode() if isinstance(version, bytes) else str(version)
+
+
+def _nvidia_smi(*questions: str) -> list[str]:
+    """The command's answers about the current GPU, without units; empty where it gives none."""
+    if torch.version.hip:
+        return []
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    words = ["nvidia-smi", gpu, f"--query-gpu={','.join(questions)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = done.stdout.strip().splitlines() if done.returncode == 0 else []
+    return [word.strip() for word in lines[0].split(",")] if lines else []
 
 
 def _git(root: Path, *words: str) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import torch
+import torch._functorch.config  # not imported with torch
 from triton.runtime import KernelInterface
 
 from tilewise import backward, dropout, forward, parameters, prepare

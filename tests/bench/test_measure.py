@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,6 +170,17 @@ def test_the_hosts_cost_is_measured_in_every_mode(device):
     assert all(min(row.seconds) > 0 for row in rows.values())
 
 
+def test_what_stays_is_not_collected_again():
+    """A collection looks at what comparisons make, not at every object that PyTorch has."""
+    there: list[int] = []
+    before = len(gc.get_objects())
+    try:
+        measured(PLAIN, "forward", Scripted("a", prepare=lambda: there.append(len(gc.get_objects()))))
+        assert there and before > 10 * there[0]
+    finally:
+        gc.unfreeze()
+
+
 def test_peak_memory_is_that_of_one_call():
     log: list[str] = []
 
@@ -206,6 +219,34 @@ def test_the_machine_is_described():
     assert (found.gpu is None) == (not torch.cuda.is_available())
     if found.gpu is None:
         assert found.clocks == {} and found.arch is None
+
+
+def test_clocks_and_driver_without_nvidia_ml_py(monkeypatch):
+    """The command nvidia-smi is asked about the same GPU; what it does not tell is left out."""
+    asked: list[list[str]] = []
+    answers = {"clocks.sm,temperature.gpu,power.draw": "1980, 41, [N/A]\n", "driver_version": "580.1.2\n"}
+
+    def run(command: list[str], **options: Any) -> Any:
+        asked.append(command)
+        said = answers[command[2].removeprefix("--query-gpu=")]
+        return subprocess.CompletedProcess(command, 0, said, "")
+
+    gpu = SimpleNamespace(uuid="1b2c")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: gpu)
+    for name in ("clock_rate", "temperature", "power_draw"):
+        monkeypatch.setattr(torch.cuda, name, raises(ModuleNotFoundError("pynvml")))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert machine.clocks_now() == {"sm_mhz": 1980.0, "temperature_c": 41.0}
+    assert machine._driver() == "580.1.2"
+    assert [command[:2] for command in asked] == [["nvidia-smi", "--id=GPU-1b2c"]] * 2
+
+    def missing(*arguments: Any, **options: Any) -> None:
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert machine.clocks_now() == {} and machine._driver() is None
 
 
 def test_the_revision_says_whether_files_differ(tmp_path):
