@@ -8,6 +8,7 @@ Times of all that are right and running are taken in turns, by `sampling.sample`
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ from .implementations.base import first_line, is_backward
 from .results import Row, Work
 from .sampling import Call, Recorder, Within, recorder_for, sample
 
+atexit.register(gc.unfreeze)  # what `settle` sets aside is collected at the end after all
 SIZES = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim")
 
 
