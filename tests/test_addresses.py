@@ -438,7 +438,8 @@ VIEWS = [around, every_other, transposed, misaligned, odd_single, expanded, broa
 @pytest.mark.parametrize("view", VIEWS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_any_strides(view, dtype):
-    """Each tensor as such a view, all at once, and the same numbers contiguous: the same bits."""
+    """Each tensor as such a view, all at once, and the same numbers contiguous: the same bits. Where all keys
+    and values are one, only lse has a gradient by the scores: out is the value whatever they are."""
     batch, heads = (1, 1) if view is odd_single else (2, 2)
     shapes = {"q": (batch, heads, 5, 8), "k": (batch, heads, 19, 8), "v": (batch, heads, 19, 6)}
     call = {name: view(torch.randn(shape, device=DEVICE).to(dtype)) for name, shape in shapes.items()}
@@ -452,9 +453,10 @@ def test_any_strides(view, dtype):
     for tensors, gradient in ((call, do), (contiguous, do.clone(memory_format=torch.contiguous_format))):
         mask = tensors.pop("mask")
         leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
-        out, _ = small(**leaves, mask=mask)
+        out, lse = small(**leaves, mask=mask)
         with tilewise.tiles.use(TILE):
-            results.append(torch.autograd.grad(out, list(leaves.values()), gradient))
+            both = (gradient, torch.ones_like(lse))
+            results.append(torch.autograd.grad((out, lse), list(leaves.values()), both))
     assert_same(*results)
 
 

@@ -3,6 +3,12 @@
 On a GPU each function below is a single conversion or matmul. Triton's interpreter holds a bfloat16 as its
 raw 16 bits, truncates where hardware rounds to nearest even, and multiplies the bit patterns in `tl.dot`; so
 there the same steps are spelled out on integers, and the numerics that tests see are those of the GPU.
+
+A GPU sums every element of a product in one order, that of its instruction. A CPU's BLAS does not: it sums
+equal rows in different orders by their place, Q Kᵀ in another than K Qᵀ, and each CPU in its own way. Beside
+scores of 10⁴ the backward's P would then not be the forward's. So the interpreter sums in float64, in which
+the products are exact, and rounds the sum to fp32: orders differ 2²⁹ times less than that rounding. Adding to
+what was accumulated is a rounding of its own, in fp32.
 """
 
 import torch
@@ -41,7 +47,8 @@ def round_to(x, dtype: tl.constexpr):
 def matmul(a, b, acc, PRECISION: tl.constexpr):
     """acc + a · b in fp32. PRECISION matters to fp32 operands alone: "ieee" or "tf32"."""
     if INTERPRETED:
-        return tl.dot(widen(a), widen(b), acc, input_precision=PRECISION)
+        a, b = widen(a).to(tl.float64), widen(b).to(tl.float64)
+        return acc + tl.dot(a, b, out_dtype=tl.float64).to(tl.float32)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 

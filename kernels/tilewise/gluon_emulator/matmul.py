@@ -1,7 +1,8 @@
 """The tensor cores: products that run beside the role that started them, until it waits.
 
 A product is computed at the wait that completes it, from what shared memory holds then; its operands must not
-change in between, which memory.py checks.
+change in between, which memory.py checks. It rounds where `numerics.matmul` does in Triton's interpreter: a sum
+of exact products, in float64, to fp32; then what is added to it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Product:
     def complete(self) -> tl.tensor:
         """Compute it. Products complete in the order of their issue."""
         with np.errstate(all="ignore"):
-            value = np.matmul(self._operand(self._a), self._operand(self._b))
+            value = np.matmul(self._operand(self._a), self._operand(self._b)).astype(np.float32)
             if self._use_acc:
                 acc = self._acc.value() if isinstance(self._acc, Product) else self._acc
                 value += array(acc)
@@ -69,7 +70,7 @@ class Product:
     @staticmethod
     def _operand(operand: Any) -> np.ndarray[Any, Any]:
         data = operand.data if isinstance(operand, SharedMemory) else array(operand)
-        return to_float32(data, operand.dtype)
+        return to_float32(data, operand.dtype).astype(np.float64)
 
     def __str__(self) -> str:
         return self._name
