@@ -434,6 +434,7 @@ def broadcast_rows(t: torch.Tensor) -> torch.Tensor:
 VIEWS = [around, every_other, transposed, misaligned, odd_single, expanded, broadcast_rows]
 
 
+@pytest.mark.any_cpu
 @pytest.mark.oldest
 @pytest.mark.parametrize("view", VIEWS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

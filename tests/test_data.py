@@ -72,6 +72,7 @@ def test_equal_keys_weigh_the_same(qkv, dtype):
     torch.testing.assert_close(lse.double(), score + math.log(45), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equal_queries_get_equal_results(qkv, dtype):
     q, k, v = qkv(dtype)
@@ -82,6 +83,7 @@ def test_equal_queries_get_equal_results(qkv, dtype):
 # ---- Extremes
 
 
+@pytest.mark.any_cpu
 @pytest.mark.oldest
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sign", [1.0, -1.0])

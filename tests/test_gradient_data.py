@@ -95,6 +95,7 @@ def test_identity_values_show_the_gradient_of_probabilities(qkv, dtype):
     check_gradients(q, k, v, do, mask=Window(30, 0))
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equal_rows_get_equal_gradients(qkv, dtype):
     q, k, v, do = qkv(dtype)
@@ -110,6 +111,7 @@ def test_equal_rows_get_equal_gradients(qkv, dtype):
 # ---- Extremes
 
 
+@pytest.mark.any_cpu
 @pytest.mark.oldest
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -122,6 +124,7 @@ def test_huge_logits(qkv, dtype, sign):
     check_gradients(sign * q.abs() * 30, k.abs() * 30, v, do, scale=1.0)  # all of one sign
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("key", [0, 20, 36])
 def test_one_huge_key(qkv, dtype, key):
@@ -141,6 +144,7 @@ def test_denormal_numbers(qkv, dtype):
     check_gradients(q, k * tiny, v, do, scale=0.5 / tiny if dtype == torch.float16 else 1.0)
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cap", [1e-2, 0.5, 50.0, 1e6])
 def test_softcap_far_beyond_its_cap_and_far_below(qkv, dtype, cap):

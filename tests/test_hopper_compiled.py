@@ -318,3 +318,9 @@ def test_a_barrier_that_is_not_planned_is_noticed(kernel, operands):
     """Of two warpgroups: role, turns 4 and 5, q 6 and 7, k and v 8 to 11."""
     doctored = changed(kernel.code, "BAR", Instruction("BAR.ARV", operands))
     assert complaints_of_barriers(doctored, 2, 2) == [f"BAR.ARV {operands}"]
+
+
+def test_scores_are_summed_as_the_portable_kernels_do(kernels):
+    """In one sum of steps of 16: the backward after it computes P again (see test_same_sums.py)."""
+    for each in kernels.values():
+        assert set(each.compiled.sums) == {f"{each.compiled.tile['HEAD_TILE'] // 16} HGMMA"}, each.compiled

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 import tilewise
-from tilewise.numerics import float32_precision, matmul, round_to, widen
+from tilewise.numerics import INTERPRETED, float32_precision, matmul, round_to, widen
 from tilewise.scores import tanh
 
 BLOCK = 4096
@@ -118,6 +118,7 @@ def test_matmul_accumulates_exactly_what_it_can(dtype, precision, device):
     assert torch.equal(product(a.to(dtype), b.to(dtype), c.float(), precision), want)
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matmul_accumulates_in_float32(dtype, device):
     """Inputs are taken as they are, so only the sum rounds: 64 additions in fp32, in any order."""
@@ -126,7 +127,23 @@ def test_matmul_accumulates_in_float32(dtype, device):
     want = a.double() @ b.double() + c
     size = a.double().abs() @ b.double().abs() + c.abs()
     # Tensor cores cut where others round, which doubles the error of each addition.
-    assert ((product(a, b, c, "ieee") - want).abs() <= 2 * 65 * U * size).all()
+    got = product(a, b, c, "ieee")
+    assert ((got - want).abs() <= 2 * 65 * U * size).all()
+    if INTERPRETED:  # the sum of products is rounded once, and what it is added to once more
+        assert torch.equal(got, (a.double() @ b.double()).float() + c)
+
+
+@pytest.mark.any_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_a_sum_does_not_depend_on_its_place(dtype, size, device):
+    """As the backward needs it: S = Q Kᵀ and its transpose K Qᵀ have the same bits; so have equal rows."""
+    q, k = (100 * torch.randn(16, size, device=device).to(dtype) for _ in range(2))
+    none = torch.zeros(16, 16, device=device)
+    s = product(q, k.mT.contiguous(), none, "ieee")
+    assert torch.equal(product(k, q.mT.contiguous(), none, "ieee").mT, s)
+    equal = product(q[:1].expand_as(q).contiguous(), k.mT.contiguous(), none, "ieee")
+    assert torch.equal(equal, s[:1].expand_as(s))
 
 
 def tanh_bound(x: torch.Tensor) -> torch.Tensor:

@@ -118,6 +118,12 @@ def backward_variants() -> list[Variant]:
     return [*found, backward_variant("bf16", 128, "full")]
 
 
+def tf32_variants() -> list[Variant]:
+    """Forward and backward where PyTorch asks for tf32."""
+    forward = forward_variant("fp32", 64, "causal", precision="high")
+    return [forward, backward_variant("fp32", 64, "causal", ("dkv", "dq"), precision="high")]
+
+
 # What `tilewise tune` may choose beside the table's tiles of Hopper's forward, at head_dim 64 and 128.
 HOPPER_TILES = {
     "three warpgroups": (64, HopperTile(192, 64, 12, 2)),

@@ -1,8 +1,8 @@
 """The tensor cores: products that run beside the role that started them, until it waits.
 
 A product is computed at the wait that completes it, from what shared memory holds then; its operands must not
-change in between, which memory.py checks. It rounds where `numerics.matmul` does in Triton's interpreter: a sum
-of exact products, in float64, to fp32; then what is added to it.
+change in between, which memory.py checks. It rounds where `numerics.matmul` does in Triton's interpreter: the
+sum of its exact products, taken in float64, to fp32; then what that is added to.
 """
 
 from __future__ import annotations

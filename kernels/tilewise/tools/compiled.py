@@ -39,6 +39,7 @@ from ..tiles import SHARED_BYTES, family
 from .assembler import Messages, assembler_messages
 from .machine_code import Flow, MachineCode, read_amdgcn, read_cubin
 from .main_loop import MainLoop, kind_of, main_loops
+from .sums import sums
 
 # The start of the opcode that multiplies fp16 and bf16 tiles of 64 rows and more, by family.
 MATMUL = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
@@ -81,6 +82,7 @@ class Compiled:
     instructions: dict[str, int]  # by opcode without modifiers: {"LDG": 12, ...}
     matmuls: dict[str, int]  # by opcode with its modifiers: {"HMMA.16816.F32": 64, ...}
     loops: list[MainLoop]  # over tiles, in the program's order
+    sums: dict[str, int] = dataclasses.field(default_factory=dict)  # by steps: see sums.py; none for AMD
     assembler: Messages | None = None  # None where nobody asked, and for AMD
 
     @property
@@ -196,6 +198,7 @@ def read(
         instructions=dict(Counter(opcode.split(".")[0] for opcode in opcodes)),
         matmuls=dict(Counter(opcode for opcode in opcodes if kind_of(opcode) == "matmul")),
         loops=loops_of(code, metadata.name, tile, metadata.num_warps, gpu_target(target).warp_size),
+        sums={} if amd else sums(code.instructions),
         assembler=assembler_messages(kernel) if messages and not amd else None,
     )
 

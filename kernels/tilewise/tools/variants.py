@@ -54,6 +54,17 @@ def target_tiles() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Inside, PyTorch's float32 matmul precision is this one."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool = False, **given: Any) -> None:
     """What `attention` does on a GPU once a call has passed the checks."""
     with target_tiles():
@@ -89,12 +100,8 @@ def forward_variant(
     """
 
     def run() -> None:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
+        with float32_precision(precision):
             launch(*plain_inputs(dtype, dim, q_len), return_lse=True, mask=MASKS[mask])
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     tf32 = " tf32" if precision == "high" else ""
     return Variant(f"{dtype}{tf32} {dim} {mask}{'' if q_len == LENGTH else f' q_len {q_len}'}", run)
@@ -112,11 +119,17 @@ def hopper_variant(
     return Variant(name or f"{dtype} {dim} {mask}", run)
 
 
-def backward_variant(dtype: str, dim: int, mask: str, kernels: Sequence[str] | None = None) -> Variant:
+def backward_variant(
+    dtype: str, dim: int, mask: str, kernels: Sequence[str] | None = None, precision: str = "highest"
+) -> Variant:
     """The backward's tiles of the table under the plainest call; kernels: of "prepare", "dkv" and "dq"."""
+
+    def run() -> None:
+        with float32_precision(precision):
+            launch_backward(*plain_inputs(dtype, dim), mask=MASKS[mask])
+
     only = None if kernels is None else tuple(f"{name}_kernel" for name in kernels)
-    name = f"{dtype} {dim} {mask}"
-    return Variant(name, lambda: launch_backward(*plain_inputs(dtype, dim), mask=MASKS[mask]), only)
+    return Variant(f"{dtype}{' tf32' if precision == 'high' else ''} {dim} {mask}", run, only)
 
 
 def parameter_variants(dtype: str, dim: int, mask: str) -> list[Variant]:
