@@ -19,6 +19,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch._dynamo.comptime import comptime
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.variables import UserDefinedObjectVariable
+from torch._dynamo.variables.functions import TritonKernelVariable
+from triton.runtime.jit import KernelInterface
 
 from .checks import Request
 from .dropout import Dropout
@@ -44,6 +49,39 @@ def registered_name(thing: Any) -> str:
     while _registry.setdefault(name, thing) is not thing:
         name += "'"
     return name
+
+
+def traced_name(value: Any) -> str:
+    """`registered_name` of a jit function in code that Dynamo traces; "" for anything else.
+
+    To Dynamo a jit function is a variable of a kind that it can neither ask for its type nor hand to a
+    function that it calls (before torch 2.13; on a machine without a GPU the kind is another). So `note`,
+    which runs while it traces, looks behind the variable.
+    """
+    comptime(note)
+    return noted_name()
+
+
+_noted = [""]  # one place will do: Dynamo traces under a lock
+
+
+def note(context: Any) -> None:
+    """Note the name of what `value` is in the code being traced, and tie the graph to that very function."""
+    variable = context.get_local("value")._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
+    value: Any = None
+    if isinstance(variable, TritonKernelVariable):
+        value = variable.kernel
+    elif isinstance(variable, UserDefinedObjectVariable):
+        value = variable.value
+    _noted[0] = ""
+    if isinstance(value, KernelInterface):
+        install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))
+        _noted[0] = registered_name(value)
+
+
+@torch.compiler.assume_constant_result
+def noted_name() -> str:
+    return _noted[0]
 
 
 def registered(name: str) -> Any:
@@ -77,6 +115,8 @@ def encode(request: Request) -> Encoded:
 def _put(value: Any, encoded: Encoded, words: list[str]) -> None:
     if value is None:
         words.append("N")
+    elif torch.compiler.is_dynamo_compiling() and (name := traced_name(value)):
+        words.append(f"f:{name}")
     elif isinstance(value, torch.Tensor):
         encoded.tensors.append(value)
         words.append("T")
