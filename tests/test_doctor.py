@@ -67,7 +67,9 @@ def test_hoppers_forward_has_its_line_and_its_test(device):
     ],
 )
 def test_hoppers_forward_on_gpus_that_are_not_here(arch, name, verdict, said, monkeypatch):
-    """The probe asks for tensors on the GPU; fake ones have no memory, and need none."""
+    """The probe asks for tensors on the GPU; fake ones have no memory, and need none. A torch that is built
+    for CUDA would still start the GPU for them."""
+    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
     monkeypatch.setattr("tilewise.hopper.rules.tiles.architecture", lambda device: arch)

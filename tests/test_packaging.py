@@ -83,7 +83,7 @@ def test_wheel_holds_every_source_and_data_file(package: str, installed: Path) -
 def test_wheel_requires_torch_and_triton_and_nothing_else(wheel: Path) -> None:
     metadata = metadata_of(wheel)
     plain = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert sorted(plain) == ["torch>=2.10", "triton>=3.6"]
+    assert sorted(plain) == ["torch>=2.11", "triton>=3.6"]
     assert metadata["Requires-Python"] == ">=3.10"
     assert {"test", "bench", "demo", "dev"} <= set(metadata.get_all("Provides-Extra"))
 

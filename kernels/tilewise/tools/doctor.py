@@ -37,7 +37,7 @@ from ..user_tiles import cache_folder
 from .chips import find_chip
 
 Verdict = Literal["ok", "note", "problem"]
-OLDEST_PYTHON, OLDEST_TORCH, OLDEST_TRITON = (3, 10), (2, 10), (3, 6)
+OLDEST_PYTHON, OLDEST_TORCH, OLDEST_TRITON = (3, 10), (2, 11), (3, 6)
 # By extra (pyproject.toml): the modules that it brings.
 EXTRAS = {
     "tools": ("typer", "rich"),
