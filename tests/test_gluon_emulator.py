@@ -64,7 +64,7 @@ def outcome(run, *args, **kwargs):
     try:
         run(*args, **kwargs)
     except EmulationError as error:
-        return re.search("has not landed|overwrites|touches", str(error))[0]
+        return re.search("has not landed|overwrites|touches|unordered", str(error))[0]
     except AssertionError:
         return "wrong"
     return "right"
@@ -198,12 +198,11 @@ def test_a_deadlock_names_who_waits_for_what():
 
 
 @pytest.mark.oldest
-def test_other_orders_find_what_the_default_does_not():
-    """A consumer that releases a buffer before it reads it is right while the producer is slow."""
-    run_copy("releases before it reads")
-    for others in (RandomSchedule, lambda seed: PriorityChange(seed, changes=2, steps=60)):
-        found = [outcome(run_copy, "releases before it reads", others(seed)) for seed in range(20)]
-        assert set(found) == {"right", "wrong", "has not landed"}
+def test_a_race_shows_in_every_order():
+    """A consumer that releases a buffer before it reads it: also where it happens to read in time."""
+    message = r"the load of tile .*, unordered with role 0 \(copy_consumer\): load of buffer 1"
+    catch(message, run_copy, "releases before it reads")
+    assert {outcome(run_copy, "releases before it reads", each) for each in schedules(20)} == {"unordered"}
 
 
 @pytest.mark.parametrize("new", [lambda: RandomSchedule(3), lambda: PriorityChange(3, changes=3, steps=60)])
@@ -448,12 +447,58 @@ def test_another_role_needs_the_writers_fence():
 
 
 @pytest.mark.oldest
-def test_roles_may_write_the_same():
-    """Each for itself, with its own fence and barrier; but not something else."""
+@pytest.mark.parametrize("values", [(1.0, 1.0), (1.0, 2.0)])
+def test_roles_may_not_write_out_of_order(values):
+    """Each for itself, with its own fence and barrier: a race, also where both write the same."""
+    found = {outcome(send, values=values, waits=False, schedule=schedule) for schedule in schedules(20)}
+    assert found == {"unordered", "overwrites"}
+
+
+@gluon.jit
+def first_reads(buffer, ready, out_desc, MISTAKE: gl.constexpr):
+    buffer.load(LAYOUT)
+    named_barrier(5, "arrive", 256)
+    mbarrier.wait(ready, 0, MISTAKE != "does not wait")
+    store_async(out_desc, [0, 0], buffer)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def then_writes(buffer, ready, MISTAKE: gl.constexpr):
+    if MISTAKE != "writes early":
+        named_barrier(5, "sync", 256)
+    buffer.store(gl.full([ROWS, COLUMNS], 1.0, gl.float16, LAYOUT))
+    fence_async_shared()
+    mbarrier.arrive(ready)
+    if MISTAKE == "writes early":
+        named_barrier(5, "sync", 256)
+
+
+@gluon.jit
+def hand_over_kernel(out_desc, MISTAKE: gl.constexpr):
+    buffer = gl.allocate_shared_memory(out_desc.dtype, [ROWS, COLUMNS], out_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+    mbarrier.init(ready, count=1)
+    gl.warp_specialize(
+        [(first_reads, (buffer, ready, out_desc, MISTAKE)), (then_writes, (buffer, ready, MISTAKE))],
+        [4],
+        [24],
+    )
+
+
+def hand_over(mistake=None, schedule=None):
+    out = torch.zeros(ROWS.value, COLUMNS.value, dtype=torch.float16)
+    emulate(hand_over_kernel, (1,), dict(out_desc=descriptor(out), MISTAKE=mistake), schedule)
+    assert (out == 1).all()
+
+
+@pytest.mark.oldest
+def test_who_waits_is_ordered():
+    """By a named barrier, and by an mbarrier."""
     for schedule in schedules():
-        send(waits=False, fences=False, schedule=schedule)
-    found = {outcome(send, values=(1.0, 2.0), waits=False, schedule=schedule) for schedule in schedules(20)}
-    assert found == {"right", "wrong", "overwrites", "touches"}
+        hand_over(schedule=schedule)
+        assert outcome(hand_over, "writes early", schedule) in ("unordered", "overwrites")
+        assert outcome(hand_over, "does not wait", schedule) in ("unordered", "overwrites", "touches")
 
 
 # ---- The edges of tensors

@@ -41,13 +41,15 @@ BUDGETS = {
     "bf16 64 full": Budget(438),
     "bf16 128 causal": Budget(478),
     "bf16 128 full": Budget(494),
-    "bf16 256 causal": Budget(464, spill_bytes=48),
+    "bf16 256 causal": Budget(464, spill_bytes=32),
     "bf16 256 full": Budget(457),
     "fp16 128 causal": Budget(478),
-    "bf16 64 features": Budget(1990),  # nearly all of it is tanh
+    "bf16 64 features": Budget(1990, spill_bytes=8),  # nearly all of it is tanh
     "bf16 64 causal, three warpgroups": Budget(278),
     "bf16 128 causal, no turns": Budget(476),
-    "bf16 128 causal, Q in registers": Budget(551, spill_bytes=64, spills=8),
+    "bf16 128 causal, Q in registers": Budget(551, spill_bytes=80, spills=8),
+    "bf16 128 causal, four producer warps": Budget(478),
+    "bf16 64 causal, three warpgroups, four producer warps": Budget(278),
 }
 LONGER = 1.05
 
@@ -127,24 +129,28 @@ def complaints_of_full_loop(code: list[Instruction], budget: Budget) -> list[str
     return [f"{what}: {seen}, above {most:g}" for what, (seen, most) in limits.items() if seen > most]
 
 
-def planned_barriers(warpgroups: int, stages: int) -> set[tuple[int, int | None]]:
+def planned_barriers(warpgroups: int, stages: int, producer_warps: int = 1) -> set[tuple[int, int | None]]:
     """(number, threads that it counts), as hopper/forward.py numbers them; Triton's own come first: a barrier
-    of each role, and 1, where the workers wait for a role."""
-    everyone = 128 * warpgroups + 32
+    of each role of more than a warp, and 1, where the workers wait for a role."""
+    producer = 32 * producer_warps
+    everyone = 128 * warpgroups + producer
     first_turn = warpgroups + 2
     first_q, first_ring = first_turn + warpgroups, first_turn + 2 * warpgroups
     return (
         {(1, None), (0, 128)}
-        | {(n, 128) for n in range(2, warpgroups + 1)}
+        | {(n, 128) for n in range(2, warpgroups + (2 if producer_warps > 1 else 1))}
         | {(n, 256) for n in range(first_turn, first_q)}
-        | {(n, 160) for n in range(first_q, first_ring)}
+        | {(n, 128 + producer) for n in range(first_q, first_ring)}
         | {(n, everyone) for n in range(first_ring, first_ring + 2 * stages)}
     )
 
 
-def complaints_of_barriers(code: list[Instruction], warpgroups: int, stages: int) -> list[str]:
+def complaints_of_barriers(
+    code: list[Instruction], warpgroups: int, stages: int, producer_warps: int = 1
+) -> list[str]:
     """Only the buffers of K and V are told apart at run time: their barriers' number is in a register."""
-    planned, everyone = planned_barriers(warpgroups, stages), 128 * warpgroups + 32
+    planned = planned_barriers(warpgroups, stages, producer_warps)
+    everyone = 128 * warpgroups + 32 * producer_warps
     found = []
     for each in code:
         if each.opcode.split(".")[0] == "BAR":
@@ -244,7 +250,9 @@ def test_full_tiles_cost_no_more_than_planned(kernels, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_named_barriers_are_the_planned_ones(kernels, name):
     kernel = kernels[name]
-    assert complaints_of_barriers(kernel.code, kernel.warpgroups, kernel.tile.num_stages) == []
+    tile = kernel.tile
+    planned = (kernel.warpgroups, tile.num_stages, tile.producer_warps)
+    assert complaints_of_barriers(kernel.code, *planned) == []
 
 
 def test_hoppers_forward_is_no_worse_than_the_baseline(kernels):

@@ -99,6 +99,7 @@ TILES = {
     "out of turn": HopperTile(128, 32, 8, 2, has_turns=False),
     "three out of turn": HopperTile(192, 16, 12, 1, has_turns=False),
     "Q in registers": HopperTile(128, 32, 8, 2, is_q_in_registers=True),
+    "four producer warps": HopperTile(128, 16, 8, 2, producer_warps=4),
     "O through Q's place": HopperTile(128, 64, 8, 3),
 }
 

@@ -38,7 +38,14 @@ def draw(rng: random.Random) -> dict[str, Any]:
         kv_len=rng.choice((1, TILE_KV, TILE_KV * stages, TILE_KV * stages + 1, 5 * TILE_KV, 7 * TILE_KV - 3)),
         heads=rng.choice((1, 2)),
         mask=rng.choice((None, tilewise.Causal(), tilewise.Causal("top_left"), tilewise.Window(20, 0))),
-        tile=HopperTile(64 * warpgroups, TILE_KV, 4 * warpgroups, stages, has_turns=rng.random() < 0.7),
+        tile=HopperTile(
+            64 * warpgroups,
+            TILE_KV,
+            4 * warpgroups,
+            stages,
+            has_turns=rng.random() < 0.7,
+            producer_warps=rng.choice((1, 4)),
+        ),
         programs=rng.choice((1, 1, 2, 3)),
         has_out_buffer=rng.random() < 0.5,
         q_in_registers=rng.random() < 0.3,
@@ -100,5 +107,6 @@ def test_the_problems_that_are_drawn_hold_what_matters():
     for name in ("has_out_buffer", "q_in_registers"):
         assert {p[name] for p in drawn} == {True, False}
     assert {p["tile"].has_turns for p in drawn} == {True, False}
+    assert {p["tile"].producer_warps for p in drawn} == {1, 4}
     steps = [-(-p["kv_len"] // TILE_KV) / p["tile"].num_stages for p in drawn]
     assert min(steps) < 1 and max(steps) > 2

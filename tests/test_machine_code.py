@@ -119,6 +119,16 @@ def test_roles_are_told_by_the_table_of_a_jump():
     assert [flow.registers(place) for place in (0, 2, 3, 7, 9, 0xC)] == [None, 256, 240, 120, 24, 232]
 
 
+def test_roles_without_a_table_are_told_by_their_registers():
+    """Two workers are told apart by a branch; the first one's code comes first."""
+    code = read_sass(
+        ROLES.replace(
+            'BRX R4 -0x80                  (*"BRANCH_TARGETS .L_x_3,.L_x_2,.L_x_5"*)', "@P2 BRA `(.L_x_3)"
+        ).replace("/*0070*/                   @P2", "/*0070*/ @P2")
+    )
+    assert [Flow(code).role(place) for place in range(len(code))][:-1] == [0] * 8 + [1] * 3 + [2] * 5
+
+
 def test_each_team_has_its_main_loops():
     first, second = main_loops(read_sass(ROLES), 4, 32, tile_flops=7, order=("only",), copied_bytes=5)
     assert (first.name, second.name) == ("only 1", "only 2")

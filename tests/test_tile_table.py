@@ -307,3 +307,5 @@ def test_a_tile_in_words():
     assert describe(HopperTile(128, 64, 8, 2)) == "128 x 64, 8 warps, 2 stages, in turns"
     both = HopperTile(192, 64, 12, 1, has_turns=False, is_q_in_registers=True)
     assert describe(both) == "192 x 64, 12 warps, 1 stage, Q in registers"
+    wide = HopperTile(128, 64, 8, 2, has_turns=False, producer_warps=4)
+    assert describe(wide) == "128 x 64, 8 warps, 2 stages, 4 producer warps"

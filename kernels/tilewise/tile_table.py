@@ -55,10 +55,11 @@ HOPPER_COLUMNS = 64  # of its tiles at least: 128 bytes, over which rows are swi
 @dataclass(frozen=True)
 class HopperTile(Tile):
     """The same for Hopper's forward: warpgroups of 4 warps own 64 query rows each, K and V have num_stages
-    buffers each. The producer's warp is not counted."""
+    buffers each. The producer's warps are not counted."""
 
     has_turns: bool = True  # warpgroups issue their matmuls one after another
     is_q_in_registers: bool = False
+    producer_warps: int = 1  # or 4, so that nobody else is in its warpgroup: docs/hopper.md, "The roles"
 
     def __post_init__(self) -> None:
         if self.tile_q not in (2 * WARPGROUP_ROWS, 3 * WARPGROUP_ROWS):
@@ -72,6 +73,8 @@ class HopperTile(Tile):
         most = (NAMED_BARRIERS - 2 - 3 * self.warpgroups) // 2  # hopper/forward.py counts them
         if not 1 <= self.num_stages <= most:
             raise ValueError(f"num_stages={self.num_stages} must be from 1 to {most} where {self.tile_q=}")
+        if self.producer_warps not in (1, 4):
+            raise ValueError(f"producer_warps={self.producer_warps} must be 1 or 4")
 
     @property
     def warpgroups(self) -> int:
@@ -123,6 +126,7 @@ def describe(tile: Tile) -> str:
     )
     if isinstance(tile, HopperTile):
         text += ", in turns" * tile.has_turns + ", Q in registers" * tile.is_q_in_registers
+        text += f", {tile.producer_warps} producer warps" * (tile.producer_warps > 1)
     return text
 
 
@@ -148,7 +152,7 @@ _ROW_TYPES: dict[str, Any] = {
     "pass": str, "arch": str, "element_bytes": int, "dim": int, "tile_q": int, "tile_kv": int,
     "num_warps": int, "num_stages": int, "evidence": dict,
 }  # fmt: skip
-_HOPPER_TYPES: dict[str, Any] = {"has_turns": bool, "is_q_in_registers": bool}
+_HOPPER_TYPES: dict[str, Any] = {"has_turns": bool, "is_q_in_registers": bool, "producer_warps": int}
 
 
 def from_json(given: Any) -> Row:

@@ -131,27 +131,45 @@ MUTATIONS = (
     Mutation("hopper: P unpacked in the wrong order", INSTRUCTIONS,
              "p = gl.join(low, high)", "p = gl.join(high, low)",
              LENGTHS),
-    Mutation("hopper: unseen values multiplied by 0", CONSUMER,
-             "if (kv_start < rows.start) | ((rows.stop < kv_start + TILE_KV) & (rows.stop < kv_len)):",
-             "if kv_start < rows.start:",
+    Mutation("hopper: unseen values multiplied by 0", SCHEDULE,
+             "return (kv_start < self.start) | ((self.stop < kv_start + TILE_KV) & (self.stop < kv_len))",
+             "return kv_start < self.start",
              UNSEEN),
-    Mutation("hopper: unseen values before the window", CONSUMER,
-             "if (kv_start < rows.start) | ((rows.stop", "if ((rows.stop",
+    Mutation("hopper: unseen values before the window", SCHEDULE,
+             "return (kv_start < self.start) | ((self.stop", "return ((self.stop",
              UNSEEN),
     Mutation("hopper: unseen values of earlier cut steps", CONSUMER,
-             "                if not IS_FULL:\n"
-             "                    hide_unseen(v_ring, v_place, kv_start, rows, kv_len)"
-             "  # of the step before\n",
+             "                if not IS_FULL and WARPGROUP == 0:  # the step before\n"
+             "                    phases = hide_unseen(v_ring, v_place, phases, kv_start, rows, kv_len)\n",
              "",
              UNSEEN),
     Mutation("hopper: unseen values of the last cut step", CONSUMER,
-             "            if not IS_FULL:\n"
-             "                hide_unseen(v_ring, v_place, kv_start, rows, kv_len)  # of the last cut step\n",
+             "            if not IS_FULL and WARPGROUP == 0:  # the last cut step\n"
+             "                phases = hide_unseen(v_ring, v_place, phases, kv_start, rows, kv_len)\n",
              "",
              UNSEEN),
-    Mutation("hopper: zeros not yet seen by the tensor cores", CONSUMER,
-             "        fence_async_shared()\n        wait_for_role()\n\n", "        wait_for_role()\n\n",
+    Mutation("hopper: zeros not yet seen by the tensor cores", CHANNELS,
+             "        fence_async_shared()\n        mbarrier.arrive(", "        mbarrier.arrive(",
              UNSEEN),
+    Mutation("hopper: V that is not clean is full for all", PRODUCER,
+             "kv_head, kv_start, is_unclean)", "kv_head, kv_start)",
+             UNSEEN),
+    Mutation("hopper: V is full before it is clean", CONSUMER,
+             "        phases = v_ring.wait_unclean(v_place, phases)\n",
+             "        phases = v_ring.wait_unclean(v_place, phases)\n        v_ring.share(v_place)\n",
+             UNSEEN),
+    Mutation("hopper: phases of what is not clean that do not turn", CHANNELS,
+             "return phases ^ (1 << place.stage)", "return phases",
+             UNSEEN + ORDERS),
+    Mutation("hopper: a second warpgroup writes rows of V as they are", CONSUMER,
+             "                p = unpack_pairs(pairs, DTYPE, P_LAYOUT)  # [ROWS, TILE_KV]\n",
+             "                if not IS_FULL and WARPGROUP == 1:\n"
+             "                    v_ring.wait_full(v_place)\n"
+             "                    v_ring.tile(v_place).store(v_ring.tile(v_place).load(S_LAYOUT))\n"
+             "                    fence_async_shared()\n"
+             "                    wait_for_role()\n"
+             "                p = unpack_pairs(pairs, DTYPE, P_LAYOUT)  # [ROWS, TILE_KV]\n",
+             UNSEEN + ORDERS),
     Mutation("hopper: a sink forgotten in O", CONSUMER,
              "row_max, row_sum, o = softmax_merge(row_max, row_sum, o, sink_max, sink_sum, sink_o)",
              "row_max, row_sum, _ = softmax_merge(row_max, row_sum, o, sink_max, sink_sum, sink_o)",

@@ -129,6 +129,8 @@ HOPPER_TILES = {
     "three warpgroups": (64, HopperTile(192, 64, 12, 2)),
     "no turns": (128, HopperTile(128, 128, 8, 2, has_turns=False)),
     "Q in registers": (128, HopperTile(128, 128, 8, 2, is_q_in_registers=True)),
+    "four producer warps": (128, HopperTile(128, 128, 8, 2, producer_warps=4)),
+    "three warpgroups, four producer warps": (64, HopperTile(192, 64, 12, 2, producer_warps=4)),
 }
 
 

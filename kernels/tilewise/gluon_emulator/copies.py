@@ -79,13 +79,14 @@ class Load:
         to.data[...] = poison(to.shape, to.dtype)
         self._access = Access(to.data, self)
         memory.filling.append(self._access)
+        self._clock = memory.overwrite(to, self, barrier)
 
     def happen(self) -> None:
         outside, inside = self._source.window(self._corner)
         self._to.data[...] = 0
         self._to.data[inside] = self._source.data[outside]
         self._memory.filling.remove(self._access)
-        self._barrier.land(self._to.data.nbytes)
+        self._barrier.land(self._to.data.nbytes, self._clock)
 
     def __str__(self) -> str:
         return self._name
@@ -103,6 +104,7 @@ class Store:
         memory.check_seen(source, "a TMA store")
         self._access = Access(source.data, self)
         memory.read.append(self._access)
+        memory.begin(self)
 
     def happen(self) -> None:
         outside, inside = self._to.window(self._corner)
@@ -112,6 +114,7 @@ class Store:
     def release(self) -> None:
         """The role has waited: the source may be written again."""
         self._memory.read.remove(self._access)
+        self._memory.end(self)
 
     def __str__(self) -> str:
         return self._name

@@ -180,6 +180,7 @@ class Hopper(Namespace):
     ) -> Any:
         self._roles.switch()
         product = Product(self._memory, a, b, acc, bool(use_acc))
+        self._memory.begin(product)
         self._roles.running.products.append(product)
         return product if is_async else self.warpgroup_mma_wait(0, [product])
 
@@ -191,6 +192,7 @@ class Hopper(Namespace):
         done = max(len(role.products) - num_outstanding, 0)
         for product in role.products[:done]:
             product.complete()
+            self._memory.end(product)
         del role.products[:done]
         values = [dep.value() if isinstance(dep, Product) else dep for dep in deps]
         return values[0] if len(values) == 1 else tuple(values)
@@ -210,13 +212,13 @@ class MBarriers(Namespace):
             return
         barrier = self._ready(mbarrier, 1)
         barrier.bytes += bytes_per_cta
-        barrier.arrive(1)
+        barrier.arrive(1, self._roles.running)
 
     def arrive(self, mbarrier: SharedMemory, *, count: int = 1, pred: Any = True) -> None:
         self._roles.switch()
         if pred:
             self._memory.barrier()  # Triton has the role's warps wait for one another before it arrives
-            self._ready(mbarrier, count).arrive(count)
+            self._ready(mbarrier, count).arrive(count, self._roles.running)
 
     def wait(self, mbarrier: SharedMemory, phase: Any, pred: Any = True, deps: Any = ()) -> None:
         barrier, parity = self._memory.mbarrier(mbarrier), integer(phase)
@@ -226,6 +228,7 @@ class MBarriers(Namespace):
             self._roles.wait(
                 lambda: barrier.has_completed(parity), f"parity {parity} of mbarrier {barrier.name}", barrier
             )
+            barrier.learn(self._roles.running)
         else:
             self._roles.switch()
 

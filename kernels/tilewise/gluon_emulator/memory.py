@@ -12,7 +12,7 @@ that wrote it, and then a barrier that makes all of its warps wait for one anoth
     written ── fence ──► fenced ── arrive at a named barrier ─────────► seen by other roles
                             └───── gl.barrier, sync, mbarrier.arrive ─► seen by all
 
-To write what is there already is no harm: several roles may clean the same rows, each for itself.
+And whoever accesses what another writes must be made to wait, one way or the other: order.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 import triton.language as tl
 
 from .numbers import array, integer, poison, register
+from .order import GOING_ON, Accesses, Clock, Event
 from .roles import Role, Roles, place
 
 
@@ -50,16 +51,12 @@ class Written:
 
     data: np.ndarray[Any, Any]
     role: Role
-    is_change: bool
     at: str
     seen: Seen = Seen.WRITTEN
-    repeated_by: set[Role] = field(default_factory=set)  # who have written the same there
 
     def is_missed_by(self, role: Role) -> bool:
         """Whether the asynchronous units, set to work by this role, may not see it yet."""
-        if role is self.role:
-            return True
-        return self.is_change and self.seen < Seen.ARRIVED and role not in self.repeated_by
+        return role is self.role or self.seen < Seen.ARRIVED
 
 
 @dataclass(eq=False)
@@ -75,20 +72,30 @@ class MBarrier:
     bytes: int = 0  # still to come
     in_flight: int = 0  # bytes
     phase: int = 0  # that which is under way
+    copies: int = 0  # so far
+    clocks: list[Clock] = field(default_factory=lambda: [Clock()])  # by phase, what is known to who waits
 
-    def arrive(self, count: int) -> None:
+    def arrive(self, count: int, role: Role) -> None:
+        role.tell(self.clocks[-1])
         self.arrivals -= count
         self.advance()
 
-    def land(self, nbytes: int) -> None:
+    def land(self, nbytes: int, clock: Clock) -> None:
+        self.clocks[-1].join(clock)
         self.in_flight -= nbytes
         self.bytes -= nbytes
         self.advance()
+
+    def learn(self, role: Role) -> None:
+        """A role has waited for the latest phase."""
+        if self.phase:
+            role.clock.join(self.clocks[self.phase - 1])
 
     def advance(self) -> None:
         if self.arrivals == self.bytes == 0:
             self.phase += 1
             self.arrivals = self.count
+            self.clocks.append(Clock())
 
     def has_completed(self, parity: int) -> bool:
         return self.phase % 2 != parity
@@ -113,6 +120,7 @@ class Memory:
         self.read: list[Access] = []  # read by matmuls, or by copies in flight
         self.written: list[Written] = []
         self.mbarriers: dict[int, MBarrier] = {}  # by address
+        self.accesses = Accesses(roles.fault)
         self._buffers: list[np.ndarray[Any, Any]] = []  # kept, so that addresses stay theirs
 
     def allocate(self, dtype: tl.dtype, shape: Sequence[int], layout: Any) -> SharedMemory:
@@ -149,16 +157,46 @@ class Memory:
 
     def store(self, memory: SharedMemory, values: np.ndarray[Any, Any]) -> None:
         role = self.roles.running
-        is_change = memory.data.tobytes() != values.tobytes()
-        if is_change:
-            self.check_free(memory, "store")
-        else:
-            self.check_landed(memory, "store")
-            for written in self.written:
-                if written.data.__array_interface__ == memory.data.__array_interface__:  # the same view
-                    written.repeated_by.add(role)
-        self.written.append(Written(memory.data, role, is_change, place()))
+        self.check_free(memory, "store")
+        self.accesses.write(memory.data, self._event(f"{role}: store to {memory.name}"), role.clock)
+        self.written.append(Written(memory.data, role, place()))
         memory.data[...] = values
+
+    def load(self, memory: SharedMemory) -> np.ndarray[Any, Any]:
+        role = self.roles.running
+        self.check_landed(memory, "load")
+        self.accesses.read(memory.data, self._event(f"{role}: load of {memory.name}"), role.clock)
+        return memory.data.copy()
+
+    # ---- What the asynchronous units do for the role that runs
+
+    def begin(self, by: object) -> None:
+        """What `by` reads, it reads from now on."""
+        role = self.roles.running
+        event = Event(role, GOING_ON, str(by))
+        for access in self.read:
+            if access.by is by:
+                self.accesses.read(access.data, event, role.clock, going_on=by)
+
+    def end(self, by: object) -> None:
+        """The role that runs has waited for `by`."""
+        self.accesses.end(by, self.roles.running.clock[self.roles.running])
+
+    def overwrite(self, memory: SharedMemory, by: object, barrier: MBarrier) -> Clock:
+        """A copy will; returns what is known to whoever waits for it."""
+        role, clock = self.roles.running, Clock()
+        barrier.copies += 1
+        event = Event(barrier, barrier.copies, str(by))
+        self.accesses.write(memory.data, event, role.clock)
+        role.tell(clock)
+        clock[barrier] = barrier.copies
+        return clock
+
+    def _event(self, what: str) -> Event:
+        role = self.roles.running
+        return Event(role, role.clock[role], f"{what} at {place()}")
+
+    # ---- How it becomes visible to them
 
     def fence(self) -> None:
         self._advance(Seen.WRITTEN, Seen.FENCED)
@@ -250,8 +288,7 @@ class SharedMemory:
 
     def load(self, layout: Any = None) -> tl.tensor:
         self.memory.roles.switch()
-        self.memory.check_landed(self, "load")
-        return register(self.data.copy(), self.dtype)
+        return register(self.memory.load(self), self.dtype)
 
     def store(self, value: tl.tensor) -> None:
         if [int(n) for n in value.shape] != self.shape or value.dtype != self.dtype:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from .order import Clock
 from .schedules import Schedule
 
 EMULATED = "__emulated__"  # in the globals of every function of the kernel: translate.py
@@ -66,6 +67,13 @@ class Role:
     awaits: object = None  # the `signals` of the copies that it waits for
     is_done: bool = False
     baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    clock: Clock = field(default_factory=Clock)  # what it knows to have happened
+
+    def __post_init__(self) -> None:
+        self.clock[self] = 1
+
+    def tell(self, to: Clock) -> None:
+        self.clock.tell(self, to)
 
     @property
     def threads(self) -> int:
@@ -86,6 +94,7 @@ class NamedBarrier:
     threads: int = 0  # what the first to come expects
     counted: list[Role] = field(default_factory=list)
     generation: int = 0
+    clocks: list[Clock] = field(default_factory=lambda: [Clock()])  # by generation, what those counted knew
 
     def __str__(self) -> str:
         if not self.counted:
@@ -170,6 +179,7 @@ class Roles:
         self.main.name = first.__name__
         for (function, _), warps in zip(others, worker_warps, strict=True):
             self.all.append(Role(len(self.all), function.__name__, warps))
+            self.main.tell(self.all[-1].clock)
         threads = [
             threading.Thread(target=self._work, args=(role, *other), name=str(role), daemon=True)
             for role, other in zip(self.all[1:], others, strict=True)
@@ -180,6 +190,8 @@ class Roles:
         try:
             result = first(*arguments)
             self.wait(lambda: all(role.is_done for role in self.all[1:]), "the other roles to end")
+            for role in self.all[1:]:
+                self.main.clock.join(role.clock)
         except BaseException as error:
             self._stop(error)
         for thread in threads:
@@ -219,6 +231,7 @@ class Roles:
         barrier = self._count(number, threads)
         generation = barrier.generation - (not barrier.counted)  # the one in which this role was counted
         self.wait(lambda: barrier.generation != generation, f"named barrier {number}")
+        self.running.clock.join(barrier.clocks[generation])
 
     def _count(self, number: int, threads: int) -> NamedBarrier:
         role, workers = self.running, len(self.all) - 1
@@ -242,9 +255,11 @@ class Roles:
         if count > threads:
             raise self.fault(f"its {role.threads} threads are too many for {threads}: {barrier}")
         barrier.counted.append(role)
+        role.tell(barrier.clocks[-1])
         if count == threads:
             barrier.counted.clear()
             barrier.generation += 1
+            barrier.clocks.append(Clock())
         return barrier
 
     # ---- The end

@@ -15,7 +15,7 @@ in the end, so that each barrier is left as it was found.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .instructions import aggregate, arrive, load_async, sync
 
@@ -53,7 +53,7 @@ def first_place():
 @aggregate
 class Ring:
     buffers: gl.shared_memory_descriptor  # [stages, 1, 1, rows, columns]
-    full: gl.shared_memory_descriptor  # [stages, 1]
+    full: gl.shared_memory_descriptor  # [stages, 1]; where tiles are cleaned [2 stages, 1]
     FREE: gl.constexpr  # the named barrier of the first buffer; the others' follow
     STAGES: gl.constexpr
     THREADS: gl.constexpr  # of all consumers and the producer
@@ -73,13 +73,27 @@ class Ring:
         return self.buffers.index(place.stage).reshape([shape[3], shape[4]])
 
     @gluon.jit
-    def fill(self, place, descriptor, batch, head, row):
-        """Producer: wait until the buffer is free, and have the rows that start at `row` copied into it."""
+    def fill(self, place, descriptor, batch, head, row, is_unclean=False):
+        """Producer: wait until the buffer is free, and have the rows that start at `row` copied into it.
+        is_unclean: a consumer is told first, and tells the others by `share` that the buffer is full."""
         sync(self.FREE + place.stage, self.THREADS)
-        full = self.full.index(place.stage)
-        mbarrier.expect(full, descriptor.block_type.nbytes)
-        load_async(descriptor, [batch, head, row, 0], full, self.buffers.index(place.stage))
+        signal = self.full.index(gl.where(is_unclean, self.STAGES, 0) + place.stage)
+        mbarrier.expect(signal, descriptor.block_type.nbytes)
+        load_async(descriptor, [batch, head, row, 0], signal, self.buffers.index(place.stage))
         return place.next(self.STAGES)
+
+    @gluon.jit
+    def wait_unclean(self, place, phases):
+        """The consumer that cleans: wait until an unclean tile has landed. Bit i of `phases` is the phase to
+        wait for at buffer i, of which some rounds are clean; returned as they are afterwards."""
+        mbarrier.wait(self.full.index(self.STAGES + place.stage), (phases >> place.stage) & 1)
+        return phases ^ (1 << place.stage)
+
+    @gluon.jit
+    def share(self, place):
+        """The consumer that cleans: what its threads have written is for everybody's matmuls to read."""
+        fence_async_shared()
+        mbarrier.arrive(self.full.index(place.stage))
 
     @gluon.jit
     def collect(self):
@@ -112,13 +126,20 @@ class Ring:
 
 
 @gluon.jit
-def make_ring(descriptor, FREE: gl.constexpr, STAGES: gl.constexpr, THREADS: gl.constexpr):
+def make_ring(
+    descriptor,
+    FREE: gl.constexpr,
+    STAGES: gl.constexpr,
+    THREADS: gl.constexpr,
+    IS_CLEANED: gl.constexpr = False,
+):
     """A ring for the tiles that `descriptor` describes, its barriers ready for use."""
     shape: gl.constexpr = descriptor.block_type.shape
     buffers = gl.allocate_shared_memory(
         descriptor.dtype, [STAGES, 1, 1, shape[2], shape[3]], descriptor.layout
     )
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+    SIGNALS: gl.constexpr = 2 * STAGES if IS_CLEANED else STAGES
+    full = gl.allocate_shared_memory(gl.int64, [SIGNALS, 1], mbarrier.MBarrierLayout())
+    for signal in gl.static_range(SIGNALS):
+        mbarrier.init(full.index(signal), count=1)
     return Ring(buffers, full, FREE, STAGES, THREADS)

@@ -65,17 +65,17 @@ def finish_scores(
 
 
 @gluon.jit
-def hide_unseen(v_ring, v_place, kv_start, rows, kv_len):
+def hide_unseen(v_ring, v_place, phases, kv_start, rows, kv_len):
     """Zero the rows of a step's V that lie outside start..stop: 0 · NaN is NaN, and a key that no row sees
-    may hold one. What lies beyond kv_len is 0 already. All consumers do it, each before it multiplies:
-    writing a 0 twice is no harm."""
+    may hold one. What lies beyond kv_len is 0 already. One warpgroup does it, before V is full for anybody;
+    returns its phases of tiles that were not clean."""
     TILE_KV: gl.constexpr = v_ring.buffers.shape[3]
     COLUMNS: gl.constexpr = v_ring.buffers.shape[4]
     LAYOUT: gl.constexpr = gl.BlockedLayout(
         [1, 8], [32 // (COLUMNS // 8), COLUMNS // 8], [gl.num_warps(), 1], [1, 0]
     )
-    if (kv_start < rows.start) | ((rows.stop < kv_start + TILE_KV) & (rows.stop < kv_len)):
-        v_ring.wait_full(v_place)
+    if rows.has_unseen(kv_start, kv_len, TILE_KV):
+        phases = v_ring.wait_unclean(v_place, phases)
         v_tile = v_ring.tile(v_place)
         for chunk in gl.static_range(TILE_KV // CHUNK):
             part = v_tile.slice(chunk * CHUNK, CHUNK)  # [CHUNK, VALUE_TILE]
@@ -83,8 +83,9 @@ def hide_unseen(v_ring, v_place, kv_start, rows, kv_len):
             seen = (kv_idx >= rows.start) & (kv_idx < rows.stop)
             values = part.load(LAYOUT)
             part.store(gl.where(seen[:, None], values, gl.zeros_like(values)))
-        fence_async_shared()
-        wait_for_role()
+        v_ring.share(v_place)
+        wait_for_role()  # Triton would put it into the loops, before they wait for the same mbarrier
+    return phases
 
 
 # ---- A consumer
@@ -114,6 +115,7 @@ def consume(asked, WARPGROUP: gl.constexpr):
     if plan.HAS_TURNS and WARPGROUP == plan.WARPGROUPS - 1:  # the first turn is the first warpgroup's
         arrive(NEXT_TURN, TURN_THREADS)
     q_place, k_place, v_place = place_at(WARPGROUP), first_place(), first_place()
+    phases = gl.to_tensor(0)
 
     for tile in range(gl.program_id(0), order[0], gl.num_programs(0)):
         rows = rows_of(tile, order, sizes, mask_args, plan.INTERVALS, plan.TILE_Q, TILE_KV)
@@ -144,8 +146,8 @@ def consume(asked, WARPGROUP: gl.constexpr):
             if IS_FULL:
                 begin, end = gl.maximum(rows.cut_steps, 1), rows.steps
             for step in range(begin, end):
-                if not IS_FULL:
-                    hide_unseen(v_ring, v_place, kv_start, rows, kv_len)  # of the step before
+                if not IS_FULL and WARPGROUP == 0:  # the step before
+                    phases = hide_unseen(v_ring, v_place, phases, kv_start, rows, kv_len)
                 p = unpack_pairs(pairs, DTYPE, P_LAYOUT)  # [ROWS, TILE_KV]
                 if plan.HAS_TURNS:
                     sync(MY_TURN, TURN_THREADS)
@@ -175,8 +177,8 @@ def consume(asked, WARPGROUP: gl.constexpr):
                 v_place = v_ring.release(v_place)
                 pairs = pack_pairs(p, DTYPE)
                 o = o * gl.convert_layout(rescale, O_ROWS, assert_trivial=True)[:, None]
-            if not IS_FULL:
-                hide_unseen(v_ring, v_place, kv_start, rows, kv_len)  # of the last cut step
+            if not IS_FULL and WARPGROUP == 0:  # the last cut step
+                phases = hide_unseen(v_ring, v_place, phases, kv_start, rows, kv_len)
 
         if plan.HAS_OUT_BUFFER:
             q_place = q_ring.release_slot(q_place)  # the next tile's Q may come while this one is finished

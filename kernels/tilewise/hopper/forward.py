@@ -1,7 +1,7 @@
 """The forward pass on Hopper (sm_90): how FlashAttention-3 is possible in Python.
 
 The equations are those of `tilewise.forward`, and so are the masks, the scores and the softmax. What is new
-is who does what, and when. A program is a producer warp and two or three warpgroups of consumers:
+is who does what, and when. A program is a producer and two or three warpgroups of consumers:
 
     producer   has tiles of Q, K and V copied into shared memory by the chip's copy engine (TMA):  producer.py
     consumer   owns 64 rows of a tile of rows, and runs its softmax under matmuls (WGMMA):         consumer.py
@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from .channels import make_ring
 from .consumer import consume
-from .plan import PRODUCER_THREADS, ROWS, WARPGROUP_THREADS, Channels, Plan
+from .plan import ROWS, WARPGROUP_THREADS, Channels, Plan
 from .producer import produce
 
 
@@ -57,9 +57,11 @@ def hopper_forward_kernel(
     HAS_TURNS: gl.constexpr,
     HAS_OUT_BUFFER: gl.constexpr,  # False: O leaves through Q's place
     IS_Q_IN_REGISTERS: gl.constexpr,
+    PRODUCER_WARPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
+    PRODUCER_THREADS: gl.constexpr = 32 * PRODUCER_WARPS
     THREADS: gl.constexpr = WARPGROUPS * WARPGROUP_THREADS + PRODUCER_THREADS
     TURN: gl.constexpr = WARPGROUPS + 2
     Q_FREE: gl.constexpr = TURN + WARPGROUPS
@@ -68,7 +70,7 @@ def hopper_forward_kernel(
     gl.static_assert(V_FREE + STAGES <= 16, "a multiprocessor has 16 named barriers")
     q = make_ring(q_desc, Q_FREE, WARPGROUPS, WARPGROUP_THREADS + PRODUCER_THREADS)
     k = make_ring(k_desc, K_FREE, STAGES, THREADS)
-    v = make_ring(v_desc, V_FREE, STAGES, THREADS)
+    v = make_ring(v_desc, V_FREE, STAGES, THREADS, IS_CLEANED=True)
     out = q.buffers
     if HAS_OUT_BUFFER:
         columns: gl.constexpr = out_desc.block_type.shape[3]
@@ -84,7 +86,7 @@ def hopper_forward_kernel(
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [(consume, (asked, 0)), (consume, (asked, 1)), (produce, producer)],
-            [4, 1],
+            [4, PRODUCER_WARPS],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )
     else:
@@ -95,6 +97,6 @@ def hopper_forward_kernel(
                 (consume, (asked, 2)),
                 (produce, producer),
             ],
-            [4, 4, 1],
+            [4, 4, PRODUCER_WARPS],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )

@@ -68,6 +68,7 @@ def forward_launch(
         HAS_TURNS=tile.has_turns,
         HAS_OUT_BUFFER=has_out_buffer(tile, head_tile, value_tile),
         IS_Q_IN_REGISTERS=tile.is_q_in_registers,
+        PRODUCER_WARPS=tile.producer_warps,
         CONSUMER_REGISTERS=consumer_registers,
         PRODUCER_REGISTERS=producer_registers,
         num_warps=4,

@@ -8,7 +8,6 @@ from .instructions import aggregate
 
 ROWS = gl.constexpr(64)  # of a warpgroup: what one WGMMA multiplies
 WARPGROUP_THREADS = gl.constexpr(128)
-PRODUCER_THREADS = gl.constexpr(32)
 
 
 @aggregate

@@ -57,6 +57,11 @@ class Rows:
         cut = cut_tile(step, self.first, self.full_first, self.full_last)
         return gl.where(step < self.cut_steps, cut, self.full_first + step - self.cut_steps) * TILE_KV
 
+    @gluon.jit
+    def has_unseen(self, kv_start, kv_len, TILE_KV: gl.constexpr):
+        """Whether the tile of keys at kv_start has keys outside start..stop; those beyond kv_len are none."""
+        return (kv_start < self.start) | ((self.stop < kv_start + TILE_KV) & (self.stop < kv_len))
+
 
 @gluon.constexpr_function
 def power_of_two(n):

@@ -55,8 +55,10 @@ def distance(one: Tile, other: Tile) -> float:
     )
 
 
-def switches(tile: Tile) -> tuple[bool, ...]:
-    return (tile.has_turns, tile.is_q_in_registers) if isinstance(tile, HopperTile) else ()
+def switches(tile: Tile) -> tuple[int, ...]:
+    if not isinstance(tile, HopperTile):
+        return ()
+    return tile.has_turns, tile.is_q_in_registers, tile.producer_warps
 
 
 def nearest_first(tiles: Iterable[Tile], best: Tile, start: Tile) -> list[Tile]:

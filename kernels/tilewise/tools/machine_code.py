@@ -5,7 +5,8 @@ all that lies between. So code that the assembler has moved out of line, such as
 wait, belongs to the loop that it returns to, and does not look like a loop because it jumps back.
 
 Where warps have roles, workers get to their code by a jump through a table, and the other warps run what that
-jump does not lead to. So the table says whose an instruction is.
+jump does not lead to. So the table says whose an instruction is. Two workers are told apart by branches
+instead; then each one's code begins where, after what all workers have done, it changes its registers.
 """
 
 from __future__ import annotations
@@ -144,7 +145,21 @@ class Flow:
             for each in instructions
             if each.opcode.startswith(_SASS_TABLES)
             for target in each.targets
+        ] or self._entries_without_table()
+
+    def _entries_without_table(self) -> list[int]:
+        """The blocks that change registers after just one other has, the same for two or more of them."""
+        changing = [
+            block
+            for block, (start, end) in enumerate(zip(self._starts, self._ends, strict=True))
+            if any(each.opcode.startswith("USETMAXREG") for each in self._instructions[start:end])
         ]
+        after: dict[int, list[int]] = {}
+        for block in changing:
+            before = [other for other in changing if other != block and self._dominators[block] >> other & 1]
+            if len(before) == 1:
+                after.setdefault(before[0], []).append(block)
+        return next((blocks for blocks in after.values() if len(blocks) > 1), [])
 
     def loops(self) -> list[list[int]]:
         """The natural loops, each as the places of its instructions, in the order of their headers."""
@@ -169,7 +184,8 @@ class Flow:
         ]
 
     def role(self, place: int) -> int:
-        """Whose an instruction is: 0, or n for the worker whose entry is the n-th of the table."""
+        """Whose an instruction is: 0, or n for the worker whose entry is the n-th of the table, or in the
+        code."""
         passed = self._passed(place)
         return next((n for n, entry in enumerate(self._entries, 1) if passed >> entry & 1), 0)
 

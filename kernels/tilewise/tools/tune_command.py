@@ -248,10 +248,11 @@ def title(key: Key) -> str:
 
 
 def short(tile: Tile) -> str:
-    """A tile in a table: "128x64 w8 s2"; of Hopper's, also "turns" and "Qreg" where they are on."""
+    """A tile in a table: "128x64 w8 s2"; of Hopper's, also "turns", "Qreg" and "p4" where they are on."""
     text = f"{tile.tile_q}x{tile.tile_kv} w{tile.num_warps} s{tile.num_stages}"
     if isinstance(tile, HopperTile):
         text += " turns" * tile.has_turns + " Qreg" * tile.is_q_in_registers
+        text += f" p{tile.producer_warps}" * (tile.producer_warps > 1)
     return text
 
 
