@@ -5,11 +5,13 @@ for: P in registers, softmax under the second product, registers handed over, na
 was measured once is the budget of later changes.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import pytest
 
+from harness import ptx
 from harness.baseline import against_baseline
 from harness.variants import HOPPER_TILES, compiled_once, hopper_variants, shared_folder
 from tilewise import tiles
@@ -58,6 +60,7 @@ LONGER = 1.05
 class Kernel:
     compiled: Compiled
     code: list[Instruction]
+    ptx_text: str
 
     @cached_property
     def warpgroups(self) -> int:
@@ -69,6 +72,10 @@ class Kernel:
         if name:
             return HOPPER_TILES[name][1]
         return tiles.table_tile("sm_90", 2, self.compiled.tile["HEAD_TILE"], "hopper")
+
+    @cached_property
+    def ptx(self) -> ptx.Kernel:
+        return ptx.Kernel(self.ptx_text, self.warpgroups, self.tile.producer_warps)
 
     @cached_property
     def loops(self) -> list[tuple[list[Instruction], list[Instruction]]]:
@@ -84,10 +91,11 @@ def kernels(tmp_path_factory) -> dict[str, Kernel]:
     options = dict(parts=parts, assembly=folder, messages=True)
     found = compiled_once("hopper_variants", tmp_path_factory, ["sm_90"], **options)["sm_90"]
 
-    def listing(each: Compiled) -> list[Instruction]:
-        return read_sass(assembly_file(folder, each.target, each.kernel, each.variant).read_text())
+    def kernel(each: Compiled) -> Kernel:
+        sass = assembly_file(folder, each.target, each.kernel, each.variant)
+        return Kernel(each, read_sass(sass.read_text()), sass.with_suffix(".ptx").read_text())
 
-    return {each.variant: Kernel(each, listing(each)) for each in found}
+    return {each.variant: kernel(each) for each in found}
 
 
 # ---- What a listing must not show, in words; nothing where all is well
@@ -255,6 +263,11 @@ def test_named_barriers_are_the_planned_ones(kernels, name):
     assert complaints_of_barriers(kernel.code, *planned) == []
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_roles_hand_over_as_ptx_demands(kernels, name):
+    assert ptx.complaints(kernels[name].ptx) == []
+
+
 def test_hoppers_forward_is_no_worse_than_the_baseline(kernels):
     against_baseline(kernel.compiled for kernel in kernels.values())
 
@@ -332,3 +345,47 @@ def test_scores_are_summed_as_the_portable_kernels_do(kernels):
     """In one sum of steps of 16: the backward after it computes P again (see test_same_sums.py)."""
     for each in kernels.values():
         assert set(each.compiled.sums) == {f"{each.compiled.tile['HEAD_TILE'] // 16} HGMMA"}, each.compiled
+
+
+FENCE = r"fence\.proxy\.async\.shared::cta;"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        (
+            r"(setmaxnreg\.dec\S+\s+)24;",
+            r"\g<1>32;",
+            "registers_add_up: .* registers are asked for, of 64512",
+        ),
+        (r"\.maxnreg 168", ".maxnreg 176", "registers_add_up: the launch takes 67584 registers"),
+        (r"\{0, (\d+)\}", r"{1, \1}", r"warps_have_their_roles: warpgroup 1 is of workers \[1, 0, 0, 0\]"),
+        (FENCE, "", "mbarriers_are_ready: no fence of the first role"),
+        (r"(expect_tx.*), 32768;", r"\1, 16384;", "bytes_are_expected: 16384 bytes .* 32768 come"),
+        (
+            r"(bar\.arrive %r\d+), 288;",
+            r"\1, 256;",
+            r"barriers_count_who_comes: barrier 8 counts 288 threads, and 32 come",
+        ),
+        (
+            rf"(st\.shared\.v4.*;[^;]*?){FENCE}",
+            r"\1",
+            "writes_are_seen: a fence is missing before mbarrier.arr",
+        ),
+        (
+            rf"({FENCE}\s+(?:(?://|\.loc).*\s+)*)bar\.sync \t0, 128;",
+            r"\1",
+            "writes_are_seen: a barrier is missing before",
+        ),
+        (r"wgmma\.fence\S+;", "", "matmuls_are_fenced_.*: no wgmma.fence before wgmma.mma_async"),
+        (r"wgmma\.commit_group\S+;", "", "matmuls_are_fenced_.*: no wgmma.commit_group before wgmma.wait_g"),
+        (r"(wgmma\.wait_group\S+ \t?)0;", r"\g<1>3;", "matmuls_are_fenced_.*: 3 groups under way at bar"),
+    ],
+)
+def test_what_ptx_forbids_is_noticed(kernels, old, new, complaint):
+    """Doctored everywhere in the text; each is an error by its own name."""
+    kernel = kernels["bf16 128 causal"].ptx
+    text, count = re.subn(old, new, kernel.text)
+    assert count
+    found = ptx.complaints(replace(kernel, text=text))
+    assert any(re.match(complaint, each) for each in found), found

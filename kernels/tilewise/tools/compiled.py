@@ -180,6 +180,9 @@ def read(
         file = assembly_file(assembly, target, metadata.name, variant)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(code.text)
+        if not amd:  # what the assembler was given, and the driver of descriptors
+            boxes = [each["block_size"] for each in getattr(metadata, "tensordesc_meta", None) or () if each]
+            file.with_suffix(".ptx").write_text(f"// tensor maps: {boxes}\n{kernel.asm['ptx']}")
     tile, inputs = tile_and_inputs(launched)
     opcodes = [instruction.opcode for instruction in code.instructions]
     return Compiled(

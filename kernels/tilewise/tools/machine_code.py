@@ -1,4 +1,4 @@
-"""What does a compiled kernel consist of? NVIDIA's SASS and AMD's assembly as instructions, and their loops.
+"""What does a compiled kernel consist of? SASS, PTX and AMD's assembly as instructions, and their loops.
 
 A loop is what compilers call a natural loop: a jump back to a header that every way into the loop passes, and
 all that lies between. So code that the assembler has moved out of line, such as the rare second round of a
@@ -30,6 +30,7 @@ class Instruction:
     targets: tuple[int, ...] = ()  # the places, in the list of instructions, that it may jump to
     continues: bool = True  # the next instruction may follow
     skipped: bool = False  # its predicate is never true: it fills a slot, and does nothing
+    predicate: str = ""  # of PTX: "%p4"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ _SASS = re.compile(
 _SASS_JUMPS = ("BRA", "JMP", "CALL")
 _SASS_TABLES = ("BRX", "JMX")  # jumps through a table: BRX R4 -0x1a0 (*"BRANCH_TARGETS .L_x_2,.L_x_66"*);
 _SASS_ENDS = ("EXIT", "RET", "KILL", *_SASS_TABLES)
+_TABLES, _NEW_REGISTERS = (*_SASS_TABLES, "brx"), ("USETMAXREG", "setmaxnreg")
+_PTX_LABEL = re.compile(r"([\w$]+):\s*")
+_PTX = re.compile(r"(?:@(!?%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _AMD = re.compile(r"^(?:(\.L\w+):|\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)[ \t]*([^;\n]*))", re.M)
 
 
@@ -81,6 +85,49 @@ def read_sass(text: str) -> list[Instruction]:
             )
         )
     return found
+
+
+def read_ptx(text: str) -> list[Instruction]:
+    """The instructions of the one kernel in a PTX file. Labels in braces are local to them."""
+    lines: list[tuple[str, str, str, int]] = []  # predicate, opcode, operands, the braces around it
+    place: dict[tuple[int, str], int] = {}
+    tables: dict[str, list[str]] = {}
+    scopes, opened, table = [0], 0, ""
+    body = re.sub(r"//[^\n]*", "", text[text.index("\n{\n") :])
+    for line in map(str.strip, body.splitlines()):
+        if line == "{":
+            opened += 1
+            scopes.append(opened)
+        elif line == "}":
+            scopes.pop()
+        else:
+            while label := _PTX_LABEL.match(line):
+                table, line = label[1], line[label.end() :]
+                place[scopes[-1], label[1]] = len(lines)
+            if line.startswith(".branchtargets") or (table in tables and line and line[0] not in ".@"):
+                names = re.findall(r"[\w$]+", line.removeprefix(".branchtargets"))
+                tables.setdefault(table, []).extend(names)
+                table = "" if line.endswith(";") else table
+                continue
+            for statement in map(str.strip, line.split(";")):
+                if statement and statement[0] != "." and (found := _PTX.fullmatch(statement)):
+                    lines.append((found[1] or "", found[2], found[3], scopes[-1]))
+    instructions = []
+    for predicate, opcode, operands, scope in lines:
+        name = opcode.split(".")[0]
+        labels = [operands] if name == "bra" else []
+        labels = tables[operands.split()[-1]] if name == "brx" else labels
+        ends = name in ("bra", "brx", "ret", "exit", "trap")
+        instructions.append(
+            Instruction(
+                opcode=opcode,
+                operands=operands,
+                targets=tuple(place.get((scope, label), place.get((1, label), 0)) for label in labels),
+                continues=not (ends and not predicate),
+                predicate=predicate,
+            )
+        )
+    return instructions
 
 
 def read_amd(text: str) -> list[Instruction]:
@@ -143,7 +190,7 @@ class Flow:
         self._entries = [
             bisect.bisect(self._starts, target) - 1
             for each in instructions
-            if each.opcode.startswith(_SASS_TABLES)
+            if each.opcode.startswith(_TABLES)
             for target in each.targets
         ] or self._entries_without_table()
 
@@ -152,7 +199,7 @@ class Flow:
         changing = [
             block
             for block, (start, end) in enumerate(zip(self._starts, self._ends, strict=True))
-            if any(each.opcode.startswith("USETMAXREG") for each in self._instructions[start:end])
+            if any(each.opcode.startswith(_NEW_REGISTERS) for each in self._instructions[start:end])
         ]
         after: dict[int, list[int]] = {}
         for block in changing:
@@ -188,6 +235,12 @@ class Flow:
         code."""
         passed = self._passed(place)
         return next((n for n, entry in enumerate(self._entries, 1) if passed >> entry & 1), 0)
+
+    def comes_first(self, first: int, place: int) -> bool:
+        """Whether every way to an instruction passes the one at `first`."""
+        block = bisect.bisect(self._starts, first) - 1
+        inside = self._starts[block] <= place < self._ends[block]
+        return first < place if inside else bool(self._passed(place) >> block & 1)
 
     def registers(self, place: int) -> int | None:
         """What a thread has there, by the last USETMAXREG on every way; None where there is none."""
