@@ -66,7 +66,9 @@ FEWER, ALL = (4096, 16384), (4096, 8192, 16384)
 WIDTH_128, OTHER_WIDTHS = grid(128, lengths=ALL), grid(64, 256, lengths=FEWER)
 HOST = measure_jobs("host", names=(PORTABLE, SUSPECT, "sdpa"))
 TESTS = one_after_the_other(
+    # The second asks whether sums depend on their place, which machine code does not show.
     jobs_of_tests("tests/test_cuda.py", without_gpu="tests/reference/test_yardstick.py"),
+    jobs_of_tests("tests/test_numerics.py", without_gpu="tests/reference/test_scores.py"),
     jobs_of_tests("tests/test_hopper_cuda.py", without_gpu="tests/reference/test_masks.py", hopper=True),
 )
 
