@@ -41,7 +41,7 @@ def do_tests(
     so is the whole of them."""
     command = [
         sys.executable, "-m", "pytest", file if on_gpu else without_gpu,
-        "-q", "-n", str(TEST_PROCESSES if on_gpu else 2),
+        "-q", "-n", str(TEST_PROCESSES if on_gpu else 1),
         # In a thread of its own: a test that waits for a kernel hears no signal. It takes its process along.
         "--timeout", str(TEST_SECONDS), "--timeout-method", "thread",
         "-p", "bench.pytest_verdicts", "--checks", str(Path(folder, RESULTS).absolute()),
