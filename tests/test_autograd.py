@@ -276,6 +276,8 @@ def test_a_graph_is_freed_without_the_garbage_collector(path, with_backward, dev
         gc.enable()
 
 
+@pytest.mark.oldest
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pytest keeps those that it counts
 def test_no_memory_growth(device):
     given = tensors(device, *NAMES)
 

@@ -11,41 +11,55 @@ from packaging.version import Version
 
 from harness.baseline import against_baseline, key, load
 from harness.features import of_kind
-from harness.variants import COMBINATIONS, backward_feature_variants, compiled_once, feature_variants
+from harness.variants import (
+    COMBINATIONS,
+    ByTarget,
+    backward_feature_variants,
+    compiled_once,
+    feature_variants,
+)
 from tilewise.tiles import SHARED_BYTES, TABLE, fits, shared_bytes, table_tile
-from tilewise.tools.compiled import TARGETS, Compiled
+from tilewise.tools.compiled import TARGETS, CompileError
 from tilewise.tools.inspect import inspect_one
 
+OLDEST_TARGETS = ("sm_80", "sm_90")
 BARRIER_BYTES = 2048  # what Triton keeps in shared memory besides tiles: barriers, scratch of reductions
 
 
 @pytest.fixture(scope="module")
-def main_tiles(tmp_path_factory) -> dict[str, dict[str, Compiled]]:
+def main_tiles(tmp_path_factory) -> ByTarget:
     """By target and variant."""
-    compiled = compiled_once("main_variants", tmp_path_factory)
-    return {target: {each.variant: each for each in found} for target, found in compiled.items()}
+    return compiled_once("main_variants", tmp_path_factory).keyed(lambda each: each.variant)
 
 
 @pytest.fixture(scope="module")
-def backward_tiles(tmp_path_factory) -> dict[str, dict[tuple[str, str], Compiled]]:
+def backward_tiles(tmp_path_factory) -> ByTarget:
     """By target, and by variant and kernel."""
-    compiled = compiled_once("backward_variants", tmp_path_factory)
-    return {target: {(e.variant, e.kernel): e for e in found} for target, found in compiled.items()}
+    return compiled_once("backward_variants", tmp_path_factory).keyed(
+        lambda each: (each.variant, each.kernel)
+    )
 
 
 @pytest.fixture(scope="module")
-def backward_feature_kernels(tmp_path_factory) -> dict[str, list[Compiled]]:
+def backward_feature_kernels(tmp_path_factory) -> ByTarget:
     return compiled_once("backward_feature_variants", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def feature_kernels(tmp_path_factory) -> dict[str, list[Compiled]]:
+def feature_kernels(tmp_path_factory) -> ByTarget:
     return compiled_once("feature_variants", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def oldest_kernels(tmp_path_factory) -> dict[str, list[Compiled]]:
-    return compiled_once("oldest_variants", tmp_path_factory, ("sm_80", "sm_90"))
+def oldest_kernels(tmp_path_factory) -> ByTarget:
+    return compiled_once("oldest_variants", tmp_path_factory, OLDEST_TARGETS)
+
+
+def test_a_target_that_fails_hides_no_other(tmp_path_factory):
+    found = compiled_once("broken_on_amd_variants", tmp_path_factory, ("gfx942", "sm_90"))
+    assert [each.target for each in found["sm_90"]] == ["sm_90"]
+    with pytest.raises(CompileError, match=r"gfx942, broken on AMD: ValueError: no such thing on AMD"):
+        found["gfx942"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -55,7 +69,7 @@ def test_kernels_are_no_worse_than_the_baseline(main_tiles, backward_tiles, targ
 
 @pytest.mark.oldest
 def test_oldest_kernels_are_no_worse_than_the_baseline(oldest_kernels):
-    against_baseline([each for found in oldest_kernels.values() for each in found])
+    against_baseline([each for target in OLDEST_TARGETS for each in oldest_kernels[target]])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -202,7 +216,7 @@ def test_every_feature_compiles(feature_kernels, target):
 
 @pytest.mark.oldest
 def test_oldest_variants_compile_without_spills(oldest_kernels):
-    for found in oldest_kernels.values():
+    for found in (oldest_kernels[target] for target in OLDEST_TARGETS):
         names = ["forward_kernel"] * 2 + ["prepare_kernel", "dq_kernel", "dkv_kernel"]
         assert [each.kernel for each in found] == names
         assert found[0].spill_bytes == 0 and found[0].uses_tensor_cores

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from filelock import FileLock
 
 import tilewise
 from tilewise.tile_table import HopperTile
-from tilewise.tools.compiled import TARGETS, Compiled, Variant, compile_variants
+from tilewise.tools.compiled import TARGETS, Compiled, CompileError, Variant, compile_variants
 from tilewise.tools.inspect import DIMS
 from tilewise.tools.variants import (
     DTYPES,
@@ -27,6 +27,7 @@ from tilewise.tools.variants import (
     launch,
     launch_backward,
     plain_inputs,
+    target_name,
 )
 
 from .features import build
@@ -38,30 +39,65 @@ def shared_folder(folders: pytest.TempPathFactory) -> Path:
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
+class ByTarget(dict[str, Any]):
+    """What was compiled for each target. Where that failed it is the compiler's message, and asking for the
+    target raises it: the tests of the others have their verdict."""
+
+    def __getitem__(self, target: str) -> Any:
+        found = super().__getitem__(target)
+        if isinstance(found, str):
+            raise CompileError(found)
+        return found
+
+    def keyed(self, key: Callable[[Compiled], Any]) -> ByTarget:
+        """By target, and then by `key` of what was compiled."""
+        return ByTarget(
+            (target, found if isinstance(found, str) else {key(each): each for each in found})
+            for target, found in self.items()
+        )
+
+
 def compiled_once(
     variants: str,
     folders: pytest.TempPathFactory,
     targets: Sequence[str] = TARGETS,
     parts: Sequence[dict[str, Any]] = ({},),
     **options: Any,
-) -> dict[str, list[Compiled]]:
+) -> ByTarget:
     """The variants for these targets. It takes minutes, so the workers of a run share one file of results.
 
     parts: arguments of the function of variants, for a process each; options: of `compile_variants`.
     """
 
-    def compiled(part: dict[str, Any]) -> dict[str, list[Compiled]]:
-        return compile_variants(f"harness.variants:{variants}", targets, part, **options)
+    def compiled(work: tuple[str, dict[str, Any]]) -> list[Compiled] | str:
+        target, part = work
+        try:
+            return compile_variants(f"harness.variants:{variants}", [target], part, **options)[target]
+        except CompileError as error:
+            return str(error)
 
     file = shared_folder(folders) / f"{variants}.json"
     with FileLock(f"{file}.lock"):
         if not file.exists():
-            with ThreadPoolExecutor() as pool:
-                done = list(pool.map(compiled, parts))
-            found = {target: [each for part in done for each in part[target]] for target in targets}
+            with ThreadPoolExecutor(2) as pool:
+                done = list(pool.map(compiled, ((target, part) for part in parts for target in targets)))
+            found = {
+                target: joined(done[i * len(parts) : (i + 1) * len(parts)])
+                for i, target in enumerate(targets)
+            }
             file.write_text(json.dumps(found, default=dataclasses.asdict))
     found = json.loads(file.read_text())
-    return {target: [Compiled.from_json(each) for each in kernels] for target, kernels in found.items()}
+    return ByTarget(
+        (target, each if isinstance(each, str) else [Compiled.from_json(kernel) for kernel in each])
+        for target, each in found.items()
+    )
+
+
+def joined(parts: Iterable[list[Compiled] | str]) -> list[Compiled] | str:
+    """The kernels of all parts, or the messages of those that failed."""
+    parts = list(parts)
+    failures = [part for part in parts if isinstance(part, str)]
+    return "\n\n".join(failures) if failures else [each for part in parts for each in part]
 
 
 def main_variants() -> list[Variant]:
@@ -174,3 +210,14 @@ def oldest_variants() -> list[Variant]:
         feature_variants()[0],
         backward_variant("bf16", 64, "causal"),
     ]
+
+
+def broken_on_amd_variants() -> list[Variant]:
+    """One that compiles everywhere but there."""
+
+    def run() -> None:
+        if target_name().startswith("gfx"):
+            raise ValueError("no such thing on AMD")
+        launch(*plain_inputs("bf16", 64))
+
+    return [Variant("broken on AMD", run)]
