@@ -377,6 +377,7 @@ FENCE = r"fence\.proxy\.async\.shared::cta;"
             r"\1",
             "writes_are_seen: a barrier is missing before",
         ),
+        (FENCE, "", "reads_are_over: no fence between a load and mbarrier.arrive"),
         (r"wgmma\.fence\S+;", "", "matmuls_are_fenced_.*: no wgmma.fence before wgmma.mma_async"),
         (r"wgmma\.commit_group\S+;", "", "matmuls_are_fenced_.*: no wgmma.commit_group before wgmma.wait_g"),
         (r"(wgmma\.wait_group\S+ \t?)0;", r"\g<1>3;", "matmuls_are_fenced_.*: 3 groups under way at bar"),

@@ -265,6 +265,19 @@ def writes_are_seen(kernel: Kernel) -> Iterator[str]:
             yield f"{missing} is missing before {each.opcode} {each.operands[-40:]}"
 
 
+def reads_are_over(kernel: Kernel) -> Iterator[str]:
+    """Who has read shared memory fences before he gives it back for the copy engine to fill."""
+
+    def step(each: Instruction, state: int) -> int:
+        if each.opcode.startswith(("ld.shared", "ldmatrix")):
+            return 1
+        return 0 if each.opcode.startswith(("fence.proxy.async", "barrier.sync")) else state
+
+    for each, state in zip(kernel.code, on_every_way(kernel, max, step), strict=True):
+        if each.opcode.startswith(("bar.arrive", "mbarrier.arrive.shared")) and state:
+            yield f"no fence between a load and {each.opcode} {each.operands}"
+
+
 # The bits of a state: groups that are not waited for, up to 3; a group has begun; the next one is not fenced.
 GROUPS, BEGUN, UNFENCED = 3, 4, 8
 
@@ -311,5 +324,6 @@ CHECKS = (
     bytes_are_expected,
     barriers_count_who_comes,
     writes_are_seen,
+    reads_are_over,
     matmuls_are_fenced_and_waited_for,
 )

@@ -132,6 +132,7 @@ def consume(asked, WARPGROUP: gl.constexpr):
         q = q_ring.tile(q_place)  # [ROWS, HEAD_TILE]
         if plan.IS_Q_IN_REGISTERS:
             q = q.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+            fence_async_shared()  # the copy engine overwrites it only after that
         k_ring.wait_full(k_place)
         s = warpgroup_mma_wait(0, deps=[start_scores(q, k_ring.tile(k_place), S_LAYOUT)])
         k_place = k_ring.release(k_place)
