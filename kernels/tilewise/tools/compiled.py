@@ -266,13 +266,14 @@ def compile_variants(
     assembly: Path | None = None,
     messages: bool = False,
     on_variant: Callable[[str, str], None] = lambda target, variant: None,
+    on_failure: Callable[[str, str], None] | None = None,
 ) -> dict[str, list[Compiled]]:
     """Compile the variants that `source` ("module:function") returns for each target, one process a target.
 
     arguments: keyword arguments for that function, as JSON can say them. assembly: a folder for the machine
     code as text. messages: whether to ask what the assembler says. on_variant: told of each variant that is
-    done, from a thread of its target's.
-    Raises CompileError naming every variant that failed.
+    done, from a thread of its target's. on_failure: told of a variant that does not compile, and why.
+    Raises CompileError naming every variant that failed, where nobody is told.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -290,7 +291,9 @@ def compile_variants(
                 assert process.stdout is not None
                 for line in process.stdout:
                     answer = json.loads(line)
-                    if "error" in answer:
+                    if "error" in answer and on_failure is not None:
+                        on_failure(answer["variant"], answer["error"])
+                    elif "error" in answer:
                         failures.append(f"{target}, {answer['variant']}: {answer['error']}")
                     elif "done" in answer:
                         on_variant(target, answer["done"])

@@ -25,7 +25,7 @@ from .tune_bench import Bench, DeviceLost, Rejected, in_a_line
 from .tune_case import CHECK_LENGTH, small
 from .tune_journal import Journal
 from .tune_plan import SMOKE_LENGTH, Job, choose_cases, gpu_jobs, smoke_jobs
-from .tune_store import here, journal_of, measured_rows, merge, store, stored_table
+from .tune_store import SMOKE_GPU, here, journal_of, measured_rows, merge, store, stored_table
 
 SMOKE_ROUNDS = (Round(1, 1, 2), Round(1, 1, 1))
 
@@ -61,6 +61,14 @@ def tune(
     export: Annotated[
         Path | None, typer.Option(help="Write all rows timed on this GPU into this table, and end.")
     ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="With --export: the rows timed beside this table, as --out and evidence runs leave it, not "
+            "those in the cache.",
+        ),
+    ] = None,
     forget: Annotated[
         bool, typer.Option("--forget", help="Delete what is stored for this GPU, and end.")
     ] = False,
@@ -73,6 +81,11 @@ def tune(
     console = Console(highlight=False)
     passes: list[Pass] = [each.value for each in pass_ or []]
     try:
+        if from_ is not None:
+            if export is None:
+                raise ValueError("--from TABLE goes with --export FILE")
+            share(console, from_, export)
+            return
         if forget or export:
             gpu = None if INTERPRETED or not torch.cuda.is_available() else torch.cuda.get_device_name()
             table = stored_table(gpu)
@@ -278,6 +291,8 @@ def share(console: Console, table: Path, file: Path) -> None:
         raise ValueError(
             f"nothing was timed with these kernels yet: {journal_of(table)} holds no row of theirs"
         )
+    if any(row.arch == SMOKE_GPU for row in rows.values()):
+        raise ValueError(f"{table} is of a smoke test in Triton's interpreter, whose times mean nothing")
     merge(file, rows.values())
     say(console, f"wrote {len(rows)} rows timed on {next(iter(rows.values())).evidence.gpu} into {file}")
     if old:

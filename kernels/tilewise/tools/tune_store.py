@@ -19,6 +19,7 @@ from .tune import Outcome
 from .tune_journal import Journal, Subject, read_entries
 
 JOURNAL = ".journal.jsonl"
+SMOKE_GPU = "interpreter"  # stands for a GPU and its architecture where there is none
 
 
 class Where(NamedTuple):
@@ -39,7 +40,7 @@ class Where(NamedTuple):
 
 def here(device: torch.device) -> Where:
     """This machine; on the CPU the interpreter takes the GPU's place."""
-    gpu = arch = "interpreter"
+    gpu = arch = SMOKE_GPU
     if device.type == "cuda":
         gpu, arch = torch.cuda.get_device_name(device), architecture(device)
     driver = driver_version() if device.type == "cuda" else None
