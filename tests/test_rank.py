@@ -11,10 +11,12 @@ import torch
 import triton
 
 from tilewise import tiles
+from tilewise.hopper.launch import CACHED_BYTES
 from tilewise.tile_table import HopperTile, Tile
 from tilewise.tools import rank
 from tilewise.tools.bound import bound
 from tilewise.tools.call_model import (
+    HEADS_BYTES,
     LATENCY,
     Step,
     TileModel,
@@ -114,9 +116,10 @@ def test_a_causal_call_takes_about_half_and_pays_for_cut_tiles():
 
 
 def test_hopper_s_programs_take_the_last_rows_of_the_heads_that_fit_the_cache():
-    # 2 MiB of keys and values a head at 4096 and 128: 11 heads.
-    order = [*hopper_order([2.0, 1.0], 13, FULL)]
-    assert order == [2.0] * 11 + [1.0] * 11 + [2.0] * 2 + [1.0] * 2
+    # 2 MiB of keys and values a head at 4096 and 128, in 24 MiB.
+    assert HEADS_BYTES == CACHED_BYTES
+    order = [*hopper_order([2.0, 1.0], 14, FULL)]
+    assert order == [2.0] * 12 + [1.0] * 12 + [2.0] * 2 + [1.0] * 2
     tile = HopperTile(128, 128, 8, 2)
     hopper = model(work="hopper", tile=tile)
     assert call_clocks(hopper, FULL, CHIP) == 16 * 32 * 1500
@@ -281,6 +284,12 @@ def test_where_the_model_sees_no_difference_one_change_at_a_time_is_tried():
     usable = [ranked(tile, 1.0 if tile.tile_kv == 128 else 0.993) for tile in switched]
     found = rank.choose(usable, shipped)
     assert {*switched[:3], switched[4]} <= {each.model.tile for each in found}
+    # Nearer ones of a shape that is there give way to one of another.
+    third = replace(shipped, tile_q=192, num_warps=12, tile_kv=64)
+    found = rank.choose([*(ranked(tile, 1.0) for tile in switched[:4]), ranked(third, 1.01)], shipped)
+    assert third in {each.model.tile for each in found}
+    more = [ranked(tile, 1.0) for tile in (*switched, replace(switched[0], has_turns=False))]
+    assert third in {each.model.tile for each in rank.choose([*more, ranked(third, 1.01)], shipped)}
     assert [each.mean for each in found] == sorted(each.mean for each in found)
     # What is clearly better comes first, however far away.
     far = ranked(replace(shipped, tile_q=192, num_warps=12, tile_kv=64, has_turns=False), 0.5)

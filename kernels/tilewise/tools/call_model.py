@@ -38,7 +38,7 @@ LATENCY = 500  # clocks from asking for a tile to having it: an assumption
 WAIT = Loop.latency  # clocks from a result to whoever waits for it: an assumption
 # Waits of a step besides those that are instructions of their own: rounds of the softmax, exponentials.
 CHAIN: dict[Pass, int] = {"forward": 6, "dkv": 2, "dq": 2}
-HEADS_BYTES = 24_000_000  # of keys and values that Hopper's programs walk over together (docs/hopper.md)
+HEADS_BYTES = 24 << 20  # of keys and values that Hopper's programs walk over together (hopper/launch.py)
 
 Overlap = Literal["none", "expected", "full"]
 
@@ -80,7 +80,7 @@ def model_of(compiled: Compiled, work: Pass, dim: int, tile: Tile, chip: Chip) -
     if isinstance(tile, HopperTile):
         first, a_step = hopper_clocks(full[0], dim, tile, chip)
         extra = cut[1].issue - full[1].issue
-        steps = [max(least, a_step), max(least, a_step + extra)]
+        steps = [max(least, busiest(full[1]), a_step), max(least, busiest(cut[1]), a_step + extra)]
         start = first
     else:
         copy = LATENCY + least

@@ -171,7 +171,8 @@ def best(work: Pass, dim: int) -> list[dict[str, Any]]:
 
 def choose(usable: Sequence[Ranked], shipped: Tile) -> list[Ranked]:
     """The best, in order. Where the last places go to tiles that are the same to the model, the nearest to
-    the shipped one have them: one change at a time tells most."""
+    the shipped one have them, first one of each shape that is not there yet: what differs most tells most,
+    and one change at a time."""
     in_order = sorted(usable, key=lambda each: each.mean)
     if len(in_order) <= BEST:
         return in_order
@@ -179,7 +180,17 @@ def choose(usable: Sequence[Ranked], shipped: Tile) -> list[Ranked]:
     clear = [each for each in in_order if each.mean < last / SAME]
     same = [each for each in in_order if last / SAME <= each.mean <= last * SAME]
     same.sort(key=lambda each: (distance(each.model.tile, shipped), each.mean))
-    return sorted([*clear, *same[: BEST - len(clear)]], key=lambda each: each.mean)
+    seen = {shape(each) for each in clear}
+    new: list[Ranked] = []
+    known: list[Ranked] = []
+    for each in same:
+        (known if shape(each) in seen else new).append(each)
+        seen.add(shape(each))
+    return sorted([*clear, *[*new, *known][: BEST - len(clear)]], key=lambda each: each.mean)
+
+
+def shape(each: Ranked) -> tuple[int, int, int]:
+    return each.model.tile.tile_q, each.model.tile.tile_kv, each.model.tile.num_warps
 
 
 def row_of(each: Ranked, base: Ranked) -> dict[str, Any]:
