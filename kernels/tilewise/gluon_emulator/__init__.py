@@ -14,6 +14,7 @@ What breaks a rule of the machine raises EmulationError, with the role, the barr
     mbarriers  used before init; armed twice; other bytes than are expected
     buffers    read before a copy has landed; written while a copy or a matmul still reads; written by threads
                and read by the tensor cores or the copy engine without a fence and a barrier
+    races      two roles touch the same shared memory, one writes, and nothing makes one wait for the other
     the end    copies, stores or matmuls that nobody has waited for
 
 What is not checked: layouts, registers and everything else that the compiler decides, races between the warps
@@ -23,6 +24,7 @@ not raises NotImplementedError.
     schedules.py   which role goes on next, and when copies happen
     roles.py       roles, named barriers, deadlock
     memory.py      shared memory, mbarriers, who may touch what
+    order.py       what must have happened before what
     copies.py      the copy engine
     matmul.py      the tensor cores
     language.py    the functions that stand in for Gluon's

@@ -3,7 +3,7 @@
     rules.py          which calls it takes
     launch.py         a call as the kernel's arguments
     forward.py        the kernel: which roles there are, what they share, who waits for whom
-    producer.py       one warp that has tiles copied
+    producer.py       a warp, or four, that has tiles copied
     consumer.py       a warpgroup that computes: the loop
     plan.py           what all roles know
     channels.py       how they hand tiles to one another

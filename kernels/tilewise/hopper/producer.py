@@ -1,4 +1,4 @@
-"""The producer: one warp that has tiles copied into shared memory, as far ahead as buffers are free.
+"""The producer: a warp, or four, that has tiles copied into shared memory, as far ahead as buffers are free.
 
 It computes nothing but where tiles begin, so a few registers are enough for it; what it does not need, the
 consumers get.
