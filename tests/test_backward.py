@@ -97,7 +97,6 @@ def test_mask_with_score(device, mask, score):
     draw(device, mask, score, dtype, batch=1, q_len=19, kv_len=35)
 
 
-@pytest.mark.any_cpu
 @pytest.mark.oldest
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # fp16 has no ε to normalise rows of 0 by
 def test_everything_at_once(device, dtype):

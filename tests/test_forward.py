@@ -52,7 +52,6 @@ def test_pair_of_masks(device, mask, other):
     run(device, mask, other, **lengths(device, (20, 37)))
 
 
-@pytest.mark.any_cpu
 @pytest.mark.oldest
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_interval_masks_at_once(device, dtype):

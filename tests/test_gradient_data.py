@@ -144,9 +144,8 @@ def test_denormal_numbers(qkv, dtype):
     check_gradients(q, k * tiny, v, do, scale=0.5 / tiny if dtype == torch.float16 else 1.0)
 
 
-@pytest.mark.any_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cap", [1e-2, 0.5, 50.0, 1e6])
+@pytest.mark.parametrize("cap", [1e-2, 0.5, 50.0, pytest.param(1e6, marks=pytest.mark.any_cpu)])
 def test_softcap_far_beyond_its_cap_and_far_below(qkv, dtype, cap):
     """|s / cap| from 10⁻⁶ to 10⁶: exponentials of such numbers overflow, differences of them cancel."""
     q, k, v, do = qkv(dtype)
