@@ -681,5 +681,5 @@ def test_without_the_interpreter():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-c", program]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert "only with TRITON_INTERPRET=1" in answer.stdout, answer.stderr

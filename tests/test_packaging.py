@@ -51,7 +51,7 @@ def run_python(arguments: list[str], path: Path, **variables: str) -> subprocess
     hidden = dict.fromkeys(["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"], "")
     environment |= hidden | {"PYTHONPATH": str(path)} | variables
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=path, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments], env=environment, cwd=path, capture_output=True, text=True, timeout=600
     )
 
 
