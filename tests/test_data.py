@@ -83,7 +83,6 @@ def test_equal_queries_get_equal_results(qkv, dtype):
 # ---- Extremes
 
 
-@pytest.mark.any_cpu
 @pytest.mark.oldest
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
