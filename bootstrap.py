@@ -3,7 +3,7 @@
 Makes .venv beside this file (or reuses it while it is up to date), installs what the command needs, runs the
 command, and ends with its exit code. Standard library only.
 
-Which torch: one that this Python already imports is reused. Otherwise, with an NVIDIA GPU, pip's default
+Which torch: one that this Python already imports is reused, unless --constrain names one. Otherwise, with an NVIDIA GPU, pip's default
 build; without one, the CPU build, after asking pip what it would install: CUDA packages never come along.
 """
 
@@ -147,6 +147,11 @@ def cuda_packages(names: Iterable[str]) -> list[str]:
     """The CUDA packages among packages or requirements, each cut down to its name."""
     bare = (re.split(r"[^\w.-]", name, maxsplit=1)[0] for name in names)
     return sorted({name for name in bare if CUDA_PACKAGE.match(name)})
+
+
+def names_torch(requirements: Iterable[str]) -> bool:
+    """Whether one of them is torch itself, in whatever version."""
+    return any(re.match(r"torch(?![\w.-])", each) for each in requirements)
 
 
 class Environment:
@@ -345,7 +350,7 @@ def set_up(command: str, options: argparse.Namespace) -> Environment:
     if torch_here and version_pair(torch_here) < OLDEST_TORCH:
         say(f"torch {torch_here} is too old to reuse (tilewise needs {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]})")
         torch_here = None
-    if torch_here and any(re.match(r"torch\b(?!-)", spec) for spec in constraints):
+    if torch_here and names_torch(constraints):
         say(f"torch {torch_here} is not reused, because --constrain names one")
         torch_here = None
     if torch_here:

@@ -102,6 +102,7 @@ def test_nothing_requires_a_gradient(device):
     assert attend(**tensors(device)).grad_fn is None
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("impl", ["portable", "torch"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_grad_and_inference_mode(mode, impl, device):
@@ -121,6 +122,7 @@ def test_inference_mode_needs_no_gradient_whatever_grad_mode_says(device):
     assert out.is_inference() and not out.requires_grad
 
 
+@pytest.mark.oldest
 def test_tensors_made_in_inference_mode(device):
     """PyTorch's own error, where autograd would have to keep one."""
     with torch.inference_mode():
@@ -146,6 +148,7 @@ def test_backward_twice(device):
         out.sum().backward()
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", [*NAMES, "keep", "dropout_seed", "out"])
 def test_in_place_change_before_backward(name, device):
     """PyTorch's version counter covers every tensor of the call."""
@@ -162,6 +165,7 @@ def test_in_place_change_before_backward(name, device):
         loss.backward()
 
 
+@pytest.mark.oldest
 def test_tensor_hooks(device):
     given, seen = tensors(device, *NAMES), {}
     out = attend(**given)
@@ -187,6 +191,7 @@ def test_a_hook_on_out_changes_the_gradients(device):
     assert all_equal(doubled, torch.autograd.grad(attend(**given), leaves, 2 * do))
 
 
+@pytest.mark.oldest
 def test_anomaly_mode(device):
     given = tensors(device, *NAMES)
     leaves = list(given.values())
@@ -200,6 +205,7 @@ def test_anomaly_mode(device):
 # ---- What is kept, and for how long
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("path", PATHS)
 def test_saved_tensor_hooks_see_every_tensor(path, device):
     """Packed into numbers and rebuilt from copies: nothing reaches the backward by another way."""
@@ -225,6 +231,7 @@ def test_saved_tensor_hooks_see_every_tensor(path, device):
     assert all_equal(torch.autograd.grad(out, list(leaves.values()), do), want)
 
 
+@pytest.mark.oldest
 def test_save_on_cpu(device):
     given = tensors(device, *NAMES)
     leaves, do = list(given.values()), torch.randn(1, HEADS, Q_LEN, DIM, device=device)
@@ -234,6 +241,7 @@ def test_save_on_cpu(device):
     assert all_equal(torch.autograd.grad(out, leaves, do), want)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_checkpoint(dropout_p, use_reentrant, device):
@@ -257,6 +265,7 @@ def test_checkpoint(dropout_p, use_reentrant, device):
     assert torch.equal(out, plain) and all_equal([x.grad for x in leaves], want)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("with_backward", [True, False])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_graph_is_freed_without_the_garbage_collector(path, with_backward, device):
@@ -316,6 +325,7 @@ def test_create_graph_gives_first_order_gradients(path, device):
         x.grad = None  # PyTorch warns of a cycle otherwise
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("trained", [(name,) for name in NAMES] + [NAMES], ids="-".join)
 @pytest.mark.parametrize("path", PATHS)
 def test_second_order_raises(path, trained, device):
@@ -330,6 +340,7 @@ def test_second_order_raises(path, trained, device):
         torch.autograd.grad(again, leaves, allow_unused=True)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("path", PATHS)
 def test_second_order_in_the_gradient_of_out_raises(path, device):
     """The double-backward way to a forward-mode product differentiates dq by do alone."""
@@ -379,6 +390,7 @@ def test_func_grad_is_autograd_grad(device):
     assert all_equal(pull_back(do)[0].values(), torch.autograd.grad(attend(**given), leaves, do))
 
 
+@pytest.mark.oldest
 def test_func_grad_of_one_argument_of_several(device):
     given = tensors(device, "bias")
     (want,) = torch.autograd.grad(attend(**given).sum(), given["bias"])
@@ -387,6 +399,7 @@ def test_func_grad_of_one_argument_of_several(device):
     assert torch.equal(torch.func.grad(lambda bias: attend(**rest, bias=bias).sum())(plain["bias"]), want)
 
 
+@pytest.mark.oldest
 def test_func_grad_of_a_module(device):
     module = SelfAttention(DIM, heads=HEADS, sink=True, impl="portable", device=device)
     x = torch.randn(3, DIM, device=device)
@@ -396,6 +409,7 @@ def test_func_grad_of_a_module(device):
     assert all_equal(got.values(), want)
 
 
+@pytest.mark.oldest
 def test_func_grad_twice_raises(device):
     given = tensors(device)
     loss = lambda q: attend(**(given | {"q": q})).square().sum()  # noqa: E731
@@ -416,6 +430,7 @@ def test_forward_mode_raises(name, device):
         attend(**given)  # no tangent here
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("trained", [NAMES, ()], ids=["trained", "not trained"])
 @pytest.mark.parametrize("path", PATHS)
 def test_forward_mode_raises_on_every_path(path, trained, device):
@@ -441,6 +456,7 @@ def test_plain_pytorch_path_has_forward_mode(device):
     assert_right(pushed(lambda **given: attend(**given, impl="torch")), lambda dtype: pushed(textbook, dtype))
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", ["q", "k", "bias"])
 def test_vmap_raises(name, device):
     given = tensors(device)
@@ -464,6 +480,7 @@ def test_jacobians_raise(device):
 # ---- Autocast
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("impl", ["portable", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(dtype, impl, device):
@@ -482,6 +499,7 @@ def test_autocast(dtype, impl, device):
     assert all_equal(got, torch.autograd.grad(want, leaves, do))
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("impl", ["portable", "torch"])
 def test_autocast_makes_one_dtype_of_several(impl, device):
     given = tensors(device)

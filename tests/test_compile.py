@@ -186,7 +186,12 @@ def attend_by(case: Case):
     return attend
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# Those that CI also runs on the oldest PyTorch: each is a kind of argument that Dynamo treats in its own way.
+OLDEST = ("documents", "user_mask", "user_score", "temperature", "dropout")
+MARKED = [pytest.param(case, marks=[pytest.mark.oldest] * (name in OLDEST)) for name, case in CASES.items()]
+
+
+@pytest.mark.parametrize("case", MARKED, ids=CASES)
 def test_same_bits_with_arguments_made_inside(case, device):
     attend = attend_by(case)
     compiled = torch.compile(attend, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -249,6 +254,7 @@ def test_same_bits_from_inductor(name, device):
     assert_same_bits(torch.compile(attend, fullgraph=True), attend, *inputs(CASES[name], *SIZES[0], device))
 
 
+@pytest.mark.oldest
 def test_another_mask_of_the_same_kind_is_not_taken_for_the_first(device):
     """Functions, sides and numbers of a mask handed in must reach the kernel anew."""
     q, k, v, _ = inputs(CASES["plain"], *SIZES[0], device)
@@ -323,6 +329,7 @@ assert q.grad.shape == q.shape and factors.grad.shape == factors.shape
 """
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("sees_a_gpu", [True, False])
 def test_functions_that_a_gpu_would_compile_are_traced(sees_a_gpu, tmp_path):
     """Outside the interpreter they are other objects, to Dynamo too, and of two kinds; on device "meta"
@@ -336,6 +343,7 @@ def test_functions_that_a_gpu_would_compile_are_traced(sees_a_gpu, tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+@pytest.mark.oldest
 def test_one_tensor_as_query_key_and_value(device):
     """The gradient is the sum of three; torch 2.11 compiled a bare autograd.Function to a wrong one."""
     x = torch.randn(BATCH, HEADS, 6, 8, device=device, requires_grad=True)
@@ -350,6 +358,7 @@ def test_one_tensor_as_query_key_and_value(device):
     assert ((got - parts.sum(0)).abs() <= allowed).all()
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("of", ["out", "lse", "neither requires"])
 def test_part_of_the_gradients(of, device):
     q, k, v, _ = inputs(CASES["plain"], *SIZES[0], device)
@@ -408,6 +417,7 @@ def test_calls_in_between_do_not_recompile(device):
 # ---- Dropout
 
 
+@pytest.mark.oldest
 def test_unseeded_dropout_draws_anew_and_drops_the_right_share(device):
     """Scores of 0 and V = identity: out is the kept probabilities, and dV = outᵀ for dO = identity."""
     n, p = 64, 0.3
@@ -458,6 +468,7 @@ def exported(model, device) -> torch.export.ExportedProgram:
     return torch.export.export(model, export_inputs(5, 7, device), dynamic_shapes=shapes)
 
 
+@pytest.mark.oldest
 def test_export_save_load_run(device):
     model, saved = Attend().to(device), io.BytesIO()
     torch.export.save(exported(model, device), saved)
@@ -552,6 +563,7 @@ def test_wrong_arguments_are_named(words, call, device):
     assert words in str(raised.value)
 
 
+@pytest.mark.oldest
 def test_second_order_raises(device):
     """PyTorch's own error, ours inside another differentiated graph: never a gradient that lacks a part."""
     q, k, v, _ = inputs(CASES["plain"], *SIZES[0], device)
@@ -570,6 +582,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_inside_raise(name, device):
     """Instead of going on without a derivative."""

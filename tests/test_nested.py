@@ -8,6 +8,7 @@ from harness.oracle import check
 from tilewise import ALiBi, Causal, Padding, RelativePosition, Softcap, Window
 from tilewise.nn import SelfAttention
 
+pytestmark = pytest.mark.oldest
 LENGTHS, KV_LENGTHS = (5, 0, 17, 1), (3, 2, 20, 0)
 Q_HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 16, 8
 

@@ -11,6 +11,7 @@ from torch import nn
 import tilewise
 from tilewise.nn import AttentionCore, CrossAttention, SelfAttention
 
+pytestmark = pytest.mark.oldest
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = {"rtol": 1e-5, "atol": 2e-6}  # fp32 sums of a few hundred terms of about 1, in another order
 

@@ -70,7 +70,10 @@ def test_opcheck_forward(case, device):
     torch.library.opcheck(FORWARD, forward_arguments(request_of(case, device, trained=True)))
 
 
-@pytest.mark.parametrize("case", CASES)
+OLDEST = [pytest.param(case, marks=[pytest.mark.oldest] * ("user_score" in case)) for case in CASES]
+
+
+@pytest.mark.parametrize("case", OLDEST)
 def test_opcheck_backward(case, device):
     torch.library.opcheck(BACKWARD, backward_arguments(request_of(case, device)))
 
@@ -134,6 +137,7 @@ def joined(masks):
     return mask
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("of", ["out", "lse"])
 def test_op_path_gradient_of_one_result_alone(of, device):
     """PyTorch hands the other result's gradient over as None."""
@@ -163,6 +167,7 @@ def meta_call(device_name: str, grouped: bool):
     return [out, lse, *torch.autograd.grad((out.sum(), lse.sum()), leaves)]
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("grouped", [False, True])
 def test_meta_tensors(grouped, device):
     found, real = meta_call("meta", grouped), meta_call(device, grouped)
@@ -170,6 +175,7 @@ def test_meta_tensors(grouped, device):
     assert [entry[:3] for entry in described(found)] == [entry[:3] for entry in described(real)]
 
 
+@pytest.mark.oldest
 def test_meta_tensors_without_gradients_and_what_they_refuse():
     q, k, v = (torch.empty(2, 4, n, 8, device="meta") for n in (5, 7, 7))
     out = tilewise.attention(q, k, v, score=tilewise.ALiBi(torch.empty(4, device="meta")), dropout_p=0.5)
@@ -178,6 +184,7 @@ def test_meta_tensors_without_gradients_and_what_they_refuse():
         tilewise.attention(q, k[..., :7], v)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("grouped", [False, True])
 def test_fake_tensor_mode(grouped, device):
     real = meta_call(device, grouped)
@@ -195,6 +202,7 @@ def counted(run) -> dict[str, int]:
     return {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("q_heads, kv_heads, head_dim, value_dim", [(2, 2, 8, 8), (6, 2, 8, 8), (4, 1, 5, 3)])
 def test_flops(q_heads, kv_heads, head_dim, value_dim, device):
     batch, q_len, kv_len = 2, 5, 7
@@ -213,6 +221,7 @@ def test_flops(q_heads, kv_heads, head_dim, value_dim, device):
     }
 
 
+@pytest.mark.oldest
 def test_flops_are_those_of_pytorchs_attention(device):
     q, k, v = (torch.randn(2, 3, n, 8, device=device, requires_grad=True) for n in (5, 7, 7))
     found = counted(lambda: tilewise.attention(q, k, v, impl="portable").sum().backward())

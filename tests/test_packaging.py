@@ -174,6 +174,11 @@ def test_bootstrap_knows_cuda_packages(bootstrap: ModuleType, names: list[str], 
     assert bootstrap.cuda_packages(names) == cuda
 
 
+def test_bootstrap_knows_a_constraint_on_torch(bootstrap: ModuleType) -> None:
+    assert all(bootstrap.names_torch(["numpy<2.4", spec]) for spec in ("torch==2.11.0", "torch", "torch <3"))
+    assert not bootstrap.names_torch(["triton==3.6.0", "torchvision<1", "torch-geometric==2", "torch.x"])
+
+
 def pip_that_finds(offers: dict[str, list[str]], brings: dict[str, list[str]], failure: type[Exception]):
     """A stand-in for bootstrap.would_install: `offers` is what torch asks for, `brings` what comes along."""
 
