@@ -3,8 +3,9 @@
 Makes .venv beside this file (or reuses it while it is up to date), installs what the command needs, runs the
 command, and ends with its exit code. Standard library only.
 
-Which torch: one that this Python already imports is reused, unless --constrain names one. Otherwise, with an NVIDIA GPU, pip's default
-build; without one, the CPU build, after asking pip what it would install: CUDA packages never come along.
+Which torch: one that this Python already imports is reused, unless --constrain names one. Otherwise, with an
+NVIDIA GPU, pip's default build; without one, the CPU build, after asking pip what it would install: CUDA
+packages come along with --allow-cuda alone.
 """
 
 import argparse
