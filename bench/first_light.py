@@ -29,7 +29,7 @@ from .jobs import (
     one_after_the_other,
     one_of_each,
 )
-from .lent import jobs_of_tests, sanitizer_jobs, tuning_jobs
+from .lent import compile_for_tuning, jobs_of_tests, sanitizer_jobs, tuning_jobs
 from .results import Results
 from .stages import Plan
 
@@ -102,8 +102,8 @@ def again(earlier: Results) -> tuple[Plan, ...]:
         plan = next(plan for plan in FIRST if plan.name == name)
         return replace(plan, weight=weight, jobs=change(plan.jobs))
 
-    def and_flex(jobs: Jobs) -> Jobs:
-        return one_after_the_other(compile_jobs(flex), due(jobs))
+    def and_compilation(jobs: Jobs) -> Jobs:
+        return one_after_the_other(compile_for_tuning, compile_jobs(flex), due(jobs))
 
     def fresh_canary(jobs: Jobs) -> Jobs:
         # Hopper's must pass on this machine, with the kernels as they are now.
@@ -115,12 +115,12 @@ def again(earlier: Results) -> tuple[Plan, ...]:
     )  # fmt: skip
     return (
         rest("canary", 35, fresh_canary),
-        rest("hopper", 10, and_flex),
+        rest("hopper", 45, and_compilation),
         rest("first ratios", 20),
-        rest("correctness", 15),
-        rest("other widths and the host", 10),
-        rest("tests", 15),
-        Plan("tuning", 75, tuning_jobs, most=15.0, limit=60, measuring=1.0),
+        rest("correctness", 12),
+        rest("other widths and the host", 8),
+        rest("tests", 12),
+        Plan("tuning", 40, tuning_jobs, most=10.0, limit=60, measuring=1.0),
         Plan("FlexAttention", 15, some(flex, 1), most=1.5, limit=60),
         Plan("compute-sanitizer", 5, sanitizer_jobs, limit=45),
         rest("ceilings", 5),

@@ -111,11 +111,25 @@ def do_sanitizer(tool: str, impl: str, folder: str) -> tuple[list[Check], str]:
 
 def tuning_jobs(setting: Setting) -> list[Job]:
     """A few candidates a row of the tile table, those that the static model holds to be the fastest."""
-    return [tuning_job(setting, *row) for row in tuning.tuned_rows()[: None if setting.on_gpu else 2]]
+    rows = tuning.tuned_rows()[: None if setting.on_gpu else 2]
+    return [
+        Job(
+            ("check", name), name, tuning.tune_row, (work, dim, str(setting.folder), setting.device),
+            timed=True, hopper=(dim,) if work == "hopper" else (),
+        )
+        for work, dim in rows
+        for name in [f"tuning: {work} 16-bit {dim}"]
+    ]  # fmt: skip
 
 
-def tuning_job(setting: Setting, work: str, dim: int) -> Job:
-    name = f"tuning: {work} 16-bit {dim}"
-    arguments = (work, dim, str(setting.folder), setting.device)
-    return Job(("check", name), name, tuning.tune_row, arguments, timed=True,
-               hopper=(dim,) if work == "hopper" else ())  # fmt: skip
+def compile_for_tuning(setting: Setting) -> list[Job]:
+    """The kernels of all candidates, side by side, before they are timed one by one."""
+    if not setting.on_gpu:
+        return []
+    return [
+        Job(
+            ("compiled", job.key), f"compile {job.name}", tuning.compile_row,
+            (*job.arguments[:2], setting.device), hopper=job.hopper,
+        )
+        for job in tuning_jobs(setting)
+    ]  # fmt: skip

@@ -29,7 +29,7 @@ from tilewise.tools.tune_plan import SMOKE_LENGTH, Job, smoke_jobs
 from tilewise.tools.tune_store import SMOKE_GPU, here, journal_of, store
 from tilewise.tools.variants import MASKS
 
-from .results import Check, Entry
+from .results import Check, CheckStatus, Entry
 
 CANDIDATES = Path(__file__).with_name("candidates.json")
 TABLE = "tiles.json"
@@ -100,8 +100,8 @@ def tune_row(
     """Find the fastest tile of a row in about so many seconds, and write it down in `folder`. Where it was
     begun before, it goes on from there.
 
-    The check fails only where the shipped tile is wrong or does not run here. A candidate that takes the GPU
-    with it is noted, and left out next time: then the row is to be tuned again, in a new process.
+    The check has failed where the shipped tile is wrong or does not run here. It has crashed where a
+    candidate took the GPU with it: that one is noted and left out next time, in a new process.
     """
     began, where = time.monotonic(), torch.device(device)
     job = job_of(work, dim, where)
@@ -109,20 +109,22 @@ def tune_row(
     stamped = here(where)
     journal = Journal(journal_of(table), stamped.stamp)
     rounds = SMOKE_ROUNDS if where.type == "cpu" else ROUNDS
-    passed, remark = True, ""
+    status: CheckStatus = "right"
     with tuned_forward(job.key, table):
         search = Search(job.key, job.starts, job.pool, bench_of(job, where), journal, rounds=rounds)
         try:
             outcome = search.run(max(0.0, seconds))
         except (Rejected, DeviceLost) as reason:
-            passed = job.starts[0] not in search.rejected
+            if job.starts[0] in search.rejected:
+                status = "failed"
             detail = f"not done: {in_a_line(reason)}; {refused(search.rejected)}"
             if isinstance(reason, DeviceLost):
-                remark = f"{title(job.key)}: to be tuned again in a new process, without {last(search)}"
+                status = "crashed"
+                detail += f"; to be tuned again in a new process, without {last(search)}"
         else:
             store(table, journal, search.subject, outcome, stamped)
-            passed, detail = not outcome.problem, in_words(outcome, search.rejected)
-    return [Check(f"tuning: {title(job.key)}", passed, time.monotonic() - began, detail)], remark
+            status, detail = "failed" if outcome.problem else "right", in_words(outcome, search.rejected)
+    return [Check(f"tuning: {title(job.key)}", status, time.monotonic() - began, detail)], ""
 
 
 def tuned_forward(key: Key, table: Path) -> contextlib.AbstractContextManager[None]:

@@ -162,7 +162,8 @@ def test_a_shipped_tile_that_is_wrong_fails_the_check(fake_gpu, tmp_path):
 def test_a_candidate_that_took_the_gpu_with_it_is_left_out_next_time(fake_gpu, tmp_path):
     fake_gpu.loses = TRIED[0]
     check, remark = tuned(tmp_path)
-    assert check.passed and "illegal address" in check.detail and "in a new process" in remark
+    assert check.status == "crashed" and "illegal address" in check.detail and remark == ""
+    assert "in a new process" in check.detail
     again, remark = tuned(tmp_path)
     assert TRIED[0] not in fake_gpu.made[-1].checked and "gain 1.250" in again.detail and remark == ""
     fake_gpu.loses = SHIPPED
