@@ -66,9 +66,10 @@ FEWER, ALL = (4096, 16384), (4096, 8192, 16384)
 WIDTH_128, OTHER_WIDTHS = grid(128, lengths=ALL), grid(64, 256, lengths=FEWER)
 HOST = measure_jobs("host", names=(PORTABLE, SUSPECT, "sdpa"))
 TESTS = one_after_the_other(
-    # The second asks whether sums depend on their place, which machine code does not show.
-    jobs_of_tests("tests/test_cuda.py", without_gpu="tests/reference/test_yardstick.py"),
-    jobs_of_tests("tests/test_numerics.py", without_gpu="tests/reference/test_scores.py"),
+    # The second file asks whether sums depend on their place, which machine code does not show.
+    jobs_of_tests(
+        "tests/test_cuda.py", "tests/test_numerics.py", without_gpu="tests/reference/test_yardstick.py"
+    ),
     jobs_of_tests("tests/test_hopper_cuda.py", without_gpu="tests/reference/test_masks.py", hopper=True),
 )
 
@@ -87,7 +88,7 @@ FIRST: tuple[Plan, ...] = (
     ),
     Plan("other widths and the host", 65, one_after_the_other(some(OTHER_WIDTHS, 4), some(HOST, 1)), most=2.0,
          limit=40),
-    Plan("tests", 70, TESTS, most=70.0, limit=90, measuring=1.0),
+    Plan("tests", 70, TESTS, most=70.0, limit=90, beside=2, measuring=1.0),
     Plan("ceilings", 20, ceiling_jobs, most=6.0),
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ from .conduct import Orders, conduct
 from .report.screen import gpu_screen
 from .results import load
 
-FIRST_SECONDS, AGAIN_SECONDS = 410.0, 195.0
+FIRST_SECONDS, AGAIN_SECONDS = 405.0, 190.0
 GRACE = 8.0
 ARCHIVE, KEPT = "everything.tar.gz", "screen.txt"
 LARGEST_LOG = 4 << 20
@@ -41,7 +41,7 @@ def gpu(
     screen: Annotated[
         bool, typer.Option("--screen", help="Show again how the run in the folder went, and end.")
     ] = False,
-    seconds: Annotated[float | None, typer.Option(help="Default: 410, or 195 with --again.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Default: 405, or 190 with --again.")] = None,
 ) -> None:
     """Check and time tilewise on a GPU, the most telling first; what is there at any second loads."""
     began = time.monotonic()

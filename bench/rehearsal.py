@@ -18,19 +18,18 @@ from rich.rule import Rule
 from . import first_light
 from .conduct import Orders, conduct
 from .faults import Fault
-from .jobs import SUSPECT, Job, Setting
+from .jobs import PORTABLE, SUSPECT, Job, Setting
 from .report.screen import gpu_screen, reached
-from .results import Results, load
+from .results import CheckStatus, Results, load
 from .stages import Plan
 
 SECONDS = 900.0  # each run; far more than it takes, so that a slow machine reaches everything too
-HUNG = "canary: hopper forward, width 64, full"
-WRONG = "canary: hopper forward, width 256, causal"
-CRASHED = "canary: portable forward, width 256, full"
-PLANTED = {
-    HUNG: Fault("hang", "hopper"),
-    WRONG: Fault("wrong", "hopper"),
-    CRASHED: Fault("crash", "portable"),
+# By check: the fault planted in it, and what the check must then say.
+PLANTED: dict[str, tuple[Fault, CheckStatus]] = {
+    "canary: hopper forward, width 64, full": (Fault("hang", "hopper"), "hung"),
+    "canary: hopper forward, width 64, causal": (Fault("crash", "hopper"), "crashed"),
+    "canary: hopper forward, width 256, causal": (Fault("wrong", "hopper"), "wrong"),
+    "canary: portable forward, width 256, full": (Fault("crash", "portable"), "crashed"),
 }
 MEMORY = Fault("memory", "hopper")  # in the first comparison at width 128, where Hopper's canary passes
 
@@ -43,14 +42,14 @@ def rehearse(folder: Path) -> int:
     problems: list[str] = []
     setting = Setting("cpu", 0)
     short_of_memory = first_light.WIDTH_128(setting)[0].name
-    planted = {**PLANTED, short_of_memory: MEMORY}
-    console.print(Rule("the first run, with four faults planted"))
+    planted = {name: fault for name, (fault, _) in PLANTED.items()} | {short_of_memory: MEMORY}
+    console.print(Rule(f"the first run, with {len(planted)} faults planted"))
     first = carried_out(with_faults(first_light.FIRST, planted), folder / "first")
     problems += [f"first run: {line}" for line in differences(first, short_of_memory)]
     console.print(Rule("the second run, without them"))
     second = carried_out(first_light.again(first), folder / "again")
     problems += [f"second run: {line}" for line in anything_bad(second)]
-    problems += [f"second run: {line}" for line in not_mended(second, [*PLANTED], short_of_memory)]
+    problems += [f"second run: {line}" for line in not_mended(second, short_of_memory)]
     console.print(Rule("the rehearsal"))
     for line in problems or ["each fault cost what it was planted in, and nothing else; then all was mended"]:
         console.print(line, markup=False, soft_wrap=True)
@@ -77,15 +76,13 @@ def with_faults(plans: Sequence[Plan], faults: dict[str, Fault]) -> list[Plan]:
 def differences(first: Results, short_of_memory: str) -> list[str]:
     """What the first run should have made of the faults and did not, or of anything else and should not."""
     found = {check.name: check.status for check in first.checks}
-    wanted = {HUNG: "hung", WRONG: "wrong", CRASHED: "crashed"}
     lines = [
         f"{name} is {found.get(name)}, not {status}"
-        for name, status in wanted.items()
+        for name, (_, status) in PLANTED.items()
         if found.get(name) != status
     ]
-    lines += [
-        f"{c.name} is {c.status}: {c.detail}" for c in first.checks if c.is_bad and c.name not in wanted
-    ]
+    others = [check for check in first.checks if check.is_bad and check.name not in PLANTED]
+    lines += [f"{check.name} is {check.status}: {check.detail}" for check in others]
     bad = [row for row in first.rows if row.status in ("wrong", "failed")]
     left_out = [row for row in bad if row.reason.startswith("left out")]
     lines += [
@@ -93,12 +90,14 @@ def differences(first: Results, short_of_memory: str) -> list[str]:
         for row in left_out
         if row.implementation != SUSPECT or 64 < row.sizes["head_dim"] <= 128
     ]
-    others = [row for row in bad if row not in left_out]
-    where = [(f"{row.case}, {row.work}", row.implementation, row.reason.split(":")[0]) for row in others]
+    rest = [row for row in bad if row not in left_out]
+    where = [(f"{row.case}, {row.work}", row.implementation, row.reason.split(":")[0]) for row in rest]
     if where != [(short_of_memory, SUSPECT, "out of memory")]:
         lines.append(f"rows that are wrong or failed: {where}")
-    if not any(row.implementation == SUSPECT and row.status == "ok" for row in first.rows):
+    if not right_rows(first, SUSPECT):
         lines.append("no row of Hopper's forward is right, though its canary passed at width 128")
+    if left := {row.key for row in first.rows} - right_rows(first, PORTABLE):
+        lines.append(f"the portable kernels have no right row in {left}")
     return lines + missing(first)
 
 
@@ -113,18 +112,18 @@ def anything_bad(results: Results) -> list[str]:
     return lines + missing(results)
 
 
-def not_mended(second: Results, names: list[str], short_of_memory: str) -> list[str]:
+def not_mended(second: Results, short_of_memory: str) -> list[str]:
     """What was bad in the first run and has no good answer in the second."""
     right = {check.name for check in second.checks if check.passed}
-    right |= {
-        f"{row.case}, {row.work}"
-        for row in second.rows
-        if (row.implementation, row.status) == (SUSPECT, "ok")
-    }
-    lines = [f"{name} was not done again" for name in (*names, short_of_memory) if name not in right]
+    right |= {f"{case}, {work}" for _, case, work in right_rows(second, SUSPECT)}
+    lines = [f"{name} was not done again" for name in (*PLANTED, short_of_memory) if name not in right]
     if not any(name.startswith("tuning: ") for name in right):
         lines.append("nothing was tuned")
     return lines
+
+
+def right_rows(results: Results, implementation: str) -> set[tuple[str, str, str]]:
+    return {row.key for row in results.rows if (row.implementation, row.status) == (implementation, "ok")}
 
 
 def missing(results: Results) -> list[str]:

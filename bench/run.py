@@ -111,6 +111,7 @@ class Run:
         append(self.path, Stage(plan.name, names, seconds, self.setting.seed, date, clocks_now()))
         self.progress.stage(plan.name, planned, seconds)
         given: dict[int, Job] = {}
+        beside = plan.processes(self.setting)
         took: list[float] = []
         left_out: list[None] = []
 
@@ -119,7 +120,8 @@ class Run:
                 left = max(0.0, until - self.deadline.clock())
                 if took and left < statistics.median(took) / 2:
                     return  # it would take more from the stages that follow than it has itself
-                measuring = min(plan.most, left / len(jobs) * plan.measuring)
+                rounds = -(-len(jobs) // beside)
+                measuring = min(plan.most, left / rounds * plan.measuring)
                 job = self.allowed(plan, jobs.popleft())
                 if job is None:
                     left_out.append(job)
@@ -128,7 +130,7 @@ class Run:
                 given[id(task)] = job
                 yield task
 
-        for outcome in self.hands.run(tasks(), until, plan.processes(self.setting)):
+        for outcome in self.hands.run(tasks(), until, beside):
             job = given[id(outcome.task)]
             took.append(outcome.seconds)
             again = self.take(plan, job, outcome)
