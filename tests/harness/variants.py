@@ -81,10 +81,7 @@ def compiled_once(
         if not file.exists():
             with ThreadPoolExecutor(2) as pool:
                 done = list(pool.map(compiled, ((target, part) for part in parts for target in targets)))
-            found = {
-                target: joined(done[i * len(parts) : (i + 1) * len(parts)])
-                for i, target in enumerate(targets)
-            }
+            found = {target: joined(done[i :: len(targets)]) for i, target in enumerate(targets)}
             file.write_text(json.dumps(found, default=dataclasses.asdict))
     found = json.loads(file.read_text())
     return ByTarget(
