@@ -113,9 +113,10 @@ class Run:
         given: dict[int, Job] = {}
         beside = plan.processes(self.setting)
         took: list[float] = []
-        left_out: list[None] = []
+        left_out = 0
 
         def tasks() -> Iterator[Task]:
+            nonlocal left_out
             while jobs:
                 left = max(0.0, until - self.deadline.clock())
                 if took and left < statistics.median(took) / 2:
@@ -124,7 +125,7 @@ class Run:
                 measuring = min(plan.most, left / rounds * plan.measuring)
                 job = self.allowed(plan, jobs.popleft())
                 if job is None:
-                    left_out.append(job)
+                    left_out += 1
                     continue
                 task = Task(job.name, *job.call(*[measuring] * job.timed), plan.limit, job.lane)
                 given[id(task)] = job
@@ -139,8 +140,8 @@ class Run:
             elif not outcome.cut:
                 done += 1
             self.progress.show(plan.name, done, planned)
-        if done + len(left_out) < planned:
-            self.shortfall.append(f"{plan.name}: there was time for {done} of {planned - len(left_out)}")
+        if done + left_out < planned:
+            self.shortfall.append(f"{plan.name}: there was time for {done} of {planned - left_out}")
 
     def take(self, plan: Plan, job: Job, outcome: Outcome) -> Job | None:
         """Write down what became of the job; what to do again, if anything."""
