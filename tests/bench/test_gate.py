@@ -199,3 +199,14 @@ def test_every_canary_is_alike_to_the_compiler_when_its_gradients_are_judged():
     canaries = jobs.canary_jobs(Setting("cuda", 0))
     assert len(canaries) == 18 and {job.lane for job in canaries if job.hopper} == {"hopper"}
     assert {job.lane for job in canaries if not job.hopper} == {""}
+
+
+def test_a_job_that_hung_says_so(tmp_path):
+    run = opened(make_run(tmp_path / "results.jsonl", Hands()))
+    job = named("hopper: three warpgroups", "hopper")
+    plan = Plan("hopper", 1, lambda setting: [], limit=30.0)
+    hung = Outcome(Task(job.name, print, (), 30.0), 30.0, error="not done", broken=True, hung=True)
+    assert run.take(plan, job, hung) is None
+    (check,) = load(run.path).checks
+    assert (check.name, check.status, check.detail) == (job.name, "hung", "not done")
+    assert run.gate.against(job)

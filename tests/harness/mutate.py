@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("kernels", "reference", "tests", "pyproject.toml")
+COPIED = ("kernels", "reference", "tests", "bench", "pyproject.toml")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .mutate import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
+from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 
@@ -297,5 +298,6 @@ MUTATIONS = (
     *BACKWARD_MUTATIONS,
     *HOPPER_MUTATIONS,
     *TOOLS_MUTATIONS,
+    *BENCH_MUTATIONS,
 )
 # fmt: on

@@ -1,0 +1,61 @@
+"""Planted bugs in what carries out a run: when Hopper's forward may run, what is kept, what is done again."""
+
+from __future__ import annotations
+
+from .mutate import Mutation
+
+AGAIN = "bench/again.py"
+GATE = "bench/gate.py"
+RUN = "bench/run.py"
+SCREEN = "bench/report/screen.py"
+STAGES = "bench/stages.py"
+WORKERS = "bench/workers.py"
+
+
+def tests(file: str, *names: str) -> tuple[str, ...]:
+    """The node ids of tests in tests/bench/test_<file>.py."""
+    return tuple(f"tests/bench/test_{file}.py::test_{name}" for name in names)
+
+
+# fmt: off
+MUTATIONS = (
+    Mutation("run: Hopper needs no canary", GATE,
+             "            if self.awaited.get(width):", "            if self.awaited.get(-width):",
+             tests("gate", "nothing_of_hopper_runs_at_a_width_whose_canary_has_not_passed")),
+    Mutation("run: one of two canaries is enough", GATE,
+             "            names -= passed", "            names -= passed and names",
+             tests("gate", "nothing_of_hopper_runs_at_a_width_whose_canary_has_not_passed")),
+    Mutation("run: nobody is blamed for a hang", GATE,
+             "self.shut.setdefault(width, (job.key, job.name))", "self.shut.get(width)",
+             tests("gate", "where_a_process_hung_hoppers_forward_is_left_out_from_then_on")),
+    Mutation("run: Hopper stays blamed for another's crash", GATE,
+             "if at[0] != job.key}", "if at[0]}",
+             tests("gate", "what_breaks_without_it_too_was_not_hoppers_doing")),
+    Mutation("run: a hang that was cut is forgotten", RUN,
+             "if outcome.seconds > plan.limit / 2:", "if outcome.seconds > plan.limit:",
+             tests("gate", "a_check_of_hopper_that_is_cut_after_long_is_held_to_have_hung")),
+    Mutation("run: an illegal address of Hopper's is forgiven", RUN,
+             "(not entries or culprit(entries) == SUSPECT)", "not entries",
+             tests("gate", "hopper_that_took_the_gpu_away_is_left_out_from_then_on")),
+    Mutation("run: a hang called a crash", STAGES,
+             '"hung" if outcome.hung else', '"failed" if outcome.hung else',
+             tests("gate", "a_job_that_hung_says_so")),
+    Mutation("workers: imports count", WORKERS,
+             "self.end = min(time.monotonic() + STARTING, last)",
+             "self.end = min(time.monotonic() + task.seconds, last)",
+             tests("workers", "the_limit_counts_from_when_a_process_is_ready")),
+    Mutation("workers: lanes share a process", WORKERS,
+             "if worker.lane == lane or worker.is_new:", "if lane is not None:",
+             tests("workers", "lanes_share_no_process")),
+    Mutation("again: what hung is not done again", AGAIN,
+             'check.status in ("right", "not applicable")', 'check.status != "wrong"',
+             tests("first_light", "a_check_is_made_again_unless_it_was_right[hung-True]")),
+    Mutation("again: a missing row does not matter", AGAIN,
+             "if not found.keys() >= {*names}:", "if not found:",
+             tests("first_light", "a_comparison_is_made_again_where_an_answer_of_tilewise_is_missing_or_bad"
+                                  "[a rival is missing]")),
+    Mutation("screen: what was not reached is not told", SCREEN,
+             "            missing.append(job)", "            missing.append(job) if mine else None",
+             tests("first_light", "the_screen_says_what_was_right_wrong_hung_and_not_reached")),
+)
+# fmt: on
