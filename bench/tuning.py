@@ -1,4 +1,4 @@
-"""What an evidence run tunes: a row of the table of tiles, by the five that the static model ranks best.
+"""What a GPU run tunes: a row of the table of tiles, by the five that the static model ranks best.
 
 `candidates.json` holds them, made without a GPU by `tilewise.tools.rank`. Here each is checked and timed
 beside the shipped tile, as `tilewise tune` does it, only shorter. The winners and the journal stand in the
