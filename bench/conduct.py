@@ -32,7 +32,8 @@ Screen = Callable[[Results, list[str]], RenderableType]
 @dataclass(frozen=True)
 class Orders:
     """What a command asks for. screen: what is shown at the end, and kept in the file `kept` beside the
-    results after each stage. grace: seconds that work in progress gets when a stage's time is up."""
+    results after each stage. grace: seconds that work in progress gets when a stage's time is up. afterwards:
+    what is done with the folder in the end."""
 
     plans: Sequence[Plan]
     folder: Path
@@ -43,6 +44,7 @@ class Orders:
     resume: bool = False
     kept: str = "summary.txt"
     began: float | None = None
+    afterwards: Callable[[Path], None] = lambda folder: None
 
 
 def conduct(orders: Orders) -> int:
@@ -73,6 +75,7 @@ def conduct(orders: Orders) -> int:
         finally:
             workers.close()
     code = conclude(orders, path, console, run.shortfall, interrupted)
+    orders.afterwards(orders.folder)
     if workers.stuck:  # Python would wait for them at its own end
         sys.stdout.flush()
         os._exit(code)

@@ -57,11 +57,11 @@ def gpu(
             raise typer.Exit(rehearsal.rehearse(folder))
         plans = first_light.FIRST if again is None else first_light.again(load(again / "results.jsonl"))
         limit = seconds or (FIRST_SECONDS if again is None else AGAIN_SECONDS)
-        code = conduct(Orders(plans, folder, limit, GRACE, gpu_screen, kept=KEPT, began=began))
+        orders = Orders(plans, folder, limit, GRACE, gpu_screen, kept=KEPT, began=began, afterwards=pack)
+        code = conduct(orders)
     except (ValueError, OSError) as error:
         print(f"bench gpu: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    pack(folder)
     raise typer.Exit(code)
 
 

@@ -242,6 +242,15 @@ def test_results_are_not_mixed_unasked(invoke, tmp_path):
     assert (len(results.rows), len(results.checks)) == (1, 1)
 
 
+def test_a_process_that_does_not_end_holds_nobody_back(invoke, monkeypatch):
+    """Python itself would wait for it, for ever."""
+    ended = []
+    monkeypatch.setattr(conduct.os, "_exit", ended.append)
+    assert invoke([passing("a")])[0] == 0 and ended == []
+    monkeypatch.setattr(Hands, "stuck", 1)
+    assert invoke([passing("b")], "--resume")[0] == 0 and ended == [0]
+
+
 def test_only_names_a_stage(invoke):
     code, output = invoke([], "--only", "nothing")
     assert code == 2 and "only one" in output
