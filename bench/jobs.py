@@ -47,6 +47,7 @@ class Job:
 
     key: what a resumed run knows it by. implementations: those that it compares, all of which have a row once
     it is done. hopper: the rows of the tile table, by their width, with which it runs Hopper's forward.
+    limit: seconds after which it counts as hung, where that is not what its stage says.
     """
 
     key: Hashable
@@ -57,6 +58,7 @@ class Job:
     implementations: tuple[str, ...] = ()
     hopper: tuple[int, ...] = ()
     is_canary: bool = False
+    limit: float | None = None
     fault: faults.Fault | None = None  # planted, to see what becomes of it
 
     @property
@@ -98,6 +100,7 @@ CANARY = (  # what compiles longest comes first
     (PORTABLE, "forward"),
 )  # fmt: skip
 CANARY_DIMS = (128, 64, 256)
+PATIENCE = 25.0  # seconds for a canary of Hopper's: compiling takes 5 to 8 s on a core, more beside others
 
 
 def canary_case(dim: int, causal: bool) -> Case:
@@ -122,6 +125,7 @@ def canary_jobs(setting: Setting) -> list[Job]:
                 ("check", title), title, do_canary,
                 (title, case if setting.on_gpu else tiny(case), work, name, setting.device, setting.seed),
                 hopper=(dim,) if name == SUSPECT else (), is_canary=True,
+                limit=PATIENCE if name == SUSPECT else None,
             )
         )  # fmt: skip
     return jobs

@@ -127,7 +127,7 @@ class Run:
                 if job is None:
                     left_out += 1
                     continue
-                task = Task(job.name, *job.call(*[measuring] * job.timed), plan.limit, job.lane)
+                task = Task(job.name, *job.call(*[measuring] * job.timed), job.limit or plan.limit, job.lane)
                 given[id(task)] = job
                 yield task
 
@@ -147,7 +147,7 @@ class Run:
         """Write down what became of the job; what to do again, if anything."""
         if outcome.cut:
             self.progress.note(f"{job.name}: {outcome.error}")
-            if outcome.seconds > plan.limit / 2:  # it may have hung as well
+            if outcome.seconds > outcome.task.seconds / 2:  # it may have hung as well
                 self.gate.blame(job)
             return None
         entries, remark = outcome.value or ([], "")

@@ -55,8 +55,8 @@ MODELS = measure_jobs(
 )
 
 STAGES: tuple[Plan, ...] = (
-    Plan("canary", 8, canary_jobs, limit=30, beside=14),
-    Plan("hopper", 10, check_jobs("hopper"), limit=60, beside=14),
+    Plan("canary", 8, canary_jobs, limit=60, beside=14),
+    Plan("hopper", 10, check_jobs("hopper"), limit=90, beside=14),
     Plan("correctness", 20, check_jobs("correctness"), beside=10),
     Plan("correctness at size", 7, check_jobs("correctness at size")),
     Plan("compilation", 15, compile_jobs(one_of_each(FORWARD, BACKWARD)), beside=10),

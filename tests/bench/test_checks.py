@@ -34,7 +34,7 @@ def run(name: str):
         "the last head of many keys",
         "hopper: float16, width 80, causal",
         "hopper: three warpgroups",
-        "hopper: odd lengths, causal",
+        "hopper: 17 x 129, causal",
         "hopper: NaN beyond the lengths",
         "hopper: the same bits again, full",
         "hopper: gradients, sink and softcap",
@@ -166,7 +166,7 @@ def test_checks_that_are_gpu_tests_name_tests_that_there_are(monkeypatch):
 def test_hoppers_checks_say_which_tiles_they_run_with():
     widths = {trial.name: trial.width for trial in checks.HOPPER}
     assert {*widths.values()} == {64, 128, 256}
-    assert widths["hopper: odd lengths, full"] == 64 and widths["hopper: gradients, width 256"] == 256
+    assert widths["hopper: 1 x 1000, full"] == 64 and widths["hopper: gradients, width 256"] == 256
     assert widths["hopper: bfloat16, width 80, full"] == 128
     assert not any(trial.width for trial in checks.TRIALS.values() if trial not in checks.HOPPER)
 

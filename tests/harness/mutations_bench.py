@@ -32,7 +32,7 @@ MUTATIONS = (
              "if at[0] != job.key}", "if at[0]}",
              tests("gate", "what_breaks_without_it_too_was_not_hoppers_doing")),
     Mutation("run: a hang that was cut is forgotten", RUN,
-             "if outcome.seconds > plan.limit / 2:", "if outcome.seconds > plan.limit:",
+             "if outcome.seconds > outcome.task.seconds / 2:", "if outcome.seconds > outcome.task.seconds:",
              tests("gate", "a_check_of_hopper_that_is_cut_after_long_is_held_to_have_hung")),
     Mutation("run: an illegal address of Hopper's is forgiven", RUN,
              "(not entries or culprit(entries) == SUSPECT)", "not entries",
