@@ -1,5 +1,7 @@
-"""When does the GPU run know what? Its stages in simulated time: a kernel compiles in 8 s on a core, a process
-is ready after 10. Both are estimates; no GPU has run it."""
+"""When does the GPU run know what? Its stages in simulated time.
+
+A kernel compiles in 8 s on a core, a process is ready after 10: both are estimates.
+"""
 
 import heapq
 import itertools
