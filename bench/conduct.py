@@ -55,7 +55,7 @@ def conduct(orders: Orders) -> int:
     path = orders.folder / "results.jsonl"
     earlier = results_there(path, orders.resume)
     setting = Setting("cuda" if torch.cuda.is_available() else "cpu", orders.seed, orders.folder)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    console = console_here()
     orders.folder.mkdir(parents=True, exist_ok=True)
     workers = Workers((orders.folder / "workers.log").absolute(), orders.grace, PRELOADED)
     workers.hire(orders.plans[0].processes(setting))
@@ -80,6 +80,11 @@ def conduct(orders: Orders) -> int:
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def console_here() -> Console:
+    """As wide as the terminal; a log is wide enough for tables."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 
 
 @contextlib.contextmanager

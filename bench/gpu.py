@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tilewise.__main__ import interpret_without_gpu
 
 from . import first_light, machine, rehearsal
-from .conduct import Orders, conduct
+from .conduct import Orders, conduct, console_here
 from .report.screen import gpu_screen
 from .results import load
 
@@ -50,7 +49,7 @@ def gpu(
         print(f"wrote {machine.write_stamp()}")
         return
     if screen:
-        Console(highlight=False).print(gpu_screen(load(folder / "results.jsonl"), []))
+        console_here().print(gpu_screen(load(folder / "results.jsonl"), []))
         return
     try:
         if rehearse:

@@ -12,11 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.rule import Rule
 
 from . import first_light
-from .conduct import Orders, conduct
+from .conduct import Orders, conduct, console_here
 from .faults import Fault
 from .jobs import PORTABLE, SUSPECT, Job, Setting
 from .report.screen import gpu_screen, reached
@@ -38,7 +37,7 @@ def rehearse(folder: Path) -> int:
     """Both runs; 0 if they went as they must."""
     if torch.cuda.is_available():
         raise ValueError("--rehearse is for a machine without a GPU: on this one, run it for good")
-    console = Console(highlight=False)
+    console = console_here()
     problems: list[str] = []
     setting = Setting("cpu", 0)
     short_of_memory = first_light.WIDTH_128(setting)[0].name
