@@ -26,4 +26,6 @@ def is_due_comparison(key: object, names: tuple[str, ...], earlier: Results) -> 
     found = {row.implementation: row.status for row in earlier.rows if row.key == key}
     if not found.keys() >= {*names}:
         return True
-    return any(status in ("wrong", "failed") for name, status in found.items() if is_tilewise(name))
+    return any(
+        status in ("wrong", "failed", "left out") for name, status in found.items() if is_tilewise(name)
+    )

@@ -40,9 +40,9 @@ class Gate:
             return ""
         for width in job.hopper:
             if self.awaited.get(width):
-                return f"left out: the canary of Hopper's forward has not passed at width {width}"
+                return f"the canary of Hopper's forward has not passed at width {width}"
             if width in self.shut:
-                return f"left out: a process hung or ended with it aboard, at {self.shut[width][1]}"
+                return f"a process hung or ended with it aboard, at {self.shut[width][1]}"
         return ""
 
     def blame(self, job: Job) -> None:
@@ -61,7 +61,7 @@ def without_suspect(job: Job, reason: str) -> tuple[Job, list[Row]]:
     kept = tuple(name for name in job.implementations if name != SUSPECT)
     (suspect,) = select([SUSPECT])
     row = blank(case, work, group, suspect)
-    row.status, row.reason = "failed", reason
+    row.status, row.reason = "left out", reason
     changed = replace(
         job, arguments=(group, case, work, left, *where), implementations=kept, hopper=(), fault=None
     )
@@ -80,7 +80,7 @@ def salvage(job: Job, entries: list[Entry]) -> tuple[list[Entry], Job | None]:
     elif entries:
         return entries, None
     elif SUSPECT in job.implementations:
-        again, rows = without_suspect(job, f"left out: a process hung or ended with it aboard, at {job.name}")
+        again, rows = without_suspect(job, f"a process hung or ended with it aboard, at {job.name}")
         return [*rows], again
     else:
         names = tuple(filter(is_tilewise, job.implementations))

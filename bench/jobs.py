@@ -142,6 +142,7 @@ OF_ROW: dict[Status, CheckStatus] = {
     "failed": "failed",
     "unsupported": "not applicable",
     "unavailable": "not applicable",
+    "left out": "left out",
 }
 
 

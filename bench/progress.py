@@ -101,7 +101,7 @@ def in_one_line(rows: list[Row], on_gpu: bool) -> str:
     contest = Contest(tuple(rows))
     parts = []
     for row in rows:
-        if row.status in ("wrong", "failed"):
+        if row.status in ("wrong", "failed", "left out"):
             parts.append(f"{row.implementation} {row.status.upper()}: {row.reason}")
         elif is_tilewise(row.implementation) and row.median is not None:
             ratio = contest.ratio(row) if on_gpu else None

@@ -82,15 +82,13 @@ def differences(first: Results, short_of_memory: str) -> list[str]:
     ]
     others = [check for check in first.checks if check.is_bad and check.name not in PLANTED]
     lines += [f"{check.name} is {check.status}: {check.detail}" for check in others]
-    bad = [row for row in first.rows if row.status in ("wrong", "failed")]
-    left_out = [row for row in bad if row.reason.startswith("left out")]
     lines += [
         f"{row.implementation} was left out of {row.case}"
-        for row in left_out
-        if row.implementation != SUSPECT or 64 < row.sizes["head_dim"] <= 128
+        for row in first.rows
+        if row.status == "left out" and (row.implementation != SUSPECT or 64 < row.sizes["head_dim"] <= 128)
     ]
-    rest = [row for row in bad if row not in left_out]
-    where = [(f"{row.case}, {row.work}", row.implementation, row.reason.split(":")[0]) for row in rest]
+    bad = [row for row in first.rows if row.status in ("wrong", "failed")]
+    where = [(f"{row.case}, {row.work}", row.implementation, row.reason.split(":")[0]) for row in bad]
     if where != [(short_of_memory, SUSPECT, "out of memory")]:
         lines.append(f"rows that are wrong or failed: {where}")
     if not right_rows(first, SUSPECT):
@@ -106,7 +104,7 @@ def anything_bad(results: Results) -> list[str]:
     lines += [
         f"{row.implementation}, {row.case}, {row.work} is {row.status}: {row.reason}"
         for row in results.rows
-        if row.status in ("wrong", "failed")
+        if row.status in ("wrong", "failed", "left out")
     ]
     return lines + missing(results)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Work = Literal["forward", "backward", "host forward", "host forward and backward", "cold start"]
-Status = Literal["ok", "wrong", "unsupported", "unavailable", "failed"]
+Status = Literal["ok", "wrong", "unsupported", "unavailable", "failed", "left out"]
 CheckStatus = Literal["right", "wrong", "failed", "hung", "crashed", "left out", "not applicable"]
 
 

@@ -17,6 +17,7 @@ from .table import Table
 from .units import count, duration, one_line, times
 
 GAPS = 3
+OF_ROW = {"ok": "right", "wrong": "wrong", "failed": "failed", "left out": "left out"}
 COLUMNS = ("right", "wrong", "failed", "hung", "crashed", "left out", "not applicable", "not reached")
 LISTED = 15  # lines about what is bad
 
@@ -62,8 +63,7 @@ def one_stage(
         for check in mine:
             counted[check.status] += 1
         for row in timed:
-            kind = {"ok": "right", "wrong": "wrong", "failed": "failed"}.get(row.status, "not applicable")
-            counted["left out" if row.reason.startswith("left out") else kind] += 1
+            counted[OF_ROW.get(row.status, "not applicable")] += 1
         if job.endswith(".py"):  # its tests are checks by themselves
             for check in results.checks:
                 if check.name not in taken and check.name.startswith(tuple(job.split())):
@@ -86,14 +86,13 @@ def bad_lines(section: Section) -> list[str]:
     """What was wrong, failed, hung or crashed, the first of it in a line each."""
     lines = [f"{c.status.upper()} {c.name}: {one_line(c.detail, 200)}" for c in section.checks if c.is_bad]
     for row in section.rows:
-        bad = row.implementation.startswith("tilewise") and row.status in ("wrong", "failed")
-        if bad and not row.reason.startswith("left out"):
+        if row.implementation.startswith("tilewise") and row.status in ("wrong", "failed"):
             where = f"{row.implementation}, {row.case}, {row.work}"
             lines.append(f"{row.status.upper()} {where}: {one_line(row.reason, 200)}")
     reasons = dict.fromkeys(c.detail for c in section.checks if c.status == "left out")
-    reasons |= dict.fromkeys(row.reason for row in section.rows if row.reason.startswith("left out"))
+    reasons |= dict.fromkeys(row.reason for row in section.rows if row.status == "left out")
     more = [f"and {count(len(lines) - LISTED, 'more')}"] if len(lines) > LISTED else []
-    return [*lines[:LISTED], *more, *reasons]
+    return [*lines[:LISTED], *more, *(f"left out: {reason}" for reason in reasons)]
 
 
 def ratio_lines(section: Section) -> Table:

@@ -17,7 +17,7 @@ from .units import digits, duration, memory, one_line, percent, span, times
 
 # To the left; numbers stand to the right.
 TEXT_COLUMNS = ("case", "implementation", "status", "group", "goal", "level", "lowest", "highest")
-NOT_OK: tuple[Status, ...] = ("wrong", "failed", "unsupported", "unavailable")
+NOT_OK: tuple[Status, ...] = ("wrong", "failed", "left out", "unsupported", "unavailable")
 SHOWN_CASES = 4  # in a note; of more, the number
 
 

@@ -222,8 +222,18 @@ def bringing(*entries) -> Job:
         ([row("c", status="wrong", reason="too far")], 1),
         ([row("c", status="failed", reason="raised")], 1),
         ([row("c", status="unsupported", reason="cannot")], 0),
+        ([row("c", status="left out", reason="its canary was not reached")], 0),
     ],
-    ids=["right", "failed check", "hung check", "nothing bad", "wrong answer", "failed row", "unsupported"],
+    ids=[
+        "right",
+        "failed check",
+        "hung check",
+        "nothing bad",
+        "wrong answer",
+        "failed row",
+        "unsupported",
+        "left out",
+    ],
 )
 def test_exit_code(invoke, tmp_path, entries, code):
     found, output = invoke([bringing(*entries)])

@@ -280,14 +280,14 @@ def test_summary_names_what_is_wrong_and_what_failed():
         [row("flex", 1.0, status="wrong", reason="error [bold]1[/bold]"), row("tilewise portable", 1.0)]
     )
     bad.checks += [Check("graph", "right", 1.0), Check("large", "wrong", 1.0, "off\nby one")]
-    bad.checks += [Check("hopper: x", "left out", 0.0, "left out: why"), Check("y", "not applicable", 0.0)]
+    bad.checks += [Check("hopper: x", "left out", 0.0, "why"), Check("y", "not applicable", 0.0)]
     lines = status_lines(bad)
     assert lines[0] == "2 rows: 1 wrong, 1 ok"
     assert lines[1] == "flex: wrong in every case: error [bold]1[/bold]"
     assert lines[2:] == [
         "1 of 2 checks passed",
         "wrong: large: off by one",
-        "1 check left out: left out: why",
+        "1 check left out: why",
     ]
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_summary([bad], console)
