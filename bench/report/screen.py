@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..results import Check, Results, Row, Stage
 from .model import words
-from .ranking import Contest, contests, counts, has_rate, kernels_of
+from .ranking import Contest, contests, counts, has_rate, is_tilewise, kernels_of
 from .sections import Section, gather
 from .summary import NO_SPEED, ceiling_line, gain_table, goal_table
 from .table import Table
@@ -59,7 +59,7 @@ def one_stage(
     counted, missing = dict.fromkeys(COLUMNS, 0), []
     for job in stage.jobs:
         mine = [check for name in names_of(stage, job) for check in checks.get(name, [])]
-        timed = [row for row in rows.get(job, []) if row.implementation.startswith("tilewise")]
+        timed = [row for row in rows.get(job, []) if is_tilewise(row.implementation)]
         for check in mine:
             counted[check.status] += 1
         for row in timed:
@@ -86,7 +86,7 @@ def bad_lines(section: Section) -> list[str]:
     """What was wrong, failed, hung or crashed, the first of it in a line each."""
     lines = [f"{c.status.upper()} {c.name}: {one_line(c.detail, 200)}" for c in section.checks if c.is_bad]
     for row in section.rows:
-        if row.implementation.startswith("tilewise") and row.status in ("wrong", "failed"):
+        if is_tilewise(row.implementation) and row.status in ("wrong", "failed"):
             where = f"{row.implementation}, {row.case}, {row.work}"
             lines.append(f"{row.status.upper()} {where}: {one_line(row.reason, 200)}")
     reasons = dict.fromkeys(c.detail for c in section.checks if c.status == "left out")
