@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tilewise.api import make_request
-from tilewise.checks import Request
-from tilewise.scores import Bias
-from tilewise.similarity import Cosine
+from tilewise.parts.scores.bias import Bias
+from tilewise.parts.similarity import Cosine
+from tilewise.plan.request import Request, make_request
 from tilewise.tools.inputs import Inputs, case_inputs
 from tilewise_reference.cases import Case
 from tilewise_reference.dropout import dropout_keep, philox

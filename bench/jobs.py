@@ -12,7 +12,7 @@ import torch
 import torch._inductor.config
 
 from tilewise.tools.poison import poisoned_memory
-from tilewise.tools.tune_plan import dim_of
+from tilewise.tools.tune.plan import dim_of
 from tilewise_reference.cases import Case
 
 from . import checks, faults

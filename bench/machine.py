@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tilewise.user_tiles import kernels_hash
+from tilewise.plan.user_tiles import kernels_hash
 
 from .results import Machine
 

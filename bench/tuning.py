@@ -17,17 +17,18 @@ from pathlib import Path
 
 import torch
 
-from tilewise import tiles
-from tilewise.tile_table import HopperTile, Key, Pass, Tile, load
-from tilewise.tools.rank import RANKED_DIMS, WORKS, case_of, read_rows
-from tilewise.tools.tune import Outcome, Round, Search
-from tilewise.tools.tune_bench import Bench, DeviceLost, Rejected, in_a_line
-from tilewise.tools.tune_case import CHECK_LENGTH, small, with_every_feature
-from tilewise.tools.tune_command import SMOKE_ROUNDS, short, title
-from tilewise.tools.tune_journal import Journal
-from tilewise.tools.tune_plan import SMOKE_LENGTH, Job, smoke_jobs
-from tilewise.tools.tune_store import SMOKE_GPU, here, journal_of, store
-from tilewise.tools.variants import MASKS
+from tilewise.kernels.tile import HopperTile, Pass, Tile
+from tilewise.plan import tiles
+from tilewise.plan.tile_table import Key, load
+from tilewise.tools.compiled.variants import MASKS
+from tilewise.tools.rank.rank import RANKED_DIMS, WORKS, case_of, read_rows
+from tilewise.tools.tune.bench import Bench, DeviceLost, Rejected, in_a_line
+from tilewise.tools.tune.case import CHECK_LENGTH, small, with_every_feature
+from tilewise.tools.tune.command import SMOKE_ROUNDS, short, title
+from tilewise.tools.tune.journal import Journal
+from tilewise.tools.tune.plan import SMOKE_LENGTH, Job, smoke_jobs
+from tilewise.tools.tune.search import Outcome, Round, Search
+from tilewise.tools.tune.store import SMOKE_GPU, here, journal_of, store
 
 from .results import Check, CheckStatus, Entry
 

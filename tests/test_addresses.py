@@ -28,11 +28,11 @@ import triton
 
 import tilewise
 import tilewise_reference
-from tilewise import backward, forward, parameters, prepare
-from tilewise.api import make_request
-from tilewise.call import bind
-from tilewise.parameters import parameter_gradient
-from tilewise.scores import Parameter
+from tilewise.kernels import backward, forward, parameters, prepare
+from tilewise.kernels.parameters import parameter_gradient
+from tilewise.parts.scores.score import Parameter
+from tilewise.plan.bind import bind
+from tilewise.plan.request import make_request
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STRIDE = (1 << 30) + 64  # fits into 32 bits; twice this does not
@@ -88,7 +88,7 @@ def far_output(axis: int) -> None:
     tensors = problem(axis)
     out, lse = small(**tensors)
     place = far_apart(torch.zeros_like(out), axis)
-    with mock.patch("tilewise.autograd.empty_in_order_of", return_value=place):
+    with mock.patch("tilewise.plan.passes.empty_in_order_of", return_value=place):
         far_out, far_lse = small(**tensors)
     assert far_out.stride(axis) == STRIDE
     assert_same((far_out, far_lse), (out, lse))
@@ -153,13 +153,13 @@ def gradients(
     or v are written, by number."""
     leaves = {name: x.detach().requires_grad_() for name, x in dict(q=q, k=k, v=v, **also).items()}
     out, lse = small(**leaves)
-    make, made = tilewise.autograd.empty_in_order_of, []
+    make, made = tilewise.plan.passes.empty_in_order_of, []
 
     def placed(x: torch.Tensor, dim: int) -> torch.Tensor:
         made.append((places or {}).get(len(made), make(x, dim)))
         return made[-1]
 
-    with mock.patch("tilewise.autograd.empty_in_order_of", placed), tilewise.tiles.use(TILE):
+    with mock.patch("tilewise.plan.passes.empty_in_order_of", placed), tilewise.tiles.use(TILE):
         return torch.autograd.grad((out, lse), list(leaves.values()), (do, torch.ones_like(lse)))
 
 

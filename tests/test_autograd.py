@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 import tilewise
 from harness.oracle import _assert_close
-from tilewise.api import make_request
-from tilewise.encoding import encode
 from tilewise.nn import CrossAttention, SelfAttention
+from tilewise.plan.request import make_request
+from tilewise.pytorch.encoding import encode
 from tilewise_reference.yardstick import largest_difference
 
 HEADS, Q_LEN, KV_LEN, DIM = 2, 5, 7, 8

@@ -32,8 +32,8 @@ from tilewise import (
     UserScore,
     Window,
 )
-from tilewise.api import make_request
-from tilewise.tiles import Tile
+from tilewise.kernels.tile import Tile
+from tilewise.plan.request import make_request
 
 DTYPES = ("float32", "float16", "bfloat16")
 MASKS = [entry.name for entry in of_kind("mask")]
@@ -789,7 +789,7 @@ def test_rows_without_a_key_and_a_sink_of_minus_infinity(device):
 def test_each_pass_has_its_own_tile(device, monkeypatch):
     """The table gives the passes different tiles, and the ranges that dK and dV walk are those of its own."""
     tiles = {"forward": Tile(32, 16), "dkv": Tile(16, 32), "dq": Tile(64, 16)}
-    monkeypatch.setattr("tilewise.autograd.choose_tile", lambda q, shape, work: tiles[work])
+    monkeypatch.setattr("tilewise.plan.passes.choose_tile", lambda q, shape, work: tiles[work])
     p = build(device, random.Random(19), [], **(SMALL | {"q_len": 70, "kv_len": 90}))
     p.mask, p.arguments["bias"] = Causal(), p.randn(2, 1, 90)
     with sanitize():

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from tilewise.tools.bound import bound, occupancy
 from tilewise.tools.chips import find_chip
-from tilewise.tools.compiled import tile_flops
-from tilewise.tools.machine_code import Instruction
-from tilewise.tools.main_loop import main_loops
+from tilewise.tools.compiled.bound import bound, occupancy
+from tilewise.tools.compiled.compiler import tile_flops
+from tilewise.tools.compiled.machine_code import Instruction
+from tilewise.tools.compiled.main_loop import main_loops
 
 
 # CUDA's occupancy rules: 65,536 registers in four parts, handed out to a warp in steps of 8 a thread; 228 KiB

@@ -10,11 +10,11 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewise
-from tilewise.api import make_request
-from tilewise.autograd import run_backward, run_forward
-from tilewise.problem import Shape, ceil_div
-from tilewise.tiles import Tile
-from tilewise.tools.coverage import (
+from tilewise.kernels.tile import Tile
+from tilewise.parts.shape import Shape, ceil_div
+from tilewise.plan.passes import run_backward, run_forward
+from tilewise.plan.request import make_request
+from tilewise.tools.explain.coverage import (
     evaluate,
     interval_of,
     keys_that_are_seen,
@@ -108,7 +108,7 @@ def test_masks_without_bounds():
 
 
 def test_an_interval_that_cannot_run_here_is_named(monkeypatch):
-    monkeypatch.setattr("tilewise.tools.coverage.INTERPRETED", False)
+    monkeypatch.setattr("tilewise.tools.explain.coverage.INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     shape = Shape(1, 1, 1, 40, 40, 16, 16)
     rows = rows_of([tilewise.Window(3, 3), OwnMask()], shape)

@@ -1,4 +1,4 @@
-"""The contract: every rule of checks.py refuses what it should, in words that help, before anything runs."""
+"""The contract: every rule of plan/rules refuses what it should, in words that help, before anything runs."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,10 @@ import triton
 from torch._subclasses import FakeTensorMode
 
 import tilewise
-from tilewise import checks
-from tilewise.api import make_request
-from tilewise.masks import UNLIMITED
+from harness.interpreted import set_interpreted
+from tilewise.parts.bounds import UNLIMITED
+from tilewise.plan import checks
+from tilewise.plan.request import make_request
 
 BATCH, Q_HEADS, KV_HEADS, Q_LEN, KV_LEN, DIM = 2, 4, 2, 5, 7, 8
 
@@ -220,8 +221,11 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> None:
         pytest.fail("a call that breaks the contract was run")
 
-    monkeypatch.setattr("tilewise.autograd.launch_forward", reached)
+    monkeypatch.setattr("tilewise.plan.passes.launch_forward", reached)
     monkeypatch.setattr("tilewise_reference.attention", reached)
+
+
+RULES = {rule.__name__: rule for stage in checks.STAGES for rule in stage}
 
 
 def name_of(case: Broken) -> str:
@@ -231,10 +235,10 @@ def name_of(case: Broken) -> str:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_a_broken_rule_raises_and_says_why(case, device, nothing_runs, monkeypatch):
     if case.interpreted is not None:
-        monkeypatch.setattr(checks, "INTERPRETED", case.interpreted)
+        set_interpreted(monkeypatch, case.interpreted)
     arguments = case.arguments(device)
     reasons = tilewise.why_not(**arguments)
-    reason = getattr(checks, case.rule)(make_request(**arguments))
+    reason = RULES[case.rule](make_request(**arguments))
     assert reason in reasons, f"{case.rule} did not speak up; why_not says {reasons}"
     for word in case.words:
         assert word in reason, f"{word!r} is missing in: {reason}"
@@ -244,15 +248,14 @@ def test_a_broken_rule_raises_and_says_why(case, device, nothing_runs, monkeypat
 
 
 def test_every_rule_has_a_case():
-    rules = {rule.__name__ for stage in checks.STAGES for rule in stage}
-    assert rules == {case.rule for case in CASES}
+    assert RULES.keys() == {case.rule for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_a_call_that_looks_like_one_that_passed_is_judged_again(case, device, nothing_runs, monkeypatch):
     """What passed is remembered by what rules look at: nothing that breaks a rule may look like it."""
     if case.interpreted is not None:
-        monkeypatch.setattr(checks, "INTERPRETED", case.interpreted)
+        set_interpreted(monkeypatch, case.interpreted)
     checks.check(make_request(**good(device)))
     for _ in range(2):
         with pytest.raises(ValueError):

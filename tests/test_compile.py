@@ -15,8 +15,8 @@ import triton.language as tl
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilewise
-from tilewise import encoding
 from tilewise.nn import CrossAttention, SelfAttention
+from tilewise.pytorch import encoding
 
 BATCH, HEADS = 1, 2
 SIZES = ((5, 7), (6, 11))  # (q_len, kv_len), one after the other

@@ -1,7 +1,7 @@
 """What the kernels become on a GPU, read from their machine code: no GPU needed, none replaced by it.
 
 Every variant that ships compiles for every target; the tiles of the table do not spill, stay within the
-chip's shared memory and the estimate that `tiles.fits` relies on, and multiply on tensor cores.
+chip's shared memory and the estimate that `room.fits` relies on, and multiply on tensor cores.
 """
 
 import pytest
@@ -18,9 +18,10 @@ from harness.variants import (
     compiled_once,
     feature_variants,
 )
-from tilewise.tiles import SHARED_BYTES, TABLE, fits, shared_bytes, table_tile
-from tilewise.tools.compiled import TARGETS, CompileError
-from tilewise.tools.inspect import inspect_one
+from tilewise.kernels.room import SHARED_BYTES, fits, shared_bytes
+from tilewise.plan.tiles import TABLE, table_tile
+from tilewise.tools.compiled.compiler import TARGETS, CompileError
+from tilewise.tools.inspect.inspect import inspect_one
 
 OLDEST_TARGETS = ("sm_80", "sm_90")
 BARRIER_BYTES = 2048  # what Triton keeps in shared memory besides tiles: barriers, scratch of reductions

@@ -11,7 +11,7 @@ import triton
 import tilewise
 from harness.features import FEATURES, build
 from harness.gradients import check_gradients
-from tilewise.api import make_request
+from tilewise.plan.request import make_request
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA or ROCm GPU, and torch.cuda.is_available() is False", allow_module_level=True)

@@ -13,8 +13,8 @@ from harness.features import build
 from harness.oracle import check, kept_pairs
 from harness.sanitizer import sanitize
 from tilewise import Causal, Dense, Documents, Intervals, Padding, Prefix, Softcap, UserMask, Window
-from tilewise.api import make_request
-from tilewise.tiles import Tile
+from tilewise.kernels.tile import Tile
+from tilewise.plan.request import make_request
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -16,8 +16,9 @@ import typer
 from torch._subclasses import FakeTensorMode
 from typer.testing import CliRunner
 
-from tilewise.tools import doctor, doctor_command
-from tilewise.tools.doctor import Diagnosis, Finding, examine
+from tilewise.tools.doctor import command as doctor_command
+from tilewise.tools.doctor import doctor
+from tilewise.tools.doctor.doctor import Diagnosis, Finding, examine
 
 
 def only(found: Diagnosis | list[Finding], subject: str) -> Finding:
@@ -72,7 +73,7 @@ def test_hoppers_forward_on_gpus_that_are_not_here(arch, name, verdict, said, mo
     monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-    monkeypatch.setattr("tilewise.hopper.rules.tiles.architecture", lambda device: arch)
+    monkeypatch.setattr("tilewise.plan.tiles.architecture", lambda device: arch)
     with FakeTensorMode():
         (line,) = (f for f in doctor.implementations() if f.subject == "impl='hopper' on cuda")
     assert line.verdict == verdict and said in line.found
@@ -111,10 +112,10 @@ def test_a_broken_probe_stops_no_other(monkeypatch):
 
 
 def test_a_wrong_result_is_a_problem(device, monkeypatch):
-    right = doctor.tilewise.attention
+    right = doctor.attention
     for impl, dtype, factor in ((None, torch.float32, 1.001), ("hopper", torch.float16, 1.01)):
         for by in (factor, torch.nan):
-            monkeypatch.setattr(doctor.tilewise, "attention", lambda *a, by=by, **b: right(*a, **b) * by)
+            monkeypatch.setattr(doctor, "attention", lambda *a, by=by, **b: right(*a, **b) * by)
             finding = doctor.tested(impl, dtype, device.type)
             assert finding.verdict == "problem" and "wrong" in finding.advice
 

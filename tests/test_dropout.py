@@ -14,7 +14,8 @@ from harness.gradients import check_gradients
 from harness.problem import keeps_pairs
 from harness.sanitizer import sanitize
 from tilewise import Bias, Causal, Padding, Softcap, Window
-from tilewise.tiles import Tile
+from tilewise.kernels.tile import Tile
+from tilewise.plan.request import draw_seed
 
 DTYPES = ("float32", "float16", "bfloat16")
 MASKS = [entry.name for entry in of_kind("mask")]
@@ -273,7 +274,7 @@ def test_scaled_dot_product_attention(device):
     torch.manual_seed(8)
     assert torch.equal(sdpa(q, k, v, dropout_p=0.5), dropped) and not torch.equal(dropped, plain)
     torch.manual_seed(8)
-    want = tilewise.attention(q, k, v, dropout_p=0.5, dropout_seed=tilewise.api.draw_seed(q.device))
+    want = tilewise.attention(q, k, v, dropout_p=0.5, dropout_seed=draw_seed(q.device))
     assert torch.equal(dropped, want)
     assert torch.equal(sdpa(q, k, v, dropout_p=0.0), plain)
     with pytest.raises(ValueError, match="dropout_p"):

@@ -9,11 +9,11 @@ import triton
 
 import tilewise
 from harness.features import FEATURES, KINDS, build, of_kind
-from tilewise import encoding
-from tilewise.api import make_request
-from tilewise.dropout import Dropout
-from tilewise.encoding import decode, encode, registered_name
-from tilewise.similarity import Cosine
+from tilewise.parts.dropout import Dropout
+from tilewise.parts.similarity import Cosine
+from tilewise.plan.request import make_request
+from tilewise.pytorch import encoding
+from tilewise.pytorch.encoding import decode, encode, registered_name
 
 NOT_ENCODED = {"_twin"}  # a plain PyTorch function, which no kernel needs
 

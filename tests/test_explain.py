@@ -14,16 +14,22 @@ from torch._subclasses import FakeTensorMode
 from typer.testing import CliRunner
 
 import tilewise
-from tilewise import autograd, checks, prepare
-from tilewise.api import make_request
-from tilewise.autograd import run_backward, run_forward
-from tilewise.call import bind
-from tilewise.forward import forward_launch
-from tilewise.tiles import Tile, gpu_tile
-from tilewise.tools import explain_command, workload
+from harness.interpreted import set_interpreted
+from tilewise.kernels import prepare
+from tilewise.kernels.forward import forward_launch
+from tilewise.kernels.tile import Tile
+from tilewise.parts.shape import Shape
+from tilewise.plan import passes
+from tilewise.plan.bind import bind
+from tilewise.plan.implementation import IMPLEMENTATIONS
+from tilewise.plan.passes import run_backward, run_forward
+from tilewise.plan.request import make_request
+from tilewise.plan.tiles import gpu_tile
 from tilewise.tools.chips import find_chip
-from tilewise.tools.coverage import Coverage
-from tilewise.tools.explain_command import GROUPS, explain_case
+from tilewise.tools.explain import command as explain_command
+from tilewise.tools.explain import workload
+from tilewise.tools.explain.command import GROUPS, explain_case
+from tilewise.tools.explain.coverage import Coverage
 from tilewise_reference import Case
 
 ALL_CASES = {case.name: case for cases in GROUPS.values() for case in cases}
@@ -43,15 +49,16 @@ def nothing_runs(monkeypatch):
     def reached(*_: Any, **__: Any) -> None:
         pytest.fail("explain ran attention")
 
-    monkeypatch.setattr("tilewise.autograd.launch_forward", reached)
+    monkeypatch.setattr("tilewise.plan.passes.launch_forward", reached)
     monkeypatch.setattr("tilewise_reference.attention", reached)
 
 
 @pytest.fixture
 def without_interpreter(monkeypatch):
     """As on a CPU where TRITON_INTERPRET is not set."""
-    for module in ("tilewise.checks", "tilewise.tools.explain", "tilewise.tools.coverage"):
-        monkeypatch.setattr(f"{module}.INTERPRETED", False)
+    set_interpreted(monkeypatch, False)
+    for module in ("explain", "coverage"):
+        monkeypatch.setattr(f"tilewise.tools.explain.{module}.INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -80,7 +87,7 @@ def test_flops_and_bytes_are_those_of_the_named_case(name, nothing_runs):
 def test_tiles_are_those_of_the_table(name, gpu):
     case = ALL_CASES[name]
     found = explain_case(case, gpu, training=True)
-    shape = tilewise.problem.Shape(
+    shape = Shape(
         case.batch, case.q_heads, case.kv_heads, case.q_len, case.kv_len, case.head_dim, case.value_dim
     )
     for kernel in found.kernels:
@@ -110,7 +117,7 @@ def test_programs_are_the_grids_of_the_launches(device, monkeypatch):
         ("forward", "forward.forward"), ("prepare", "prepare.prepare"), ("dq", "backward.dq"),
         ("dkv", "backward.dkv"), ("gradient of RelativePosition.table", "parameters.parameter"),
     ):  # fmt: skip
-        monkeypatch.setattr(f"tilewise.{module}_kernel", Launcher(name))
+        monkeypatch.setattr(f"tilewise.kernels.{module}_kernel", Launcher(name))
     with tilewise.tiles.use(Tile(16, 32)):
         found = tilewise.explain(q, k, v, **arguments, work="training", gpu="H200")
         request = make_request(q, k, v, **arguments, impl="portable")
@@ -126,7 +133,7 @@ def test_memory_is_what_the_launchers_allocate(device, monkeypatch):
     bias = torch.randn(4, 1, 70, device=device, requires_grad=True)
     prepared: list[prepare.BackwardCall] = []
     monkeypatch.setattr(
-        autograd, "prepare", lambda *args: prepared.append(prepare.prepare(*args)) or prepared[-1]
+        passes, "prepare", lambda *args: prepared.append(prepare.prepare(*args)) or prepared[-1]
     )
     with tilewise.tiles.use(Tile(32, 32)):
         found = tilewise.explain(q, k, v, bias=bias, work="training", gpu="H200")
@@ -275,7 +282,7 @@ def test_the_gpu_of_this_machine_is_the_default(name, chip, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-    monkeypatch.setattr("tilewise.tools.explain.architecture", lambda device: "sm_80")
+    monkeypatch.setattr("tilewise.tools.explain.explain.architecture", lambda device: "sm_80")
     found = tilewise.explain(*attend())
     assert found.gpu == chip and said in found.gpu_because
     assert tilewise.explain(*attend(), gpu="H200").gpu == "H200"
@@ -285,7 +292,7 @@ def test_a_chip_without_a_tile_says_so():
     """fp32 at 256 has no backward tile in 64 KiB of shared memory."""
     turing = replace(find_chip("A100"), name="T4", arch="sm_75")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tilewise.tools.explain.find_chip", lambda name: turing)
+        patch.setattr("tilewise.tools.explain.explain.find_chip", lambda name: turing)
         found = tilewise.explain(*attend(dim=256, dtype=torch.float32), gpu="T4", work="training")
     assert found.kernels == () and "too little shared memory" in found.no_kernels
     assert "too little shared memory" in str(found)
@@ -582,10 +589,10 @@ def test_the_forward_grid_of_an_explained_call(device):
 
 def test_reasons_come_from_the_rules(monkeypatch):
     """An implementation that is added to the list is judged by the same rules, and named."""
-    monkeypatch.setattr("tilewise.tools.explain.IMPLEMENTATIONS", (*checks.IMPLEMENTATIONS, "metal"))
+    monkeypatch.setattr("tilewise.tools.explain.explain.IMPLEMENTATIONS", (*IMPLEMENTATIONS, "metal"))
     found = tilewise.explain(*attend())
     assert "impl='metal' must be None" in found.others["metal"]
-    assert [*found.others] == ["hopper", "torch", "metal"] and "metal" not in checks.IMPLEMENTATIONS
+    assert [*found.others] == ["hopper", "torch", "metal"] and "metal" not in IMPLEMENTATIONS
 
 
 # ---- Hopper's forward
@@ -609,8 +616,8 @@ def test_hoppers_forward_is_explained_where_it_is_asked_for(nothing_runs):
     assert "Hopper's forward has not run on a GPU yet." in text and "What follows is for an H200" in text
 
 
-def found_shape(found: Any) -> tilewise.problem.Shape:
-    return tilewise.problem.Shape(**found.sizes)
+def found_shape(found: Any) -> Shape:
+    return Shape(**found.sizes)
 
 
 def test_a_tile_of_rows_that_sees_nothing_visits_one_tile():
@@ -624,7 +631,7 @@ def test_a_tile_of_rows_that_sees_nothing_visits_one_tile():
 
 @pytest.mark.parametrize("heads, lengths", [(1, (300, 40)), (64, (300, 700))])
 def test_programs_and_columns_are_those_of_hoppers_launch(heads, lengths, monkeypatch):
-    from tilewise.hopper import launch
+    from tilewise.kernels.hopper import launch
 
     monkeypatch.setattr(launch, "resident_programs", lambda device: 132)
     q, k = (torch.zeros(1, heads, length, 24, dtype=torch.float16) for length in lengths)
@@ -685,7 +692,7 @@ def test_what_hoppers_forward_does_not_take_is_explained_for_the_portable_one():
 
 
 def test_once_a_gpu_has_shown_it_hoppers_forward_is_what_a_hopper_runs(monkeypatch):
-    monkeypatch.setattr("tilewise.tiles.PROVEN", {("hopper", "sm_90", 2, 128)})
+    monkeypatch.setattr("tilewise.plan.tiles.PROVEN", {("hopper", "sm_90", 2, 128)})
     found = tilewise.explain(*attend(), gpu="H200")
     assert found.kernels[0].name == "hopper forward" and found.others["hopper"] == "it does on an H200"
     assert "Hopper's forward answers there: a GPU has shown" in " ".join(str(found).split())

@@ -27,8 +27,8 @@ from tilewise import (
     UserScore,
     Window,
 )
-from tilewise.api import make_request
-from tilewise.tiles import Tile
+from tilewise.kernels.tile import Tile
+from tilewise.plan.request import make_request
 
 DTYPES = ("float32", "float16", "bfloat16")
 MASKS = [entry.name for entry in of_kind("mask")]

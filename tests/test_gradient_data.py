@@ -14,8 +14,8 @@ from harness.gradients import check_gradients
 from harness.oracle import kept_pairs
 from harness.sanitizer import sanitize
 from tilewise import Causal, Cosine, Padding, Softcap, Window
-from tilewise.api import make_request
-from tilewise.tiles import Tile
+from tilewise.kernels.tile import Tile
+from tilewise.plan.request import make_request
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 U = torch.finfo(torch.float32).eps / 2

@@ -14,13 +14,14 @@ import pytest
 from harness import ptx
 from harness.baseline import against_baseline
 from harness.variants import HOPPER_TILES, compiled_once, hopper_variants, shared_folder
-from tilewise import tiles
-from tilewise.tile_table import HopperTile
-from tilewise.tools.compiled import Compiled, assembly_file
-from tilewise.tools.in_flight import touched_in_flight
-from tilewise.tools.inspect import inspect_one
-from tilewise.tools.machine_code import Instruction, read_sass
-from tilewise.tools.main_loop import a_in_registers, loops_by_team, overlapped
+from tilewise.kernels import room
+from tilewise.kernels.tile import HopperTile
+from tilewise.plan import tiles
+from tilewise.tools.compiled.compiler import Compiled, assembly_file
+from tilewise.tools.compiled.in_flight import touched_in_flight
+from tilewise.tools.compiled.machine_code import Instruction, read_sass
+from tilewise.tools.compiled.main_loop import a_in_registers, loops_by_team, overlapped
+from tilewise.tools.inspect.inspect import inspect_one
 
 pytestmark = pytest.mark.oldest
 
@@ -203,7 +204,7 @@ def test_registers_are_handed_over(kernels, name):
 def test_shared_memory_is_as_estimated(kernels, name):
     kernel = kernels[name]
     dim = kernel.compiled.tile["HEAD_TILE"]
-    estimate = tiles.shared_bytes(kernel.tile, "sm_90", 2, dim, "hopper")
+    estimate = room.shared_bytes(kernel.tile, "sm_90", 2, dim, "hopper")
     assert kernel.compiled.shared_bytes <= min(SHARED_BYTES, estimate)
 
 

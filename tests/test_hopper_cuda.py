@@ -8,8 +8,9 @@ import triton
 
 import tilewise
 from harness.oracle import check
-from tilewise import Causal, Padding, Softcap, Window, tiles
-from tilewise.tile_table import HopperTile
+from tilewise import Causal, Padding, Softcap, Window
+from tilewise.kernels.tile import HopperTile
+from tilewise.plan import tiles
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU (sm_90)", allow_module_level=True)

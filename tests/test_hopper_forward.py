@@ -15,9 +15,12 @@ from harness.features import FEATURES, build, judge
 from harness.gradients import check_gradients
 from harness.oracle import check
 from harness.problem import keeps_pairs
-from tilewise import Causal, Padding, Prefix, Softcap, Window, tiles
-from tilewise.hopper import launch
-from tilewise.tile_table import HopperTile
+from tilewise import Causal, Padding, Prefix, Softcap, Window
+from tilewise.kernels.hopper import launch
+from tilewise.kernels.tile import HopperTile
+from tilewise.plan import tiles
+from tilewise.plan.bind import bind
+from tilewise.plan.request import make_request
 
 if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU (sm_90), or none: then it runs in the emulator", allow_module_level=True)
@@ -226,10 +229,10 @@ def test_it_writes_nothing_but_its_results(device):
     """Out may be a view with gaps: what lies between its rows stays as it is."""
     q = torch.randn(1, 70, 2, 16, device=device).half().transpose(1, 2)
     k, v = torch.randn(2, 1, 2, 50, 16, device=device).half()
-    request = tilewise.api.make_request(q, k, v, **HOPPER)
+    request = make_request(q, k, v, **HOPPER)
     whole = torch.full((1, 2, 80, 24), 7.0, device=device).half()
     tile = tiles.choose_tile(q, request.shape, "hopper")
-    launch.launch_forward(tilewise.call.bind(request), whole[:, :, :70, :16], None, None, tile)
+    launch.launch_forward(bind(request), whole[:, :, :70, :16], None, None, tile)
     assert torch.equal(whole[:, :, :70, :16], tilewise.attention(q, k, v, **HOPPER))
     whole[:, :, :70, :16] = 7.0
     assert (whole == 7.0).all()

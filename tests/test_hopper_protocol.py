@@ -15,12 +15,12 @@ import torch
 import triton
 
 import tilewise
-from tilewise.api import make_request
-from tilewise.call import bind
 from tilewise.gluon_emulator import PriorityChange, RandomSchedule, Schedule, emulate
-from tilewise.hopper import launch
-from tilewise.hopper.forward import hopper_forward_kernel
-from tilewise.tile_table import HopperTile
+from tilewise.kernels.hopper import launch
+from tilewise.kernels.hopper.forward import hopper_forward_kernel
+from tilewise.kernels.tile import HopperTile
+from tilewise.plan.bind import bind
+from tilewise.plan.request import make_request
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("the emulator needs TRITON_INTERPRET=1", allow_module_level=True)

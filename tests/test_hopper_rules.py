@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import tilewise
-from tilewise import checks, tiles
-from tilewise.api import make_request
-from tilewise.hopper import rules
-from tilewise.tile_table import Evidence, HopperTile
+from tilewise.kernels import room
+from tilewise.kernels.tile import HopperTile
+from tilewise.plan import checks, tiles
+from tilewise.plan.request import make_request
+from tilewise.plan.rules import hopper as rules
+from tilewise.plan.tile_table import Evidence
 
 if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU (sm_90), or none: then it runs in the emulator", allow_module_level=True)
@@ -86,7 +88,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("rule, words, change", REFUSED, ids=lambda x: x if isinstance(x, str) else "")
 def test_what_is_refused_says_why(rule, words, change, device, monkeypatch):
-    monkeypatch.setattr("tilewise.autograd.launch_hopper", None)  # nothing runs
+    monkeypatch.setattr("tilewise.plan.passes.launch_hopper", None)  # nothing runs
     arguments = good(device) | change(device)
     reason = getattr(rules, rule)(make_request(**arguments))
     assert reason is not None and all(word in reason for word in words), reason
@@ -201,6 +203,6 @@ def test_it_is_the_default_where_it_is_proven(device, monkeypatch):
 def test_o_without_a_place_is_refused():
     """O leaves through Q's place only where both are as wide."""
     wide, narrow = HopperTile(128, 64, 8, 3), HopperTile(128, 64, 8, 2)
-    assert not tiles.has_out_buffer(narrow, 256, 256) and tiles.has_out_buffer(narrow, 256, 128)
+    assert not room.has_out_buffer(narrow, 256, 256) and room.has_out_buffer(narrow, 256, 128)
     with pytest.raises(NotImplementedError, match=r"no room for O.*256 and 128"):
-        tiles.has_out_buffer(wide, 256, 128)
+        room.has_out_buffer(wide, 256, 128)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tilewise.tools.in_flight import touched_in_flight
-from tilewise.tools.machine_code import Instruction
+from tilewise.tools.compiled.in_flight import touched_in_flight
+from tilewise.tools.compiled.machine_code import Instruction
 
 LOOP = """
 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR52], RZ, !UPT

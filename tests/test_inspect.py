@@ -12,11 +12,11 @@ import sys
 import pytest
 
 from harness.baseline import Figures, against_baseline, better, load, save, worse
-from tilewise.tools.compiled import Compiled, CompileError, Variant, compile_variants
-from tilewise.tools.inspect import applicable, check_arguments, inspect_one, variants
-from tilewise.tools.machine_code import Instruction
-from tilewise.tools.main_loop import main_loops
-from tilewise.tools.variants import KERNELS, find_case
+from tilewise.tools.compiled.compiler import Compiled, CompileError, Variant, compile_variants
+from tilewise.tools.compiled.machine_code import Instruction
+from tilewise.tools.compiled.main_loop import main_loops
+from tilewise.tools.compiled.variants import KERNELS, find_case
+from tilewise.tools.inspect.inspect import applicable, check_arguments, inspect_one, variants
 
 OLD = Figures(200, 0, 1024, [500, 700], [16, 16], [66, 66], [66, 64])
 

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 import tilewise
-from tilewise.documents import document_hulls
-from tilewise.intervals import intersect_intervals, kv_range
-from tilewise.masks import causal_interval, rows_interval
+from tilewise.parts.intervals import intersect_intervals, kv_range
+from tilewise.parts.masks.causal import causal_interval
+from tilewise.parts.masks.documents import document_hulls
+from tilewise.parts.masks.intervals import rows_interval
 
 ROWS, TILE = 16, 16
 LENGTHS = [0, 1, 15, 16, 17, 48, 61, 100]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tilewise.tools.assembler import Messages, read_messages
-from tilewise.tools.machine_code import Flow, Instruction, read_amd, read_sass
-from tilewise.tools.main_loop import (
+from tilewise.tools.compiled.assembler import Messages, read_messages
+from tilewise.tools.compiled.machine_code import Flow, Instruction, read_amd, read_sass
+from tilewise.tools.compiled.main_loop import (
     kind_of,
     main_loops,
     matmul_flops,

@@ -7,6 +7,7 @@ import tilewise
 from harness.oracle import check
 from tilewise import ALiBi, Causal, Padding, RelativePosition, Softcap, Window
 from tilewise.nn import SelfAttention
+from tilewise.pytorch.nested import pack
 
 pytestmark = pytest.mark.oldest
 LENGTHS, KV_LENGTHS = (5, 0, 17, 1), (3, 2, 20, 0)
@@ -104,7 +105,7 @@ def test_the_mask_of_packed_sequences_is_right(device):
     """The packed call against the oracle, with the sanitizer's eyes on nothing but the numbers."""
     starts = offsets(LENGTHS, device)
     q, k, v = (x.detach() for x in (rows(2, DIM, LENGTHS, device) for _ in range(3)))
-    packed = tilewise.nested.pack(*(jagged(x, starts) for x in (q, k, v)), mask=Causal())
+    packed = pack(*(jagged(x, starts) for x in (q, k, v)), mask=Causal())
     check(packed.q, packed.k, packed.v, mask=packed.mask)
 
 

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 import tilewise
-from tilewise.numerics import INTERPRETED, float32_precision, matmul, round_to, widen
-from tilewise.scores import tanh
+from tilewise.parts.numerics import INTERPRETED, float32_precision, matmul, round_to, widen
+from tilewise.parts.scores.softcap import tanh
 
 BLOCK = 4096
 U = 2.0**-24  # half a unit in the last place of fp32
@@ -147,7 +147,7 @@ def test_a_sum_does_not_depend_on_its_place(dtype, size, device):
 
 
 def tanh_bound(x: torch.Tensor) -> torch.Tensor:
-    """The relative error of tanh as scores.py computes it: x in fp64."""
+    """The relative error of tanh as softcap.py computes it: x in fp64."""
     y = x.abs().clamp_max(50.0)
     # Near 0: a product and a sum for each of 4 terms, of which the later ones are small; the first term left
     # out is 1382/155925 y¹⁰ of the whole.
@@ -199,7 +199,7 @@ def test_float32_matmuls_follow_pytorchs_precision(asked, precision, device, mon
     if asked is not None:
         torch.set_float32_matmul_precision(asked)
     recorder = Recorder()
-    monkeypatch.setattr("tilewise.forward.forward_kernel", recorder)
+    monkeypatch.setattr("tilewise.kernels.forward.forward_kernel", recorder)
     for dtype in DTYPES:
         q, k, v = (torch.randn(1, 1, 4, 8, device=device, dtype=dtype) for _ in range(3))
         tilewise.attention(q, k, v, impl="portable")

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import tilewise
 from harness.features import build
-from tilewise.api import make_request
-from tilewise.encoding import encode
+from tilewise.plan.request import make_request
+from tilewise.pytorch.encoding import encode
 
 FORWARD, BACKWARD = torch.ops.tilewise.attention_forward, torch.ops.tilewise.attention_backward
 

@@ -10,20 +10,20 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tilewise.tools.overlap import (
+from tilewise.tools.overlap.__main__ import main
+from tilewise.tools.overlap.machine import Counts, Machine
+from tilewise.tools.overlap.picture import PICTURES
+from tilewise.tools.overlap.simulation import (
     CLOCK_RATES,
     H200,
     HOPPER,
     PORTABLE,
     busy,
     busy_in_call,
-    main,
     rates,
     table,
     tile_clocks,
 )
-from tilewise.tools.overlap_machine import Counts, Machine
-from tilewise.tools.overlap_picture import PICTURES
 
 ROOT = Path(__file__).parents[1]
 DOCS, BASELINES = ROOT / "docs", ROOT / "tests" / "baselines"
@@ -185,7 +185,7 @@ def test_the_portable_kernel_s_counts_are_those_of_its_baseline():
 
 
 def test_the_lines_that_the_page_explains_are_in_the_kernel_in_this_order():
-    source = (ROOT / "kernels" / "tilewise" / "hopper" / "consumer.py").read_text(encoding="utf-8")
+    source = (ROOT / "kernels/tilewise/kernels/hopper/consumer.py").read_text(encoding="utf-8")
     source = source[source.index("for step in range(begin, end):") :]
     section = PAGE[PAGE.index("## A step, line by line") : PAGE.index("## Five things")]
     lines = re.findall(r"^\| `(.+?)(?:\.\.\.\)?)?` \|", section, re.M)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tilewise.intervals import cut_tile, q_range, store_range, visits_and_full
+from tilewise.parts.intervals import cut_tile, q_range, store_range, visits_and_full
 
 TILE_Q, TILE_KV, CHUNK = 16, 16, 8
 MOST = 40  # tiles of rows that a case may have: five chunks

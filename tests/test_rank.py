@@ -10,12 +10,15 @@ import pytest
 import torch
 import triton
 
-from tilewise import tiles
-from tilewise.hopper.launch import CACHED_BYTES
-from tilewise.tile_table import HopperTile, Tile
-from tilewise.tools import rank
-from tilewise.tools.bound import bound
-from tilewise.tools.call_model import (
+from tilewise.kernels.hopper.launch import CACHED_BYTES
+from tilewise.kernels.tile import HopperTile, Tile
+from tilewise.plan import tiles
+from tilewise.tools.compiled.bound import bound
+from tilewise.tools.compiled.compiler import Compiled
+from tilewise.tools.compiled.main_loop import MainLoop
+from tilewise.tools.rank import rank
+from tilewise.tools.rank.__main__ import write_rows
+from tilewise.tools.rank.call_model import (
     HEADS_BYTES,
     LATENCY,
     Step,
@@ -32,9 +35,7 @@ from tilewise.tools.call_model import (
     steps_of,
     with_copies,
 )
-from tilewise.tools.candidates import candidates
-from tilewise.tools.compiled import Compiled
-from tilewise.tools.main_loop import MainLoop
+from tilewise.tools.tune.candidates import candidates
 
 CHIP = rank.CHIP
 FULL, CAUSAL = (rank.case_of(128, mask) for mask in ("full", "causal"))
@@ -254,7 +255,7 @@ def test_the_command_says_what_it_needs():
 
 def test_rows_are_written_a_line_each_and_read_back(tmp_path):
     rows = [{"pass": "dq", "dim": 64}, {"pass": "dkv", "triton": triton.__version__}]
-    rank.write_rows(tmp_path / "x.json", rows)
+    write_rows(tmp_path / "x.json", rows)
     assert rank.read_rows(tmp_path / "x.json") == rows == json.loads((tmp_path / "x.json").read_text())
     assert len((tmp_path / "x.json").read_text().splitlines()) == 4
 

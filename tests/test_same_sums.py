@@ -9,9 +9,9 @@ import re
 import pytest
 
 from harness.variants import compiled_once
-from tilewise.tools.compiled import MATMUL, TARGETS, Compiled
-from tilewise.tools.machine_code import Instruction, read_sass
-from tilewise.tools.sums import sums
+from tilewise.tools.compiled.compiler import MATMUL, TARGETS, Compiled
+from tilewise.tools.compiled.machine_code import Instruction, read_sass
+from tilewise.tools.compiled.sums import sums
 
 NVIDIA = [target for target in TARGETS if target.startswith("sm")]
 STEP = {"bfloat16": 16, "float16": 16, "float32": 1}  # products of an instruction; 8 in tf32

@@ -10,7 +10,7 @@ from harness.features import build, judge, of_kind
 from harness.oracle import check
 from harness.problem import lengths, run
 from tilewise import Causal, Dense, Documents, Intervals, Padding, Prefix
-from tilewise.tiles import Tile
+from tilewise.kernels.tile import Tile
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tilewise.numerics import matmul
-from tilewise.softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
+from tilewise.parts.numerics import matmul
+from tilewise.parts.softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
 
 ROWS, KEYS, DIM, TILES = 16, 16, 16, 4
 U = 2.0**-24  # half a unit in the last place of fp32

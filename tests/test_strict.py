@@ -7,8 +7,9 @@ import torch
 import triton
 
 import tilewise
-from tilewise import checks
-from tilewise.api import make_request
+from harness.interpreted import set_interpreted
+from tilewise.plan import checks
+from tilewise.plan.request import make_request
 
 BATCH, Q_HEADS, KV_HEADS, Q_LEN, KV_LEN, DIM = 2, 4, 2, 5, 7, 8
 
@@ -97,7 +98,9 @@ ALLOWED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_holds_every_pair_is_refused(name, monkeypatch):
-    monkeypatch.setattr("tilewise.autograd.launch_forward", lambda *_: pytest.fail("a refused call was run"))
+    monkeypatch.setattr(
+        "tilewise.plan.passes.launch_forward", lambda *_: pytest.fail("a refused call was run")
+    )
     make, words = REFUSED[name]
     arguments = make() | dict(impl="portable")
     tensors = qkv()
@@ -146,7 +149,7 @@ def test_a_square_needs_two_dimensions():
 
 @pytest.mark.parametrize("impl, said", [("torch", "impl='torch'"), (None, "impl=None on cpu")])
 def test_plain_pytorch_is_refused_whoever_chose_it(impl, said, monkeypatch):
-    monkeypatch.setattr(checks, "INTERPRETED", False)
+    set_interpreted(monkeypatch, False)
     tensors = [x.cpu() for x in qkv()]
     (reason,) = tilewise.why_not(*tensors, impl=impl, strict=True)
     for word in ("strict=True", said, "(2, 4, 5, 7)", "fp32", "TRITON_INTERPRET=1", "GPU"):

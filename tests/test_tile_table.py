@@ -13,10 +13,10 @@ import pytest
 import torch
 import triton
 
-from tilewise import tiles, user_tiles
-from tilewise.problem import Shape
-from tilewise.tile_table import DIMS, PASSES, SHIPPED, Evidence, HopperTile, Row, describe, load, save
-from tilewise.tiles import Tile
+from tilewise.kernels.tile import PASSES, HopperTile, Tile, describe
+from tilewise.parts.shape import Shape
+from tilewise.plan import tiles, user_tiles
+from tilewise.plan.tile_table import DIMS, SHIPPED, Evidence, Row, load, save
 
 GPU, ARCH = "NVIDIA H200", "sm_90"
 SHAPE = Shape(1, 8, 8, 4096, 4096, 128, 128)
@@ -243,13 +243,14 @@ def test_where_the_tables_are(monkeypatch, environment, folder):
 def test_a_changed_kernel_changes_the_hash(monkeypatch, tmp_path):
     """And a changed rule for tiles does not: the tile of a row is what was timed."""
     package = tmp_path / "tilewise"
-    shutil.copytree(user_tiles.Path(user_tiles.__file__).parent, package)
-    monkeypatch.setattr(user_tiles, "__file__", str(package / "user_tiles.py"))
+    shutil.copytree(user_tiles.Path(user_tiles.__file__).parents[1], package)
+    monkeypatch.setattr(user_tiles, "__file__", str(package / "plan/user_tiles.py"))
     compute = user_tiles.kernels_hash.__wrapped__
     assert compute() == user_tiles.kernels_hash()
     for name, changes in (
-        ("tiles.py", False), ("softmax.py", True), ("call.py", True), ("hopper/rules.py", False),
-        ("hopper/consumer.py", True), ("hopper/plan.py", True), ("hopper/launch.py", True),
+        ("plan/tiles.py", False), ("parts/softmax.py", True), ("parts/masks/causal.py", True),
+        ("kernels/call.py", True), ("kernels/hopper/consumer.py", True), ("kernels/hopper/plan.py", True),
+        ("kernels/hopper/launch.py", True), ("plan/rules/hopper.py", False),
     ):  # fmt: skip
         before = compute()
         with (package / name).open("a") as file:

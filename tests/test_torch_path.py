@@ -18,8 +18,10 @@ import triton
 
 import tilewise
 import tilewise_reference
-from tilewise.api import make_request, oracle_arguments
-from tilewise.numerics import INTERPRETED
+from tilewise.kernels.forward import forward_kernel
+from tilewise.parts.numerics import INTERPRETED
+from tilewise.plan.request import make_request
+from tilewise.pytorch.plain import oracle_arguments
 
 BATCH, Q_HEADS, KV_HEADS, Q_LEN, KV_LEN, DIM, VALUE_DIM = 2, 4, 2, 5, 7, 8, 6
 U = 2.0**-24  # half a unit in the last place of fp32
@@ -204,7 +206,7 @@ def test_user_functions_need_a_twin(words, arguments, device):
 
 def imports_quietly() -> None:
     assert not INTERPRETED and not torch.cuda.is_available() and not torch.cuda.is_initialized()
-    assert not any(tilewise.forward.forward_kernel.device_caches.values()), "importing has compiled something"
+    assert not any(forward_kernel.device_caches.values()), "importing has compiled something"
 
 
 def portable_says_how() -> None:

@@ -11,16 +11,20 @@ import pytest
 import torch
 import triton
 
-from tilewise import autograd, tiles, user_tiles
-from tilewise.tile_table import HopperTile, load, save
-from tilewise.tiles import PASSES, Tile, fits
-from tilewise.tools import tune_case, tune_command, tune_kernels, tune_store
-from tilewise.tools.candidates import candidates, distance, nearest_first
-from tilewise.tools.tune import NOISE, ROUNDS, Search
-from tilewise.tools.tune_bench import Bench, DeviceLost, Rejected, Verdict, label
-from tilewise.tools.tune_case import Workload, small, with_every_feature
-from tilewise.tools.tune_journal import Journal, Subject, read_entries
-from tilewise.tools.tune_plan import choose_cases, gpu_jobs, grouped, smoke_jobs
+from tilewise.kernels.room import fits
+from tilewise.kernels.tile import PASSES, HopperTile, Tile
+from tilewise.plan import passes, tiles, user_tiles
+from tilewise.plan.tile_table import load, save
+from tilewise.tools.tune import case as tune_case
+from tilewise.tools.tune import command as tune_command
+from tilewise.tools.tune import kernels as tune_kernels
+from tilewise.tools.tune import store as tune_store
+from tilewise.tools.tune.bench import Bench, DeviceLost, Rejected, Verdict, label
+from tilewise.tools.tune.candidates import candidates, distance, nearest_first
+from tilewise.tools.tune.case import Workload, small, with_every_feature
+from tilewise.tools.tune.journal import Journal, Subject, read_entries
+from tilewise.tools.tune.plan import choose_cases, gpu_jobs, grouped, smoke_jobs
+from tilewise.tools.tune.search import NOISE, ROUNDS, Search
 from tilewise_reference import CASES, FEATURE_CASES, paper_grid
 
 KEY = ("forward", "sm_90", 2, 128)
@@ -221,8 +225,8 @@ def test_launches_are_watched_and_compiled_ahead_through_the_same_door(monkeypat
 
 
 def test_every_pass_has_a_kernel_that_is_watched():
-    from tilewise import backward, forward
-    from tilewise.hopper.forward import hopper_forward_kernel
+    from tilewise.kernels import backward, forward
+    from tilewise.kernels.hopper.forward import hopper_forward_kernel
 
     kernels = dict(forward=forward.forward_kernel, dkv=backward.dkv_kernel, dq=backward.dq_kernel)
     named = {
@@ -519,13 +523,13 @@ def test_hoppers_answers_are_checked_in_the_emulator(device, monkeypatch):
     assert 0 < bench.check(tile).error <= 1 and 0 < bench.check_every_feature(tile).error <= 1
     (name,) = bench.cases
     assert bench.time(name, tile, 1)[0] > 0 and bench.time_portable(name, 1)[0] > 0
-    right = autograd.launch_hopper
+    right = passes.launch_hopper
 
     def wrong(request, call, out, *rest):
         right(request, call, out, *rest)
         out[0, 1, 40, 3] += 0.05
 
-    monkeypatch.setattr(autograd, "launch_hopper", wrong)
+    monkeypatch.setattr(passes, "launch_hopper", wrong)
     with pytest.raises(Rejected, match="wrong: out is"):
         bench.check(tile)
 

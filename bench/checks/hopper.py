@@ -18,9 +18,9 @@ import torch
 import tilewise
 from harness.oracle import check
 from harness.problem import run
-from tilewise.tile_table import DIMS as DIMS_OF_ROWS
-from tilewise.tile_table import HopperTile
-from tilewise.tiles import architecture
+from tilewise.kernels.tile import HopperTile
+from tilewise.plan.tile_table import DIMS as DIMS_OF_ROWS
+from tilewise.plan.tiles import architecture
 
 from .large import enough_memory
 from .trial import NotApplicable, Trial
@@ -84,9 +84,7 @@ def qkv(device: torch.device, *shapes: tuple[int, ...], dtype: torch.dtype = tor
     return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
 
-def odd_lengths(
-    mask: tilewise.masks.Mask | None, q_len: int, kv_len: int, device: torch.device, seed: int
-) -> str:
+def odd_lengths(mask: tilewise.Mask | None, q_len: int, kv_len: int, device: torch.device, seed: int) -> str:
     """Lengths around those of its tiles. A check each: to the compiler 1, sixteens and others are three."""
     most = 1000 if device.type == "cuda" else 140
     q_len, kv_len = min(q_len, most), min(kv_len, most)

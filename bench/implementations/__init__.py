@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tilewise.checks import IMPLEMENTATIONS as OURS
+from tilewise.plan.implementation import IMPLEMENTATIONS as OURS
 
 from .base import Implementation, Prepared, UnsupportedError
 from .flash import Flash2, FlashCute

@@ -12,7 +12,8 @@ import torch
 import torch._functorch.config  # not imported with torch
 from triton.runtime import KernelInterface
 
-from tilewise import backward, dropout, forward, parameters, prepare
+from tilewise.kernels import backward, forward, parameters, prepare
+from tilewise.parts import dropout
 from tilewise.tools.inputs import Inputs
 from tilewise_reference.cases import Case
 

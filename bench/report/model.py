@@ -11,9 +11,9 @@ import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tilewise.tile_table import HopperTile, Pass, Tile
-from tilewise.tools.call_model import Overlap, Step, TileModel, call_seconds
-from tilewise.tools.rank import CHIP, read_rows
+from tilewise.kernels.tile import HopperTile, Pass, Tile
+from tilewise.tools.rank.call_model import Overlap, Step, TileModel, call_seconds
+from tilewise.tools.rank.rank import CHIP, read_rows
 from tilewise_reference import Case, paper_grid
 
 from ..results import Row

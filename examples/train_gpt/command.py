@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
-from tilewise.numerics import INTERPRETED
+from tilewise.parts.numerics import INTERPRETED
 
 from .checkpoint import CHECKPOINT, load_checkpoint, replace_file, restore, steps_done
 from .compare import ALLOWED_AT_THE_END, compare

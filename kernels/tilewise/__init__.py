@@ -1,15 +1,26 @@
 """tilewise: fused attention kernels in Triton for PyTorch."""
 
-from . import nn, tiles
+from . import nn
 from .api import attention, dropout_mask, scaled_dot_product_attention, why_not
-from .documents import Documents
-from .masks import Causal, Dense, Intervals, Mask, Padding, Prefix, UserMask, Window
-from .positions import ALiBi, RelativePosition, alibi_slopes
-from .scores import Bias, Score, Softcap, UserScore
-from .similarity import Cosine
-from .tools.explain import explain
-
-__version__ = "0.1.0"
+from .parts.masks.causal import Causal
+from .parts.masks.dense import Dense
+from .parts.masks.documents import Documents
+from .parts.masks.intervals import Intervals
+from .parts.masks.mask import Mask
+from .parts.masks.padding import Padding
+from .parts.masks.prefix import Prefix
+from .parts.masks.user import UserMask
+from .parts.masks.window import Window
+from .parts.scores.alibi import ALiBi, alibi_slopes
+from .parts.scores.bias import Bias
+from .parts.scores.relative_position import RelativePosition
+from .parts.scores.score import Score
+from .parts.scores.softcap import Softcap
+from .parts.scores.user import UserScore
+from .parts.similarity import Cosine
+from .plan import tiles
+from .tools.explain.explain import explain
+from .version import __version__ as __version__
 
 __all__ = [
     "ALiBi",
@@ -37,3 +48,7 @@ __all__ = [
     "tiles",
     "why_not",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

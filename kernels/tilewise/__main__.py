@@ -31,7 +31,7 @@ def main() -> None:
     """The entry point of the `tilewise` command."""
     if RUN_KERNELS & set(sys.argv[1:2]):
         interpret_without_gpu()
-    from tilewise import cli  # the command line's own packages are loaded only once it is known to go ahead
+    from tilewise import cli
 
     cli.main()
 

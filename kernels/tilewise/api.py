@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from inspect import signature
 from typing import Any, Literal, overload
 
 import torch
-from torch.autograd import forward_ad
 
 import tilewise_reference
 
-from . import ops
-from .autograd import Attention, empty_in_order_of, run_forward
-from .checks import (
-    Request,
-    check,
-    dropout_fits,
-    implementation_is_known,
-    kernel_can_run,
-    violations,
-)
-from .dropout import Dropout, launch_dropout_mask
-from .encoding import encode
-from .masks import Causal, Mask, as_mask
-from .nested import is_nested, pack
-from .problem import misfits
-from .scores import Bias, Score, as_scores
-from .similarity import Cosine
+from .kernels.dropout_mask import launch_dropout_mask
+from .parts.dropout import Dropout
+from .parts.masks.causal import Causal
+from .parts.masks.mask import Mask
+from .parts.scores.score import Score
+from .parts.shape import misfits
+from .parts.similarity import Cosine
+from .plan.checks import check, violations
+from .plan.implementation import implementation
+from .plan.request import Request, make_request
+from .plan.rules.implementations import implementation_is_known, kernel_can_run
+from .plan.rules.options import dropout_fits
+from .pytorch.dispatch import run_portable
+from .pytorch.nested import is_nested, pack
+from .pytorch.plain import run_torch
 
 Tensor = torch.Tensor
 
@@ -116,7 +112,7 @@ def attention(
         dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
     )  # fmt: skip
     check(request)
-    run = run_torch if request.implementation == "torch" else run_portable
+    run = run_torch if implementation(request) == "torch" else run_portable
     result, row_lse = run(request, return_lse)
     return (result, row_lse) if return_lse and row_lse is not None else result
 
@@ -138,45 +134,6 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
     return [str(violation) for violation in violations(request)]
 
 
-def make_request(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Any = None,
-    bias: Tensor | None = None,
-    score: Any = None,
-    scale: float | Tensor | None = None,
-    similarity: str | Cosine = "scaled_dot",
-    sink: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    impl: str | None = None,
-    strict: bool = False,
-) -> Request:
-    """The arguments of `attention` in their final form: masks as a tuple, the bias as the last modifier, q, k
-    and v in autocast's dtype, a seed."""
-    masks = () if mask is None else as_mask(mask).parts()
-    scores = as_scores(score) if bias is None else (*as_scores(score), Bias(bias))
-    if isinstance(q, Tensor) and is_autocast(q.device):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v))
-    dropout = None
-    if dropout_p != 0:
-        dropout = Dropout(dropout_p, draw_seed(q.device) if dropout_seed is None else dropout_seed)
-    return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict)
-
-
-def is_autocast(device: torch.device) -> bool:
-    """Whether an autocast region of the device is entered; some devices (meta) know none."""
-    return device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed from PyTorch's generator: a CUDA graph draws another one at each replay."""
-    return torch.randint(-(1 << 62), 1 << 62, (1,), dtype=torch.int64, device=device)
-
-
 def dropout_mask(
     shape: tuple[int, int, int, int], dropout_p: float, dropout_seed: Tensor, *, impl: str | None = None
 ) -> Tensor:
@@ -195,84 +152,9 @@ def dropout_mask(
     for rule in (dropout_fits, implementation_is_known, kernel_can_run):
         if (reason := rule(request)) is not None:
             raise ValueError(reason)
-    if request.implementation == "torch":
+    if implementation(request) == "torch":
         return tilewise_reference.dropout_keep(dropout_seed, dropout_p, shape, dropout_seed.device)
     return launch_dropout_mask(Dropout(dropout_p, dropout_seed), request.shape)
-
-
-def run_portable(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """The fused Triton kernels."""
-    refuse_transforms(request)
-    q, k, v = request.q, request.k, request.v
-    if torch.compiler.is_compiling():
-        tensors, *words = encode(request)
-        return torch.ops.tilewise.attention_forward(q, k, v, tensors, *words)[:2]
-    if not is_plain_eager(request):
-        tensors, *words = encode(request)
-        # Not the op itself: PyTorch's function transforms do not see an op's autograd.
-        return ops.Forward.apply(q, k, v, tuple(words), *tensors)[:2]
-    if not request.needs_gradient or torch.is_inference_mode_enabled():
-        return run_forward(request, return_lse)[:2]
-    encoded = encode(request)
-    return Attention.apply(request, encoded, q, k, v, *encoded.tensors)
-
-
-def is_plain_eager(request: Request) -> bool:
-    """Whether nobody watches or transforms this call: no dispatch mode, function transform or subclass."""
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or request.q.is_meta
-        or any([type(x) not in (Tensor, torch.nn.Parameter) for x in (request.q, request.k, request.v)])
-    )
-
-
-def refuse_transforms(request: Request) -> None:
-    """Raise where PyTorch would otherwise go on without a derivative, or with a wrong one."""
-    if torch.compiler.is_compiling():
-        return
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    if any([level.key() == torch._C._functorch.TransformType.Vmap for level in stack]):
-        raise NotImplementedError(
-            "torch.vmap over tilewise.attention is not built: put the mapped dimension into batch, "
-            "for example with flatten(0, 1)"
-        )
-    if forward_ad._current_level >= 0:
-        named = [*request.qkv().items(), *request.other_tensors]
-        for name, tensor in named:
-            if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError(
-                    f"{name} has a forward-mode tangent, and tilewise.attention has no forward-mode "
-                    "derivative: use reverse mode, or give impl='torch' for the plain PyTorch path"
-                )
-
-
-def run_torch(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Plain PyTorch in fp32, differentiable; it holds the score matrix in memory."""
-    q, k, v = request.q, request.k, request.v
-    arguments = oracle_arguments(request)
-    with torch.autocast(q.device.type, enabled=False) if is_autocast(q.device) else nullcontext():
-        out, lse = tilewise_reference.attention(q, k, v, **arguments, return_lse=True, dtype=torch.float32)
-    # A copy in q's dtype and memory order, as the kernel's result has them.
-    return empty_in_order_of(request.q, out.shape[3]).copy_(out), lse if return_lse else None
-
-
-def oracle_arguments(request: Request) -> dict[str, Any]:
-    """The request as `tilewise_reference.attention` takes it: every mask and score by its twin."""
-    similarity, dropped = request.similarity, {}
-    if request.dropout is not None:
-        p, seed = request.dropout
-        keep = tilewise_reference.dropout_keep(seed, p, request.shape.scores, seed.device)
-        dropped = dict(dropout_p=p, dropout_keep=keep)
-    return dict(
-        mask=[mask.twin(request.shape) for mask in request.masks],
-        score=[score.twin(request.shape) for score in request.scores],
-        scale=request.scale,
-        similarity="cosine" if isinstance(similarity, Cosine) else similarity,
-        temperature=similarity.temperature if isinstance(similarity, Cosine) else None,
-        sink=request.sink,
-        **dropped,
-    )
 
 
 def scaled_dot_product_attention(

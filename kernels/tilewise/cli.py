@@ -26,10 +26,10 @@ def build_app() -> "typer.Typer":
     """
     import typer
 
-    from tilewise.tools.doctor_command import doctor
-    from tilewise.tools.explain_command import explain
-    from tilewise.tools.inspect_command import inspect
-    from tilewise.tools.tune_command import tune
+    from tilewise.tools.doctor.command import doctor
+    from tilewise.tools.explain.command import explain
+    from tilewise.tools.inspect.command import inspect
+    from tilewise.tools.tune.command import tune
 
     app = typer.Typer(
         help="Fused attention kernels in Triton.",

@@ -11,7 +11,7 @@ import triton
 import tilewise
 from bench import checks
 from bench.checks.trial import NotApplicable, Trial
-from tilewise import autograd
+from tilewise.plan import passes
 
 if torch.cuda.is_available():
     pytest.skip("on a GPU `python -m bench evidence` runs the checks themselves", allow_module_level=True)
@@ -47,68 +47,68 @@ def test_checks_pass(name):
 
 
 def test_a_wrong_forward_is_noticed(monkeypatch):
-    launch = autograd.launch_forward
+    launch = passes.launch_forward
 
     def wrong(call, out, *rest):
         launch(call, out, *rest)
         out[..., -1, 0] += 0.5
 
-    monkeypatch.setattr(autograd, "launch_forward", wrong)
+    monkeypatch.setattr(passes, "launch_forward", wrong)
     check = run("feature causal")
     assert not check.passed and "float64 says" in check.detail
 
 
 def test_a_wrong_gradient_is_noticed(monkeypatch):
-    launch = autograd.launch_dq
+    launch = passes.launch_dq
 
     def wrong(call, dq, tile):
         launch(call, dq, tile)
         dq[..., 0, 0] *= 1.5
 
-    monkeypatch.setattr(autograd, "launch_dq", wrong)
+    monkeypatch.setattr(passes, "launch_dq", wrong)
     check = run("feature causal")
     assert not check.passed and check.detail.startswith("dq[")
 
 
 def test_bits_that_change_are_noticed(monkeypatch):
-    launch, calls = autograd.launch_forward, []
+    launch, calls = passes.launch_forward, []
 
     def restless(call, out, *rest):
         launch(call, out, *rest)
         calls.append(1)
         out[0, 0, 0, 0] += len(calls)
 
-    monkeypatch.setattr(autograd, "launch_forward", restless)
+    monkeypatch.setattr(passes, "launch_forward", restless)
     check = run("the same bits again, full, head_dim 64")
     assert not check.passed and "'out': 2" in check.detail
 
 
 def test_memory_left_unwritten_is_noticed(monkeypatch):
-    monkeypatch.setattr(autograd, "launch_forward", lambda *arguments: None)
+    monkeypatch.setattr(passes, "launch_forward", lambda *arguments: None)
     assert not run("feature causal").passed
 
 
 @pytest.mark.parametrize("what", ["out", "lse"])
 def test_a_wrong_hopper_forward_is_noticed(monkeypatch, what):
-    launch = autograd.launch_hopper
+    launch = passes.launch_hopper
 
     def wrong(request, call, out, lse, statistics):
         launch(request, call, out, lse, statistics)
         (out if what == "out" else lse)[..., -1:] += 0.5
 
-    monkeypatch.setattr(autograd, "launch_hopper", wrong)
+    monkeypatch.setattr(passes, "launch_hopper", wrong)
     check = run("hopper: bfloat16, width 64, full")
     assert not check.passed and f"{what}[" in check.detail
 
 
 def test_values_behind_the_lengths_that_show_are_noticed(monkeypatch):
-    launch = autograd.launch_hopper
+    launch = passes.launch_hopper
 
     def curious(request, call, out, *rest):
         launch(request, call, out, *rest)
         out[0, 0, 0, 0] += 1e-3 * request.v[0, 0, -1, 0].isnan()
 
-    monkeypatch.setattr(autograd, "launch_hopper", curious)
+    monkeypatch.setattr(passes, "launch_hopper", curious)
     check = run("hopper: NaN beyond the lengths")
     assert not check.passed and "out changes with what lies beyond the lengths, right" in check.detail
 

@@ -7,10 +7,10 @@ import pytest
 
 from bench.report import model
 from bench.results import Row
-from tilewise import tiles
-from tilewise.tile_table import DIMS
-from tilewise.tools import rank
-from tilewise.tools.call_model import call_seconds
+from tilewise.plan import tiles
+from tilewise.plan.tile_table import DIMS
+from tilewise.tools.rank import rank
+from tilewise.tools.rank.call_model import call_seconds
 from tilewise_reference import paper_grid
 
 REFRESH = "python -m tilewise.tools.rank --shipped bench/model.json, with the oldest supported Triton"

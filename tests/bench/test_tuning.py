@@ -10,14 +10,15 @@ import triton
 
 from bench import tuning
 from bench.results import Check
-from tilewise import tiles, user_tiles
-from tilewise.tile_table import load, save
-from tilewise.tiles import Tile
-from tilewise.tools import tune_store
-from tilewise.tools.candidates import candidates
-from tilewise.tools.rank import read_rows
-from tilewise.tools.tune_bench import DeviceLost, Rejected, Verdict, label
-from tilewise.tools.tune_journal import read_entries
+from tilewise.kernels import room
+from tilewise.kernels.tile import Tile
+from tilewise.plan import tiles, user_tiles
+from tilewise.plan.tile_table import load, save
+from tilewise.tools.rank.rank import read_rows
+from tilewise.tools.tune import store as tune_store
+from tilewise.tools.tune.bench import DeviceLost, Rejected, Verdict, label
+from tilewise.tools.tune.candidates import candidates
+from tilewise.tools.tune.journal import read_entries
 
 ROWS = tuning.tuned_rows()
 REFRESH = "python -m tilewise.tools.rank --out bench/candidates.json, with the oldest supported Triton"
@@ -44,7 +45,7 @@ def test_five_tiles_of_a_row_are_candidates_and_another_than_the_shipped_one(wor
         model = row["model"]
         assert 0 < model["together"] <= model["expected"] * 1.0001 and model["together"] <= model["apart"]
         assert model["milliseconds"]["causal"] < model["milliseconds"]["full"]
-        assert model["registers"] <= 255 and model["shared_bytes"] <= tiles.SHARED_BYTES["sm_90"]
+        assert model["registers"] <= 255 and model["shared_bytes"] <= room.SHARED_BYTES["sm_90"]
 
 
 def test_every_row_says_with_what_it_was_ranked_and_nothing_else_is_in_the_file():

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from tilewise.tools.compiled import TARGETS, Compiled, compile_variants
+from tilewise.tools.compiled.compiler import TARGETS, Compiled, compile_variants
 
 FILE = Path(__file__).parents[1] / "baselines" / "inspect.json"
 REFRESH = "PYTHONPATH=tests python -m harness.baseline"

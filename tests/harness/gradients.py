@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 import tilewise
-from tilewise.api import make_request
-from tilewise.autograd import parameter_slots
-from tilewise.checks import Request
-from tilewise.encoding import decode, encode
+from tilewise.plan.passes import parameter_slots
+from tilewise.plan.request import Request, make_request
+from tilewise.pytorch.encoding import decode, encode
 from tilewise_reference.yardstick import largest_difference
 
 from .oracle import (

@@ -12,21 +12,33 @@ from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 
-ADDRESSING = "kernels/tilewise/addressing.py"
+ADDRESSING = "kernels/tilewise/parts/addressing.py"
+ALIBI = "kernels/tilewise/parts/scores/alibi.py"
 API = "kernels/tilewise/api.py"
-CALL = "kernels/tilewise/call.py"
+BIAS = "kernels/tilewise/parts/scores/bias.py"
+BIND = "kernels/tilewise/plan/bind.py"
+CALL = "kernels/tilewise/kernels/call.py"
+CAUSAL = "kernels/tilewise/parts/masks/causal.py"
 CHECKS = "kernels/tilewise/checks.py"
-DOCUMENTS = "kernels/tilewise/documents.py"
-FORWARD = "kernels/tilewise/forward.py"
-INTERVALS = "kernels/tilewise/intervals.py"
-MASKS = "kernels/tilewise/masks.py"
-NUMERICS = "kernels/tilewise/numerics.py"
-POSITIONS = "kernels/tilewise/positions.py"
-PROBLEM = "kernels/tilewise/problem.py"
-SCORES = "kernels/tilewise/scores.py"
-SIMILARITY = "kernels/tilewise/similarity.py"
-SOFTMAX = "kernels/tilewise/softmax.py"
-TILE_TABLE = "kernels/tilewise/tile_table.py"
+DENSE = "kernels/tilewise/parts/masks/dense.py"
+DOCUMENTS = "kernels/tilewise/parts/masks/documents.py"
+FORWARD = "kernels/tilewise/kernels/forward.py"
+INTERVALS = "kernels/tilewise/parts/intervals.py"
+LENGTHS = "kernels/tilewise/parts/masks/lengths.py"
+MASKS_INTERVALS = "kernels/tilewise/parts/masks/intervals.py"
+NUMERICS = "kernels/tilewise/parts/numerics.py"
+OPTIONS = "kernels/tilewise/plan/rules/options.py"
+PADDING = "kernels/tilewise/parts/masks/padding.py"
+PREFIX = "kernels/tilewise/parts/masks/prefix.py"
+RELATIVE_POSITION = "kernels/tilewise/parts/scores/relative_position.py"
+REQUEST = "kernels/tilewise/plan/request.py"
+SHAPE = "kernels/tilewise/parts/shape.py"
+SIMILARITY = "kernels/tilewise/parts/similarity.py"
+SOFTCAP = "kernels/tilewise/parts/scores/softcap.py"
+SOFTMAX = "kernels/tilewise/parts/softmax.py"
+TENSORS = "kernels/tilewise/plan/rules/tensors.py"
+TILE = "kernels/tilewise/kernels/tile.py"
+WINDOW = "kernels/tilewise/parts/masks/window.py"
 
 
 GROUPINGS = tests("softmax", "every_grouping_and_order_gives_the_softmax")
@@ -181,31 +193,31 @@ MUTATIONS = (
              "valid_idx = tl.minimum(kv_idx, kv_len - 1)", "valid_idx = kv_idx",
              tests("forward", "mask[scattered_documents-(37, 37)]")),
     # ---- Masks
-    Mutation("causal: diagonal left out", MASKS,
+    Mutation("causal: diagonal left out", CAUSAL,
              "return q_idx * 0, q_idx + args[0] + 1, q_idx >= 0",
              "return q_idx * 0, q_idx + args[0], q_idx >= 0",
              tests("forward", "mask[causal-(37, 37)]")),
-    Mutation("causal: corners exchanged", PROBLEM,
+    Mutation("causal: corners exchanged", SHAPE,
              'if align == "bottom_right" else 0', 'if align != "bottom_right" else 0',
              tests("forward", "mask[causal-(19, 45)]")),
-    Mutation("window: one key too few on the left", MASKS,
+    Mutation("window: one key too few on the left", WINDOW,
              "return q_idx + shift - left, q_idx", "return q_idx + shift - left + 1, q_idx",
              tests("forward", "all_interval_masks_at_once[float32]")),
-    Mutation("prefix: causal inside the prefix", MASKS,
+    Mutation("prefix: causal inside the prefix", PREFIX,
              "tl.maximum(q_idx + shift + 1, row_length(batch, length_args))",
              "tl.minimum(q_idx + shift + 1, row_length(batch, length_args))",
              tests("forward", "mask[prefix-(37, 37)]")),
-    Mutation("padding: sides exchanged", MASKS,
+    Mutation("padding: sides exchanged", PADDING,
              'interval = padding_right_interval if self.side == "right"',
              'interval = padding_right_interval if self.side == "left"',
              tests("forward", "mask[right_padding-(37, 37)]")),
-    Mutation("padding: first sequence's length for all", MASKS,
+    Mutation("padding: first sequence's length for all", LENGTHS,
              "batch.to(tl.int64) * length_args[1]", "0 * length_args[1]",
              tests("forward", "mask[left_padding-(37, 37)]")),
-    Mutation("rows: end read with the strides of start", MASKS,
+    Mutation("rows: end read with the strides of start", MASKS_INTERVALS,
              "tl.load(end_ptr + b * end_strides[0]", "tl.load(end_ptr + b * start_strides[0]",
              tests("shapes", "every_tensor_may_be_strided")),
-    Mutation("bool mask: row and key strides exchanged", MASKS,
+    Mutation("bool mask: row and key strides exchanged", DENSE,
              "q_idx.to(tl.int64) * strides[2] + kv_idx.to(tl.int64) * strides[3]) != 0",
              "q_idx.to(tl.int64) * strides[3] + kv_idx.to(tl.int64) * strides[2]) != 0",
              tests("data", "unseen_keys_and_values_have_no_influence[columns-torch.float32]")),
@@ -217,24 +229,24 @@ MUTATIONS = (
              "stop - first == count", "stop - first >= count",
              tests("intervals", "document_hulls")),
     # ---- Scores
-    Mutation("softcap: not scaled back", SCORES,
+    Mutation("softcap: not scaled back", SOFTCAP,
              "return cap * tanh(s / cap)", "return tanh(s / cap)",
              tests("forward", "score[softcap-float32]")),
-    Mutation("tanh: exponential in the wrong base", SCORES,
+    Mutation("tanh: exponential in the wrong base", SOFTCAP,
              "tl.exp2(tl.abs(x) * (-2.0 * LOG2E))", "tl.exp2(tl.abs(x) * -2.0)",
              tests("numerics", "tanh")),
-    Mutation("alibi: distance from the wrong corner", POSITIONS,
+    Mutation("alibi: distance from the wrong corner", ALIBI,
              "tl.abs(kv_idx - q_idx - shift).to(tl.float32)", "tl.abs(kv_idx - q_idx).to(tl.float32)",
              tests("shapes", "every_tensor_may_be_strided")),
-    Mutation("relative position: table read one off", POSITIONS,
+    Mutation("relative position: table read one off", RELATIVE_POSITION,
              "head.to(tl.int64) * (2 * max_distance + 1) + max_distance",
              "head.to(tl.int64) * (2 * max_distance) + max_distance",
              tests("forward", "score[relative_position-float32]")),
-    Mutation("bias: row and key strides exchanged", SCORES,
+    Mutation("bias: row and key strides exchanged", BIAS,
              "bias = tl.load(ptr + q_idx.to(tl.int64) * strides[2] + kv_idx.to(tl.int64) * strides[3])",
              "bias = tl.load(ptr + q_idx.to(tl.int64) * strides[3] + kv_idx.to(tl.int64) * strides[2])",
              tests("forward", "bias_comes_after_modifiers_and_before_the_mask")),
-    Mutation("bias: half precision not widened", SCORES,
+    Mutation("bias: half precision not widened", BIAS,
              "return s + widen(bias)", "return s + bias.to(tl.int16, bitcast=True).to(tl.float32)",
              tests("numerics", "half_precision_parameters_are_widened_before_use[bias-torch.bfloat16]")),
     Mutation("bias: before the modifiers", API,
@@ -269,30 +281,30 @@ MUTATIONS = (
     Mutation("host: group is the number of key heads", CALL,
              "group=shape.group", "group=shape.kv_heads",
              tests("shapes", "heads[6-2]")),
-    Mutation("host: masks with gaps taken as without", CALL,
+    Mutation("host: masks with gaps taken as without", BIND,
              "has_gaps=any([mask.has_gaps for mask in request.masks])",
              "has_gaps=any([mask.has_gaps for mask in request.masks[:1]])",
              tests("data", "unseen_keys_and_values_have_no_influence[several-torch.float32]")),
     Mutation("sdpa: causal to the bottom right", API,
              'mask = Causal("top_left")', "mask = Causal()",
              tests("sdpa", "causal_is_aligned_to_the_top_left[(5, 7)]")),
-    Mutation("tiles: sizes that are no power of two", TILE_TABLE,
+    Mutation("tiles: sizes that are no power of two", TILE,
              "if size < 16 or size & (size - 1):", "if size < 16:",
              tests("compiled", "a_tile_is_a_power_of_two")),
     # ---- The contract
-    Mutation("checks: heads without a whole ratio", CHECKS,
+    Mutation("checks: heads without a whole ratio", TENSORS,
              "q_heads % kv_heads == 0", "q_heads >= kv_heads",
              tests("checks", f"{RULES}[heads_have_a_whole_ratio-q_heads=3]")),
-    Mutation("checks: values shorter than keys", CHECKS,
+    Mutation("checks: values shorter than keys", TENSORS,
              'return None if k == v else f"lengths k:', 'return None if k >= v else f"lengths k:',
              tests("checks", f"{RULES}[kv_lengths_agree-k: 7]")),
-    Mutation("checks: infinite scale", CHECKS,
+    Mutation("checks: infinite scale", OPTIONS,
              "abs(r.scale) <= FINITE", "r.scale == r.scale",
              tests("checks", f"{RULES}[scale_is_a_number-scale=inf]")),
     Mutation("checks: a rule never asked", CHECKS,
-             "    masks_and_scores_fit,\n", "",
+             "        options.masks_and_scores_fit,\n", "",
              tests("checks", "every_rule_has_a_case")),
-    Mutation("checks: gradient of a bias silently lost", CHECKS,
+    Mutation("checks: gradient of a bias silently lost", REQUEST,
              "or any([tensor.requires_grad for _, tensor in self.other_tensors])", "or False",
              tests("backward", "second_order_raises[bias]")),
     *BACKWARD_MUTATIONS,

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from .mutate import Mutation, tests
 
+ALIBI = "kernels/tilewise/parts/scores/alibi.py"
 API = "kernels/tilewise/api.py"
-AUTOGRAD = "kernels/tilewise/autograd.py"
-BACKWARD = "kernels/tilewise/backward.py"
-PREPARE = "kernels/tilewise/prepare.py"
-CHECKS = "kernels/tilewise/checks.py"
-DROPOUT = "kernels/tilewise/dropout.py"
-ENCODING = "kernels/tilewise/encoding.py"
-FORWARD = "kernels/tilewise/forward.py"
-INTERVALS = "kernels/tilewise/intervals.py"
-NESTED = "kernels/tilewise/nested.py"
-OPS = "kernels/tilewise/ops.py"
-PARAMETERS = "kernels/tilewise/parameters.py"
-POSITIONS = "kernels/tilewise/positions.py"
-SCORES = "kernels/tilewise/scores.py"
-SIMILARITY = "kernels/tilewise/similarity.py"
-SOFTMAX = "kernels/tilewise/softmax.py"
-TILES = "kernels/tilewise/tiles.py"
+AUTOGRAD = "kernels/tilewise/pytorch/autograd.py"
+BACKWARD = "kernels/tilewise/kernels/backward.py"
+CHECKS = "kernels/tilewise/plan/checks.py"
+DROPOUT = "kernels/tilewise/parts/dropout.py"
+ENCODING = "kernels/tilewise/pytorch/encoding.py"
+FORWARD = "kernels/tilewise/kernels/forward.py"
+INTERVALS = "kernels/tilewise/parts/intervals.py"
+NESTED = "kernels/tilewise/pytorch/nested.py"
+OPS = "kernels/tilewise/pytorch/ops.py"
+PARAMETERS = "kernels/tilewise/kernels/parameters.py"
+PASSES = "kernels/tilewise/plan/passes.py"
+PREPARE = "kernels/tilewise/kernels/prepare.py"
+RELATIVE_POSITION = "kernels/tilewise/parts/scores/relative_position.py"
+REQUEST = "kernels/tilewise/plan/request.py"
+SCORE = "kernels/tilewise/parts/scores/score.py"
+SIMILARITY = "kernels/tilewise/parts/similarity.py"
+SOFTCAP = "kernels/tilewise/parts/scores/softcap.py"
+SOFTMAX = "kernels/tilewise/parts/softmax.py"
+TILES = "kernels/tilewise/plan/tiles.py"
 
 
 SMALL_TILE = "Tile(tile_q=16, tile_kv=16, num_warps=4, num_stages=2)"
@@ -175,20 +179,20 @@ MUTATIONS = (
                                "[dq-Tile(tile_q=32, tile_kv=16, num_warps=4, num_stages=2)]",
                    "mask[left_padding-(33, 33)]")),
     # ---- Back through the modifiers
-    Mutation("pull back: the lowest modifier left out", SCORES,
+    Mutation("pull back: the lowest modifier left out", SCORE,
              "len(DERIVATIVES) - 1, DOWN_TO - 1, -1", "len(DERIVATIVES) - 1, DOWN_TO, -1",
              tests("backward", "similarity_with_scale[-0.7-dot]")),
-    Mutation("pull back: derivative at the first modifier's input", SCORES,
+    Mutation("pull back: derivative at the first modifier's input", SCORE,
              "DERIVATIVES[i](inputs[i],", "DERIVATIVES[i](inputs[0],",
              tests("backward", "score[softcap-float32]")),
-    Mutation("pull back: derivative at the modifier's output", SCORES,
+    Mutation("pull back: derivative at the modifier's output", SCORE,
              "inputs = inputs + (s,)",
              "inputs = inputs + (SCORES[i](s, batch, head, q_idx, kv_idx, score_args[i]),)",
              tests("backward", "score[softcap-float32]")),
-    Mutation("softcap: derivative without the square", SCORES,
+    Mutation("softcap: derivative without the square", SOFTCAP,
              "4.0 * e / ((1.0 + e) * (1.0 + e))", "4.0 * e / (1.0 + e)",
              tests("backward", "score[softcap-float32]")),
-    Mutation("softcap: derivative overflows", SCORES,
+    Mutation("softcap: derivative overflows", SOFTCAP,
              "e = tl.exp2(tl.abs(s / args[0]) * (-2.0 * LOG2E))\n    return",
              "e = tl.exp2((s / args[0]) * (-2.0 * LOG2E))\n    return",
              tests("gradient_data", "softcap_far_beyond_its_cap_and_far_below[0.01-torch.float32]")),
@@ -231,20 +235,20 @@ MUTATIONS = (
     Mutation("parameters: chain rule through the modifier itself", PARAMETERS,
              "MODIFIER + 1,", "MODIFIER,",
              tests("backward", "parameters_of_a_user_score[h]")),
-    Mutation("parameters: modifiers counted without the similarity's", AUTOGRAD,
+    Mutation("parameters: modifiers counted without the similarity's", PASSES,
              "enumerate(request.scores, start=own)", "enumerate(request.scores)",
              tests("backward", "parameters_of_a_user_score[h]")),
     Mutation("parameters: tile of the keys' size, not of the rows'", TILES,
              "replace(tile, tile_kv=tile.tile_q)", "replace(tile, tile_q=tile.tile_kv)",
              tests("backward", "tiles[16-32]")),
-    Mutation("bias: lower rank aligned to the left", SCORES,
+    Mutation("bias: lower rank aligned to the left", SCORE,
              "return (1,) * (4 - tensor.dim()) + tuple(tensor.shape)",
              "return tuple(tensor.shape) + (1,) * (4 - tensor.dim())",
              tests("backward", "bias_of_lower_rank[(17, 20)]")),
-    Mutation("alibi: sign of the slopes' gradient", POSITIONS,
+    Mutation("alibi: sign of the slopes' gradient", ALIBI,
              "return -tl.abs(kv_idx - q_idx - args[2])", "return tl.abs(kv_idx - q_idx - args[2])",
              tests("backward", "slopes[top_left-(2,)]")),
-    Mutation("alibi: slopes' gradient from the wrong corner", POSITIONS,
+    Mutation("alibi: slopes' gradient from the wrong corner", ALIBI,
              "return -tl.abs(kv_idx - q_idx - args[2])", "return -tl.abs(kv_idx - q_idx)",
              tests("backward", "slopes[bottom_right-()]")),
     Mutation("table: diagonals one tile off", PARAMETERS,
@@ -258,14 +262,14 @@ MUTATIONS = (
              "distance = tl.minimum(tl.maximum(distance, -max_distance), max_distance)",
              "distance = distance",
              tests("backward", "table[near-False-bottom_right-(37, 19)]")),
-    Mutation("table: gradient from the wrong corner", POSITIONS,
+    Mutation("table: gradient from the wrong corner", RELATIVE_POSITION,
              "buckets=self.buckets, shift=shape.shift(self.align)", "buckets=self.buckets, shift=0",
              tests("backward", "table[near-True-bottom_right-(37, 19)]")),
     # ---- Sink
-    Mutation("sink: sign of the gradient", AUTOGRAD,
+    Mutation("sink: sign of the gradient", PASSES,
              "return -(p * backward.delta)", "return (p * backward.delta)",
              OUT_ALONE),
-    Mutation("sink: weight without the sum", AUTOGRAD,
+    Mutation("sink: weight without the sum", PASSES,
              "/ math.log(2) - backward.sum_log2)", "/ math.log(2))",
              OUT_ALONE),
     # ---- Dropout
@@ -307,10 +311,10 @@ MUTATIONS = (
              "dp = dp",
              DROPOUT_GRADIENTS),
     # ---- Autograd
-    Mutation("autograd: needs of the wrong tensor", AUTOGRAD,
+    Mutation("autograd: needs of the wrong tensor", PASSES,
              "if needs[3 + slot]:\n            grad =", "if needs[2 + slot]:\n            grad =",
              tests("backward", "second_order_raises[bias]")),
-    Mutation("autograd: gradient of lse read as if it were dense", AUTOGRAD,
+    Mutation("autograd: gradient of lse read as if it were dense", PASSES,
              "dlse = None if dlse is None else dlse.contiguous()", "dlse = dlse",
              tests("nested", "sequences_of_one_packing[plain]")),
     Mutation("autograd: tensors kept beside autograd", AUTOGRAD,
@@ -326,10 +330,10 @@ MUTATIONS = (
     Mutation("autograd: second order through the inputs silently lost", AUTOGRAD,
              "*result, do, dlse, *ctx.saved_tensors)", "*result, do, dlse)",
              tests("autograd", "second_order_of_lse_raises")),
-    Mutation("autograd: results always contiguous", AUTOGRAD,
+    Mutation("autograd: results always contiguous", PASSES,
              "if x.is_contiguous():", "if True:",
              tests("invariance", "the_output_lies_in_memory_as_q_does[(0, 2, 1)]")),
-    Mutation("autograd: an order taken for its inverse", AUTOGRAD,
+    Mutation("autograd: an order taken for its inverse", PASSES,
              ".permute(*[order.index(axis) for axis in range(3)], 3)", ".permute(*order, 3)",
              tests("backward", "gradients_have_the_memory_order_of_their_tensors[(2, 0, 1)]")),
     Mutation("api: a graph in inference mode", API,
@@ -382,7 +386,7 @@ MUTATIONS = (
     Mutation("encoding: bool taken for int", ENCODING,
              "elif isinstance(value, bool):", "elif value is True:",
              tests("encoding", "what_differs_in_kind_differs_in_the_spec")),
-    Mutation("encoding: tensors in another order than the request's", CHECKS,
+    Mutation("encoding: tensors in another order than the request's", REQUEST,
              '("sink", self.sink),\n            ("dropout_seed", seed),',
              '("dropout_seed", seed),\n            ("sink", self.sink),',
              tests("dropout", "seed_requires_no_gradient_and_a_bias_beside_it_has_its_own")),
@@ -402,10 +406,10 @@ MUTATIONS = (
     Mutation("dkv: row with a gap at the keys", BACKWARD,
              "sees = tl.max(kept.to(tl.int32), 0) != 0", "sees = tl.max(kept.to(tl.int32), 0) >= 0",
              tests("gradient_data", "junk_in_rows_that_a_gap_leaves_without_a_key")),
-    Mutation("sink: -inf subtracted from -inf", AUTOGRAD,
+    Mutation("sink: -inf subtracted from -inf", PASSES,
              "p = torch.where(row_max == -torch.inf, 0.0, p)", "p = p",
              tests("backward", "rows_without_a_key_and_a_sink_of_minus_infinity")),
-    Mutation("autograd: dK and dV with the tile of dQ", AUTOGRAD,
+    Mutation("autograd: dK and dV with the tile of dQ", PASSES,
              "launch_dkv(backward, grads[1], grads[2], tile)",
              'launch_dkv(backward, grads[1], grads[2], choose_tile(q, shape, "dq"))',
              tests("backward", "each_pass_has_its_own_tile")),

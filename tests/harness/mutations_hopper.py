@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from .mutate import Mutation, tests
 
-CHANNELS = "kernels/tilewise/hopper/channels.py"
-CONSUMER = "kernels/tilewise/hopper/consumer.py"
-FORWARD = "kernels/tilewise/hopper/forward.py"
-INSTRUCTIONS = "kernels/tilewise/hopper/instructions.py"
-LAUNCH = "kernels/tilewise/hopper/launch.py"
-PRODUCER = "kernels/tilewise/hopper/producer.py"
-RULES = "kernels/tilewise/hopper/rules.py"
-SCHEDULE = "kernels/tilewise/hopper/schedule.py"
-TILES = "kernels/tilewise/tiles.py"
+CHANNELS = "kernels/tilewise/kernels/hopper/channels.py"
+CONSUMER = "kernels/tilewise/kernels/hopper/consumer.py"
+FORWARD = "kernels/tilewise/kernels/hopper/forward.py"
+HOPPER = "kernels/tilewise/plan/rules/hopper.py"
+INSTRUCTIONS = "kernels/tilewise/kernels/hopper/instructions.py"
+LAUNCH = "kernels/tilewise/kernels/hopper/launch.py"
+PRODUCER = "kernels/tilewise/kernels/hopper/producer.py"
+ROOM = "kernels/tilewise/kernels/room.py"
+SCHEDULE = "kernels/tilewise/kernels/hopper/schedule.py"
+TILES = "kernels/tilewise/plan/tiles.py"
 
 STEPS = tests("hopper_protocol", "fewer_steps_than_stages_and_more")
 ORDERS = tests("hopper_protocol", "every_order_gives_the_same_bits")
@@ -197,19 +198,19 @@ MUTATIONS = (
              tests("hopper_forward", "every_feature_is_taken_and_right_or_refused[grouped_heads]",
                    "features_of_every_kind_at_once")),
     # ---- The call
-    Mutation("hopper: O shares a place that it does not fit", TILES,
+    Mutation("hopper: O shares a place that it does not fit", ROOM,
              "if head_tile == value_tile:\n        return False", "if head_tile > 0:\n        return False",
              tests("hopper_rules", "o_without_a_place_is_refused")),
-    Mutation("hopper: strides forgotten in what passed", RULES,
+    Mutation("hopper: strides forgotten in what passed", HOPPER,
              "(x.stride(), start_of(x) % ALIGNMENT)", "x.dtype",
              tests("hopper_rules", "a_call_that_passed_and_one_that_only_looks_like_it")),
-    Mutation("hopper: rows with gaps taken", RULES,
+    Mutation("hopper: rows with gaps taken", HOPPER,
              "if x.shape[3] > 1 and x.stride(3) != 1:", "if x.shape[3] < 1:",
              REFUSED),
-    Mutation("hopper: masks with gaps taken", RULES,
+    Mutation("hopper: masks with gaps taken", HOPPER,
              "if not mask.has_gaps:", "if True:",
              REFUSED),
-    Mutation("hopper: expanded tensors taken", RULES,
+    Mutation("hopper: expanded tensors taken", HOPPER,
              "step % ALIGNMENT or not 0 < step < FARTHEST", "step % ALIGNMENT or not 0 <= step < FARTHEST",
              REFUSED),
     Mutation("hopper: proven by a slower result", TILES,

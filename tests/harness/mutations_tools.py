@@ -5,14 +5,15 @@ from __future__ import annotations
 from .mutate import Mutation, tests
 
 API = "kernels/tilewise/api.py"
-BOUNDS = "kernels/tilewise/bounds.py"
-CHECKS = "kernels/tilewise/checks.py"
-DOCTOR = "kernels/tilewise/tools/doctor.py"
-COVERAGE = "kernels/tilewise/tools/coverage.py"
-LIMITS = "kernels/tilewise/tools/limits.py"
-MASKS = "kernels/tilewise/masks.py"
-QUADRATIC = "kernels/tilewise/quadratic.py"
-SUGGESTIONS = "kernels/tilewise/tools/suggestions.py"
+BOUNDS = "kernels/tilewise/parts/bounds.py"
+CHECKS = "kernels/tilewise/plan/checks.py"
+COVERAGE = "kernels/tilewise/tools/explain/coverage.py"
+DOCTOR = "kernels/tilewise/tools/doctor/doctor.py"
+LIMITS = "kernels/tilewise/tools/explain/limits.py"
+PADDING = "kernels/tilewise/parts/masks/padding.py"
+QUADRATIC = "kernels/tilewise/plan/quadratic.py"
+SUGGESTIONS = "kernels/tilewise/tools/explain/suggestions.py"
+WINDOW = "kernels/tilewise/parts/masks/window.py"
 
 
 OF_THE_DEVICE = "bounds_are_those_of_the_device_function"
@@ -20,10 +21,10 @@ STEPS = "counts_are_the_steps_of_the_kernels"
 
 # fmt: off
 MUTATIONS = (
-    Mutation("bounds: window one key short", MASKS,
+    Mutation("bounds: window one key short", WINDOW,
              "return Bounds(row - left, row + right + 1)", "return Bounds(row - left, row + right)",
              tests("bounds", f"{OF_THE_DEVICE}[window]")),
-    Mutation("bounds: padding on the left taken for the right", MASKS,
+    Mutation("bounds: padding on the left taken for the right", PADDING,
              "return Bounds(shape.kv_len - self.host_lengths(), FIRST_KEY + shape.kv_len)",
              "return Bounds(FIRST_KEY, self.host_lengths())",
              tests("bounds", f"{OF_THE_DEVICE}[padding]")),

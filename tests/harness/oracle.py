@@ -23,8 +23,8 @@ import torch
 
 import tilewise
 import tilewise_reference
-from tilewise.api import make_request, oracle_arguments
-from tilewise.checks import Request
+from tilewise.plan.request import Request, make_request
+from tilewise.pytorch.plain import oracle_arguments
 from tilewise_reference.yardstick import allowed_error, difference, largest_difference, pytorch_attention
 
 Tensor = torch.Tensor

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 import tilewise
-from tilewise.api import make_request
+from tilewise.plan.request import make_request
 
 from .gradients import check_gradients
 from .oracle import check, kept_pairs

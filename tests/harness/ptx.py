@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from tilewise.tools.machine_code import Flow, Instruction, read_ptx
+from tilewise.tools.compiled.machine_code import Flow, Instruction, read_ptx
 
 REGISTER_FILE = 65_536  # of a multiprocessor, in registers of 32 bits
 ELEMENT_BYTES = 2

@@ -16,10 +16,9 @@ import torch
 from filelock import FileLock
 
 import tilewise
-from tilewise.tile_table import HopperTile
-from tilewise.tools.compiled import TARGETS, Compiled, CompileError, Variant, compile_variants
-from tilewise.tools.inspect import DIMS
-from tilewise.tools.variants import (
+from tilewise.kernels.tile import HopperTile
+from tilewise.tools.compiled.compiler import TARGETS, Compiled, CompileError, Variant, compile_variants
+from tilewise.tools.compiled.variants import (
     DTYPES,
     backward_variant,
     forward_variant,
@@ -29,6 +28,7 @@ from tilewise.tools.variants import (
     plain_inputs,
     target_name,
 )
+from tilewise.tools.inspect.inspect import DIMS
 
 from .features import build
 

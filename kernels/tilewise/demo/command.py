@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from ..numerics import INTERPRETED
+from ..parts.numerics import INTERPRETED
 from .encoder import build_encoder
 from .figures import draw_attention, draw_similarity
 from .measure import LayerReport, attention_weights, similarities, watch

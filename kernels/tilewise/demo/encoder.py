@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..masks import Padding
 from ..nn import SelfAttention
+from ..parts.masks.padding import Padding
 from .model import Config
 
 

@@ -28,7 +28,8 @@ import triton.language as tl
 
 from .numbers import array, integer, poison, register
 from .order import GOING_ON, Accesses, Clock, Event
-from .roles import Role, Roles, place
+from .role import Role
+from .roles import Roles, place
 
 
 @dataclass(eq=False)

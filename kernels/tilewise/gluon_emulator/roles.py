@@ -16,9 +16,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from .order import Clock
+from .role import Copy, Role
 from .schedules import Schedule
 
 EMULATED = "__emulated__"  # in the globals of every function of the kernel: translate.py
@@ -32,16 +33,6 @@ class Stopped(BaseException):
     """Ends a role because another has failed."""
 
 
-class Copy(Protocol):
-    """A copy in flight."""
-
-    @property
-    def signals(self) -> object:
-        """What a role waits for that waits for this copy."""
-
-    def happen(self) -> None: ...
-
-
 def place() -> str:
     """Where the kernel is, the innermost call last: "forward.py:160 consume > channels.py:80 wait_full"."""
     calls = []
@@ -51,39 +42,6 @@ def place() -> str:
             calls.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}")
         frame = frame.f_back
     return " > ".join(reversed(calls))
-
-
-@dataclass(eq=False)
-class Role:
-    """Some warps that run one function."""
-
-    number: int
-    name: str
-    warps: int
-    products: list[Any] = field(default_factory=list)  # asynchronous matmuls not yet waited for: matmul.py
-    stores: list[Any] = field(default_factory=list)  # TMA stores not yet waited for: copies.py
-    ready: Callable[[], bool] | None = None  # while it waits: whether it can go on
-    waits_for: str = ""
-    awaits: object = None  # the `signals` of the copies that it waits for
-    is_done: bool = False
-    baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    clock: Clock = field(default_factory=Clock)  # what it knows to have happened
-
-    def __post_init__(self) -> None:
-        self.clock[self] = 1
-
-    def tell(self, to: Clock) -> None:
-        self.clock.tell(self, to)
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps
-
-    def can_go_on(self) -> bool:
-        return not self.is_done and (self.ready is None or self.ready())
-
-    def __str__(self) -> str:
-        return f"role {self.number} ({self.name})"
 
 
 @dataclass(eq=False)

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .roles import Copy, Role
+from .role import Copy, Role
 
 
 class Schedule:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..api import attention
-from ..masks import Mask
-from ..scores import Score
-from ..similarity import Cosine
+from ..parts.masks.mask import Mask
+from ..parts.scores.score import Score
+from ..parts.similarity import Cosine
 
 MaskLike = Mask | Tensor | Any  # Any: a @triton.jit function
 ScoreLike = Score | Sequence[Score] | Any

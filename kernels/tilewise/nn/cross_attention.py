@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..similarity import Cosine
+from ..parts.similarity import Cosine
 from .core import AttentionCore, MaskLike, ScoreLike, check_positive
 from .sizes import check_input, join_heads, resolve_sizes, split_heads
 from .weights import check_linears, copy_out_projection, fuse_linears, head_sizes, multihead_linears

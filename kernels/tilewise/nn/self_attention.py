@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..similarity import Cosine
+from ..parts.similarity import Cosine
 from .core import AttentionCore, MaskLike, ScoreLike, check_positive
 from .sizes import check_input, join_heads, resolve_sizes, split_heads
 from .weights import copy_out_projection, fuse_linears, head_sizes, multihead_linears

@@ -8,11 +8,15 @@ import torch
 
 from tilewise_reference import Case
 
-from ..documents import Documents
-from ..masks import Causal, Dense, Mask, Window
-from ..positions import ALiBi, RelativePosition, alibi_slopes
-from ..scores import Softcap
-from ..similarity import Cosine
+from ..parts.masks.causal import Causal
+from ..parts.masks.dense import Dense
+from ..parts.masks.documents import Documents
+from ..parts.masks.mask import Mask
+from ..parts.masks.window import Window
+from ..parts.scores.alibi import ALiBi, alibi_slopes
+from ..parts.scores.relative_position import RelativePosition
+from ..parts.scores.softcap import Softcap
+from ..parts.similarity import Cosine
 
 Tensor = torch.Tensor
 

@@ -1,0 +1,53 @@
+"""Some warps that run the same code, and a copy in flight: what a schedule picks from."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .order import Clock
+
+
+class Copy(Protocol):
+    """A copy in flight."""
+
+    @property
+    def signals(self) -> object:
+        """What a role waits for that waits for this copy."""
+
+    def happen(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Role:
+    """Some warps that run one function."""
+
+    number: int
+    name: str
+    warps: int
+    products: list[Any] = field(default_factory=list)  # asynchronous matmuls not yet waited for: matmul.py
+    stores: list[Any] = field(default_factory=list)  # TMA stores not yet waited for: copies.py
+    ready: Callable[[], bool] | None = None  # while it waits: whether it can go on
+    waits_for: str = ""
+    awaits: object = None  # the `signals` of the copies that it waits for
+    is_done: bool = False
+    baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    clock: Clock = field(default_factory=Clock)  # what it knows to have happened
+
+    def __post_init__(self) -> None:
+        self.clock[self] = 1
+
+    def tell(self, to: Clock) -> None:
+        self.clock.tell(self, to)
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def can_go_on(self) -> bool:
+        return not self.is_done and (self.ready is None or self.ready())
+
+    def __str__(self) -> str:
+        return f"role {self.number} ({self.name})"

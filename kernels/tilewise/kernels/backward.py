@@ -1,0 +1,361 @@
+"""The backward pass: dQ, dK and dV from dO, a tile at a time, in two walks without atomics.
+
+    S     = scores(Q Kᵀ)                  recomputed, as in the forward
+    P     = exp(S - row_max) / row_sum    what the forward kept of a row: softmax.py
+    dP    = dO Vᵀ
+    delta = Σ_d dO · O - dLSE             [rows]: Σ_j P dP of a row, without walking its keys
+    dS    = P · (dP - delta)              then back through the modifiers, to the dot products
+    dV    = Pᵀ dO        dK = dSᵀ Q        dQ = dS K
+
+Under dropout P stands for P · keep / (1 - p) in dV, and dP for dP · keep / (1 - p): dropout.py.
+
+`prepare.py` has written delta, and which keys each tile of rows visits. `dkv_kernel` owns a tile of keys of
+one head of keys and values (█) and walks the tiles of rows that visit it (▒), for every query head of the
+group; `dq_kernel` owns a tile of rows and walks the keys, as the forward does. Each result is summed by one
+program in one order: the same inputs give the same bits.
+
+                     keys ──►                              keys ──►
+    rows             · █ · · ·          rows               · · · · ·
+      │              · ▒ · · ·            │                · · · · ·
+      ▼              · ▒ · · ·            ▼                ▒ ▒ ▒ █ ·
+                   dkv_kernel, causal                    dq_kernel, causal
+
+dkv_kernel works on the transposes Sᵀ, Pᵀ and dSᵀ [TILE_KV, TILE_Q], so that Pᵀ and dSᵀ are left operands of
+its products, which tensor cores take from registers.
+
+Method: FlashAttention-2 (Dao 2023, arXiv 2307.08691), algorithm 2; LSE's gradient joins delta.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..parts.addressing import head_ptr, load_rows, load_tile, store_tile
+from ..parts.dropout import drop, dropout_keep
+from ..parts.intervals import cut_tile, intersect_intervals, kept_pairs, kv_range, q_range
+from ..parts.numerics import matmul, round_to
+from ..parts.scores.score import apply_scores, pull_back
+from ..parts.shape import ceil_div
+from ..parts.softmax import softmax_probabilities
+from .call import on_device_of, shared_arguments
+from .prepare import BackwardCall
+from .tile import Tile
+
+
+@triton.jit
+def dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_strides,  # (batch, head, row, dim), as for every tuple of strides
+    k_strides,
+    v_strides,
+    q_heads,
+    group,
+    q_len,
+    kv_len,
+    unit,
+    dropout,
+    mask_args,
+    score_args,
+    INTERVALS: tl.constexpr,
+    KEEPS: tl.constexpr,
+    SCORES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    do_ptr,
+    max_ptr,  # row statistics, [batch, q_heads, q_len] contiguous, as for the next two
+    sum_ptr,
+    delta_ptr,
+    ranges_ptr,
+    dk_ptr,
+    dv_ptr,
+    do_strides,
+    dk_strides,
+    dv_strides,
+    DERIVATIVES: tl.constexpr,  # of SCORES, a function or None (it is 1) for each
+    OPERAND: tl.constexpr,  # what Q and K become before they are multiplied: similarity.py
+    PROJECT: tl.constexpr,  # what finishes dQ and dK
+    HAS_GAPS: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+):
+    # The first tiles of keys, seen by the most rows under a causal mask, start first.
+    kv_tiles, q_tiles = tl.cdiv(kv_len, TILE_KV), tl.cdiv(q_len, TILE_Q)
+    program = tl.program_id(0)
+    kv_start = program % kv_tiles * TILE_KV
+    kv_head = program // kv_tiles % (q_heads // group)
+    batch = program // kv_tiles // (q_heads // group)
+
+    kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
+    kv_row = tl.minimum(kv_idx, kv_len - 1)
+    k_head_ptr = head_ptr(k_ptr, batch, kv_head, k_strides)
+    v_head_ptr = head_ptr(v_ptr, batch, kv_head, v_strides)
+    k = load_tile(k_head_ptr, kv_idx, kv_idx < kv_len, k_strides, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+    v = load_tile(v_head_ptr, kv_idx, kv_idx < kv_len, v_strides, VALUE_DIM, VALUE_TILE)
+    dk = tl.zeros([TILE_KV, HEAD_TILE], tl.float32)
+    dv = tl.zeros([TILE_KV, VALUE_TILE], tl.float32)
+
+    for member in range(group):
+        head = kv_head * group + member
+        rows_ptr = (batch.to(tl.int64) * q_heads + head) * q_len
+        head_ranges_ptr = ranges_ptr + (batch.to(tl.int64) * q_heads + head) * q_tiles * 4
+        first, full_first, full_last, last = q_range(
+            head_ranges_ptr, q_tiles, kv_start, kv_start + TILE_KV, 128
+        )
+        q_head_ptr = head_ptr(q_ptr, batch, head, q_strides)
+        do_head_ptr = head_ptr(do_ptr, batch, head, do_strides)
+
+        for IS_CUT in tl.static_range(2):
+            tiles = full_last - full_first
+            if IS_CUT:
+                tiles = last - first - tiles
+            for step in range(tiles):
+                if IS_CUT:
+                    q_tile = cut_tile(step, first, full_first, full_last)
+                    q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
+                    row = tl.minimum(q_idx, q_len - 1)
+                    lo, hi, _ = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
+                    # 0 · NaN is NaN: a row that sees none of these keys must not enter the sums.
+                    q_mask = (q_idx < q_len) & (tl.maximum(lo, kv_start) < tl.minimum(hi, kv_start + TILE_KV))
+                else:
+                    q_idx = (full_first + step) * TILE_Q + tl.arange(0, TILE_Q)
+                    q_mask = None
+                    row = q_idx
+
+                q = load_tile(
+                    q_head_ptr, q_idx, q_mask, q_strides, HEAD_DIM, HEAD_TILE
+                )  # [TILE_Q, HEAD_TILE]
+                do = load_tile(do_head_ptr, q_idx, q_mask, do_strides, VALUE_DIM, VALUE_TILE)
+                row_max = load_rows(max_ptr + rows_ptr, q_idx, q_mask)[None, :]  # [1, TILE_Q]
+                sum_log2 = load_rows(sum_ptr + rows_ptr, q_idx, q_mask)[None, :]
+
+                # Sᵀ = scores(K Qᵀ)
+                sT = matmul(k, tl.trans(q), tl.zeros([TILE_KV, TILE_Q], tl.float32), PRECISION)
+                sT, inputs = apply_scores(
+                    sT, batch, head, row[None, :], kv_row[:, None], SCORES, score_args
+                )  # [TILE_KV, TILE_Q]
+                pT = softmax_probabilities(sT, row_max, sum_log2, unit)
+                keep = dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, True)
+                if IS_CUT:
+                    kept = q_mask[None, :] & kept_pairs(
+                        row[None, :], kv_idx[:, None], kv_len, lo[None, :], hi[None, :], batch, head, KEEPS,
+                        mask_args,
+                    )  # fmt: skip
+                    pT = tl.where(kept, pT, 0.0)
+                    if HAS_GAPS:  # nor a row whose interval has keys here, none of which it sees
+                        sees = tl.max(kept.to(tl.int32), 0) != 0
+                        q = tl.where(sees[:, None], q, tl.zeros_like(q))
+                        do = tl.where(sees[:, None], do, tl.zeros_like(do))
+                # dV = dV + Pᵀ dO
+                dv = matmul(round_to(drop(pT, keep, dropout), do.dtype), do, dv, PRECISION)
+                # dPᵀ = V dOᵀ
+                dpT = matmul(v, tl.trans(do), tl.zeros([TILE_KV, TILE_Q], tl.float32), PRECISION)
+                # Loaded only here, delta takes no registers before: 244, not 255 and spills (sm_90, 128).
+                delta = load_rows(delta_ptr + rows_ptr, q_idx, q_mask)[None, :]
+                # dSᵀ = Pᵀ · (dPᵀ - delta), and back to the dot products
+                dsT = pT * (drop(dpT, keep, dropout) - delta)
+                dsT = pull_back(
+                    dsT, inputs, batch, head, row[None, :], kv_row[:, None], DERIVATIVES, score_args, 0
+                )
+                if IS_CUT:
+                    dsT = tl.where(kept, dsT, 0.0)
+                # dK = dK + dSᵀ Q
+                dk = matmul(round_to(dsT, q.dtype), OPERAND(q), dk, PRECISION)
+
+    if unit is not None:
+        dk *= unit
+    dk = PROJECT(dk, k)
+    dk_head_ptr = head_ptr(dk_ptr, batch, kv_head, dk_strides)
+    dv_head_ptr = head_ptr(dv_ptr, batch, kv_head, dv_strides)
+    dk, dv = round_to(dk, dk_ptr.dtype.element_ty), round_to(dv, dv_ptr.dtype.element_ty)
+    store_tile(dk_head_ptr, dk, kv_idx, kv_idx < kv_len, dk_strides, HEAD_DIM, HEAD_TILE)
+    store_tile(dv_head_ptr, dv, kv_idx, kv_idx < kv_len, dv_strides, VALUE_DIM, VALUE_TILE)
+
+
+@triton.jit
+def dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    q_heads,
+    group,
+    q_len,
+    kv_len,
+    unit,
+    dropout,
+    mask_args,
+    score_args,
+    INTERVALS: tl.constexpr,
+    KEEPS: tl.constexpr,
+    SCORES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    do_ptr,
+    max_ptr,  # row statistics, [batch, q_heads, q_len] contiguous, as for the next two
+    sum_ptr,
+    delta_ptr,
+    dq_ptr,
+    do_strides,
+    dq_strides,
+    DERIVATIVES: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PROJECT: tl.constexpr,
+    HAS_GAPS: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+):
+    q_tiles = tl.cdiv(q_len, TILE_Q)
+    program = tl.program_id(0)
+    q_tile = q_tiles - 1 - program % q_tiles
+    head = (program // q_tiles) % q_heads
+    batch = program // q_tiles // q_heads
+
+    q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
+    row = tl.minimum(q_idx, q_len - 1)
+    lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
+    start, stop, first, full_first, full_last, last = kv_range(lo, hi, whole, kv_len, TILE_KV)
+
+    q_head_ptr = head_ptr(q_ptr, batch, head, q_strides)
+    do_head_ptr = head_ptr(do_ptr, batch, head, do_strides)
+    k_head_ptr = head_ptr(k_ptr, batch, head // group, k_strides)
+    v_head_ptr = head_ptr(v_ptr, batch, head // group, v_strides)
+    q = load_tile(q_head_ptr, q_idx, q_idx < q_len, q_strides, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+    do = load_tile(do_head_ptr, q_idx, q_idx < q_len, do_strides, VALUE_DIM, VALUE_TILE)
+    rows_ptr = (batch.to(tl.int64) * q_heads + head) * q_len
+    row_max = tl.load(max_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
+    sum_log2 = tl.load(sum_ptr + rows_ptr + row)[:, None]
+    delta = tl.load(delta_ptr + rows_ptr + row)[:, None]
+    dq = tl.zeros([TILE_Q, HEAD_TILE], tl.float32)
+
+    for IS_CUT in tl.static_range(2):
+        tiles = full_last - full_first
+        if IS_CUT:
+            tiles = last - first - tiles
+        for step in range(tiles):
+            if IS_CUT:
+                kv_start = cut_tile(step, first, full_first, full_last) * TILE_KV
+                kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
+                kv_mask = (kv_idx >= start) & (kv_idx < stop)
+                kv_row = tl.minimum(kv_idx, kv_len - 1)
+            else:
+                kv_start = (full_first + step) * TILE_KV
+                kv_idx = kv_start + tl.arange(0, TILE_KV)
+                kv_mask = None
+                kv_row = kv_idx
+
+            # k [TILE_KV, HEAD_TILE], v [TILE_KV, VALUE_TILE]
+            k = load_tile(k_head_ptr, kv_idx, kv_mask, k_strides, HEAD_DIM, HEAD_TILE)
+            v = load_tile(v_head_ptr, kv_idx, kv_mask, v_strides, VALUE_DIM, VALUE_TILE)
+
+            # S = scores(Q Kᵀ)
+            s = matmul(q, tl.trans(k), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
+            s, inputs = apply_scores(s, batch, head, row[:, None], kv_row[None, :], SCORES, score_args)
+            p = softmax_probabilities(s, row_max, sum_log2, unit)  # [TILE_Q, TILE_KV]
+            # dP = dO Vᵀ
+            dp = matmul(do, tl.trans(v), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
+            dp = drop(dp, dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, False), dropout)
+            # dS = P · (dP - delta), and back to the dot products
+            ds = pull_back(
+                p * (dp - delta),
+                inputs,
+                batch,
+                head,
+                row[:, None],
+                kv_row[None, :],
+                DERIVATIVES,
+                score_args,
+                0,
+            )
+            if IS_CUT:
+                kept = kept_pairs(
+                    row[:, None],
+                    kv_idx[None, :],
+                    kv_len,
+                    lo[:, None],
+                    hi[:, None],
+                    batch,
+                    head,
+                    KEEPS,
+                    mask_args,
+                )
+                ds = tl.where(kept, ds, 0.0)
+                if HAS_GAPS:  # 0 · NaN is NaN: a key that no row sees must not enter the sum
+                    seen = tl.max(kept.to(tl.int32), 0) != 0
+                    k = tl.where(seen[:, None], k, tl.zeros_like(k))
+
+            # dQ = dQ + dS K
+            dq = matmul(round_to(ds, k.dtype), OPERAND(k), dq, PRECISION)  # [TILE_Q, HEAD_TILE]
+
+    if unit is not None:
+        dq *= unit
+    dq = PROJECT(dq, q)
+    dq_head_ptr = head_ptr(dq_ptr, batch, head, dq_strides)
+    dq = round_to(dq, dq_ptr.dtype.element_ty)
+    store_tile(dq_head_ptr, dq, q_idx, q_idx < q_len, dq_strides, HEAD_DIM, HEAD_TILE)
+
+
+def backward_arguments(backward: BackwardCall, tile: Tile) -> dict[str, Any]:
+    """What the kernels that recompute scores take alike."""
+    call = backward.call
+    return shared_arguments(call) | dict(
+        do_ptr=backward.do,
+        max_ptr=backward.row_max,
+        sum_ptr=backward.sum_log2,
+        delta_ptr=backward.delta,
+        do_strides=backward.do.stride(),
+        DERIVATIVES=tuple([score.derivative for score in call.scores]),
+        TILE_Q=tile.tile_q,
+        TILE_KV=tile.tile_kv,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile: Tile) -> None:
+    """Fill dk [batch, kv_heads, kv_len, head_dim] and dv [batch, kv_heads, kv_len, value_dim].
+    tile.tile_q is that of `prepare`."""
+    shape = backward.call.shape
+    arguments = backward_arguments(backward, tile) | dict(
+        ranges_ptr=backward.ranges,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        dk_strides=dk.stride(),
+        dv_strides=dv.stride(),
+        OPERAND=backward.call.operand,
+        PROJECT=backward.call.project,
+        HAS_GAPS=backward.call.has_gaps,
+    )
+    programs = ceil_div(shape.kv_len, tile.tile_kv) * shape.kv_heads * shape.batch
+    if programs:
+        with on_device_of(dk):
+            dkv_kernel[(programs,)](**arguments)
+
+
+def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:
+    """Fill dq [batch, q_heads, q_len, head_dim]."""
+    shape = backward.call.shape
+    arguments = backward_arguments(backward, tile) | dict(
+        dq_ptr=dq,
+        dq_strides=dq.stride(),
+        OPERAND=backward.call.operand,
+        PROJECT=backward.call.project,
+        HAS_GAPS=backward.call.has_gaps,
+    )
+    programs = ceil_div(shape.q_len, tile.tile_q) * shape.q_heads * shape.batch
+    if programs:
+        with on_device_of(dq):
+            dq_kernel[(programs,)](**arguments)

@@ -1,0 +1,82 @@
+"""One call, ready for the kernels: masks and scores tied to its sizes; and what every kernel is told."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+
+from ..parts.masks.mask import BoundMask
+from ..parts.numerics import float32_precision
+from ..parts.scores.score import BoundScore
+from ..parts.shape import Shape, next_power_of_two
+
+
+class Call(NamedTuple):
+    """What forward and backward have in common; `checks` has passed it."""
+
+    shape: Shape
+    q: torch.Tensor  # [batch, q_heads, q_len, head_dim]
+    k: torch.Tensor  # [batch, kv_heads, kv_len, head_dim]
+    v: torch.Tensor  # [batch, kv_heads, kv_len, value_dim]
+    sink: torch.Tensor | None  # [q_heads]
+    masks: tuple[BoundMask, ...]
+    scores: tuple[BoundScore, ...]
+    unit: float | None  # of what the scores leave: softmax.py
+    operand: Any  # what Q and K become before the backward multiplies them: similarity.py
+    project: Any  # finishes a tile of dQ or dK
+    has_gaps: bool
+    dropout: tuple[Any, ...]
+
+
+def power_of_two_tile(dim: int) -> int:
+    """The columns of a tile that holds rows of `dim`: a power of two, at least the 16 a matmul needs."""
+    return max(16, next_power_of_two(dim))
+
+
+def function_arguments(call: Call) -> dict[str, Any]:
+    """What every walk over tiles is told of masks and scores: functions, and what these are given."""
+    return dict(
+        mask_args=tuple([mask.args for mask in call.masks]),
+        score_args=tuple([score.args for score in call.scores]),
+        INTERVALS=tuple([mask.interval for mask in call.masks]),
+        SCORES=tuple([score.score for score in call.scores]),
+    )
+
+
+def shared_arguments(call: Call) -> dict[str, Any]:
+    """The arguments that every portable kernel takes, by the names they have there."""
+    shape = call.shape
+    return dict(
+        q_ptr=call.q,
+        k_ptr=call.k,
+        v_ptr=call.v,
+        q_strides=call.q.stride(),
+        k_strides=call.k.stride(),
+        v_strides=call.v.stride(),
+        q_heads=shape.q_heads,
+        group=shape.group,
+        q_len=shape.q_len,
+        kv_len=shape.kv_len,
+        unit=call.unit,
+        dropout=call.dropout,
+        **function_arguments(call),
+        KEEPS=tuple([mask.keep for mask in call.masks]),
+        HEAD_DIM=shape.head_dim,
+        VALUE_DIM=shape.value_dim,
+        HEAD_TILE=power_of_two_tile(shape.head_dim),
+        VALUE_TILE=power_of_two_tile(shape.value_dim),
+        PRECISION=float32_precision(),
+        enable_fp_fusion=True,
+    )
+
+
+NO_CONTEXT = contextlib.nullcontext()
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels launched inside run on the tensor's device, whichever is current outside."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return NO_CONTEXT

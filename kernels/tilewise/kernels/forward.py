@@ -1,0 +1,210 @@
+"""The forward pass: O = softmax(scores(Q Kᵀ)) V, a tile at a time; the score matrix never exists in memory.
+
+    S   = scores(Q Kᵀ)              [TILE_Q, TILE_KV]    scale, similarity and modifiers: parts/scores/
+    S   = -inf where masked                              only in tiles that a mask cuts:  parts/masks/
+    P   = exp(S - row_max)                               the softmax state:               parts/softmax.py
+    O   = (Σ P V) / row_sum         [TILE_Q, value_dim]
+    LSE = row_max + ln row_sum      [TILE_Q]
+
+Each program owns one tile of query rows of one head and walks the key tiles that its mask allows: first those
+in which every pair counts (█), then those that the mask cuts (▒); the others (·) are never visited.
+
+                     keys ──►
+    q_tile 0         ▒ · · · ·
+    q_tile 1         █ ▒ · · ·          causal, TILE_Q = TILE_KV
+    q_tile 2         █ █ ▒ · ·
+    q_tile 3         █ █ █ ▒ ·
+
+Method: FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..parts.addressing import head_ptr, load_tile, store_tile
+from ..parts.dropout import drop, dropout_keep
+from ..parts.intervals import cut_tile, intersect_intervals, kept_pairs, kv_range
+from ..parts.numerics import INTERPRETED, matmul, round_to, widen
+from ..parts.scores.score import apply_scores
+from ..parts.shape import ceil_div
+from ..parts.softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
+from .call import Call, on_device_of, shared_arguments
+from .tile import Tile
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_strides,  # (batch, head, row, dim), as for the next two and out_strides
+    k_strides,
+    v_strides,
+    q_heads,
+    group,  # query heads that share a head of keys and values
+    q_len,
+    kv_len,
+    unit,  # exp(score) = exp(s · unit) for the s that SCORES leave; None: they are in natural units
+    dropout,  # seed, threshold and factor, or ()
+    mask_args,
+    score_args,
+    INTERVALS: tl.constexpr,  # a function or None for each mask
+    KEEPS: tl.constexpr,  # a function or None for each mask
+    SCORES: tl.constexpr,  # a function for each modifier
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_TILE: tl.constexpr,  # HEAD_DIM rounded up to a power of two; the rest reads as 0
+    VALUE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    out_ptr,
+    lse_ptr,  # [batch, q_heads, q_len] contiguous, or None, as for the next two
+    max_ptr,
+    sum_ptr,
+    sink_ptr,  # [q_heads], or None
+    out_strides,
+    sink_stride,
+    HAS_GAPS: tl.constexpr,  # some key inside a row tile's range may be seen by none of its rows
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+):
+    # Heads are neighbours in the grid where they share keys; the last query tiles, the longest under a causal
+    # mask, start first.
+    q_tiles = tl.cdiv(q_len, TILE_Q)
+    program = tl.program_id(0)
+    q_tile = q_tiles - 1 - program % q_tiles
+    head = (program // q_tiles) % q_heads
+    batch = program // q_tiles // q_heads
+
+    q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
+    row = tl.minimum(q_idx, q_len - 1)  # masks and scores are asked about valid rows only
+    lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
+    start, stop, first, full_first, full_last, last = kv_range(lo, hi, whole, kv_len, TILE_KV)
+
+    q_head_ptr = head_ptr(q_ptr, batch, head, q_strides)
+    q = load_tile(q_head_ptr, q_idx, q_idx < q_len, q_strides, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+    k_head_ptr = head_ptr(k_ptr, batch, head // group, k_strides)
+    v_head_ptr = head_ptr(v_ptr, batch, head // group, v_strides)
+    row_max, row_sum, o = softmax_start(TILE_Q, VALUE_TILE)
+
+    for IS_CUT in tl.static_range(2):
+        tiles = full_last - full_first
+        if IS_CUT:
+            tiles = last - first - tiles
+        for step in range(tiles):
+            if IS_CUT:
+                kv_start = cut_tile(step, first, full_first, full_last) * TILE_KV
+                kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
+                kv_mask = (kv_idx >= start) & (kv_idx < stop)
+                kv_row = tl.minimum(kv_idx, kv_len - 1)
+            else:
+                kv_start = (full_first + step) * TILE_KV
+                kv_idx = kv_start + tl.arange(0, TILE_KV)
+                kv_mask = None
+                kv_row = kv_idx
+
+            # k [TILE_KV, HEAD_TILE], v [TILE_KV, VALUE_TILE]
+            k = load_tile(k_head_ptr, kv_idx, kv_mask, k_strides, HEAD_DIM, HEAD_TILE)
+            v = load_tile(v_head_ptr, kv_idx, kv_mask, v_strides, VALUE_DIM, VALUE_TILE)
+
+            # S = scores(Q Kᵀ)
+            s = tl.zeros([TILE_Q, TILE_KV], tl.float32)
+            s = matmul(q, tl.trans(k), s, PRECISION)  # [TILE_Q, TILE_KV]
+            s, _ = apply_scores(s, batch, head, row[:, None], kv_row[None, :], SCORES, score_args)
+            if IS_CUT:
+                kept = kept_pairs(
+                    row[:, None],
+                    kv_idx[None, :],
+                    kv_len,
+                    lo[:, None],
+                    hi[:, None],
+                    batch,
+                    head,
+                    KEEPS,
+                    mask_args,
+                )
+                s = tl.where(kept, s, float("-inf"))
+                if HAS_GAPS:  # 0 · NaN is NaN: the value of a key that no row sees must not enter the sum
+                    seen = tl.max(kept.to(tl.int32), 0) != 0
+                    v = tl.where(seen[:, None], v, tl.zeros_like(v))
+
+            row_max, row_sum, p, rescale = softmax_step(s, row_max, row_sum, unit)
+            p = drop(p, dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, False), dropout)
+            # O = O · rescale + P V
+            o = matmul(round_to(p, v.dtype), v, o * rescale[:, None], PRECISION)  # [TILE_Q, VALUE_TILE]
+
+    if sink_ptr is not None:
+        # A sink is the state of one more key, whose value is 0.
+        tl.static_assert(unit is None, "a sink's logit is in natural units")
+        sink_max = tl.zeros_like(row_max) + widen(tl.load(sink_ptr + head.to(tl.int64) * sink_stride))
+        sink_sum = tl.full([TILE_Q], 1.0, tl.float32)
+        sink_o = tl.zeros_like(o)
+        row_max, row_sum, o = softmax_merge(row_max, row_sum, o, sink_max, sink_sum, sink_o)
+    natural_max = row_max
+    if unit is not None:
+        natural_max = row_max * unit
+    o, lse, sum_log2 = softmax_finish(natural_max, row_sum, o)
+
+    valid = q_idx < q_len
+    rows = (batch.to(tl.int64) * q_heads + head) * q_len + q_idx
+    if lse_ptr is not None:
+        tl.store(lse_ptr + rows, lse, mask=valid)
+    if max_ptr is not None:
+        tl.store(max_ptr + rows, row_max, mask=valid)
+        tl.store(sum_ptr + rows, sum_log2, mask=valid)
+    out = round_to(o, out_ptr.dtype.element_ty)
+    out_head_ptr = head_ptr(out_ptr, batch, head, out_strides)
+    store_tile(out_head_ptr, out, q_idx, valid, out_strides, VALUE_DIM, VALUE_TILE)
+
+
+# Triton 3.6.0 cannot translate for AMD a loop with tiles of a bias in flight beside fewer than 64 rows: it
+# leaves a conversion between two equal layouts in the code. 3.9.0 can.
+TRANSLATES_ALL = [int(number) for number in re.findall(r"\d+", triton.__version__)[:2]] >= [3, 9]
+
+
+def stages_in_flight(call: Call, tile: Tile) -> int:
+    """The tile's stages, or one where Triton can translate no more."""
+    if TRANSLATES_ALL or INTERPRETED or not call.scores or tile.tile_q >= 64:
+        return tile.num_stages
+    is_amd = triton.runtime.driver.active.get_current_target().backend == "hip"
+    return 1 if is_amd else tile.num_stages
+
+
+def forward_launch(
+    call: Call, out: torch.Tensor, lse: torch.Tensor | None, statistics: torch.Tensor | None, tile: Tile
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the arguments with which `forward_kernel` answers `call`."""
+    shape = call.shape
+    row_max, row_sum = (None, None) if statistics is None else statistics.unbind(0)
+    arguments = shared_arguments(call) | dict(
+        out_ptr=out,
+        lse_ptr=lse,
+        max_ptr=row_max,
+        sum_ptr=row_sum,
+        sink_ptr=call.sink,
+        out_strides=out.stride(),
+        sink_stride=0 if call.sink is None else call.sink.stride(0),
+        HAS_GAPS=call.has_gaps,
+        TILE_Q=tile.tile_q,
+        TILE_KV=tile.tile_kv,
+        num_warps=tile.num_warps,
+        num_stages=stages_in_flight(call, tile),
+    )
+    return (ceil_div(shape.q_len, tile.tile_q) * shape.q_heads * shape.batch,), arguments
+
+
+def launch_forward(
+    call: Call, out: torch.Tensor, lse: torch.Tensor | None, statistics: torch.Tensor | None, tile: Tile
+) -> None:
+    """Fill out [batch, q_heads, q_len, value_dim], lse [batch, q_heads, q_len] and, for the backward,
+    statistics [2, batch, q_heads, q_len]: `softmax.softmax_probabilities`. lse and statistics are fp32 and
+    contiguous."""
+    grid, arguments = forward_launch(call, out, lse, statistics, tile)
+    if grid[0]:
+        with on_device_of(out):
+            forward_kernel[grid](**arguments)

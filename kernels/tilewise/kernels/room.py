@@ -1,0 +1,101 @@
+"""Does a tile fit a chip? The shared memory and the registers that each pass needs."""
+
+from __future__ import annotations
+
+import re
+
+from .tile import HopperTile, Pass, Tile
+
+# Shared memory that one block may use, in bytes (CUDA programming guide, "compute capabilities"; CDNA3 ISA).
+SHARED_BYTES = {
+    "sm_75": 65_536,
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_87": 166_912,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_103": 232_448,
+    "sm_120": 101_376,
+    "sm_121": 101_376,
+    "gfx942": 65_536,
+    "gfx950": 163_840,
+}
+SMALLEST_SHARED_BYTES = 65_536
+# Of a thread's 255; the rest goes to addresses, row state and operands, of which dQ's pass has the fewest.
+ACCUMULATOR_REGISTERS = {"forward": 160, "dkv": 168, "dq": 224}
+
+
+HOPPER_REGISTERS = {2: 192, 3: 112}  # by warpgroups: of 240 and 160
+
+
+def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> int:
+    """Shared memory that a pass needs at most: the two tiles that a program owns, the two it walks over,
+    times those in flight, and P and dS on their way from one matmul to the next. Hopper's and Blackwell's
+    16-bit matmuls take all stages from shared memory, others one less; without pipelining K and V share one
+    place in the forward. CDNA keeps what a program owns in registers."""
+    if isinstance(tile, HopperTile):
+        return hopper_bytes(tile, dim, dim, has_out_buffer(tile, dim, dim))
+    walked = tile.tile_q if work == "dkv" else tile.tile_kv
+    owned = {"forward": tile.tile_q, "dq": 2 * tile.tile_q, "dkv": 2 * tile.tile_kv}[work]
+    owned = 0 if arch.startswith("gfx") else owned
+    from_shared = element_bytes == 2 and family(arch) in ("sm_90", "sm_100")
+    between = 0 if from_shared else tile.tile_q * tile.tile_kv
+    in_flight = tile.num_stages if from_shared else max(1, tile.num_stages - 1)
+    buffers = 1 if tile.num_stages == 1 and work == "forward" else 2 * in_flight
+    if from_shared and family(arch) == "sm_100" and work != "forward":
+        buffers += 1  # a transposed copy; and P and dS of the dK and dV pass are operands in shared memory
+        between = 2 * tile.tile_q * tile.tile_kv if work == "dkv" else 0
+    return element_bytes * (owned * dim + between + buffers * walked * dim)
+
+
+def hopper_bytes(tile: HopperTile, head_tile: int, value_tile: int, with_out_buffer: bool) -> int:
+    """Shared memory of Hopper's forward: Q, the rings of K and V, O on its way out, and the barriers."""
+    columns = tile.tile_q * head_tile + tile.num_stages * tile.tile_kv * (head_tile + value_tile)
+    columns += tile.tile_q * value_tile if with_out_buffer else 0
+    return 2 * columns + 512
+
+
+def has_out_buffer(tile: HopperTile, head_tile: int, value_tile: int) -> bool:
+    """Whether O has a place of its own there, so that the next tile's Q can be on its way while O leaves.
+    Otherwise O leaves through Q's."""
+    if hopper_bytes(tile, head_tile, value_tile, True) <= SHARED_BYTES["sm_90"]:
+        return True
+    if head_tile == value_tile:
+        return False
+    raise NotImplementedError(
+        f"{tile} has no room for O in shared memory beside Q, K and V of {head_tile} and {value_tile} columns"
+    )
+
+
+def accumulator_registers(tile: Tile, arch: str, dim: int, work: Pass = "forward") -> int:
+    """Registers a thread that hold what is summed (O; dQ; dK and dV), the scores and what becomes of them."""
+    if isinstance(tile, HopperTile):  # as the forward's, and Q where it is kept there
+        q = tile.tile_q * dim // 2 if tile.is_q_in_registers else 0
+        return (tile.tile_q * (dim + tile.tile_kv + tile.tile_kv // 2) + q) // (32 * tile.num_warps)
+    threads = tile.num_warps * (64 if arch.startswith("gfx") else 32)
+    pairs = tile.tile_q * tile.tile_kv
+    if work == "forward":  # S and the rounded P
+        return (tile.tile_q * dim + pairs + pairs // 2) // threads
+    sums = tile.tile_q * dim if work == "dq" else 2 * tile.tile_kv * dim
+    return (sums + 2 * pairs + pairs // 2) // threads  # S, dP and the rounded dS
+
+
+def fits(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> bool:
+    """Whether a pass with this tile stays within the chip's shared memory and a thread's registers."""
+    if isinstance(tile, HopperTile):
+        budget = HOPPER_REGISTERS[tile.warpgroups]
+    else:
+        budget = ACCUMULATOR_REGISTERS[work] * (2 if arch.startswith("gfx") else 1)
+    return (
+        shared_bytes(tile, arch, element_bytes, dim, work) <= SHARED_BYTES.get(arch, SMALLEST_SHARED_BYTES)
+        and accumulator_registers(tile, arch, dim, work) <= budget
+    )
+
+
+def family(arch: str) -> str:
+    """The architecture of the table that a chip is nearest to: the newest that is not newer than it."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    version = int(re.sub(r"\D", "", arch))
+    return "sm_100" if version >= 100 else "sm_90" if version >= 90 else "sm_80"

@@ -1,0 +1,40 @@
+"""Causal: keys up to the row's own position."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl  # noqa: F401 - the interpreter wants it beside a jit function
+
+import tilewise_reference.masks as dense
+
+from ..bounds import FIRST_KEY, Bounds, positions
+from ..shape import Align, Shape, check_align
+from .mask import BoundMask, Mask, Twin
+
+
+@triton.jit
+def causal_interval(q_idx, batch, head, args):
+    return q_idx * 0, q_idx + args[0] + 1, q_idx >= 0
+
+
+class Causal(Mask):
+    """A query sees its own position and everything before it.
+
+    align: "bottom_right" puts the last query at the last key (new tokens after a cache); "top_left" puts the
+    first query at the first key, as PyTorch's `is_causal=True` does. The two agree where q_len = kv_len.
+    """
+
+    FIELDS = ("align",)
+
+    def __init__(self, align: Align = "bottom_right") -> None:
+        check_align(align)
+        self.align = align
+
+    def bind(self, shape: Shape) -> BoundMask:
+        return BoundMask(causal_interval, None, (shape.shift(self.align),))
+
+    def bounds(self, shape: Shape) -> Bounds:
+        return Bounds(FIRST_KEY, positions(shape, self.align) + 1)
+
+    def twin(self, shape: Shape) -> Twin:
+        return dense.causal(shape.q_len, shape.kv_len, self.align)

@@ -1,0 +1,49 @@
+"""Dense: a bool tensor."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..shape import Shape, broadcast_strides, misfits
+from .mask import MEANINGS, BoundMask, Mask, Twin
+
+
+@triton.jit
+def dense_keep(q_idx, kv_idx, batch, head, args):
+    ptr, strides = args
+    ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    return tl.load(ptr + q_idx.to(tl.int64) * strides[2] + kv_idx.to(tl.int64) * strides[3]) != 0
+
+
+class Dense(Mask):
+    """A bool tensor that broadcasts to [batch, q_heads, q_len, kv_len], True where the pair counts. No tile
+    is skipped: combine it with a structured mask (`Causal() & tensor`) where one bounds it."""
+
+    has_gaps = True
+    FIELDS = ("mask",)
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        if not isinstance(mask, torch.Tensor):
+            raise ValueError(f"{mask=} must be a tensor of dtype torch.bool")
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask.dtype={mask.dtype} must be torch.bool; pass an additive mask as bias=")
+        self.mask = mask
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"mask": self.mask}
+
+    def misfits(self, shape: Shape) -> list[str]:
+        return misfits("mask", self.mask, shape.scores)
+
+    def bind(self, shape: Shape) -> BoundMask:
+        strides = broadcast_strides(self.mask, shape.scores)
+        return BoundMask(None, dense_keep, (self.mask.view(torch.uint8), strides))
+
+    def twin(self, shape: Shape) -> Twin:
+        mask = self.mask.expand(shape.scores)
+        return lambda batch, head, q_idx, kv_idx: mask[batch, head, q_idx, kv_idx]
+
+
+MEANINGS.append((torch.Tensor, Dense))

@@ -1,0 +1,98 @@
+"""The document mask: packed sequences in which a query sees the keys of its own document.
+
+Ids may come in any order. The interval of a row is the hull of its document, from its first key to its last;
+if the document is not interrupted in between, the hull is whole and full tiles need no mask. The hulls are
+found once, on the device, when the mask is made.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+import tilewise_reference.masks as dense
+
+from ..bounds import Bounds
+from ..shape import INTS, Shape, check_dtype, misfits
+from .mask import BoundMask, Mask, Twin
+
+
+@triton.jit
+def documents_interval(q_idx, batch, head, args):
+    hull_ptr, hull_strides = args[0]  # [batch, q_len, 3]: first key, last key + 1, whole
+    row_ptr = hull_ptr + batch.to(tl.int64) * hull_strides[0] + q_idx.to(tl.int64) * 3
+    return tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2) != 0
+
+
+@triton.jit
+def documents_keep(q_idx, kv_idx, batch, head, args):
+    q_ids_ptr, q_strides = args[1]
+    kv_ids_ptr, kv_strides = args[2]
+    q_ids = tl.load(q_ids_ptr + batch.to(tl.int64) * q_strides[0] + q_idx.to(tl.int64) * q_strides[1])
+    kv_ids = tl.load(kv_ids_ptr + batch.to(tl.int64) * kv_strides[0] + kv_idx.to(tl.int64) * kv_strides[1])
+    return q_ids == kv_ids
+
+
+class Documents(Mask):
+    """A query sees the keys whose document id equals its own.
+
+    ids: int32 or int64 tensor, [q_len] or [batch, q_len]. kv_ids: the same for the keys; `ids` when None.
+    Documents that stand in one piece, as in packed training batches, are the fast case.
+    """
+
+    has_gaps = True
+    FIELDS = ("ids", "kv_ids", "hulls")
+
+    def __init__(self, ids: torch.Tensor, kv_ids: torch.Tensor | None = None) -> None:
+        kv_ids = ids if kv_ids is None else kv_ids
+        for name, tensor in (("ids", ids), ("kv_ids", kv_ids)):
+            check_dtype(name, tensor, INTS)
+            if tensor.dim() not in (1, 2):
+                raise ValueError(f"{name}.shape={tuple(tensor.shape)} must be [length] or [batch, length]")
+        if ids.device != kv_ids.device:
+            raise ValueError(f"{ids.device=} and {kv_ids.device=} must be the same")
+        self.ids, self.kv_ids = ids, kv_ids
+        self.hulls = document_hulls(torch.atleast_2d(ids), torch.atleast_2d(kv_ids))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"ids": self.ids, "kv_ids": self.kv_ids, "hulls": self.hulls}
+
+    def misfits(self, shape: Shape) -> list[str]:
+        return misfits("ids", self.ids, (shape.batch, shape.q_len)) + misfits(
+            "kv_ids", self.kv_ids, (shape.batch, shape.kv_len)
+        )
+
+    def bind(self, shape: Shape) -> BoundMask:
+        hulls = self.hulls.expand(shape.batch, shape.q_len, 3)
+        q_ids = self.ids.expand(shape.batch, shape.q_len)
+        kv_ids = self.kv_ids.expand(shape.batch, shape.kv_len)
+        args = ((hulls, hulls.stride()), (q_ids, q_ids.stride()), (kv_ids, kv_ids.stride()))
+        return BoundMask(documents_interval, documents_keep, args)
+
+    def bounds(self, shape: Shape) -> Bounds:
+        first, stop, whole = self.hulls.to("cpu", torch.int64)[:, None].unbind(3)
+        return Bounds(first, stop, whole != 0)
+
+    def twin(self, shape: Shape) -> Twin:
+        return dense.documents(self.ids, self.kv_ids)
+
+
+def document_hulls(ids: torch.Tensor, kv_ids: torch.Tensor) -> torch.Tensor:
+    """ids [B, q_len], kv_ids [B, kv_len] -> int32 [B, q_len, 3]: the first key of the row's document, its
+    last key + 1, and whether all keys between are of that document. No host synchronisation."""
+    batch = max(ids.shape[0], kv_ids.shape[0])
+    dtype = torch.promote_types(ids.dtype, kv_ids.dtype)
+    ids, kv_ids = ids.to(dtype).expand(batch, -1).contiguous(), kv_ids.to(dtype).expand(batch, -1)
+    if kv_ids.shape[1] == 0:
+        return torch.zeros(*ids.shape, 3, dtype=torch.int32, device=ids.device)
+    # In a stable sort, the keys of one document keep their order: its first and last stand at the ends.
+    ordered, order = kv_ids.sort(dim=1, stable=True)
+    begin = torch.searchsorted(ordered, ids)
+    end = torch.searchsorted(ordered, ids, right=True)
+    count = end - begin
+    last_key = kv_ids.shape[1] - 1
+    first = order.gather(1, begin.clamp(max=last_key))
+    stop = order.gather(1, (end - 1).clamp(min=0)) + 1
+    stop = torch.where(count > 0, stop, first)
+    return torch.stack([first, stop, stop - first == count], dim=2).to(torch.int32)

@@ -1,0 +1,107 @@
+"""Which pairs count? Masks: their device functions, and the objects that a caller combines with `&`.
+
+A mask answers on the device with one or both of
+
+    interval(q_idx, batch, head, args) -> lo, hi, whole       per row: the keys lo..hi, and whether all count
+    keep(q_idx, kv_idx, batch, head, args) -> bool tile       pair by pair, where an interval is not enough
+
+intervals.py shows what the kernels make of them. Indices are int32 and always those of valid rows and keys,
+so loads need no bounds check. q_idx is [TILE_Q] for an interval. For keep, q_idx and kv_idx have the tile's
+two dimensions, one of them of size 1: [TILE_Q, 1] against [1, TILE_KV], and in the backward also the
+transpose. `args` is the tuple that `bind` returned. Every mask names its specification, a plain PyTorch
+function, as its `twin`, and says on the host what its interval says on the device: its `bounds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from ..bounds import Bounds
+from ..shape import Shape
+
+Twin = Callable[..., torch.Tensor]
+
+
+class BoundMask(NamedTuple):
+    """A mask tied to the sizes of one call: its device functions (or None) and their runtime arguments."""
+
+    interval: Any
+    keep: Any
+    args: tuple[Any, ...]
+
+
+class Mask:
+    """A rule for which query-key pairs count. Combine rules with `&`; a bool tensor may stand on either side.
+
+    `has_gaps` says that a key between two keys seen by a tile of rows may be seen by none of them; the kernel
+    then keeps such a key's value, which may be NaN, out of its sums. Intervals whose ends rise by at most one
+    key a row, as those of Causal, Window, Prefix and Padding do, leave no gaps, nor do their intersections.
+    """
+
+    has_gaps = False
+    # The attributes that make up the object, by which `encoding` takes it apart and builds it again.
+    FIELDS: ClassVar[tuple[str, ...]] = ()
+
+    def parts(self) -> tuple[Mask, ...]:
+        """The rules that must all hold."""
+        return (self,)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that the device functions read, by argument name."""
+        return {}
+
+    def misfits(self, shape: Shape) -> list[str]:
+        """Why this mask cannot serve a call of this shape; empty if it can."""
+        return []
+
+    def looks(self) -> Any:
+        """What rules look at besides the shapes, dtypes and devices of `tensors`; hashable."""
+        return type(self)
+
+    def bind(self, shape: Shape) -> BoundMask:
+        raise NotImplementedError(f"{type(self).__name__} defines no bind()")
+
+    def bounds(self, shape: Shape) -> Bounds | None:
+        """The interval of every row, in plain PyTorch. None: there is none, or only the device knows it.
+        Reads the mask's tensors, so that the host waits for the GPU: tools ask for it, calls do not."""
+        return None
+
+    def twin(self, shape: Shape) -> Twin:
+        """The same rule as f(batch, head, q_idx, kv_idx) -> bool tensor, in plain PyTorch."""
+        raise NotImplementedError(f"{type(self).__name__} defines no twin()")
+
+    def __and__(self, other: Mask | torch.Tensor) -> Mask:
+        return All(self, as_mask(other))
+
+    def __rand__(self, other: torch.Tensor) -> Mask:
+        return All(as_mask(other), self)
+
+
+class All(Mask):
+    """The pairs that every one of several masks keeps: what `a & b` builds."""
+
+    def __init__(self, *masks: Mask) -> None:
+        self._parts = tuple(part for mask in masks for part in mask.parts())
+
+    def parts(self) -> tuple[Mask, ...]:
+        return self._parts
+
+
+# What else a caller may give for a mask, and the mask that it means: the files of those masks add to it.
+MEANINGS: list[tuple[type, Callable[[Any], Mask]]] = []
+
+
+def as_mask(given: Any) -> Mask:
+    """The mask that a caller means by a Mask, a bool tensor or a `@triton.jit` keep function."""
+    if isinstance(given, Mask):
+        return given
+    for kind, mask in MEANINGS:
+        if isinstance(given, kind):
+            return mask(given)
+    raise ValueError(
+        f"mask={given!r} must be a tilewise mask, a bool tensor or a @triton.jit function "
+        "keep(q_idx, kv_idx, batch, head, args)"
+    )

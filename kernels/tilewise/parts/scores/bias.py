@@ -1,0 +1,47 @@
+"""Bias: a tensor that is added to the scores."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+import tilewise_reference.scores as dense
+
+from ..numerics import widen
+from ..shape import FLOATS, Shape, broadcast_strides, check_dtype, misfits
+from .score import BoundScore, Parameter, Score, Twin, padded_sizes
+
+
+@triton.jit
+def bias_score(s, batch, head, q_idx, kv_idx, args):
+    ptr, strides = args
+    ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    bias = tl.load(ptr + q_idx.to(tl.int64) * strides[2] + kv_idx.to(tl.int64) * strides[3])
+    return s + widen(bias)
+
+
+class Bias(Score):
+    """s becomes s + bias. bias: fp16, bf16 or fp32 tensor that broadcasts to [batch, q_heads, q_len, kv_len],
+    with any strides and alignment. `attention(..., bias=b)` is Bias(b) after all other modifiers."""
+
+    FIELDS = ("bias",)
+
+    def __init__(self, bias: torch.Tensor) -> None:
+        check_dtype("bias", bias, FLOATS)
+        self.bias = bias
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"bias": self.bias}
+
+    def misfits(self, shape: Shape) -> list[str]:
+        return misfits("bias", self.bias, shape.scores)
+
+    def bind(self, shape: Shape) -> BoundScore:
+        return BoundScore(bias_score, (self.bias, broadcast_strides(self.bias, shape.scores)))
+
+    def parameters(self, shape: Shape) -> dict[str, Parameter]:
+        return {"bias": Parameter(None, padded_sizes(self.bias))}
+
+    def twin(self, shape: Shape) -> Twin:
+        return dense.additive_bias(self.bias)

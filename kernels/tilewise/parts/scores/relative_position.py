@@ -1,0 +1,72 @@
+"""RelativePosition: a learned number for each bucket of distances."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+import tilewise_reference.scores as dense
+
+from ..numerics import widen
+from ..shape import FLOATS, Align, Shape, check_align, check_dtype
+from .score import BoundScore, Parameter, Score, Twin
+
+
+@triton.jit
+def relative_score(s, batch, head, q_idx, kv_idx, args):
+    table_ptr, max_distance, shift = args  # [q_heads, 2 · max_distance + 1], by key position - query position
+    distance = tl.minimum(tl.maximum(kv_idx - q_idx - shift, -max_distance), max_distance)
+    row_ptr = table_ptr + head.to(tl.int64) * (2 * max_distance + 1) + max_distance
+    return s + widen(tl.load(row_ptr + distance))
+
+
+class RelativePosition(Score):
+    """s becomes s + table[head, bucket(key position - query position)], with the buckets of T5
+    (arXiv 1910.10683): one a distance when near, logarithmic up to max_distance, one for all beyond.
+
+    table: tensor [q_heads, buckets] (T5 checkpoints store its transpose). bidirectional: half of the buckets
+    serve keys after the query; else those share the bucket of distance 0. `align` as in `Causal`.
+    """
+
+    FIELDS = ("table", "max_distance", "bidirectional", "align", "buckets")
+
+    def __init__(
+        self,
+        table: torch.Tensor,
+        max_distance: int = 128,
+        bidirectional: bool = True,
+        align: Align = "bottom_right",
+    ) -> None:
+        check_align(align)
+        check_dtype("table", table, FLOATS)
+        if table.dim() != 2:
+            raise ValueError(f"table.shape={tuple(table.shape)} must be [q_heads, buckets]")
+        self.table, self.max_distance = table, max_distance
+        self.bidirectional, self.align = bidirectional, align
+        # Beyond max_distance the bucket stays the same, so one bucket a distance up to it says everything.
+        distances = torch.arange(-max_distance, max_distance + 1)
+        buckets = dense.t5_bucket(distances, table.shape[1], max_distance, bidirectional)
+        self.buckets = buckets.to(table.device, torch.int32)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"table": self.table, "buckets": self.buckets}
+
+    def misfits(self, shape: Shape) -> list[str]:
+        if self.table.shape[0] == shape.q_heads:
+            return []
+        return [
+            f"table.shape={tuple(self.table.shape)} must be [{shape.q_heads}, buckets], a row a query head"
+        ]
+
+    def bind(self, shape: Shape) -> BoundScore:
+        by_distance = self.table.index_select(1, self.buckets).contiguous()
+        return BoundScore(relative_score, (by_distance, self.max_distance, shape.shift(self.align)))
+
+    def parameters(self, shape: Shape) -> dict[str, Parameter]:
+        return {"table": Parameter(None, buckets=self.buckets, shift=shape.shift(self.align))}
+
+    def twin(self, shape: Shape) -> Twin:
+        return dense.relative_position(
+            self.table, shape.q_len, shape.kv_len, self.max_distance, self.bidirectional, self.align
+        )

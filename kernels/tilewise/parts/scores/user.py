@@ -1,0 +1,96 @@
+"""UserScore: a function of the caller's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+
+from ..shape import Shape, tensors_within
+from .score import AXES, MEANINGS, BoundScore, Parameter, Score, Twin
+
+
+class UserScore(Score):
+    """A modifier from the caller's own module-level `@triton.jit` functions.
+
+    score(s, batch, head, q_idx, kv_idx, args) -> s, on tiles as described at the head of score.py.
+    args: a tuple of tensors, ints and floats, handed on to every function, for none can close over values.
+    twin(s, batch, head, q_idx, kv_idx, *args) -> s, optional: the same rule in plain PyTorch, needed for CPU
+        tensors outside the interpreter.
+    derivative(s, batch, head, q_idx, kv_idx, args) -> ∂score/∂s at the input s, needed for gradients.
+    parameters: for the tensors among args that are trained, {position: (axes, derivative)}. axes names what
+        each of the tensor's dimensions follows, in this order: "b" batch, "h" query head, "q" query, "k" key
+        (so "h" for [q_heads]; "" for a tensor without dimensions); derivative is ∂score/∂element.
+    """
+
+    FIELDS = ("score", "args", "derivative", "_parameters")
+
+    def __init__(
+        self,
+        score: Any,
+        args: tuple[Any, ...] = (),
+        *,
+        twin: Twin | None = None,
+        derivative: Any = None,
+        parameters: Mapping[int, tuple[str, Any]] | None = None,
+    ) -> None:
+        self.score, self.args, self._twin, self.derivative = score, tuple(args), twin, derivative
+        self._parameters = tuple((i, axes, function) for i, (axes, function) in (parameters or {}).items())
+        for position, axes, _ in self._parameters:
+            if not (0 <= position < len(self.args) and isinstance(self.args[position], torch.Tensor)):
+                raise ValueError(
+                    f"parameters has the key {position}, which must be the position of a tensor in args"
+                )
+            if list(axes) != [axis for axis in AXES if axis in axes]:
+                raise ValueError(
+                    f"parameters[{position}]: axes {axes!r} must be letters of {AXES!r} in this order"
+                )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return tensors_within("args", self.args)
+
+    def misfits(self, shape: Shape) -> list[str]:
+        found = []
+        for i, axes, _ in self._parameters:
+            wanted = tuple(shape.scores[AXES.index(axis)] for axis in axes)
+            if tuple(self.args[i].shape) != wanted:
+                found.append(
+                    f"args[{i}].shape={tuple(self.args[i].shape)} must be {wanted}, by its axes {axes!r}"
+                )
+        return found
+
+    def looks(self) -> Any:
+        positions = tuple([(i, axes) for i, axes, _ in self._parameters])
+        return type(self), self._twin is None, self.derivative is None, len(self.args), positions
+
+    def bind(self, shape: Shape) -> BoundScore:
+        return BoundScore(self.score, self.args, self.derivative)
+
+    def parameters(self, shape: Shape) -> dict[str, Parameter]:
+        sizes = dict(zip(AXES, shape.scores, strict=True))
+        return {
+            f"args[{i}]": Parameter(function, tuple(sizes[axis] if axis in axes else 1 for axis in AXES))
+            for i, axes, function in self._parameters
+        }
+
+    def no_gradient(self) -> str | None:
+        if self.derivative is not None:
+            return None
+        return (
+            f"UserScore({self.score.__name__}) has no derivative: give UserScore(..., derivative=f) with a "
+            "@triton.jit function f(s, batch, head, q_idx, kv_idx, args) -> ∂score/∂s"
+        )
+
+    def twin(self, shape: Shape) -> Twin:
+        if self._twin is None:
+            raise ValueError(
+                f"UserScore({self.score.__name__}) has no twin, which plain PyTorch needs: give "
+                "UserScore(..., twin=f) with f(s, batch, head, q_idx, kv_idx, *args) -> s"
+            )
+        twin = self._twin
+        return lambda s, batch, head, q_idx, kv_idx: twin(s, batch, head, q_idx, kv_idx, *self.args)
+
+
+MEANINGS.append((triton.runtime.KernelInterface, UserScore))

@@ -1,0 +1,119 @@
+"""Forward and backward of a request: its tiles are chosen, its kernels launched."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..kernels.backward import launch_dkv, launch_dq
+from ..kernels.call import Call
+from ..kernels.forward import launch_forward
+from ..kernels.parameters import parameter_gradient
+from ..kernels.prepare import BackwardCall, prepare
+from ..kernels.tile import HopperTile
+from ..parts.scores.score import Parameter
+from .bind import bind
+from .implementation import implementation
+from .request import Request
+from .rules import hopper as hopper_rules
+from .tiles import choose_tile, square_tile
+
+Tensor = torch.Tensor
+
+
+def run_forward(
+    request: Request, return_lse: bool, for_backward: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, lse [batch, q_heads, q_len], and
+    the statistics [2, batch, q_heads, q_len] of `launch_forward`."""
+    q, shape = request.q, request.shape
+    rows = shape.scores[:3]
+    out = empty_in_order_of(q, shape.value_dim)
+    lse = q.new_empty(rows, dtype=torch.float32) if return_lse else None
+    statistics = q.new_empty((2, *rows), dtype=torch.float32) if for_backward else None
+    call = bind(request)
+    if implementation(request) == "hopper":
+        launch_hopper(request, call, out, lse, statistics)
+    else:
+        launch_forward(call, out, lse, statistics, choose_tile(q, shape, "forward"))
+    return out, lse, statistics
+
+
+def launch_hopper(
+    request: Request, call: Call, out: Tensor, lse: Tensor | None, statistics: Tensor | None
+) -> None:
+    """The forward of Hopper's kernel, which Gluon is imported for. Where a graph was compiled before, it is
+    only now that the chip and the addresses are known."""
+    from ..kernels.hopper.launch import launch_forward
+
+    for rule in (hopper_rules.chip_is_hopper, hopper_rules.tensors_can_be_copied):
+        if (reason := rule(request)) is not None:
+            raise ValueError(f"impl='hopper': {reason}")
+    tile = choose_tile(request.q, request.shape, "hopper")
+    if not isinstance(tile, HopperTile):  # forced on all passes by `tiles.use`
+        raise ValueError(f"impl='hopper' needs a HopperTile, not {tile}")
+    launch_forward(call, out, lse, statistics, tile)
+
+
+def run_backward(
+    request: Request, out: Tensor, statistics: Tensor, do: Tensor, dlse: Tensor | None, needs: list[bool]
+) -> list[Tensor]:
+    """The gradients of those of (q, k, v, *other tensors) that `needs` names, in order."""
+    q, k, v, shape = request.q, request.k, request.v, request.shape
+    tile = choose_tile(q, shape, "dkv")
+    # The kernels index statistics and dlse as dense arrays.
+    dlse = None if dlse is None else dlse.contiguous()
+    backward = prepare(bind(request), out, statistics.contiguous(), do, dlse, tile.tile_q)
+    grads: dict[int, Tensor] = {}
+    if needs[0]:
+        grads[0] = empty_in_order_of(q, shape.head_dim)
+        launch_dq(backward, grads[0], choose_tile(q, shape, "dq"))
+    if needs[1] or needs[2]:
+        grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
+        launch_dkv(backward, grads[1], grads[2], tile)
+    others = request.other_tensors
+    for slot, modifier, parameter in parameter_slots(request):
+        if needs[3 + slot]:
+            grad = parameter_gradient(backward, modifier, parameter, others[slot][1], square_tile(tile))
+            grads[3 + slot] = grad
+    for slot, (name, tensor) in enumerate(others):
+        if name == "sink" and needs[3 + slot]:
+            grads[3 + slot] = sink_gradient(tensor, backward)
+    return [grads[i] for i, needed in enumerate(needs) if needed]
+
+
+def parameter_slots(request: Request) -> list[tuple[int, int, Parameter]]:
+    """Each parameter of a score: its place in `other_tensors`, its modifier's place in `chain`, itself."""
+    names = [name for name, _ in request.other_tensors]
+    found = []
+    own = len(request.similarity_scores.scores)
+    for modifier, score in enumerate(request.chain[:own]):
+        for name, parameter in score.parameters(request.shape).items():
+            found.append((names.index(name), modifier, parameter))
+    slot = len(names) - sum(len(score.tensors()) for score in request.scores)
+    for modifier, score in enumerate(request.scores, start=own):
+        parameters = score.parameters(request.shape)
+        for name in score.tensors():
+            if name in parameters:
+                found.append((slot, modifier, parameters[name]))
+            slot += 1
+    return found
+
+
+def sink_gradient(sink: Tensor, backward: BackwardCall) -> Tensor:
+    """dsink = -Σ P_sink · delta: a sink is one more key, whose value is 0."""
+    row_max = backward.row_max  # in natural units wherever there is a sink
+    p = torch.exp2((sink.float()[:, None] - row_max) / math.log(2) - backward.sum_log2)
+    p = torch.where(row_max == -torch.inf, 0.0, p)  # [batch, q_heads, q_len]
+    return -(p * backward.delta).sum((0, 2)).to(sink.dtype)
+
+
+def empty_in_order_of(x: Tensor, dim: int) -> Tensor:
+    """A tensor with x's first three sizes and `dim`, dense, its dimensions in memory in the order of x's, so
+    that a caller who transposed [batch, length, heads, dim] inputs can transpose back without a copy."""
+    if x.is_contiguous():
+        return x.new_empty((*x.shape[:3], dim))
+    order = sorted(range(3), key=x.stride, reverse=True)
+    sizes = [x.shape[axis] for axis in order]
+    return x.new_empty((*sizes, dim)).permute(*[order.index(axis) for axis in range(3)], 3)

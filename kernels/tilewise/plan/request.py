@@ -1,0 +1,134 @@
+"""The arguments of one call, in their final form, and what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..parts.dropout import Dropout
+from ..parts.masks.mask import Mask, as_mask
+from ..parts.scores.bias import Bias
+from ..parts.scores.score import Score, as_scores
+from ..parts.shape import Shape
+from ..parts.similarity import Cosine, Similarity, similarity_scores
+
+Tensor = torch.Tensor
+
+
+@dataclass(eq=False)
+class Request:
+    """The arguments of one call to `attention`, with mask and score in their final form. What follows from
+    them is worked out when first asked for; by hand, for torch.compile cannot trace `cached_property`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    masks: tuple[Mask, ...]
+    scores: tuple[Score, ...]
+    scale: float | torch.Tensor | None
+    similarity: str | Cosine
+    sink: torch.Tensor | None
+    impl: str | None
+    dropout: Dropout | None = None
+    strict: bool = False
+    _shape: Shape | None = field(default=None, init=False)
+    _similarity_scores: Similarity | None = field(default=None, init=False)
+    _other_tensors: list[tuple[str, torch.Tensor]] | None = field(default=None, init=False)
+
+    @property
+    def shape(self) -> Shape:
+        if self._shape is None:
+            (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = self.q.shape, self.k.shape
+            self._shape = Shape(batch, q_heads, kv_heads, q_len, kv_len, head_dim, self.v.shape[3])
+        return self._shape
+
+    @property
+    def plugs(self) -> tuple[Mask | Score, ...]:
+        return (*self.masks, *self.scores)
+
+    @property
+    def similarity_scores(self) -> Similarity:
+        if self._similarity_scores is None:
+            in_natural_units = bool(self.scores) or self.sink is not None
+            self._similarity_scores = similarity_scores(
+                self.q, self.k, self.similarity, self.scale, in_natural_units
+            )
+        return self._similarity_scores
+
+    @property
+    def chain(self) -> tuple[Score, ...]:
+        """Every modifier that acts on the dot products, in order."""
+        return (*self.similarity_scores.scores, *self.scores)
+
+    def qkv(self) -> dict[str, torch.Tensor]:
+        return {"q": self.q, "k": self.k, "v": self.v}
+
+    @property
+    def other_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """Every tensor besides q, k and v, with the name of its argument: first those of the call itself,
+        then those of each part of `plugs`."""
+        if self._other_tensors is not None:
+            return self._other_tensors
+        temperature = self.similarity.temperature if isinstance(self.similarity, Cosine) else None
+        seed = None if self.dropout is None else self.dropout.seed
+        given = (
+            ("scale", self.scale),
+            ("temperature", temperature),
+            ("sink", self.sink),
+            ("dropout_seed", seed),
+        )
+        found = [(name, value) for name, value in given if isinstance(value, torch.Tensor)]
+        for part in self.plugs:
+            found += [(f"{type(part).__name__}.{name}", t) for name, t in part.tensors().items()]
+        self._other_tensors = found
+        return found
+
+    @property
+    def needs_gradient(self) -> bool:
+        return torch.is_grad_enabled() and (
+            self.q.requires_grad
+            or self.k.requires_grad
+            or self.v.requires_grad
+            or any([tensor.requires_grad for _, tensor in self.other_tensors])
+        )
+
+
+def make_request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Any = None,
+    bias: Tensor | None = None,
+    score: Any = None,
+    scale: float | Tensor | None = None,
+    similarity: str | Cosine = "scaled_dot",
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    impl: str | None = None,
+    strict: bool = False,
+) -> Request:
+    """The arguments of `attention` in their final form: masks as a tuple, the bias as the last modifier, q, k
+    and v in autocast's dtype, a seed."""
+    masks = () if mask is None else as_mask(mask).parts()
+    scores = as_scores(score) if bias is None else (*as_scores(score), Bias(bias))
+    if isinstance(q, Tensor) and is_autocast(q.device):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v))
+    dropout = None
+    if dropout_p != 0:
+        dropout = Dropout(dropout_p, draw_seed(q.device) if dropout_seed is None else dropout_seed)
+    return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict)
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether an autocast region of the device is entered; some devices (meta) know none."""
+    return device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from PyTorch's generator: a CUDA graph draws another one at each replay."""
+    return torch.randint(-(1 << 62), 1 << 62, (1,), dtype=torch.int64, device=device)

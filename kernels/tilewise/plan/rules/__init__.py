@@ -1,0 +1,1 @@
+"""The contract, one predicate a rule: `plan/checks.py` has their order."""

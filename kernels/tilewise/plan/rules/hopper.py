@@ -1,0 +1,147 @@
+"""Which calls does the Hopper kernel take? One predicate a rule, as in the files beside; the portable kernel takes
+the rest.
+
+The copy engine wants rows without gaps and 16-byte steps; it puts V where matmuls read it, so that a value
+which no row may see can be hidden only where unseen keys stand together, before or after those that are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ...kernels.hopper.limits import ALIGNMENT, FARTHEST
+from ...parts.masks.mask import Mask
+from ...parts.numerics import INTERPRETED
+from ...parts.scores.user import UserScore
+from .. import tiles
+from ..request import Request
+
+
+def reasons(r: Request) -> Iterator[str]:
+    """Why the Hopper kernel cannot answer a request that has passed the rules of all calls."""
+    for rule in RULES:
+        reason = rule(r)
+        if reason is not None:
+            yield reason
+
+
+def is_default(r: Request) -> bool:
+    """Whether it answers without being asked for: on its chip, where a GPU's result in the table shows that
+    it is right and faster than the portable kernel. No such result is there yet."""
+    if not tiles.PROVEN or INTERPRETED or r.q.device.type != "cuda":
+        return False
+    if is_without_memory(r.q) or torch.compiler.is_compiling():  # a graph is asked when it runs
+        return False
+    arch = tiles.architecture(r.q.device)
+    return tiles.is_hopper_proven(arch, r.q.element_size(), r.shape) and not any(reasons(r))
+
+
+def chip_is_hopper(r: Request) -> str | None:
+    if r.q.device.type != "cuda" or torch.compiler.is_compiling():
+        return (
+            None  # another device's rule is `implementations.kernel_can_run`; a graph is asked when it runs
+        )
+    if is_without_memory(r.q) and not torch.cuda.is_available():  # a fake tensor, on a chip that is not here
+        return None
+    if tiles.architecture(r.q.device) == "sm_90":
+        return None
+    name = torch.cuda.get_device_name(r.q.device)
+    return f"it needs a Hopper GPU (sm_90), and {r.q.device} is {name} ({tiles.architecture(r.q.device)})"
+
+
+def dtype_is_16_bits(r: Request) -> str | None:
+    if r.q.dtype in (torch.float16, torch.bfloat16):
+        return None
+    return f"q.dtype={r.q.dtype} must be torch.float16 or torch.bfloat16"
+
+
+def some_key_is_there(r: Request) -> str | None:
+    return None if r.k.shape[2] else "kv_len=0: there is nothing to copy"
+
+
+def nothing_is_dropped(r: Request) -> str | None:
+    return None if r.dropout is None else f"dropout_p={r.dropout.p} must be 0: it has no dropout"
+
+
+def masks_leave_no_gaps(r: Request) -> str | None:
+    return first(_gap(mask) for mask in r.masks)
+
+
+def _gap(mask: Mask) -> str | None:
+    if not mask.has_gaps:
+        return None
+    return (
+        f"mask {type(mask).__name__} may leave out a key between two that it keeps; it takes Causal, Window, "
+        "Prefix, Padding, and what `&` makes of them"
+    )
+
+
+def scores_are_known(r: Request) -> str | None:
+    for score in r.scores:
+        if isinstance(score, UserScore):
+            return f"score {score.score.__name__} is a function of the caller's own"
+    return None
+
+
+def out_is_aligned(r: Request) -> str | None:
+    value_dim, size = r.v.shape[3], r.v.element_size()
+    if value_dim * size % ALIGNMENT == 0:
+        return None
+    return f"{value_dim=} must be a multiple of {ALIGNMENT // size}, so that rows of out are aligned"
+
+
+def tensors_can_be_copied(r: Request) -> str | None:
+    return first(_copy(name, tensor) for name, tensor in r.qkv().items())
+
+
+def _copy(name: str, x: torch.Tensor) -> str | None:
+    size = x.element_size()
+    if x.shape[3] > 1 and x.stride(3) != 1:
+        return f"{name}.stride(3)={x.stride(3)} must be 1: its rows must lie in one piece"
+    for axis in range(3):
+        step = x.stride(axis) * size
+        if x.shape[axis] > 1 and (step % ALIGNMENT or not 0 < step < FARTHEST):
+            return (
+                f"{name}.stride({axis})={x.stride(axis)} is {step} bytes, which must be a multiple of "
+                f"{ALIGNMENT}, above 0 and below 2⁴⁰"
+            )
+    if torch.compiler.is_compiling():  # the address is looked at when the graph runs
+        return None
+    if start_of(x) % ALIGNMENT:
+        return f"{name} starts at an address that is not a multiple of {ALIGNMENT} bytes: .clone() it"
+    return None
+
+
+def start_of(x: torch.Tensor) -> int:
+    """The address of the first element; its place in memory, where there is none behind it."""
+    if is_without_memory(x):
+        return int(x.storage_offset()) * x.element_size()
+    return x.data_ptr()
+
+
+def is_without_memory(x: torch.Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
+def first(found: Iterator[str | None]) -> str | None:
+    return next((reason for reason in found if reason is not None), None)
+
+
+RULES: tuple[Callable[[Request], str | None], ...] = (
+    chip_is_hopper,
+    dtype_is_16_bits,
+    some_key_is_there,
+    nothing_is_dropped,
+    masks_leave_no_gaps,
+    scores_are_known,
+    out_is_aligned,
+    tensors_can_be_copied,
+)
+
+
+def looks(r: Request) -> tuple[object, ...]:
+    """What these rules look at besides what the rules of all calls do; hashable."""
+    return tuple((x.stride(), start_of(x) % ALIGNMENT) for x in r.qkv().values())

@@ -1,0 +1,82 @@
+"""Rules on who answers, and what that costs: kernels, twins, memory, gradients."""
+
+from __future__ import annotations
+
+from ...parts.numerics import INTERPRETED
+from ..implementation import IMPLEMENTATIONS, implementation
+from ..quadratic import mebibytes, score_matrix_bytes, stored_pairs
+from ..request import Request
+from . import hopper as hopper_rules
+
+
+def implementation_is_known(r: Request) -> str | None:
+    if r.impl is None or r.impl in IMPLEMENTATIONS:
+        return None
+    return f"impl={r.impl!r} must be None (choose for me) or one of {IMPLEMENTATIONS}"
+
+
+def kernel_can_run(r: Request) -> str | None:
+    device, impl = r.q.device.type, implementation(r)
+    if impl == "torch" or device in ("cuda", "meta") or (INTERPRETED and device == "cpu"):
+        return None
+    if device == "cpu":
+        return (
+            f"{impl=} on CPU tensors runs in Triton's interpreter: set TRITON_INTERPRET=1 in the "
+            "environment before tilewise is imported, or leave impl=None for plain PyTorch"
+        )
+    return f"{impl=} cannot run on {r.q.device}: it needs a CUDA or ROCm GPU; give impl='torch'"
+
+
+def hopper_can_answer(r: Request) -> str | None:
+    if r.impl != "hopper":
+        return None
+    found = "; ".join(hopper_rules.reasons(r))
+    return f"impl='hopper': {found}; leave impl=None for the portable kernel" if found else None
+
+
+def twins_exist(r: Request) -> str | None:
+    """The plain PyTorch path needs every user function in PyTorch too."""
+    if implementation(r) != "torch":
+        return None
+    for part in r.plugs:
+        try:
+            part.twin(r.shape)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def memory_is_linear(r: Request) -> str | None:
+    """strict=True refuses whatever holds a number for every pair of query and key."""
+    if not r.strict:
+        return None
+    if implementation(r) == "torch":
+        size = mebibytes(score_matrix_bytes(r.shape))
+        return (
+            f"strict=True, and plain PyTorch (impl={r.impl!r} on {r.q.device.type}) holds a score matrix "
+            f"{r.shape.scores} in fp32, {size}: use a GPU, or set TRITON_INTERPRET=1 in the environment "
+            "before tilewise is imported, or leave strict out"
+        )
+    return stored_pairs(r.plugs, r.shape)
+
+
+def gradients_exist(r: Request) -> str | None:
+    """The plain PyTorch path differentiates what its twins compute; the kernels need the derivatives."""
+    if implementation(r) == "torch" or not r.needs_gradient:
+        return None
+    for part in r.masks:
+        for name, tensor in part.tensors().items():
+            if tensor.requires_grad:
+                return f"{type(part).__name__}.{name} requires a gradient, and a mask has none: detach() it"
+    for score in r.scores:
+        why_not, trained = score.no_gradient(), score.parameters(r.shape)
+        if why_not is not None:
+            return why_not
+        for name, tensor in score.tensors().items():
+            if tensor.requires_grad and name not in trained:
+                given = f"{type(score).__name__}.{name}"
+                return (
+                    f"{given} requires a gradient, and no derivative with respect to it is known: give "
+                    "UserScore(..., parameters={position: (axes, derivative)}), or detach() it"
+                )
+    return None

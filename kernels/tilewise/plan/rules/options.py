@@ -1,0 +1,80 @@
+"""Rules on what makes scores: scale, similarity, sink, masks and modifiers; and on dropout."""
+
+from __future__ import annotations
+
+import torch
+
+from ...parts.shape import FLOATS
+from ...parts.similarity import Cosine
+from ..request import Request
+
+FINITE = torch.finfo(torch.float32).max  # scores are fp32, and so is what multiplies them
+
+
+def scale_is_a_number(r: Request) -> str | None:
+    if r.scale is None or (isinstance(r.scale, torch.Tensor) and r.scale.dim() == 0):
+        return None
+    if isinstance(r.scale, (int, float)) and abs(r.scale) <= FINITE:
+        return None
+    given = tuple(r.scale.shape) if isinstance(r.scale, torch.Tensor) else r.scale
+    return f"scale={given} must be None, a finite number or a tensor without dimensions"
+
+
+def similarity_is_known(r: Request) -> str | None:
+    if isinstance(r.similarity, Cosine) or r.similarity in ("dot", "scaled_dot", "cosine"):
+        return None
+    return f"similarity={r.similarity!r} must be 'dot', 'scaled_dot', 'cosine' or Cosine(temperature)"
+
+
+def temperature_fits(r: Request) -> str | None:
+    if not isinstance(r.similarity, Cosine):
+        return None
+    given, q_heads = r.similarity.temperature, r.q.shape[1]
+    if isinstance(given, torch.Tensor):
+        if tuple(given.shape) == (q_heads,):
+            return None
+        return f"temperature.shape={tuple(given.shape)} must be [{q_heads}], one a query head"
+    if isinstance(given, (int, float)) and abs(given) <= FINITE:
+        return None
+    return f"temperature={given!r} must be a finite number or a tensor [{q_heads}]"
+
+
+def sink_fits(r: Request) -> str | None:
+    if r.sink is None:
+        return None
+    q_heads = r.q.shape[1]
+    if isinstance(r.sink, torch.Tensor) and tuple(r.sink.shape) == (q_heads,):
+        return None
+    given = tuple(r.sink.shape) if isinstance(r.sink, torch.Tensor) else r.sink
+    return f"sink={given} must be a tensor [{q_heads}], one logit a query head"
+
+
+def parameters_are_floating(r: Request) -> str | None:
+    """scale, temperature and sink enter scores, so they come in a dtype that scores may have."""
+    for name, tensor in r.other_tensors:
+        if name in ("scale", "temperature", "sink") and tensor.dtype not in FLOATS:
+            return f"{name}.dtype={tensor.dtype} must be torch.float16, torch.bfloat16 or torch.float32"
+    return None
+
+
+def other_devices_agree(r: Request) -> str | None:
+    for name, tensor in r.other_tensors:
+        if tensor.device != r.q.device:
+            return f"{name} is on {tensor.device}, q on {r.q.device}: move it with .to(q.device)"
+    return None
+
+
+def masks_and_scores_fit(r: Request) -> str | None:
+    return "; ".join(f"{type(p).__name__}: {why}" for p in r.plugs for why in p.misfits(r.shape)) or None
+
+
+def dropout_fits(r: Request) -> str | None:
+    if r.dropout is None:
+        return None
+    p, seed = r.dropout
+    if not (isinstance(p, (int, float)) and 0 <= p < 1):
+        return f"dropout_p={p!r} must be a number from 0 to below 1"
+    if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        given = f"{tuple(seed.shape)} of {seed.dtype}" if isinstance(seed, torch.Tensor) else repr(seed)
+        return f"dropout_seed={given} must be a tensor of one torch.int64 number, on q's device"
+    return None

@@ -1,0 +1,180 @@
+"""Which tile does a call get? A table with its evidence, a rule for what it leaves out, and a check of fit.
+
+A tile is chosen on the host, before the launch, from the architecture, the dimensions and the dtype. The rows
+that ship are in `tile_table.json`; those that the user tuned on this GPU go first (`user_tiles.py`). Nothing
+is timed inside a user's call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from ..kernels.room import family, fits
+from ..kernels.tile import PASSES, HopperTile
+from ..kernels.tile import Pass as Pass
+from ..kernels.tile import Tile as Tile
+from ..parts.numerics import INTERPRETED
+from ..parts.shape import Shape, next_power_of_two
+from .tile_table import SHIPPED, Evidence, Key, Row, load
+from .user_tiles import UserTable, read_user_table
+
+_SHIPPED_ROWS = load(SHIPPED)
+TABLE: dict[Key, Tile] = {key: row.tile for key, row in _SHIPPED_ROWS.items()}
+
+
+@functools.cache
+def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> Tile:
+    """The shipped table's tile, halved until it fits a chip that the table does not list."""
+    dim = max(64, dim)
+    if work == "hopper":  # for this chip alone
+        return TABLE[work, arch, element_bytes, dim]
+    tile = TABLE.get((work, arch, element_bytes, dim)) or TABLE[work, family(arch), element_bytes, dim]
+    while not fits(tile, arch, element_bytes, dim, work) and tile != Tile(16, 16, tile.num_warps, 1):
+        if tile.num_stages > 1:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.tile_kv > 16 and tile.tile_kv >= tile.tile_q:
+            tile = replace(tile, tile_kv=tile.tile_kv // 2)
+        else:
+            tile = replace(tile, tile_q=tile.tile_q // 2)
+    if not fits(tile, arch, element_bytes, dim, work):
+        raise NotImplementedError(
+            f"{arch} has too little shared memory for the {work} pass with {element_bytes} bytes an element "
+            f"at a dimension of {dim}: use fp16 or bf16, or impl='torch'"
+        )
+    return tile
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The table's name for a GPU: "sm_90", "gfx942"."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def is_proven(evidence: Evidence) -> bool:
+    """Whether a GPU has shown that Hopper's forward is right there, and faster than the portable one."""
+    right = evidence.error is not None and evidence.error <= 1
+    return evidence.gpu is not None and right and (evidence.over_portable or 0) > 1
+
+
+PROVEN = frozenset(
+    key for key, row in _SHIPPED_ROWS.items() if key[0] == "hopper" and is_proven(row.evidence)
+)
+
+
+def is_hopper_proven(arch: str, element_bytes: int, shape: Shape) -> bool:
+    """Whether it has been shown for such calls on a chip."""
+    return ("hopper", arch, element_bytes, max(64, widest(shape))) in PROVEN
+
+
+def length_tile(length: int, most: int) -> int:
+    """The tile for an axis: no longer than the axis needs."""
+    return min(most, max(16, next_power_of_two(length)))
+
+
+# Every thread reads it: PyTorch runs a backward on the GPU in a thread of its own.
+_forced: dict[Pass, Tile] = {}
+
+
+@contextlib.contextmanager
+def use(tile: Tile, passes: Iterable[Pass] = PASSES) -> Iterator[None]:
+    """Give every call inside the `with` block this tile, as tests and tuning do; with `passes`, these alone.
+    It holds for all threads of the process."""
+    global _forced
+    before = _forced
+    _forced = before | dict.fromkeys(passes, tile)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
+    """The tile for a pass over a call. Short queries get short tiles; kv_len plays no part on a GPU, so that
+    a row's result does not depend on how much padding follows it."""
+    forced = _forced.get(work)
+    if forced is not None:
+        return forced
+    if INTERPRETED:  # its cost is by the operation, hardly by the element
+        if work == "hopper":
+            return HopperTile(128, length_tile(shape.kv_len, 32), 8, 2)
+        return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
+    dim = widest(shape)
+    return cut_tile(device_row(q.device, q.element_size(), dim, work)[0], shape, dim, work)
+
+
+def tile_choice(q: torch.Tensor, shape: Shape, work: Pass) -> tuple[Tile, str]:
+    """`choose_tile`, and where its tile comes from: "given by tiles.use", "interpreter", "your table (PATH)"
+    or "shipped table"."""
+    tile = choose_tile(q, shape, work)
+    if work in _forced:
+        return tile, "given by tiles.use"
+    if INTERPRETED:
+        return tile, "interpreter"
+    return tile, device_row(q.device, q.element_size(), widest(shape), work)[1]
+
+
+def arch_choice(arch: str, element_bytes: int, shape: Shape, work: Pass) -> tuple[Tile, str]:
+    """The same for an architecture by name, with no GPU to ask: nobody's own table is known for it."""
+    if work in _forced:
+        return _forced[work], "given by tiles.use"
+    return gpu_tile(arch, element_bytes, shape, work), "shipped table"
+
+
+@functools.cache
+def user_table(device: torch.device) -> UserTable:
+    """The tiles tuned for this GPU, read from its file once; raises ValueError where that file is broken."""
+    name, arch = torch.cuda.get_device_name(device), architecture(device)
+    return read_user_table(name, arch, lambda row: fits(row.tile, arch, row.element_bytes, row.dim, row.work))
+
+
+def reload_user_tables() -> None:
+    """Read the users' tables again at the next call: `tilewise tune` has changed them."""
+    user_table.cache_clear()
+    device_row.cache_clear()
+
+
+@functools.cache
+def device_row(device: torch.device, element_bytes: int, dim: int, work: Pass) -> tuple[Tile, str]:
+    """The tile of a pass on a GPU before it is cut for a call, the user's or the shipped one, and whose."""
+    table, arch = user_table(device), architecture(device)
+    row: Row | None = table.applied.get((work, arch, element_bytes, max(64, dim)))
+    if row is not None:
+        return row.tile, f"your table ({table.path})"
+    return table_tile(arch, element_bytes, dim, work), "shipped table"
+
+
+def square_tile(tile: Tile) -> Tile:
+    """The tile of the parameters' gradients: square, with the rows of the dK and dV pass."""
+    return replace(tile, tile_kv=tile.tile_q)
+
+
+def gpu_tile(arch: str, element_bytes: int, shape: Shape, work: Pass = "forward") -> Tile:
+    """The tile that the shipped table gives a pass over a call on a chip."""
+    dim = widest(shape)
+    return cut_tile(table_tile(arch, element_bytes, dim, work), shape, dim, work)
+
+
+def widest(shape: Shape) -> int:
+    """The dimension that tiles are chosen by: the wider one, up to a power of two."""
+    return next_power_of_two(max(shape.head_dim, shape.value_dim))
+
+
+def cut_tile(tile: Tile, shape: Shape, dim: int, work: Pass) -> Tile:
+    """A row's tile, or fewer rows of it where q_len is short. In the forward fewer warps share them then, or
+    fewer keys where O is wide."""
+    if work == "hopper":  # its warpgroups have 64 rows each, whatever q_len is
+        return tile
+    tile_q = length_tile(shape.q_len, tile.tile_q)
+    if tile_q == tile.tile_q or work != "forward":
+        return replace(tile, tile_q=tile_q)
+    if dim > 128:
+        return Tile(tile_q, min(32, tile.tile_kv), tile.num_warps, tile.num_stages)
+    return Tile(tile_q, min(64, tile.tile_kv), min(4, tile.num_warps), tile.num_stages)

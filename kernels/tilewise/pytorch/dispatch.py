@@ -1,0 +1,61 @@
+"""Eager, traced or transformed: which way does a call reach the kernels?"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+from ..plan.passes import run_forward
+from ..plan.request import Request
+from . import ops
+from .autograd import Attention
+from .encoding import encode
+
+Tensor = torch.Tensor
+
+
+def run_portable(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """The fused Triton kernels."""
+    refuse_transforms(request)
+    q, k, v = request.q, request.k, request.v
+    if torch.compiler.is_compiling():
+        tensors, *words = encode(request)
+        return torch.ops.tilewise.attention_forward(q, k, v, tensors, *words)[:2]
+    if not is_plain_eager(request):
+        tensors, *words = encode(request)
+        # Not the op itself: PyTorch's function transforms do not see an op's autograd.
+        return ops.Forward.apply(q, k, v, tuple(words), *tensors)[:2]
+    if not request.needs_gradient or torch.is_inference_mode_enabled():
+        return run_forward(request, return_lse)[:2]
+    encoded = encode(request)
+    return Attention.apply(request, encoded, q, k, v, *encoded.tensors)
+
+
+def is_plain_eager(request: Request) -> bool:
+    """Whether nobody watches or transforms this call: no dispatch mode, function transform or subclass."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or request.q.is_meta
+        or any([type(x) not in (Tensor, torch.nn.Parameter) for x in (request.q, request.k, request.v)])
+    )
+
+
+def refuse_transforms(request: Request) -> None:
+    """Raise where PyTorch would otherwise go on without a derivative, or with a wrong one."""
+    if torch.compiler.is_compiling():
+        return
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if any([level.key() == torch._C._functorch.TransformType.Vmap for level in stack]):
+        raise NotImplementedError(
+            "torch.vmap over tilewise.attention is not built: put the mapped dimension into batch, "
+            "for example with flatten(0, 1)"
+        )
+    if forward_ad._current_level >= 0:
+        named = [*request.qkv().items(), *request.other_tensors]
+        for name, tensor in named:
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(
+                    f"{name} has a forward-mode tangent, and tilewise.attention has no forward-mode "
+                    "derivative: use reverse mode, or give impl='torch' for the plain PyTorch path"
+                )

@@ -1,0 +1,175 @@
+"""A request as tensors, numbers and one string: what PyTorch's library ops can take as arguments, and back.
+
+Masks and scores are objects that hold jit functions, which no op schema knows. Here an object becomes words
+
+    f:tilewise.masks:Causal s:bottom_right       a class, then its FIELDS in order
+    f:tilewise.masks:Padding s:kv_lens T s:right    T, I, F: the next of the tensors, ints and floats
+    f:tilewise.masks:UserMask f:my:keep (1 I N      a function; a tuple, its length first; None
+
+joined by line breaks. Tensors stay tensors, so that autograd, tracing and devices see them; numbers stay
+numbers, so that a length that changes does not compile a new graph. Functions and classes are kept in a
+registry: two functions of one name (in a notebook, a cell run twice) get two names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch._dynamo.comptime import comptime
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.variables import UserDefinedObjectVariable
+from torch._dynamo.variables.functions import TritonKernelVariable
+from triton.runtime.jit import KernelInterface
+
+from ..parts.dropout import Dropout
+from ..parts.similarity import Cosine
+from ..plan.request import Request
+
+_registry: dict[str, Any] = {}
+
+
+class Encoded(NamedTuple):
+    """What stands for everything in a request but q, k and v."""
+
+    tensors: list[torch.Tensor]
+    ints: list[int]
+    floats: list[float]
+    spec: str
+
+
+@torch.compiler.assume_constant_result  # else a compiled graph would run before the name is registered
+def registered_name(thing: Any) -> str:
+    """A name that `_registry` has for this class or function, and for no other."""
+    origin = getattr(thing, "fn", thing)  # a jit function wraps the Python function that it was
+    name = f"{origin.__module__}:{origin.__qualname__}"
+    while _registry.setdefault(name, thing) is not thing:
+        name += "'"
+    return name
+
+
+def traced_name(value: Any) -> str:
+    """`registered_name` of a jit function in code that Dynamo traces; "" for anything else.
+
+    To Dynamo a jit function is a variable of a kind that it can neither ask for its type nor hand to a
+    function that it calls (before torch 2.13; on a machine without a GPU the kind is another). So `note`,
+    which runs while it traces, looks behind the variable.
+    """
+    comptime(note)
+    return noted_name()
+
+
+_noted = [""]  # one place will do: Dynamo traces under a lock
+
+
+def note(context: Any) -> None:
+    """Note the name of what `value` is in the code being traced, and tie the graph to that very function."""
+    variable = context.get_local("value")._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
+    value: Any = None
+    if isinstance(variable, TritonKernelVariable):
+        value = variable.kernel
+    elif isinstance(variable, UserDefinedObjectVariable):
+        value = variable.value
+    _noted[0] = ""
+    if isinstance(value, KernelInterface):
+        install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))
+        _noted[0] = registered_name(value)
+
+
+@torch.compiler.assume_constant_result
+def noted_name() -> str:
+    return _noted[0]
+
+
+def registered(name: str) -> Any:
+    """What the name stands for; in a process that has only loaded a program, what its module holds."""
+    if name not in _registry:
+        module, _, path = name.partition(":")
+        _registry[name] = operator.attrgetter(path)(importlib.import_module(module))
+    return _registry[name]
+
+
+def encode(request: Request) -> Encoded:
+    """The request in words. Its tensors come in the order of `request.other_tensors`."""
+    encoded = Encoded([], [], [], "")
+    words: list[str] = []
+    similarity: Any = request.similarity
+    temperature = None
+    if isinstance(similarity, Cosine):
+        similarity, temperature = "cosine with a temperature", similarity.temperature
+    seed, p = (None, None) if request.dropout is None else (request.dropout.seed, request.dropout.p)
+    for value in (request.scale, temperature, similarity, request.sink, seed, p, request.impl):
+        _put(value, encoded, words)
+    for parts in (request.masks, request.scores):
+        words.append(f"({len(parts)}")
+        for part in parts:
+            words.append(f"f:{registered_name(type(part))}")
+            for name in part.FIELDS:
+                _put(getattr(part, name), encoded, words)
+    return encoded._replace(spec="\n".join(words))
+
+
+def _put(value: Any, encoded: Encoded, words: list[str]) -> None:
+    if value is None:
+        words.append("N")
+    elif torch.compiler.is_dynamo_compiling() and (name := traced_name(value)):
+        words.append(f"f:{name}")
+    elif isinstance(value, torch.Tensor):
+        encoded.tensors.append(value)
+        words.append("T")
+    elif isinstance(value, bool):
+        words.append(f"b:{int(value)}")
+    elif isinstance(value, int):
+        encoded.ints.append(value)
+        words.append("I")
+    elif isinstance(value, float):
+        encoded.floats.append(value)
+        words.append("F")
+    elif isinstance(value, str):
+        words.append(f"s:{value}")
+    elif isinstance(value, tuple):
+        words.append(f"({len(value)}")
+        for each in value:
+            _put(each, encoded, words)
+    else:
+        words.append(f"f:{registered_name(value)}")
+
+
+def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) -> Request:
+    """The request that `encode` was given, but for the plain PyTorch twins of masks and scores."""
+    words = iter(encoded.spec.split("\n"))
+    tensors, ints, floats = iter(encoded.tensors), iter(encoded.ints), iter(encoded.floats)
+    take = lambda: _take(words, tensors, ints, floats)  # noqa: E731
+
+    scale, temperature, similarity, sink, seed, p, impl = (take() for _ in range(7))
+    parts: list[tuple[Any, ...]] = []
+    for _ in range(2):
+        count = int(next(words)[1:])
+        found = []
+        for _ in range(count):
+            cls = take()
+            part = object.__new__(cls)
+            for name in cls.FIELDS:
+                setattr(part, name, take())
+            found.append(part)
+        parts.append(tuple(found))
+    return Request(
+        q, k, v, parts[0], parts[1], scale,
+        Cosine(temperature) if similarity == "cosine with a temperature" else similarity,
+        sink, impl, None if seed is None else Dropout(p, seed),
+    )  # fmt: skip
+
+
+def _take(
+    words: Iterator[str], tensors: Iterator[torch.Tensor], ints: Iterator[int], floats: Iterator[float]
+) -> Any:
+    word = next(words)
+    if word in ("N", "T", "I", "F"):
+        return None if word == "N" else next({"T": tensors, "I": ints, "F": floats}[word])
+    if word[0] == "(":
+        return tuple([_take(words, tensors, ints, floats) for _ in range(int(word[1:]))])
+    kind, text = word[0], word[2:]
+    return text if kind == "s" else text == "1" if kind == "b" else registered(text)

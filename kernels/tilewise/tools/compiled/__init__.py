@@ -1,0 +1,1 @@
+"""What is in a compiled kernel? Compiled without a GPU, and read: registers, spills, the main loop."""

@@ -1,0 +1,209 @@
+"""Which launches are worth compiling? The plain calls, the calls of a named case, each as a Variant.
+
+Tensors are on the device "meta": nothing is stored, and a compiler looks at no numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+
+from tilewise_reference import CASES, Case
+from tilewise_reference.cases import named_cases
+
+from ...kernels.tile import HopperTile, Tile
+from ...parts.masks.causal import Causal
+from ...parts.scores.relative_position import RelativePosition
+from ...parts.shape import Shape
+from ...plan import tiles
+from ...plan.passes import parameter_slots, run_backward, run_forward
+from ...plan.request import make_request
+from ...plan.rules import hopper as hopper_rules
+from ..inputs import case_inputs
+from .compiler import Variant
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+MASKS = {"causal": Causal(), "full": None}
+KERNELS = ("forward", "hopper", "dkv", "dq")
+LENGTH, Q_HEADS, KV_HEADS = 512, 4, 2  # no kernel is another for longer sequences or other heads
+
+
+def target_name() -> str:
+    """The target that this process compiles for, by the name it has in the table of tiles."""
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return arch if isinstance(arch, str) else f"sm_{arch}"
+
+
+@contextlib.contextmanager
+def target_tiles() -> Iterator[None]:
+    """Every pass of a call gets the tile that it would get on the target, or that `tiles.use` gives."""
+
+    def choose(q: torch.Tensor, shape: Shape, work: Any) -> Tile:
+        return tiles.arch_choice(target_name(), q.element_size(), shape, work)[0]
+
+    with mock.patch("tilewise.autograd.choose_tile", choose):
+        yield
+
+
+@contextlib.contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Inside, PyTorch's float32 matmul precision is this one."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool = False, **given: Any) -> None:
+    """What `attention` does on a GPU once a call has passed the checks."""
+    with target_tiles():
+        run_forward(make_request(q, k, v, **given), return_lse)
+
+
+def launch_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> None:
+    """What its backward does, with gradients of everything that has one."""
+    request = make_request(q, k, v, **given)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    dlse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    slots = {slot for slot, _, _ in parameter_slots(request)}
+    needs = [True] * 3 + [slot in slots for slot in range(len(request.other_tensors))]
+    with target_tiles():
+        run_backward(request, out, dlse.expand(2, *dlse.shape), torch.empty_like(out), dlse, needs)
+
+
+def plain_inputs(
+    dtype: str, dim: int, q_len: int = LENGTH
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v of a call that asks for nothing special; dtype: a key of DTYPES."""
+    q = torch.empty(1, Q_HEADS, q_len, dim, dtype=DTYPES[dtype], device="meta")
+    k = torch.empty(1, KV_HEADS, LENGTH, dim, dtype=DTYPES[dtype], device="meta")
+    return q, k, torch.empty_like(k)
+
+
+def forward_variant(
+    dtype: str, dim: int, mask: str, q_len: int = LENGTH, precision: str = "highest"
+) -> Variant:
+    """A tile of the table under the plainest call; with few queries, the tile cut down for them.
+
+    mask: a key of MASKS. precision: PyTorch's float32 matmul precision.
+    """
+
+    def run() -> None:
+        with float32_precision(precision):
+            launch(*plain_inputs(dtype, dim, q_len), return_lse=True, mask=MASKS[mask])
+
+    tf32 = " tf32" if precision == "high" else ""
+    return Variant(f"{dtype}{tf32} {dim} {mask}{'' if q_len == LENGTH else f' q_len {q_len}'}", run)
+
+
+def hopper_variant(
+    dtype: str, dim: int, mask: str, tile: HopperTile | None = None, name: str = ""
+) -> Variant:
+    """Hopper's forward under the plainest call, with the table's tile or another."""
+
+    def run() -> None:
+        with contextlib.nullcontext() if tile is None else tiles.use(tile, ["hopper"]):
+            launch(*plain_inputs(dtype, dim), return_lse=True, mask=MASKS[mask], impl="hopper")
+
+    return Variant(name or f"{dtype} {dim} {mask}", run)
+
+
+def backward_variant(
+    dtype: str, dim: int, mask: str, kernels: Sequence[str] | None = None, precision: str = "highest"
+) -> Variant:
+    """The backward's tiles of the table under the plainest call; kernels: of "prepare", "dkv" and "dq"."""
+
+    def run() -> None:
+        with float32_precision(precision):
+            launch_backward(*plain_inputs(dtype, dim), mask=MASKS[mask])
+
+    only = None if kernels is None else tuple(f"{name}_kernel" for name in kernels)
+    return Variant(f"{dtype}{' tf32' if precision == 'high' else ''} {dim} {mask}", run, only)
+
+
+def parameter_variants(dtype: str, dim: int, mask: str) -> list[Variant]:
+    """The gradient of one learned parameter for each of the ways in which its kernel walks the pairs."""
+
+    def variant(walk: str, **given: Any) -> Variant:
+        inputs = plain_inputs(dtype, dim)
+        run = functools.partial(launch_backward, *inputs, mask=MASKS[mask], **given)
+        return Variant(f"{dtype} {dim} {mask} {walk}", run, ("parameter_kernel",))
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    return [
+        variant("bias", bias=empty(1, Q_HEADS, LENGTH, LENGTH)),
+        variant("bias of keys", bias=empty(1, Q_HEADS, 1, LENGTH)),
+        variant("bias of rows", bias=empty(1, Q_HEADS, LENGTH, 1)),
+        variant("position table", score=RelativePosition(empty(Q_HEADS, 32), 128, True)),
+    ]
+
+
+def plain_variants(
+    dtypes: Sequence[str], dims: Sequence[int], masks: Sequence[str], kernels: Sequence[str]
+) -> list[Variant]:
+    """The plain calls of each dtype, dimension and mask; kernels: of KERNELS, "prepare" and "parameter"."""
+    found = []
+    backward = [name for name in kernels if name in ("prepare", "dkv", "dq")]
+    for dtype, dim, mask in itertools.product(dtypes, dims, masks):
+        if "forward" in kernels:
+            found.append(forward_variant(dtype, dim, mask))
+        if "hopper" in kernels:
+            found.append(hopper_variant(dtype, dim, mask))
+        if backward:
+            found.append(backward_variant(dtype, dim, mask, backward))
+        if "parameter" in kernels:
+            found += parameter_variants(dtype, dim, mask)
+    return found
+
+
+def find_case(name: str) -> Case:
+    """A case of the reference by its name. Raises ValueError where there is none, with the nearest."""
+    cases = named_cases()
+    if name not in cases:
+        near = difflib.get_close_matches(name, cases, n=5, cutoff=0.3) or [case.name for case in CASES]
+        raise ValueError(f"case={name!r} is not a named case; there are for example {', '.join(near)}")
+    return cases[name]
+
+
+def why_not_hopper(archs: Sequence[str], dtypes: Sequence[str], cases: Sequence[str]) -> str | None:
+    """Why Hopper's forward cannot be compiled for all of this; None where it can. dtypes are those of the
+    plain calls, where there are no cases."""
+    for arch in archs:
+        if arch != "sm_90":
+            return f"it is for sm_90, and {arch=}"
+    for dtype in () if cases else dtypes:
+        if dtype == "fp32":
+            return f"it is for fp16 and bf16, and {dtype=}"
+    for case in cases:
+        q, k, v, given, _ = case_inputs(find_case(case), "meta")
+        for reason in hopper_rules.reasons(make_request(q, k, v, impl="hopper", **given)):
+            return f"{case=}: {reason}"
+    return None
+
+
+def case_variants(names: Sequence[str], kernels: Sequence[str]) -> list[Variant]:
+    """The calls of these named cases with all that they ask for; kernels as for `plain_variants`."""
+    found = []
+    backward = tuple(f"{name}_kernel" for name in kernels if name not in ("forward", "hopper"))
+    for name in names:
+        q, k, v, given, _ = case_inputs(find_case(name), "meta")
+        if "forward" in kernels:
+            found.append(Variant(name, functools.partial(launch, q, k, v, return_lse=True, **given)))
+        if "hopper" in kernels:
+            run = functools.partial(launch, q, k, v, return_lse=True, impl="hopper", **given)
+            found.append(Variant(name, run))
+        if backward:
+            found.append(Variant(name, functools.partial(launch_backward, q, k, v, **given), backward))
+    return found

@@ -1,0 +1,1 @@
+"""`tilewise doctor`: what is missing on this machine."""

@@ -1,0 +1,1 @@
+"""`tilewise explain`: what a call will do, and what bounds it."""

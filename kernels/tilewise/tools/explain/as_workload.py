@@ -1,0 +1,124 @@
+"""How does a request become a workload? What the kernels read, train and compute beside q, k and v."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ...kernels.parameters import plan, store_pairs
+from ...kernels.tile import Pass, Tile
+from ...parts.numerics import INTERPRETED, float32_precision
+from ...parts.scores.relative_position import RelativePosition
+from ...parts.scores.score import Parameter
+from ...parts.scores.softcap import Softcap
+from ...parts.shape import Shape, ceil_div
+from ...parts.similarity import Normalised
+from ...plan.passes import parameter_slots
+from ...plan.quadratic import holds_every_pair, stored_bytes
+from ...plan.request import Request
+from ...plan.tiles import arch_choice, architecture, tile_choice
+from ..chips import Chip
+from .coverage import rows_of
+from .workload import Allocation, Extra, TileChoice, TrainedParameter, Workload
+
+
+def as_workload(
+    request: Request, chip: Chip, training: bool, return_lse: bool, on_its_gpu: bool, is_hopper: bool = False
+) -> Workload:
+    """The request as the model sees it. on_its_gpu: `chip` is the GPU that q is on, whose own tiles count.
+    is_hopper: the forward is Hopper's."""
+    computed = tuple(computed_tensors(request))
+    softcaps = sum(isinstance(score, Softcap) for score in request.scores)
+    return Workload(
+        shape=request.shape,
+        chip=chip,
+        rows=rows_of(request.masks, request.shape),
+        choose=tile_choices(request.q, request.shape, chip, on_its_gpu),
+        element_bytes=request.q.element_size(),
+        precision=float32_precision(),
+        training=training,
+        return_lse=return_lse,
+        extras=(*extras(request), *(Extra(x.name, x.bytes, False) for x in computed)),
+        parameters=tuple(trained(request)) if training and 0 not in request.shape.scores else (),
+        computed=computed,
+        of_scores=softcaps,
+        of_derivatives=softcaps,
+        is_hopper=is_hopper,
+    )
+
+
+def tile_choices(q: torch.Tensor, shape: Shape, chip: Chip, on_its_gpu: bool) -> TileChoice:
+    """The tile that a pass gets, and whence, as a function of the bytes of an element."""
+
+    def choose(element_bytes: int, work: Pass) -> tuple[Tile, str]:
+        if not on_its_gpu or INTERPRETED:
+            return arch_choice(chip.arch, element_bytes, shape, work)
+        if element_bytes == q.element_size():
+            return tile_choice(q, shape, work)
+        return arch_choice(architecture(q.device), element_bytes, shape, work)
+
+    return choose
+
+
+def extras(request: Request) -> Iterator[Extra]:
+    """Every tensor besides q, k and v once, by the name of its argument."""
+    seen: set[int] = set()
+    of_parts = {id(t): part for part in request.plugs for t in part.tensors().values()}
+    for name, tensor in request.other_tensors:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            part = of_parts.get(id(tensor))
+            every_pair = part is not None and holds_every_pair(part, tensor, request.shape)
+            yield Extra(name, stored_bytes(tensor), every_pair)
+
+
+def computed_tensors(request: Request) -> Iterator[Allocation]:
+    """What scores compute for the kernels at each call."""
+    shape = request.shape
+    for score in request.chain:
+        if isinstance(score, Normalised):
+            rows = math.prod(shape.scores[:3]) + shape.batch * shape.kv_heads * shape.kv_len
+            yield Allocation("1 / |q| and 1 / |k|", 4 * rows, "during the call")
+        elif isinstance(score, RelativePosition):
+            distances = shape.q_heads * (2 * score.max_distance + 1)
+            yield Allocation("table by distance", distances * score.table.element_size(), "during the call")
+
+
+def trained(request: Request) -> Iterator[TrainedParameter]:
+    """The parameters of scores that get a gradient."""
+    for slot, _, parameter in parameter_slots(request):
+        name, tensor = request.other_tensors[slot]
+        if tensor.requires_grad and tensor.numel():
+            yield as_trained(name, parameter, tensor, request.shape)
+
+
+def as_trained(name: str, parameter: Parameter, tensor: torch.Tensor, shape: Shape) -> TrainedParameter:
+    def sizes(tile: int) -> tuple[int, int, int, int]:
+        return shape.batch, shape.q_heads, ceil_div(shape.q_len, tile), ceil_div(shape.kv_len, tile)
+
+    def programs(tile: int) -> int:
+        return math.prod(plan(parameter, tensor, shape, sizes(tile)).own)
+
+    def sums(tile: int) -> tuple[int, bool]:
+        planned = plan(parameter, tensor, shape, sizes(tile))
+        is_gradient = planned.store is store_pairs
+        return math.prod(planned.sums) * (tensor.element_size() if is_gradient else 4), is_gradient
+
+    return TrainedParameter(name, tensor.numel() * tensor.element_size(), programs, sums)
+
+
+def notes(request: Request, work: Workload) -> Iterator[str]:
+    """What a reader of the counts must know."""
+    for unknown in work.rows.unknown:
+        yield f"{unknown}; it counts as if every tile were visited and masked, so tiles are upper bounds"
+    for name, masks in (("a bool mask", "Dense"), ("a keep function", "UserMask")):
+        if any(type(mask).__name__ == masks for mask in request.masks):
+            yield f"{name} may leave out more pairs than are counted here; no tile is saved by that"
+    if any(type(score).__name__ == "UserScore" for score in request.scores):
+        yield "what a UserScore computes is not in the exponentials or FLOPs"
+    if not work.training and (
+        request.q.requires_grad or any(t.requires_grad for _, t in request.other_tensors)
+    ):
+        yield 'inputs require a gradient: work="training" explains the backward too'

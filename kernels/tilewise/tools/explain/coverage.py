@@ -1,0 +1,248 @@
+"""Which tiles does a call visit, and in how many of them is a mask asked? The kernels' own arithmetic
+(`intervals.py`), on the host, for all tiles at once.
+
+Nothing here grows with q_len · kv_len: the largest tensors have a number for each row of each head, and
+where no mask tells heads apart, for each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ...kernels.call import on_device_of
+from ...parts.bounds import FIRST_KEY, Bounds
+from ...parts.masks.mask import BoundMask, Mask
+from ...parts.numerics import INTERPRETED
+from ...parts.shape import Shape, ceil_div
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Tiles of query-key pairs of all batches and heads: all there are; those that are never visited; those
+    visited in which a mask is asked; those visited in which every pair counts."""
+
+    total: int
+    skipped: int
+    masked: int
+    full: int
+
+    @property
+    def visited(self) -> int:
+        return self.masked + self.full
+
+    @property
+    def skipped_share(self) -> float:
+        return self.skipped / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What all masks together say of the rows, [batch or 1, q_heads or 1, q_len]: `intersect_intervals`.
+
+    unknown: why each mask whose interval could not be evaluated counts as if it had none, so that the tiles
+    counted as visited are those at most, and as full those at least.
+    """
+
+    lo: torch.Tensor
+    hi: torch.Tensor
+    whole: torch.Tensor
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def repeats(self) -> tuple[int, int]:
+        """The sizes of the first two dimensions."""
+        return self.lo.shape[0], self.lo.shape[1]
+
+
+def rows_of(masks: Iterable[Mask], shape: Shape) -> Rows:
+    """lo ≥ 0, hi ≤ kv_len and whole of every row; hi ≤ lo where a row sees no key."""
+    lo, hi = FIRST_KEY.expand(1, 1, shape.q_len), FIRST_KEY.expand(1, 1, shape.q_len) + shape.kv_len
+    whole = torch.ones(1, 1, shape.q_len, dtype=torch.bool, device="cpu")
+    unknown = []
+    for mask in masks:
+        found = interval_of(mask, shape)
+        if isinstance(found, Bounds):
+            lo, hi = torch.maximum(lo, found.lo), torch.minimum(hi, found.hi)
+            whole = whole & found.whole
+        else:
+            whole = torch.zeros_like(whole)
+            if found is not None:
+                unknown.append(found)
+    sizes = torch.broadcast_shapes(lo.shape, hi.shape, whole.shape)
+    return Rows(lo.expand(sizes), hi.expand(sizes), whole.expand(sizes), tuple(unknown))
+
+
+def has_contents(tensor: torch.Tensor) -> bool:
+    """Whether there are numbers behind a tensor, not a shape alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def interval_of(mask: Mask, shape: Shape) -> Bounds | str | None:
+    """A mask's interval; None if it has none; or why it cannot be evaluated here."""
+    name, tensors, bound = type(mask).__name__, list(mask.tensors().values()), mask.bind(shape)
+    if bound.interval is None:
+        return None
+    if not all(has_contents(x) for x in tensors):
+        return f"{name}: its tensors have no contents here"
+    bounds = mask.bounds(shape)
+    if bounds is not None:
+        return bounds
+    device = tensors[0].device if tensors else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if INTERPRETED or device.type == "cuda":
+        return evaluate(bound, shape, torch.device("cpu") if INTERPRETED else device)
+    return f"{name}: its interval is a kernel's function, which cannot run here"
+
+
+@triton.jit
+def interval_kernel(  # type: ignore[no-untyped-def]
+    found_ptr, q_heads, q_len, args, INTERVAL: tl.constexpr, TILE_Q: tl.constexpr
+):
+    """lo, hi and whole of a tile of rows, found [batch, q_heads, 3, q_len]."""
+    q_tiles = tl.cdiv(q_len, TILE_Q)
+    program = tl.program_id(0)
+    head, batch = program // q_tiles % q_heads, program // q_tiles // q_heads
+    q_idx = program % q_tiles * TILE_Q + tl.arange(0, TILE_Q)
+    row = tl.minimum(q_idx, q_len - 1)
+    lo, hi, whole = INTERVAL(row, batch, head, args)
+    found_ptr += (batch.to(tl.int64) * q_heads + head) * 3 * q_len
+    zeros, valid = row * 0, q_idx < q_len
+    tl.store(found_ptr + q_idx, zeros + lo, mask=valid)
+    tl.store(found_ptr + q_len + q_idx, zeros + hi, mask=valid)
+    tl.store(found_ptr + 2 * q_len + q_idx, zeros + whole.to(tl.int32), mask=valid)
+
+
+def evaluate(bound: BoundMask, shape: Shape, device: torch.device) -> Bounds:
+    """The interval of every row, asked of its device function."""
+    found = torch.zeros(shape.batch, shape.q_heads, 3, shape.q_len, dtype=torch.int32, device=device)
+    if found.numel():
+        grid = (ceil_div(shape.q_len, 128) * shape.q_heads * shape.batch,)
+        with on_device_of(found):
+            interval_kernel[grid](
+                found,
+                shape.q_heads,
+                shape.q_len,
+                bound.args,
+                INTERVAL=bound.interval,
+                TILE_Q=128,
+                enable_fp_fusion=True,
+            )
+    lo, hi, whole = found.to("cpu", torch.int64).unbind(2)
+    return Bounds(lo, hi, whole != 0)
+
+
+# ---- Tiles of rows, and what they visit
+
+
+def by_tile(rows: torch.Tensor, tile_q: int) -> torch.Tensor:
+    """[batch, q_heads, q_len] as [batch, q_heads, q_tiles, tile_q]; behind the last row stands its like."""
+    *lead, q_len = rows.shape
+    missing = ceil_div(q_len, tile_q) * tile_q - q_len
+    filled = torch.cat([rows, rows[..., -1:].expand(*lead, missing)], -1) if missing else rows
+    return filled.reshape(*lead, -1, tile_q)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The keys start..stop that each tile of rows visits, and those full_start..full_stop that all its rows
+    see: `store_range` without its exception for the last tile. [batch or 1, q_heads or 1, q_tiles]."""
+
+    start: torch.Tensor
+    stop: torch.Tensor
+    full_start: torch.Tensor
+    full_stop: torch.Tensor
+
+
+def ranges_of(rows: Rows, shape: Shape, tile_q: int) -> Ranges:
+    lo, hi, whole = (by_tile(x, tile_q) for x in (rows.lo, rows.hi, rows.whole))
+    sees = lo < hi
+    return Ranges(
+        start=torch.where(sees, lo, shape.kv_len).amin(3),
+        stop=torch.where(sees, hi, 0).amax(3),
+        full_start=lo.amax(3),
+        full_stop=torch.where(whole, hi, 0).amin(3),
+    )
+
+
+def walk_over_keys(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
+    """The tiles that the forward and dQ's pass visit: `kv_range` of every tile of rows."""
+    if 0 in shape.scores:
+        return Coverage(0, 0, 0, 0)
+    ranges = ranges_of(rows, shape, tile_q)
+    first = ranges.start // tile_kv
+    last = torch.maximum(-(-ranges.stop // tile_kv), first)
+    full_first = torch.maximum(-(-ranges.full_start // tile_kv), first)
+    full_last = torch.minimum(ranges.full_stop // tile_kv, last)
+    full = int((full_last - full_first).clamp(min=0).sum())
+    return coverage(rows, shape, (tile_q, tile_kv), int((last - first).sum()), full)
+
+
+def walk_over_rows(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
+    """The tiles that dK's and dV's pass visits: `q_range` of every tile of keys, from the first tile of rows
+    that visits it to the last; the first run of those in which every pair counts needs no mask."""
+    if 0 in shape.scores:
+        return Coverage(0, 0, 0, 0)
+    ranges = ranges_of(rows, shape, tile_q)
+    q_tiles, kv_tiles = ceil_div(shape.q_len, tile_q), ceil_div(shape.kv_len, tile_kv)
+    full_stop = ranges.full_stop.clone()
+    if shape.q_len % tile_q:  # rows beyond q_len must be masked
+        full_stop[..., -1] = 0
+    index = torch.arange(q_tiles, device="cpu")[:, None]
+    visited = full = 0
+    for chunk in torch.arange(kv_tiles, device="cpu").split(tile_q):  # as many numbers as there are rows
+        begin = chunk * tile_kv  # [chunk], against [batch, q_heads, q_tiles, 1]
+        visits = (ranges.start[..., None] < begin + tile_kv) & (ranges.stop[..., None] > begin)
+        is_full = (ranges.full_start[..., None] <= begin) & (full_stop[..., None] >= begin + tile_kv)
+        first = torch.where(visits, index, q_tiles).amin(2, keepdim=True)
+        last = torch.where(visits, index + 1, 0).amax(2, keepdim=True)
+        full_first = torch.where(is_full, index, q_tiles).amin(2, keepdim=True)
+        ends = (index >= full_first) & ~is_full
+        full_last = torch.minimum(torch.where(ends, index, q_tiles).amin(2, keepdim=True), last)
+        visited += int((last - first).clamp(min=0).sum())
+        full += int((full_last - full_first).clamp(min=0).sum())
+    return coverage(rows, shape, (tile_q, tile_kv), visited, full)
+
+
+def walk_of_a_parameter(rows: Rows, shape: Shape, tile: int) -> Coverage:
+    """The tiles that the gradient of a score's parameter visits; it masks them all."""
+    covered = walk_over_keys(rows, shape, tile, tile)
+    return Coverage(covered.total, covered.skipped, covered.visited, 0)
+
+
+def coverage(rows: Rows, shape: Shape, tile: tuple[int, int], visited: int, full: int) -> Coverage:
+    """Counts of the heads that `rows` tells apart, as those of all heads."""
+    alike = shape.batch // rows.repeats[0] * (shape.q_heads // rows.repeats[1])
+    a_head = ceil_div(shape.q_len, tile[0]) * ceil_div(shape.kv_len, tile[1])
+    total = a_head * shape.batch * shape.q_heads
+    return Coverage(total, total - visited * alike, (visited - full) * alike, full * alike)
+
+
+# ---- Pairs and keys
+
+
+def pairs_that_count(rows: Rows, shape: Shape) -> int:
+    """The pairs inside the rows' intervals, of all batches and heads. A mask that decides pair by pair may
+    leave out more of them; no tile becomes smaller by that."""
+    if 0 in shape.scores:
+        return 0
+    alike = shape.batch // rows.repeats[0] * (shape.q_heads // rows.repeats[1])
+    return int((rows.hi - rows.lo).clamp(min=0).sum()) * alike
+
+
+def keys_that_are_seen(rows: Rows, shape: Shape) -> int:
+    """Keys between the first and the last that some row sees, summed over batches and kv heads."""
+    if 0 in shape.scores:
+        return 0
+    sees = rows.lo < rows.hi
+    start = torch.where(sees, rows.lo, shape.kv_len).amin(2)  # [batch or 1, q_heads or 1]
+    stop = torch.where(sees, rows.hi, 0).amax(2)
+    if rows.repeats[1] > 1:
+        grouped = (rows.repeats[0], shape.kv_heads, shape.group)
+        start, stop = start.reshape(grouped).amin(2), stop.reshape(grouped).amax(2)
+    alike = shape.batch // rows.repeats[0] * (shape.kv_heads // start.shape[1])
+    return int((stop - start).clamp(min=0).sum()) * alike

@@ -1,0 +1,250 @@
+"""What will a call to `attention` do, and what bounds it? Answered without a GPU, and without running it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from ...parts.numerics import INTERPRETED
+from ...plan import tiles
+from ...plan.checks import STAGES, violations
+from ...plan.implementation import IMPLEMENTATIONS, implementation
+from ...plan.quadratic import score_matrix_bytes
+from ...plan.request import Request, make_request
+from ...plan.rules import hopper as hopper_rules
+from ...plan.rules.implementations import implementation_is_known
+from ...plan.tiles import architecture, choose_tile
+from ...pytorch.nested import is_nested, pack
+from ..chips import Chip, chip_of_target, find_chip
+from .as_workload import as_workload, notes
+from .coverage import has_contents, pairs_that_count
+from .findings import Findings, Work
+from .suggestions import Look, suggestions
+from .text import plain_text
+from .workload import Allocation, Kernel, kernels_of, memory_of
+
+Tensor = torch.Tensor
+
+
+class Explanation(Findings):
+    """What `explain` found: print it to read it; `to_dict` is for JSON."""
+
+    def __str__(self) -> str:
+        return plain_text(self)
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, *, gpu: str | None = None, work: Work = "forward", **arguments: Any
+) -> Explanation:
+    """What `attention(q, k, v, **arguments)` will do, and what bounds it on a GPU. Runs no attention.
+
+    q, k, v:   as for `attention`. Meta and fake tensors will do: their shapes, strides and dtypes are looked
+               at. With meta ones the other tensors may be anywhere; masks are counted from their contents.
+    gpu:       the chip to explain it for: "H200", "A100", "MI300X", ... None: the GPU of q, else the current
+               one, else an H200, which the explanation calls assumed.
+    work:      "forward", as in inference; "training": with the backward, for gradients of q, k, v and of
+               those of the other tensors that require one.
+    arguments: those of `attention`.
+
+    Raises what `attention` raises for arguments that no implementation takes, and ValueError for an unknown
+    gpu or work.
+    """
+    if work not in ("forward", "training"):
+        raise ValueError(f"{work=} must be 'forward' or 'training'")
+    return_lse = bool(arguments.pop("return_lse", False))
+    if is_nested(q, k, v):
+        given = {name: arguments.pop(name, None) for name in ("mask", "bias", "score")}
+        q, k, v, arguments["mask"], arguments["score"], _ = pack(q, k, v, **given)
+    if arguments.get("dropout_p", 0) != 0 and arguments.get("dropout_seed") is None:
+        # A stand-in: drawing a seed would move PyTorch's generator on.
+        arguments["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
+    if work == "training" and isinstance(q, Tensor) and q.is_floating_point():
+        q = q.detach().requires_grad_()
+    with torch.set_grad_enabled(work == "training"):
+        request = make_request(q, k, v, **arguments)
+        with unset_fake_temporarily():
+            return explain_request(request, gpu, work, return_lse)
+
+
+def explain_request(request: Request, gpu: str | None, work: Work, return_lse: bool) -> Explanation:
+    """`explain` of a request. The mode of gradients is that of `work`."""
+    refuse_malformed(request)
+    given = on_meta(request) if request.q.is_meta else request
+    chip, gpu_because, on_its_gpu = chip_for(request.q, gpu)
+    not_hopper = why_not_hopper(request, chip)
+    refused = reasons(given, not_hopper)
+    on_a_gpu = reasons(replace(on_meta(given), impl="portable", strict=False))
+    if refused and on_a_gpu:
+        raise ValueError(refused[0])
+    shape, answers = request.shape, implementation(request)
+    on_gpu, on_gpu_note = forward_on(chip, request, not_hopper)
+    is_hopper = on_gpu == "hopper"
+    model = as_workload(request, chip, work == "training", return_lse, on_its_gpu, is_hopper)
+    kernels: tuple[Kernel, ...] = ()
+    if not on_a_gpu:
+        try:
+            kernels = kernels_of(model)
+        except NotImplementedError as error:  # no tile fits the chip
+            on_a_gpu = [str(error)]
+    plain = Allocation("score matrices in fp32, several of", score_matrix_bytes(shape), "during the call")
+    others = {name: why_not_this(given, name) for name in IMPLEMENTATIONS if name != answers}
+    if "hopper" in others:  # a word on the chip, not on this machine
+        others["hopper"] = "; ".join(on_a_gpu or not_hopper) or why_hopper_waits(request, chip)
+    return Explanation(
+        work=work,
+        device=str(request.q.device),
+        implementation=answers,
+        because=why_this(request),
+        refused=tuple(refused),
+        others=others,
+        gpu=chip.name,
+        gpu_because=gpu_because,
+        no_kernels=on_a_gpu[0] if on_a_gpu else "",
+        on_gpu=on_gpu,
+        on_gpu_note=on_gpu_note,
+        sizes=shape._asdict(),
+        dtype=str(request.q.dtype).removeprefix("torch."),
+        pairs=math.prod(shape.scores),
+        pairs_that_count=pairs_that_count(model.rows, shape),
+        exact=not model.rows.unknown,
+        notes=tuple(notes(request, model)),
+        kernels=kernels,
+        memory=memory_of(model) if kernels else (),
+        memory_here=(plain,) if answers == "torch" else (),
+        suggestions=suggestions(Look(request, model, kernels)) if kernels else (),
+    )
+
+
+def refuse_malformed(request: Request) -> None:
+    """Raise the first thing that is wrong with q, k, v or impl: then there is nothing to explain."""
+    for rules in (*STAGES[:3], (implementation_is_known,)):
+        for rule in rules:
+            if (reason := rule(request)) is not None:
+                raise ValueError(reason)
+
+
+def reasons(request: Request, not_hopper: Iterable[str] = ()) -> list[str]:
+    """Every rule that the request breaks; of fake tensors, within their own mode. Those have no GPU that
+    Hopper's forward could look at: its own rules have been asked before, and say `not_hopper`."""
+    if not isinstance(request.q, FakeTensor):
+        return [str(violation) for violation in violations(request)]
+    is_hopper = request.impl == "hopper"
+    with request.q.fake_mode:
+        asked = replace(request, impl="portable") if is_hopper else request
+        found = [str(violation) for violation in violations(asked)]
+    return found or [f"impl='hopper': {reason}" for reason in not_hopper if is_hopper]
+
+
+def on_meta(request: Request) -> Request:
+    """The request with every tensor on the meta device, where all rules but those on devices say the same."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().to("meta").requires_grad_(value.requires_grad)
+        if isinstance(value, tuple):
+            return type(value)(*map(moved, value)) if hasattr(value, "_fields") else tuple(map(moved, value))
+        return value
+
+    def part_moved(part: Any) -> Any:
+        clone = copy.copy(part)
+        for name, value in vars(part).items():
+            setattr(clone, name, moved(value))
+        return clone
+
+    changed: dict[str, Any] = {
+        name: moved(getattr(request, name))
+        for name in ("q", "k", "v", "scale", "similarity", "sink", "dropout")
+    }
+    for name in ("masks", "scores"):
+        changed[name] = tuple(map(part_moved, getattr(request, name)))
+    return replace(request, **changed)
+
+
+# ---- Hopper's forward
+
+
+def why_not_hopper(request: Request, chip: Chip) -> list[str]:
+    """The rules of Hopper's forward that the request breaks; the one on GPUs is asked about the chip."""
+    if chip.arch != "sm_90":
+        return [f"it needs a Hopper GPU (sm_90), and {chip.name} is {chip.arch}"]
+    broken = [rule(request) for rule in hopper_rules.RULES if rule is not hopper_rules.chip_is_hopper]
+    return [reason for reason in broken if reason is not None]
+
+
+def forward_on(chip: Chip, request: Request, not_hopper: list[str]) -> tuple[str, str]:
+    """Whose forward the chip runs, where one of the kernels answers there, and what to know of it."""
+    if request.impl == "hopper" and not_hopper:
+        return "portable", f"impl='hopper' cannot answer there: {'; '.join(not_hopper)}"
+    if request.impl == "hopper":
+        return "hopper", "" if is_proven(request, chip) else "Hopper's forward has not run on a GPU yet"
+    if request.impl is None and not not_hopper and is_proven(request, chip):
+        return "hopper", "Hopper's forward answers there: a GPU has shown that it is right and faster"
+    return "portable", ""
+
+
+def is_proven(request: Request, chip: Chip) -> bool:
+    """Whether Hopper's forward answers such calls on the chip without being asked for."""
+    return tiles.is_hopper_proven(chip.arch, request.q.element_size(), request.shape)
+
+
+def why_hopper_waits(request: Request, chip: Chip) -> str:
+    """Why it does not answer a call that it could answer on the chip."""
+    if not is_proven(request, chip):
+        return "it must be asked for, impl='hopper': no GPU has shown yet that it is right and faster"
+    if request.impl is not None:
+        return f"it could; impl={request.impl!r} asks for another"
+    return f"it does on an {chip.name}"
+
+
+# ---- Why this one, and why no other
+
+
+def why_this(request: Request) -> str:
+    """Why this implementation is the one that answers."""
+    device = request.q.device
+    if request.impl is not None:
+        return f"impl={request.impl!r} asks for it"
+    if implementation(request) == "torch":
+        return "q is on the CPU, and Triton's interpreter is off"
+    if INTERPRETED and not request.q.is_meta:
+        tile = choose_tile(request.q, request.shape, "forward")
+        return (
+            f"Triton's interpreter is on, and runs the kernels on the CPU, with tiles of {tile.tile_q} × "
+            f"{tile.tile_kv}"
+        )
+    if request.q.is_meta:
+        return "q is a meta tensor, which gets the shapes that the kernels give"
+    return f"q is on {device}, where the fused kernels run"
+
+
+def why_not_this(request: Request, name: str) -> str:
+    """Why another implementation does not answer: it cannot, or the one that does goes first."""
+    against = reasons(replace(request, impl=name))
+    if against:
+        return "; ".join(against)
+    if request.impl is not None:
+        return f"it could; impl={request.impl!r} asks for another"
+    return "it could; its memory is quadratic in length, so it serves only where no kernel can run"
+
+
+def chip_for(q: Tensor, gpu: str | None) -> tuple[Chip, str, bool]:
+    """The chip to explain a call for, why this one, and whether q is on it."""
+    if gpu is not None:
+        return find_chip(gpu), "as asked for", False
+    if torch.cuda.is_available():
+        own = q.is_cuda and has_contents(q)
+        device = q.device if own else torch.device("cuda", torch.cuda.current_device())
+        name = torch.cuda.get_device_name(device)
+        where = "the GPU that q is on" if own else "this machine's GPU"
+        try:
+            return find_chip(name), where, own
+        except ValueError:
+            chip = chip_of_target(architecture(device))
+            return chip, f"{where} is {name}, whose figures are not known: those of {chip.name} stand in", own
+    return find_chip("H200"), "assumed, for there is no GPU here and none was named", False

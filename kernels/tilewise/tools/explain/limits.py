@@ -1,0 +1,60 @@
+"""How long must a kernel take at least? Three pipes of the chip, each with so much to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..chips import Chip
+
+Pipe = Literal["matmul", "exponentials", "memory"]
+PIPES: tuple[Pipe, ...] = get_args(Pipe)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that each pipe needs for its part of the work at the chip's stated rate: floors, not times."""
+
+    matmul: float
+    exponentials: float
+    memory: float
+
+    def seconds(self) -> dict[Pipe, float]:
+        return {"matmul": self.matmul, "exponentials": self.exponentials, "memory": self.memory}
+
+    @property
+    def largest(self) -> Pipe:
+        """The pipe that has the most to do."""
+        return max(self.seconds().items(), key=lambda item: item[1])[0]
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds if all three work at once all the time: no kernel is faster."""
+        return max(self.seconds().values())
+
+    @property
+    def in_turns(self) -> float:
+        """Seconds if matmuls and exponentials wait for one another, as in a loop that overlaps nothing."""
+        return max(self.matmul + self.exponentials, self.memory)
+
+
+def matmul_rate(chip: Chip, element_bytes: int, precision: str) -> float:
+    """FLOP/s of a chip's matmuls; fp32 operands in TF32 run at half the rate of 16-bit ones."""
+    if element_bytes == 4 and precision == "tf32":
+        return chip.matmul_flops_per_second / 2
+    return chip.matmul_rate(element_bytes)
+
+
+def limits_of(
+    chip: Chip, programs: int, flops: int, exponentials: int, moved: int, element_bytes: int, precision: str
+) -> Limits:
+    """The limits of `programs` that share this work. Multiprocessors without a program do nothing; the
+    memory serves whoever asks."""
+    busy = min(programs, chip.multiprocessors) / chip.multiprocessors
+    if busy == 0:
+        return Limits(0.0, 0.0, 0.0)
+    return Limits(
+        matmul=flops / (matmul_rate(chip, element_bytes, precision) * busy),
+        exponentials=exponentials / (chip.exponentials_per_second * busy),
+        memory=moved / chip.memory_bytes,
+    )

@@ -1,0 +1,339 @@
+"""What would make a call faster? One function a suggestion; each speaks up only where it applies.
+
+Where the model can tell what a suggestion is worth, it is asked twice, as the call is and as it would be; the
+factor is the ratio of the two least times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...kernels.call import power_of_two_tile
+from ...parts.bounds import Bounds
+from ...parts.masks.causal import Causal
+from ...parts.masks.dense import Dense
+from ...parts.masks.documents import Documents
+from ...parts.masks.user import UserMask
+from ...parts.scores.bias import Bias
+from ...parts.shape import Align, Shape
+from ...plan.quadratic import mebibytes, score_matrix_bytes
+from ...plan.request import Request
+from .coverage import Rows, has_contents, pairs_that_count, rows_of
+from .workload import Kernel, Workload, seconds
+
+WORTH_SAYING = 1.05
+READ_AT_ONCE = 1 << 24  # elements of a bool mask
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What to change. factor: how much less the least time would be; None where the model cannot tell."""
+
+    text: str
+    factor: float | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a rule looks at: the call, and what the model makes of it."""
+
+    request: Request
+    work: Workload
+    kernels: tuple[Kernel, ...]
+
+    def factor(self, changed: Workload) -> float:
+        """How many times the least time of `changed` the call takes at least."""
+        after = seconds(changed)
+        return seconds(self.work) / after if after else 1.0
+
+    def matmul_is_largest(self) -> bool:
+        return any(kernel.limits.largest == "matmul" for kernel in self.kernels if kernel.tiles)
+
+
+def suggestions(look: Look) -> tuple[Suggestion, ...]:
+    """What applies, the most worth first."""
+    found = [suggestion for rule in RULES if (suggestion := rule(look)) is not None]
+    return tuple(sorted(found, key=lambda s: -(s.factor or 0.0)))
+
+
+# ---- Masks
+
+
+def bool_mask_skips_nothing(look: Look) -> Suggestion | None:
+    for mask in look.request.masks:
+        if isinstance(mask, Dense):
+            if has_contents(mask.mask):
+                return structure_of(mask, look)
+            if len(look.request.masks) == 1:
+                return Suggestion(
+                    "a bool mask skips no tile: where a structured mask bounds it, combine the two, as in "
+                    "mask=tilewise.Causal() & mask (explain sees which, if the mask has contents)"
+                )
+    return None
+
+
+def structure_of(mask: Dense, look: Look) -> Suggestion | None:
+    """The structured mask that says the same as this one, or bounds it, if that skips tiles."""
+    shape = look.work.shape
+    hull = rows_of_a_bool_mask(mask.mask.expand(shape.scores))
+    name, bounds = bounding_mask(hull, shape)
+    same = bool(hull.whole.all()) and all(
+        bool((of_hull == of_mask.clamp(0, shape.kv_len)).all())
+        for of_hull, of_mask in ((hull.lo, bounds.lo), (hull.hi, bounds.hi))
+    )
+    others = [part for part in look.request.masks if part is not mask]
+    changed = replace(look.work, rows=intersected(rows_of(others, shape), bounds, whole=same))
+    if same:
+        changed = replace(changed, extras=tuple(x for x in changed.extras if x.name != "Dense.mask"))
+    worth = look.factor(changed)
+    if worth < WORTH_SAYING:
+        return None
+    if same:
+        text = f"the bool mask says what {name} says: give that in its place; it stores nothing"
+        return Suggestion(f"{text} for each pair, and skips tiles", worth)
+    return Suggestion(
+        f"the bool mask keeps no pair outside {name}: mask={name} & mask skips the tiles beyond", worth
+    )
+
+
+def bounding_mask(hull: Bounds, shape: Shape) -> tuple[str, Bounds]:
+    """The simplest structured mask that keeps all that rows keep, and not many pairs more: its name, and its
+    own bounds."""
+    if hull.hi.shape[1:] == (1, 1) and not bool((hull.lo > 0).any()):
+        return "tilewise.Padding(lengths)", hull
+    kept = int((hull.hi - hull.lo).sum())
+    aligns: tuple[Align, Align] = ("bottom_right", "top_left")
+    for align in aligns:
+        bounds = Causal(align).bounds(shape)
+        hi = bounds.hi.clamp(0, shape.kv_len)
+        bounded = bool(((hull.hi <= hi) | (hull.hi <= hull.lo)).all())
+        if bounded and int(hi.expand(hull.hi.shape).sum()) <= 1.1 * kept:
+            return "tilewise.Causal()" if align == "bottom_right" else "tilewise.Causal('top_left')", bounds
+    return "tilewise.Intervals(first key kept, last key kept + 1)", hull
+
+
+def rows_of_a_bool_mask(mask: torch.Tensor) -> Bounds:
+    """The first key that each row keeps, its last + 1, and whether it keeps all between; a few rows at a
+    time. Expanded dimensions are read once."""
+    for axis in range(3):
+        if mask.stride(axis) == 0 and mask.shape[axis] > 1:
+            mask = mask.narrow(axis, 0, 1)
+    a_row = max(1, mask.shape[0] * mask.shape[1] * mask.shape[3])
+    found = []
+    for chunk in mask.split(max(1, READ_AT_ONCE // a_row), 2):
+        kept = chunk.to("cpu", torch.uint8)
+        count = kept.sum(3, dtype=torch.int64)
+        if kept.shape[3] == 0:
+            found.append((count, count, count == 0))
+            continue
+        lo = kept.argmax(3)
+        hi = torch.where(count > 0, kept.shape[3] - kept.flip(3).argmax(3), lo)
+        found.append((lo, hi, hi - lo == count))
+    lo, hi, whole = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+    return Bounds(lo, hi, whole)
+
+
+def intersected(rows: Rows, bounds: Bounds, whole: bool) -> Rows:
+    lo, hi = torch.maximum(rows.lo, bounds.lo), torch.minimum(rows.hi, bounds.hi)
+    lo, hi, all_whole = torch.broadcast_tensors(lo, hi, rows.whole & whole)
+    return Rows(lo, hi, all_whole, rows.unknown)
+
+
+def user_mask_without_interval(look: Look) -> Suggestion | None:
+    for mask in look.request.masks:
+        if isinstance(mask, UserMask) and mask.interval is None:
+            return Suggestion(
+                f"UserMask({mask.keep.__name__}) has no interval: it skips no tile, and is asked about every "
+                "pair. Give UserMask(..., interval=f) if it rules out whole stretches of keys"
+            )
+    return None
+
+
+def documents_in_pieces(look: Look) -> Suggestion | None:
+    shape = look.work.shape
+    for mask in look.request.masks:
+        if not isinstance(mask, Documents) or not has_contents(mask.hulls):
+            continue
+        if mask.kv_ids is not mask.ids or bool((mask.hulls[..., 2] != 0).all()):
+            continue
+        others = [part for part in look.request.masks if part is not mask]
+        bounds = Documents(mask.ids.sort(-1).values).bounds(shape)
+        worth = look.factor(
+            replace(look.work, rows=intersected(rows_of(others, shape), bounds, whole=not others))
+        )
+        if worth >= WORTH_SAYING:
+            return Suggestion(
+                "documents come in pieces, so that a row visits all keys between its document's first and "
+                "last: put the positions of a document next to one another",
+                worth,
+            )
+    return None
+
+
+# ---- Numbers and their layout
+
+
+def float32_is_slow(look: Look) -> Suggestion | None:
+    work = look.work
+    if work.element_bytes != 4:
+        return None
+    half = look.factor(replace(work, element_bytes=2))
+    if half < WORTH_SAYING:
+        return None
+    text = "fp32 inputs: bf16 or fp16 ones are multiplied by tensor cores and are half the bytes"
+    if work.precision == "ieee":
+        tf32 = look.factor(replace(work, precision="tf32"))
+        text += (
+            f'; torch.set_float32_matmul_precision("high") gives TF32 ({tf32:.1f}×), with 10 bits a factor'
+        )
+    return Suggestion(text, half)
+
+
+def dimensions_are_padded(look: Look) -> Suggestion | None:
+    shape = look.work.shape
+    given = shape.head_dim, shape.value_dim
+    padded = tuple(power_of_two_tile(dim) for dim in given)
+    waste = sum(padded) / sum(given)
+    if waste < 1.1 or not look.matmul_is_largest():
+        return None
+    after = sum(max(k.limits.matmul / waste, k.limits.exponentials, k.limits.memory) for k in look.kernels)
+    before = seconds(look.work)
+    names = f"head_dim={given[0]}" + (f" and value_dim={given[1]}" if given[0] != given[1] else "")
+    tiles = " and ".join(str(dim) for dim in dict.fromkeys(padded))
+    return Suggestion(
+        f"{names} is multiplied as {tiles}, {waste:.2f} times the work; a power of two would waste none",
+        before / after if after else None,
+    )
+
+
+def rows_are_not_contiguous(look: Look) -> Suggestion | None:
+    found = [f"{name} ({x.stride(3)})" for name, x in look.request.qkv().items() if strided_inside(x)]
+    if not found:
+        return None
+    return Suggestion(
+        f"the innermost dimension has a stride: {', '.join(found)}. A row's numbers are then loaded one by "
+        "one: lay them out side by side, as contiguous() does"
+    )
+
+
+def strided_inside(x: torch.Tensor) -> bool:
+    return x.shape[3] > 1 and x.stride(3) != 1
+
+
+def rows_are_not_aligned(look: Look) -> Suggestion | None:
+    found = []
+    for name, x in look.request.qkv().items():
+        steps = [x.stride(axis) * x.element_size() for axis in range(3) if x.shape[axis] > 1]
+        where = [f"strides of {step} bytes" for step in steps if step % 16]
+        if has_contents(x) and x.data_ptr() % 16:
+            where.append("its address")
+        if where and not strided_inside(x):
+            found.append(f"{name} ({where[0]})")
+    if not found:
+        return None
+    return Suggestion(
+        f"not a multiple of 16 bytes: {', '.join(found)}. Loads are then split: allocate rows of a multiple "
+        "of 16 bytes and slice them, or copy to fresh memory"
+    )
+
+
+def heads_are_expanded(look: Look) -> Suggestion | None:
+    k, v = look.request.k, look.request.v
+    if k.shape[1] == 1 or k.stride(1) != 0 or v.stride(1) != 0:
+        return None
+    return Suggestion(
+        f"k and v are one head, expanded to {k.shape[1]}: give k[:, :1] and v[:, :1]. Query heads share a "
+        "head of keys and values by themselves, and its gradient is then one sum, not one a head"
+    )
+
+
+# ---- Work
+
+
+def few_programs(look: Look) -> Suggestion | None:
+    (kernel, *_), chip = look.kernels, look.work.chip
+    if not 0 < kernel.programs < chip.multiprocessors:
+        return None
+    shape = look.work.shape
+    each = "a row tile of a head" if shape.q_len > 1 else "a head of a sequence"
+    return Suggestion(
+        f"{kernel.programs} programs, one for {each}, leave {chip.multiprocessors - kernel.programs} of "
+        f"{chip.multiprocessors} multiprocessors idle: more sequences in a call cost little until all work",
+        None if kernel.limits.largest == "memory" else chip.multiprocessors / kernel.programs,
+    )
+
+
+def bias_of_every_pair(look: Look) -> Suggestion | None:
+    names = {f"{type(s).__name__}.bias" for s in look.request.scores if isinstance(s, Bias)}
+    full = [extra for extra in look.work.extras if extra.every_pair and extra.name in names]
+    if not full:
+        return None
+    work = replace(
+        look.work,
+        extras=tuple(extra for extra in look.work.extras if extra not in full),
+        parameters=tuple(p for p in look.work.parameters if p.name not in names),
+    )
+    worth = look.factor(work)
+    if worth < WORTH_SAYING:
+        return None
+    size = mebibytes(sum(extra.stored_bytes for extra in full))
+    return Suggestion(
+        f"a bias for every pair is {size} to read: a score computed from positions (tilewise.ALiBi, "
+        "RelativePosition, UserScore), or a bias that broadcasts, reads next to nothing",
+        worth,
+    )
+
+
+def tiles_are_wide(look: Look) -> Suggestion | None:
+    """Tiles that cover many more pairs than count, as under a window narrower than a tile."""
+    (kernel, *_), work = look.kernels, look.work
+    counted = pairs_that_count(work.rows, work.shape)
+    if kernel.tiles is None or not counted or work.shape.q_len < kernel.tile.tile_q:
+        return None
+    covered = kernel.tiles.visited * kernel.tile.tile_q * kernel.tile.tile_kv / counted
+    if covered < 1.5 or kernel.limits.largest == "memory":
+        return None
+    return Suggestion(
+        f"tiles of {kernel.tile.tile_q} × {kernel.tile.tile_kv} cover {covered:.1f} pairs for each that "
+        "counts: smaller ones waste less (`tilewise tune` tries them on your GPU)"
+    )
+
+
+def dropout_has_a_price(look: Look) -> Suggestion | None:
+    if look.request.dropout is None:
+        return None
+    passes = "forward, dq and dkv" if look.work.training else "the forward"
+    return Suggestion(
+        f"dropout draws Philox numbers in {passes}: ten rounds for every four pairs, some ten integer "
+        "multiplications a pair beside one exponential; leave it out where the model allows it"
+    )
+
+
+def plain_pytorch_was_asked_for(look: Look) -> Suggestion | None:
+    if look.request.impl != "torch":
+        return None
+    return Suggestion(
+        "impl='torch' holds several score matrices of "
+        f"{mebibytes(score_matrix_bytes(look.work.shape))}: leave impl out, and a GPU runs the fused kernel"
+    )
+
+
+Rule = Callable[[Look], "Suggestion | None"]
+RULES: tuple[Rule, ...] = (
+    bool_mask_skips_nothing,
+    user_mask_without_interval,
+    documents_in_pieces,
+    float32_is_slow,
+    dimensions_are_padded,
+    rows_are_not_contiguous,
+    rows_are_not_aligned,
+    heads_are_expanded,
+    few_programs,
+    bias_of_every_pair,
+    tiles_are_wide,
+    dropout_has_a_price,
+    plain_pytorch_was_asked_for,
+)

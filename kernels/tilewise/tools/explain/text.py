@@ -1,0 +1,219 @@
+"""How does an explanation read? The same sections as plain text and, in the command, with rich."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .findings import Findings
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title, then sentences, then a table: a heading and rows of cells."""
+
+    title: str
+    sentences: tuple[str, ...] = ()
+    heading: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+
+def sections(e: Findings) -> list[Section]:
+    """What an explanation says, in order."""
+    found = [implementation(e)]
+    if e.kernels:
+        found += [launches(e), tiles(e), work(e), limits(e), memory(e)]
+    found.append(advice(e))
+    return [section for section in found if section.sentences or section.rows]
+
+
+def title(e: Findings) -> str:
+    """The call in a line."""
+    s = e.sizes
+    q = [s["batch"], s["q_heads"], s["q_len"], s["head_dim"]]
+    k = [s["batch"], s["kv_heads"], s["kv_len"], s["head_dim"]]
+    keys = f"k, v {k}" if s["head_dim"] == s["value_dim"] else f"k {k}, v {[*k[:3], s['value_dim']]}"
+    what = "forward" if e.work == "forward" else "forward and backward"
+    return f"attention, {what}: q {q}, {keys}, {e.dtype}"
+
+
+def implementation(e: Findings) -> Section:
+    sentences = [f"{e.implementation} answers here: {e.because}."]
+    if e.refused:
+        sentences = [f"attention() raises here: {reason}." for reason in e.refused]
+    sentences += [f"{name} does not: {why}." for name, why in e.others.items()]
+    sentences += [f"Plain PyTorch holds {x.name} {quantity(x.bytes, 'B')}." for x in e.memory_here]
+    if e.no_kernels:
+        sentences.append(f"No kernel on an {e.gpu}: {e.no_kernels}.")
+    elif e.implementation != e.on_gpu or e.refused:
+        sentences.append(f"On an {e.gpu} ({e.gpu_because}) the {e.on_gpu} kernels would answer, as follows.")
+    else:
+        sentences.append(f"What follows is for an {e.gpu} ({e.gpu_because}).")
+    if e.on_gpu_note and not e.no_kernels:
+        sentences.append(f"{e.on_gpu_note}.")
+    return Section("Implementation", tuple(sentences))
+
+
+def launches(e: Findings) -> Section:
+    origins: dict[str, list[str]] = {}
+    for kernel in e.kernels:
+        origins.setdefault(kernel.tile_from, []).append(kernel.name)
+    # One origin for all is the rule.
+    sentences = [
+        f"Tiles{'' if len(origins) == 1 else ' of ' + ', '.join(names)}: {origin}."
+        for origin, names in origins.items()
+    ]
+    rows = [
+        (
+            kernel.name,
+            f"{kernel.tile.tile_q} × {kernel.tile.tile_kv}" if kernel.tiles else f"{kernel.tile.tile_q} rows",
+            str(kernel.tile.num_warps) if kernel.tiles else "",
+            str(kernel.tile.num_stages) if kernel.tiles else "",
+            f"{kernel.programs:,}",
+            f"{kernel.waves:.1f}",
+        )
+        for kernel in e.kernels
+    ]
+    heading = ("kernel", "tile", "warps", "stages", "programs", "per multiprocessor")
+    return Section("Launches", tuple(sentences), heading, tuple(rows))
+
+
+def tiles(e: Findings) -> Section:
+    at_most = "" if e.exact else "at most "
+    counted = f"{at_most}{e.pairs_that_count:,} of {e.pairs:,} query-key pairs count"
+    meaning = "skipped: never visited. masked: visited, and each pair is asked. full: visited, none is asked."
+    rows = []
+    for kernel in e.kernels:
+        if kernel.tiles is not None:
+            of = kernel.tiles
+            shares = (share(n, of.total) for n in (of.skipped, of.masked, of.full))
+            rows.append((kernel.name, f"{of.total:,}", *shares))
+    heading = ("kernel", "tiles", "skipped", "masked", "full")
+    pairs = f"{counted}, {share(e.pairs_that_count, e.pairs)}"
+    return Section("Tiles", (*map(sentence, (pairs, *e.notes)), meaning), heading, tuple(rows))
+
+
+def work(e: Findings) -> Section:
+    heading = ("kernel", "FLOPs", "executed", "exponentials", "bytes", "FLOP/byte")
+    rows = [
+        (
+            kernel.name,
+            quantity(kernel.flops, "FLOP"),
+            quantity(kernel.executed_flops, "FLOP"),
+            quantity(kernel.exponentials),
+            quantity(kernel.bytes, "B"),
+            f"{kernel.intensity:.1f}",
+        )
+        for kernel in e.kernels
+    ]
+    meaning = (
+        f"{quantity(e.flops, 'FLOP')} as papers count them. FLOPs: of the pairs that count. executed: on "
+        "whole tiles, with dimensions rounded up to a power of two. bytes: the least traffic with memory."
+    )
+    return Section("Work", (meaning,), heading, tuple(rows))
+
+
+def limits(e: Findings) -> Section:
+    heading = ("kernel", "matmul", "exponentials", "memory", "at least", "in turns", "limit")
+    rows = [
+        (
+            kernel.name,
+            *(duration(x) for x in kernel.limits.seconds().values()),
+            duration(kernel.limits.overlapped),
+            duration(kernel.limits.in_turns),
+            kernel.limits.largest,
+        )
+        for kernel in e.kernels
+    ]
+    if len(rows) > 1:
+        all_of = [duration(x) for x in e.limits.seconds().values()]
+        rows.append(("all", *all_of, duration(e.seconds), duration(e.seconds_in_turns), e.limit))
+    rate = quantity(e.flops / e.seconds, "FLOP/s") if e.seconds else "0"
+    verdict = f"The limit is {e.limit}: no faster than {duration(e.seconds)}, {rate} of what counts."
+    meaning = (
+        "By the datasheet's rates. at least: all three pipes work at once. in turns: exponentials and "
+        "matmuls wait for one another."
+    )
+    return Section(f"Limits on an {e.gpu}", (verdict, meaning), heading, tuple(rows))
+
+
+def memory(e: Findings) -> Section:
+    rows = tuple((x.name, quantity(x.bytes, "B"), x.kept) for x in e.memory)
+    return Section("Memory that a call allocates", (), ("tensor", "size", "kept as"), rows)
+
+
+def advice(e: Findings) -> Section:
+    if not e.kernels:
+        return Section("What would make it faster")
+    found = [
+        f"{f'{s.factor:.1f}× by the model' if s.factor else 'no figure'}: {s.text}." for s in e.suggestions
+    ]
+    return Section("What would make it faster", tuple(found) or ("Nothing that is known here.",))
+
+
+# ---- Numbers
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """A count with three digits and a prefix: 1.23 GB."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * size:
+            return (
+                f"{value / size:.3g} {prefix}{unit}"
+                if value < 999.5 * size
+                else f"{value / size:.0f} {prefix}{unit}"
+            )
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.2f} {unit}"
+    return f"{seconds / 1e-6:.2f} µs"
+
+
+def share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+# ---- Plain text
+
+
+def plain_text(e: Findings) -> str:
+    """The explanation for a terminal, a log or a file, `WIDTH` wide unless a table needs more."""
+    lines = [title(e)]
+    for section in sections(e):
+        lines += ["", section.title]
+        for text in section.sentences:
+            lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
+        lines += [f"  {line}".rstrip() for line in table(section.heading, section.rows)]
+    return "\n".join(lines)
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Columns as wide as they need to be; the first and whatever is not a number to the left."""
+    cells = [list(heading), *(list(row) for row in rows)] if heading else []
+    if not cells:
+        return []
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = (
+            cell.rjust(width) if is_number(i, cells) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(padded))
+    return lines
+
+
+def is_number(column: int, cells: Sequence[Sequence[str]]) -> bool:
+    """Whether a column holds numbers: every cell below the heading begins with a digit, or is empty."""
+    return all(not row[column] or row[column][0].isdigit() for row in cells[1:])

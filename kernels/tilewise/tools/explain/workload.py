@@ -1,0 +1,312 @@
+"""What does each kernel of a call have to do? Programs, tiles, FLOPs, exponentials, bytes and memory.
+
+FLOPs       of the matmuls: those of the pairs that count, and those that are executed, on whole tiles and
+            on dimensions rounded up to a power of two
+bytes       the least traffic with the GPU's memory: everything read once and written once
+memory      what a call allocates beside its arguments
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...kernels.call import power_of_two_tile
+from ...kernels.hopper.limits import HOPPER_COLUMNS
+from ...kernels.tile import Pass, Tile
+from ...parts.shape import Shape, ceil_div
+from ...plan.tiles import square_tile
+from ..chips import Chip
+from .coverage import (
+    Coverage,
+    Rows,
+    coverage,
+    keys_that_are_seen,
+    pairs_that_count,
+    ranges_of,
+    walk_of_a_parameter,
+    walk_over_keys,
+    walk_over_rows,
+)
+from .limits import Limits, limits_of
+
+TileChoice = Callable[[int, Pass], tuple[Tile, str]]  # of bytes an element and a pass: a tile, and whence
+STATISTIC = 4  # bytes of a number that is kept for each row, in fp32
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A tensor besides q, k and v that the kernels read."""
+
+    name: str
+    stored_bytes: int
+    every_pair: bool  # it is read along with the pairs: as much of it as there are tiles visited
+
+
+@dataclass(frozen=True)
+class TrainedParameter:
+    """A tensor whose gradient is a kernel of its own."""
+
+    name: str
+    bytes: int
+    programs: Callable[[int], int]  # of the side of a square tile
+    sums: Callable[[int], tuple[int, bool]]  # bytes that its programs write, and whether that is the gradient
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Memory that a call asks for."""
+
+    name: str
+    bytes: int
+    kept: str  # "result", "for the backward", "during the call", "during the backward"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A call as the model sees it. Suggestions change a field and ask again."""
+
+    shape: Shape
+    chip: Chip
+    rows: Rows
+    choose: TileChoice
+    element_bytes: int
+    precision: str  # "ieee" or "tf32", of fp32 operands
+    training: bool
+    return_lse: bool
+    extras: tuple[Extra, ...] = ()
+    parameters: tuple[TrainedParameter, ...] = ()
+    computed: tuple[Allocation, ...] = ()  # what masks and scores compute for the kernels, at each call
+    # Exponentials a pair beside that of the softmax: in the scores, and in their derivative.
+    of_scores: int = 0
+    of_derivatives: int = 0
+    is_hopper: bool = False  # the forward is Hopper's
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch, and what it has to do."""
+
+    name: str
+    tile: Tile  # of prepare the rows alone
+    tile_from: str
+    programs: int
+    waves: float  # programs for each multiprocessor
+    tiles: Coverage | None  # None: it walks over no keys
+    flops: int
+    executed_flops: int
+    exponentials: int
+    bytes: int
+    limits: Limits
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs of the pairs that count for each byte moved."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+def kernels_of(work: Workload) -> tuple[Kernel, ...]:
+    """The launches of a call, in order."""
+    kernels = [hopper_forward(work) if work.is_hopper else forward(work)]
+    if work.training:
+        kernels += [prepare(work), dq(work), dkv(work)]
+        kernels += [gradient(work, parameter) for parameter in work.parameters]
+    return tuple(kernels)
+
+
+def seconds(work: Workload) -> float:
+    """The least time of all launches, one after another."""
+    return sum(kernel.limits.overlapped for kernel in kernels_of(work))
+
+
+# ---- Traffic, in bytes
+
+
+def rows_bytes(work: Workload, columns: int) -> int:
+    """Of a tensor [batch, q_heads, q_len, columns] in the call's dtype: q, out and their gradients."""
+    return math.prod(work.shape.scores[:3]) * columns * work.element_bytes
+
+
+def seen_bytes(work: Workload) -> int:
+    """Of the keys and values that some row sees."""
+    columns = work.shape.head_dim + work.shape.value_dim
+    return keys_that_are_seen(work.rows, work.shape) * columns * work.element_bytes
+
+
+def all_keys_bytes(work: Workload) -> int:
+    """Of k and v, or of their gradients."""
+    shape = work.shape
+    columns = shape.head_dim + shape.value_dim
+    return shape.batch * shape.kv_heads * shape.kv_len * columns * work.element_bytes
+
+
+def statistics_bytes(work: Workload, count: int) -> int:
+    return math.prod(work.shape.scores[:3]) * count * STATISTIC
+
+
+def extra_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:
+    """Of the other tensors; of those with a number for every pair, what the visited tiles cover."""
+    pairs = math.prod(work.shape.scores)
+    share = min(1.0, tiles.visited * tile.tile_q * tile.tile_kv / pairs) if pairs else 0.0
+    sizes = [x.stored_bytes * (share if x.every_pair else 1.0) for x in work.extras]
+    return round(sum(sizes))
+
+
+# ---- Kernels
+
+
+def walk(
+    work: Workload, name: str, tile: tuple[Tile, str], programs: int, tiles: Coverage,
+    dims: tuple[int, int], exponentials: int, moved: int, least_columns: int = 0,
+) -> Kernel:  # fmt: skip
+    """A kernel that visits tiles of pairs. dims: how many products over head_dim and over value_dim it makes
+    of each; exponentials: of each pair; least_columns: of a tile, however narrow a head is."""
+    shape, (chosen, tile_from) = work.shape, tile
+    of_head, of_value = dims
+    executed = tiles.visited * chosen.tile_q * chosen.tile_kv
+    head_tile, value_tile = (
+        max(least_columns, power_of_two_tile(dim)) for dim in (shape.head_dim, shape.value_dim)
+    )
+    padded = of_head * head_tile + of_value * value_tile
+    flops = 2 * executed * padded
+    wanted = of_head * shape.head_dim + of_value * shape.value_dim
+    return Kernel(
+        name, chosen, tile_from, programs, programs / work.chip.multiprocessors, tiles,
+        flops=2 * pairs_that_count(work.rows, shape) * wanted,
+        executed_flops=flops,
+        exponentials=exponentials * executed,
+        bytes=moved,
+        limits=limits_of(
+            work.chip, programs, flops, exponentials * executed, moved, work.element_bytes, work.precision
+        ),
+    )  # fmt: skip
+
+
+def rows_programs(work: Workload, tile_q: int) -> int:
+    return ceil_div(work.shape.q_len, tile_q) * work.shape.q_heads * work.shape.batch
+
+
+def forward(work: Workload) -> Kernel:
+    """S = scores(Q Kᵀ), O = P V."""
+    shape = work.shape
+    tile, tile_from = work.choose(work.element_bytes, "forward")
+    tiles = walk_over_keys(work.rows, shape, tile.tile_q, tile.tile_kv)
+    return walk(
+        work, "forward", (tile, tile_from), rows_programs(work, tile.tile_q), tiles, (1, 1),
+        1 + work.of_scores, forward_bytes(work, tiles, tile),
+    )  # fmt: skip
+
+
+def hopper_forward(work: Workload) -> Kernel:
+    """The same by programs that stay, one on each multiprocessor, and take one tile of rows after another."""
+    shape = work.shape
+    tile, tile_from = work.choose(work.element_bytes, "hopper")
+    tiles = hopper_walk(work.rows, shape, tile)
+    programs = min(work.chip.multiprocessors, rows_programs(work, tile.tile_q))
+    return walk(
+        work, "hopper forward", (tile, tile_from), programs, tiles, (1, 1),
+        1 + work.of_scores, forward_bytes(work, tiles, tile), HOPPER_COLUMNS,
+    )  # fmt: skip
+
+
+def hopper_walk(rows: Rows, shape: Shape, tile: Tile) -> Coverage:
+    """As every walk over keys; but a tile of rows that sees no key visits one tile, and masks it out."""
+    found = walk_over_keys(rows, shape, tile.tile_q, tile.tile_kv)
+    if 0 in shape.scores:
+        return found
+    ranges = ranges_of(rows, shape, tile.tile_q)
+    blind = int((ranges.stop <= ranges.start).sum())
+    added = coverage(rows, shape, (tile.tile_q, tile.tile_kv), blind, 0).masked
+    return Coverage(found.total, found.skipped - added, found.masked + added, found.full)
+
+
+def forward_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:
+    """q, out, what some row sees of k and v, the other tensors, and what is kept of each row."""
+    shape = work.shape
+    kept = 3 if work.training else int(work.return_lse)  # lse and two statistics
+    moved = rows_bytes(work, shape.head_dim + shape.value_dim) + seen_bytes(work)
+    return moved + extra_bytes(work, tiles, tile) + statistics_bytes(work, kept)
+
+
+def prepare(work: Workload) -> Kernel:
+    """delta = Σ_d dO · O, and the range of keys of every tile of rows: no matmul."""
+    tile, tile_from = work.choose(work.element_bytes, "dkv")
+    programs = rows_programs(work, tile.tile_q)
+    moved = 2 * rows_bytes(work, work.shape.value_dim) + statistics_bytes(work, 2) + 16 * programs
+    return Kernel(
+        "prepare", tile, tile_from, programs,
+        programs / work.chip.multiprocessors, None, 0, 0, 0, moved,
+        limits_of(work.chip, programs, 0, 0, moved, work.element_bytes, work.precision),
+    )  # fmt: skip
+
+
+def backward_reads(work: Workload, tiles: Coverage, tile: Tile) -> int:
+    """q, dO, what some row sees of k and v, three statistics, and the other tensors."""
+    shape = work.shape
+    moved = rows_bytes(work, shape.head_dim + shape.value_dim) + seen_bytes(work)
+    return moved + statistics_bytes(work, 3) + extra_bytes(work, tiles, tile)
+
+
+def dq(work: Workload) -> Kernel:
+    """S = scores(Q Kᵀ), dP = dO Vᵀ, dQ = dS K."""
+    shape = work.shape
+    tile, tile_from = work.choose(work.element_bytes, "dq")
+    tiles = walk_over_keys(work.rows, shape, tile.tile_q, tile.tile_kv)
+    moved = backward_reads(work, tiles, tile) + rows_bytes(work, shape.head_dim)
+    return walk(
+        work, "dq", (tile, tile_from), rows_programs(work, tile.tile_q), tiles, (2, 1),
+        1 + work.of_scores + work.of_derivatives, moved,
+    )  # fmt: skip
+
+
+def dkv(work: Workload) -> Kernel:
+    """Sᵀ = scores(K Qᵀ), dV = Pᵀ dO, dPᵀ = V dOᵀ, dK = dSᵀ Q."""
+    shape = work.shape
+    tile, tile_from = work.choose(work.element_bytes, "dkv")
+    tiles = walk_over_rows(work.rows, shape, tile.tile_q, tile.tile_kv)
+    programs = ceil_div(shape.kv_len, tile.tile_kv) * shape.kv_heads * shape.batch
+    moved = backward_reads(work, tiles, tile) + all_keys_bytes(work)
+    return walk(
+        work, "dkv", (tile, tile_from), programs, tiles, (2, 2),
+        1 + work.of_scores + work.of_derivatives, moved,
+    )  # fmt: skip
+
+
+def gradient(work: Workload, parameter: TrainedParameter) -> Kernel:
+    """S = scores(Q Kᵀ) and dP = dO Vᵀ once more, and the sum of dS over the pairs that read an element."""
+    chosen, tile_from = work.choose(work.element_bytes, "dkv")
+    tile = square_tile(chosen)
+    tiles = walk_of_a_parameter(work.rows, work.shape, tile.tile_q)
+    moved = backward_reads(work, tiles, tile) + parameter.sums(tile.tile_q)[0]
+    return walk(
+        work, f"gradient of {parameter.name}", (tile, tile_from),
+        parameter.programs(tile.tile_q), tiles, (1, 1), 1 + work.of_scores + work.of_derivatives, moved,
+    )  # fmt: skip
+
+
+# ---- Memory
+
+
+def memory_of(work: Workload) -> tuple[Allocation, ...]:
+    """What the kernels' launchers allocate."""
+    shape = work.shape
+    found = [Allocation("out", rows_bytes(work, shape.value_dim), "result"), *work.computed]
+    if work.return_lse or work.training:
+        kept = "result" if work.return_lse else "for the backward"
+        found.append(Allocation("lse", statistics_bytes(work, 1), kept))
+    if work.training:
+        tile, _ = work.choose(work.element_bytes, "dkv")
+        found += [
+            Allocation("row statistics", statistics_bytes(work, 2), "for the backward"),
+            Allocation("delta", statistics_bytes(work, 1), "during the backward"),
+            Allocation("ranges", 16 * rows_programs(work, tile.tile_q), "during the backward"),
+            Allocation("dq", rows_bytes(work, shape.head_dim), "result"),
+            Allocation("dk and dv", all_keys_bytes(work), "result"),
+        ]
+        for parameter in work.parameters:
+            written, is_gradient = parameter.sums(tile.tile_q)
+            if not is_gradient:
+                found.append(Allocation(f"sums of {parameter.name}", written, "during the backward"))
+            found.append(Allocation(f"gradient of {parameter.name}", parameter.bytes, "result"))
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""`tilewise inspect`: the compiled kernels in a table."""

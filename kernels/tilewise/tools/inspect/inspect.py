@@ -1,0 +1,176 @@
+"""What do the shipped kernels look like to a GPU? Each compiled ahead of time, counted, and bounded.
+
+No GPU is needed and none is asked. `inspect_kernels` compiles in child processes, one a target, so it works
+from a process that runs kernels in Triton's interpreter too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from ...version import __version__
+from ..chips import Chip, chip_of_target
+from ..compiled.bound import Bound, Occupancy, bound, occupancy
+from ..compiled.compiler import Compiled, compile_variants, gpu_target
+from ..compiled.main_loop import MainLoop
+from ..compiled.variants import (
+    DTYPES,
+    KERNELS,
+    MASKS,
+    case_variants,
+    find_case,
+    plain_variants,
+    why_not_hopper,
+)
+
+SOURCE = f"{__name__}:variants"
+DIMS = (64, 128, 256)
+ALL_KERNELS = (*KERNELS, "prepare", "parameter")
+
+
+@dataclass(frozen=True)
+class InspectedLoop:
+    """A main loop: what a step does, and the limits that follow on the chip; no limits where the target's
+    datasheet is not in `chips.CHIPS`."""
+
+    counts: MainLoop
+    bound: Bound | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One kernel, compiled for one target."""
+
+    kernel: str  # "forward", "hopper", "dkv", "dq", "prepare", "parameter"
+    variant: str  # "bf16 128 causal", or a case's name
+    target: str
+    chip: str | None  # by whose datasheet the limits are stated
+    triton: str  # versions
+    tilewise: str
+    compiled: Compiled
+    occupancy: Occupancy | None
+    loops: tuple[InspectedLoop, ...]
+
+
+def inspect_kernels(
+    archs: Sequence[str] = ("sm_90",),
+    dtypes: Sequence[str] = ("bf16",),
+    dims: Sequence[int] = DIMS,
+    masks: Sequence[str] = ("causal", "full"),
+    kernels: Sequence[str] | None = None,
+    cases: Sequence[str] = (),
+    assembly: Path | None = None,
+    on_variant: Callable[[str, str], None] = lambda target, variant: None,
+) -> list[Inspection]:
+    """Compile the kernels of the plain calls, or of named cases, and look at what came out.
+
+    archs: targets such as "sm_90" and "gfx942", of `tiles.SHARED_BYTES`.
+    dtypes, dims, masks: the plain calls; "fp16", "bf16", "fp32"; head dimensions from 1 to 256; "causal",
+        "full". Not used where there are cases.
+    kernels: of "forward", "hopper", "dkv", "dq", "prepare", "parameter"; None: the first four, but "hopper"
+        only where it can do all that is asked for: sm_90, 16 bits, and cases that it takes.
+    cases: names of `tilewise_reference.cases`, each compiled with its own dtype, dimensions and features.
+    assembly: a folder for the machine code as text.
+    on_variant: told of each target and variant that is done.
+    Raises ValueError for a name that is unknown, CompileError for what does not compile.
+    """
+    if kernels is None:
+        kernels = applicable(KERNELS, archs, dtypes, cases)
+    arguments = check_arguments(archs, dtypes, dims, masks, kernels, cases)
+    done = compile_variants(SOURCE, archs, arguments, assembly=assembly, messages=True, on_variant=on_variant)
+    found = [inspect_one(compiled) for target in archs for compiled in done[target]]
+    return sorted(found, key=lambda each: (archs.index(each.target), ALL_KERNELS.index(each.kernel)))
+
+
+def applicable(
+    kernels: Sequence[str], archs: Sequence[str], dtypes: Sequence[str], cases: Sequence[str]
+) -> list[str]:
+    """Those of the kernels that can be compiled for all of this."""
+    left_out = "hopper" if why_not_hopper(archs, dtypes, cases) else None
+    return [kernel for kernel in kernels if kernel != left_out]
+
+
+def check_arguments(
+    archs: Sequence[str],
+    dtypes: Sequence[str],
+    dims: Sequence[int],
+    masks: Sequence[str],
+    kernels: Sequence[str],
+    cases: Sequence[str],
+) -> dict[str, Any]:
+    """The arguments of `variants`, all of them right. Raises ValueError naming what is not."""
+    for arch in archs:
+        gpu_target(arch)
+    for name, given, known in (
+        ("dtype", dtypes, tuple(DTYPES)),
+        ("mask", masks, tuple(MASKS)),
+        ("kernel", kernels, ALL_KERNELS),
+    ):
+        for value in given:
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+    for dim in dims:
+        if not 1 <= dim <= 256:
+            raise ValueError(f"{dim=} must be from 1 to 256")
+    for case in cases:
+        find_case(case)
+    if "hopper" in kernels and (reason := why_not_hopper(archs, dtypes, cases)):
+        raise ValueError(f"kernel='hopper' does not apply: {reason}")
+    if not archs or not kernels or not (cases or (dtypes and dims and masks)):
+        raise ValueError(
+            f"nothing to inspect: {archs=}, {kernels=}, {cases=}, {dtypes=}, {dims=}, {masks=} must not be "
+            "empty (only cases, or what stands after it, may be)"
+        )
+    return dict(
+        dtypes=list(dtypes), dims=list(dims), masks=list(masks), kernels=list(kernels), cases=list(cases)
+    )
+
+
+def variants(cases: Sequence[str], kernels: Sequence[str], **plain: Any) -> list[Any]:
+    """What the child processes compile: the cases, or without any the plain calls."""
+    return case_variants(cases, kernels) if cases else plain_variants(kernels=kernels, **plain)
+
+
+def inspect_one(compiled: Compiled) -> Inspection:
+    """What follows from a compiled kernel on the chip that stands for its target."""
+    chip = chip_or_none(compiled.target)
+    return Inspection(
+        kernel=compiled.name,
+        variant=compiled.variant,
+        target=compiled.target,
+        chip=None if chip is None else chip.name,
+        triton=triton.__version__,
+        tilewise=__version__,
+        compiled=compiled,
+        occupancy=None if chip is None else occupancy_of(compiled, chip),
+        loops=tuple(
+            InspectedLoop(loop, None if chip is None else bound_of(compiled, loop, chip))
+            for loop in compiled.loops
+        ),
+    )
+
+
+def occupancy_of(compiled: Compiled, chip: Chip) -> Occupancy:
+    return occupancy(chip, compiled.warps, compiled.registers, compiled.shared_bytes, compiled.tensor_memory)
+
+
+def bound_of(compiled: Compiled, loop: MainLoop, chip: Chip) -> Bound:
+    return bound(loop, chip, 4 if compiled.dtype == "float32" else 2)
+
+
+def chip_or_none(target: str) -> Chip | None:
+    """The chip that stands for a target; None where its datasheet is not listed."""
+    try:
+        return chip_of_target(target)
+    except ValueError:
+        return None
+
+
+def to_json(inspections: Sequence[Inspection]) -> list[dict[str, Any]]:
+    """What `tilewise inspect --json` writes: a list of objects with the fields of `Inspection`."""
+    return [asdict(inspection) for inspection in inspections]

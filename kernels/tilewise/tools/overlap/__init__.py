@@ -1,0 +1,1 @@
+"""Who waits for whom on a Hopper multiprocessor? A simulation of the loops, clock by clock."""

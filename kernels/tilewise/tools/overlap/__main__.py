@@ -1,0 +1,23 @@
+"""`python -m tilewise.tools.overlap`: the table in docs/hopper.md, or its pictures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .picture import draw
+from .simulation import table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tilewise.tools.overlap")
+    parser.add_argument("--svg", type=Path, metavar="FOLDER", help="draw the timelines there instead")
+    folder = parser.parse_args().svg
+    if folder is None:
+        print("\n".join(table()))
+    else:
+        draw(folder)
+
+
+if __name__ == "__main__":
+    main()

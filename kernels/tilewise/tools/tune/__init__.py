@@ -1,0 +1,1 @@
+"""`tilewise tune`: faster tiles for this GPU."""

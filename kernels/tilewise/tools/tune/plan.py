@@ -1,0 +1,143 @@
+"""Which rows of the table does a run of `tilewise tune` look at, by which cases, and from where?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from tilewise_reference import Case, paper_grid
+from tilewise_reference.cases import named_cases
+
+from ...kernels.tile import PASSES, HopperTile, Pass, Tile
+from ...plan.request import make_request
+from ...plan.rules import hopper as hopper_rules
+from ...plan.tile_table import DIMS, Key
+from ...plan.tiles import length_tile, table_tile, user_table
+from ..inputs import case_inputs
+from .candidates import candidates, nearest_first
+
+DEFAULT_LENGTH = 4096
+FEWEST_QUERIES = 128
+DTYPES = ("bfloat16", "float16", "float32")
+ORDER: tuple[Pass, ...] = (*PASSES, "hopper")  # it is timed beside the forward, which is tuned by then
+
+
+class Job(NamedTuple):
+    """One row to search: the cases that decide it, the tiles to try first, all candidates."""
+
+    key: Key
+    cases: tuple[Case, ...]
+    starts: tuple[Tile, ...]  # the shipped tile, then the one in use
+    pool: tuple[Tile, ...]
+
+
+def choose_cases(names: Sequence[str], dtype: str | None) -> list[Case]:
+    """The cases of these names, or the default ones; with `dtype` in that.
+
+    Raises ValueError for a name that nobody knows, and for a case that is too short to decide a row.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} must be one of {', '.join(DTYPES)}")
+    dtype_of_grid = dtype or "bfloat16"
+    known = named_cases(dtype_of_grid)
+    if not names:
+        # Dimension 128 first: most models have it.
+        chosen = [case for case in paper_grid(dtype=dtype_of_grid) if case.q_len == DEFAULT_LENGTH]
+        chosen.sort(key=lambda case: (128, 64, 256).index(case.head_dim))
+        return chosen
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--case {unknown[0]}: there is no such case; known: {', '.join(sorted(known))}")
+    for name in names:
+        if known[name].q_len < FEWEST_QUERIES:
+            raise ValueError(
+                f"--case {name}: it has {known[name].q_len} queries, and calls with so few get a part of a "
+                f"row's tile; a row is decided by cases of at least {FEWEST_QUERIES}"
+            )
+    cases = [known[name] for name in dict.fromkeys(names)]
+    return [replace(case, dtype=dtype) if dtype else case for case in cases]
+
+
+def passes_of(case: Case, asked: Sequence[Pass], arch: str) -> tuple[Pass, ...]:
+    """The passes to tune with a case: those asked for, else what its model runs, and Hopper's forward where
+    that can answer. Raises ValueError where it is asked for and cannot."""
+    against = why_not_hopper(case, arch)
+    if "hopper" in asked and against:
+        raise ValueError(f"--pass hopper, case {case.name}: {against}")
+    if asked:
+        return tuple(asked)
+    found: tuple[Pass, ...] = PASSES if case.phase == "training" else ("forward",)
+    return found if against else (*found, "hopper")
+
+
+def why_not_hopper(case: Case, arch: str) -> str:
+    """Why Hopper's forward cannot answer the case on this architecture; empty where it can."""
+    if arch != "sm_90":
+        return f"it needs a Hopper GPU (sm_90), and this one is {arch}"
+    q, k, v, arguments, _ = case_inputs(case, "meta")
+    return "; ".join(hopper_rules.reasons(make_request(q, k, v, **arguments, impl="hopper")))
+
+
+def dim_of(case: Case) -> int:
+    """The dimension that the case's row stands for."""
+    return next(dim for dim in DIMS if dim >= max(case.head_dim, case.value_dim))
+
+
+def grouped(cases: Iterable[Case], asked: Sequence[Pass], arch: str) -> dict[Key, list[Case]]:
+    """The rows that these cases decide, in the order in which they deserve the time."""
+    rows: dict[Key, list[Case]] = {}
+    for case in cases:
+        for work in passes_of(case, asked, arch):
+            key = work, arch, case.torch_dtype.itemsize, dim_of(case)
+            rows.setdefault(key, []).append(case)
+    return dict(sorted(rows.items(), key=lambda row: ORDER.index(row[0][0])))
+
+
+def gpu_jobs(cases: Iterable[Case], asked: Sequence[Pass], arch: str, device: torch.device) -> list[Job]:
+    """The jobs on this GPU."""
+    in_use, jobs = user_table(device).applied, []
+    for key, group in grouped(cases, asked, arch).items():
+        work, _, element_bytes, dim = key
+        starts = [table_tile(arch, element_bytes, dim, work)]
+        starts += [in_use[key].tile] if key in in_use else []
+        longest = max(length_tile(case.q_len, 1 << 20) for case in group)
+        found = [tile for tile in candidates(work, arch, element_bytes, dim) if tile.tile_q <= longest]
+        pool = tuple(dict.fromkeys([*starts, *found]))
+        jobs.append(Job(key, tuple(group), tuple(dict.fromkeys(starts)), pool))
+    return jobs
+
+
+SMOKE_LENGTH, SMOKE_CANDIDATES, SMOKE_ARCH = 48, 3, "sm_90"
+_HOPPER = HopperTile(128, 16, 8, 2)
+SMOKE_HOPPER: tuple[Tile, ...] = (
+    _HOPPER,
+    replace(_HOPPER, has_turns=False),
+    replace(_HOPPER, is_q_in_registers=True),
+)
+
+
+def is_tiny(tile: Tile) -> bool:
+    """Whether the interpreter has several steps to walk, and so something to get wrong, on a tiny problem."""
+    return max(tile.tile_q, tile.tile_kv) <= 32 and (tile.num_warps, tile.num_stages) == (4, 2)
+
+
+def smoke_jobs(cases: Sequence[Case], asked: Sequence[Pass]) -> list[Job]:
+    """A few tiny jobs for the interpreter: one case of one head, three candidates a pass."""
+    case = min(cases, key=lambda case: case.head_dim)
+    features = case.features.copy()
+    if "bias" in features:
+        features["bias"] = 1, 1, *features["bias"][2:]
+    tiny = replace(case, batch=1, q_heads=1, kv_heads=1, features=features)
+    jobs = []
+    for work in passes_of(case, asked, SMOKE_ARCH):
+        size = tiny.torch_dtype.itemsize, dim_of(tiny)
+        start, pool = Tile(32, 32), SMOKE_HOPPER
+        if work == "hopper":
+            start = pool[0]
+        else:
+            found = [tile for tile in candidates(work, SMOKE_ARCH, *size) if is_tiny(tile)]
+            pool = (start, *nearest_first(found, start, start)[:SMOKE_CANDIDATES])
+        jobs.append(Job((work, "interpreter", *size), (tiny,), (start,), tuple(dict.fromkeys(pool))))
+    return jobs
