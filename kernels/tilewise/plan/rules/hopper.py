@@ -1,5 +1,4 @@
-"""Which calls does the Hopper kernel take? One predicate a rule, as in the files beside; the portable kernel takes
-the rest.
+"""Which calls does the Hopper kernel take? One predicate a rule; the portable kernel takes the rest.
 
 The copy engine wants rows without gaps and 16-byte steps; it puts V where matmuls read it, so that a value
 which no row may see can be hidden only where unseen keys stand together, before or after those that are seen.
