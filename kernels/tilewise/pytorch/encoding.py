@@ -2,9 +2,9 @@
 
 Masks and scores are objects that hold jit functions, which no op schema knows. Here an object becomes words
 
-    f:tilewise.masks:Causal s:bottom_right       a class, then its FIELDS in order
-    f:tilewise.masks:Padding s:kv_lens T s:right    T, I, F: the next of the tensors, ints and floats
-    f:tilewise.masks:UserMask f:my:keep (1 I N      a function; a tuple, its length first; None
+    f:tilewise.parts.masks.causal:Causal s:bottom_right        a class, then its FIELDS in order
+    f:tilewise.parts.masks.padding:Padding s:kv_lens T s:right    T, I, F: the next tensor, int, float
+    f:tilewise.parts.masks.user:UserMask f:my:keep (1 I N         a function; a tuple, its length first; None
 
 joined by line breaks. Tensors stay tensors, so that autograd, tracing and devices see them; numbers stay
 numbers, so that a length that changes does not compile a new graph. Functions and classes are kept in a

@@ -49,7 +49,7 @@ def target_tiles() -> Iterator[None]:
     def choose(q: torch.Tensor, shape: Shape, work: Any) -> Tile:
         return tiles.arch_choice(target_name(), q.element_size(), shape, work)[0]
 
-    with mock.patch("tilewise.autograd.choose_tile", choose):
+    with mock.patch("tilewise.plan.passes.choose_tile", choose):
         yield
 
 
