@@ -19,7 +19,7 @@ BIAS = "kernels/tilewise/parts/scores/bias.py"
 BIND = "kernels/tilewise/plan/bind.py"
 CALL = "kernels/tilewise/kernels/call.py"
 CAUSAL = "kernels/tilewise/parts/masks/causal.py"
-CHECKS = "kernels/tilewise/checks.py"
+CHECKS = "kernels/tilewise/plan/checks.py"
 DENSE = "kernels/tilewise/parts/masks/dense.py"
 DOCUMENTS = "kernels/tilewise/parts/masks/documents.py"
 FORWARD = "kernels/tilewise/kernels/forward.py"
@@ -38,6 +38,7 @@ SOFTCAP = "kernels/tilewise/parts/scores/softcap.py"
 SOFTMAX = "kernels/tilewise/parts/softmax.py"
 TENSORS = "kernels/tilewise/plan/rules/tensors.py"
 TILE = "kernels/tilewise/kernels/tile.py"
+WALK = "kernels/tilewise/kernels/walk.py"
 WINDOW = "kernels/tilewise/parts/masks/window.py"
 
 
@@ -86,42 +87,40 @@ MUTATIONS = (
              "v, o * rescale[:, None], PRECISION)", "v, o, PRECISION)",
              tests("forward", "mask[causal-(37, 37)]")),
     Mutation("forward: key head by remainder", FORWARD,
-             "head_ptr(k_ptr, batch, head // group, k_strides)",
-             "head_ptr(k_ptr, batch, head % group, k_strides)",
+             "head_of(keys, batch, head // group)", "head_of(keys, batch, head % group)",
              tests("sdpa", "grouped_heads[()-(9, 3)]")),
     Mutation("forward: value head of the wrong group", FORWARD,
-             "head_ptr(v_ptr, batch, head // group, v_strides)",
-             "head_ptr(v_ptr, batch, head % (q_heads // group), v_strides)",
+             "head_of(values, batch, head // group)", "head_of(values, batch, head % (q_heads // group))",
              tests("sdpa", "grouped_heads[()-(6, 2)]")),
-    Mutation("forward: values with the strides of keys", FORWARD,
-             "head_ptr(v_ptr, batch, head // group, v_strides)",
-             "head_ptr(v_ptr, batch, head // group, k_strides)",
+    Mutation("forward: values with the strides of keys", CALL,
+             "values=(call.v, call.v.stride())", "values=(call.v, call.k.stride())",
              tests("shapes", "dims[40-smaller]")),
-    Mutation("forward: batch taken for head", FORWARD,
+    Mutation("forward: batch taken for head", WALK,
              "head = (program // q_tiles) % q_heads", "head = program // q_tiles // q_heads",
              tests("forward", "mask[causal-(37, 37)]")),
-    Mutation("forward: masks asked about rows that are not there", FORWARD,
-             "row = tl.minimum(q_idx, q_len - 1)", "row = q_idx",
+    Mutation("forward: masks asked about rows that are not there", WALK,
+             "return batch, head, q_idx, tl.minimum(q_idx, q_len - 1)", "return batch, head, q_idx, q_idx",
              tests("forward", "mask[scattered_documents-(37, 37)]", "mask[intervals-(19, 45)]")),
-    Mutation("forward: scores asked about keys that are not there", FORWARD,
-             "kv_row = tl.minimum(kv_idx, kv_len - 1)", "kv_row = kv_idx",
+    Mutation("forward: scores asked about keys that are not there", WALK,
+             "return kv_start, kv_idx, tl.minimum(kv_idx, kv_len - 1)", "return kv_start, kv_idx, kv_idx",
              tests("forward", "score[bias_modifier-float32]", "score[bias_modifier-bfloat16]")),
-    Mutation("forward: keys loaded beyond the last", FORWARD,
-             "kv_mask = (kv_idx >= start) & (kv_idx < stop)", "kv_mask = kv_idx >= start",
+    Mutation("forward: keys loaded beyond the last", WALK,
+             "(kv_idx >= span[0]) & (kv_idx < span[1])", "kv_idx >= span[0]",
              tests("forward", "mask[causal-(37, 37)]")),
-    Mutation("forward: padding on the left loaded", FORWARD,
-             "kv_mask = (kv_idx >= start) & (kv_idx < stop)", "kv_mask = kv_idx < stop",
+    Mutation("forward: padding on the left loaded", WALK,
+             "(kv_idx >= span[0]) & (kv_idx < span[1])", "kv_idx < span[1]",
              tests("data", "unseen_keys_and_values_have_no_influence[left padding-torch.float32]")),
     Mutation("forward: value of a key that no row sees", FORWARD,
              "v = tl.where(seen[:, None], v, tl.zeros_like(v))", "v = tl.where(seen[:, None], v, v)",
              tests("data", "unseen_keys_and_values_have_no_influence[columns-torch.float32]")),
-    Mutation("forward: one cut tile too few", FORWARD,
-             "tiles = last - first - tiles", "tiles = tl.maximum(last - first - tiles, 1) - 1",
+    Mutation("forward: one cut tile too few", WALK,
+             "return last - first - (full_last - full_first)",
+             "return tl.maximum(last - first - (full_last - full_first), 1) - 1",
              tests("intervals", "the_kernel_visits_the_tiles_of_the_mask_and_no_other[window]")),
     Mutation("intervals: cut tiles do not skip the full ones", INTERVALS,
              "tl.where(tile < full_first, tile, tile + (full_last - full_first))", "tile",
              tests("intervals", "the_kernel_visits_the_tiles_of_the_mask_and_no_other[causal]")),
-    Mutation("forward: full tiles counted from the first tile", FORWARD,
+    Mutation("forward: full tiles counted from the first tile", WALK,
              "kv_start = (full_first + step) * TILE_KV", "kv_start = (first + step) * TILE_KV",
              tests("intervals", "the_kernel_visits_the_tiles_of_the_mask_and_no_other[left padding]")),
     Mutation("forward: sink has a value", FORWARD,
@@ -142,14 +141,14 @@ MUTATIONS = (
              tests("compiled", "oldest_variants_compile_without_spills")),
     # ---- Addresses
     Mutation("addressing: rows in 32 bits", ADDRESSING,
-             "rows.to(tl.int64)[:, None] * strides[2]", "rows[:, None] * strides[2]",
+             "rows.to(tl.int64)[:, None] * row_stride", "rows[:, None] * row_stride",
              tests("addresses", "offsets_beyond_32_bits")),
     Mutation("addressing: row and dim strides exchanged", ADDRESSING,
-             "rows.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3]",
-             "rows.to(tl.int64)[:, None] * strides[3] + columns.to(tl.int64)[None, :] * strides[2]",
+             "return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1], strides[2], strides[3]",
+             "return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1], strides[3], strides[2]",
              tests("shapes", "layout[contiguous_layout-float32]")),
     Mutation("addressing: innermost dimension taken as contiguous", ADDRESSING,
-             "columns.to(tl.int64)[None, :] * strides[3]", "columns.to(tl.int64)[None, :]",
+             "columns.to(tl.int64)[None, :] * dim_stride", "columns.to(tl.int64)[None, :]",
              tests("shapes", "layout[inner_strided_layout-float32]")),
     Mutation("addressing: one column too many loaded", ADDRESSING,
              "return tl.load(ptrs, mask=row_mask[:, None] & (columns < DIM)[None, :], other=0.0)",
@@ -249,7 +248,7 @@ MUTATIONS = (
     Mutation("bias: half precision not widened", BIAS,
              "return s + widen(bias)", "return s + bias.to(tl.int16, bitcast=True).to(tl.float32)",
              tests("numerics", "half_precision_parameters_are_widened_before_use[bias-torch.bfloat16]")),
-    Mutation("bias: before the modifiers", API,
+    Mutation("bias: before the modifiers", REQUEST,
              "(*as_scores(score), Bias(bias))", "(Bias(bias), *as_scores(score))",
              tests("nn", "mask_bias_and_score_reach_the_kernel")),
     Mutation("scale: applied twice where modifiers follow", SIMILARITY,
@@ -279,7 +278,7 @@ MUTATIONS = (
              tests("numerics", "float32_matmuls_follow_pytorchs_precision")),
     # ---- The host
     Mutation("host: group is the number of key heads", CALL,
-             "group=shape.group", "group=shape.kv_heads",
+             "sizes=(shape.q_heads, shape.group,", "sizes=(shape.q_heads, shape.kv_heads,",
              tests("shapes", "heads[6-2]")),
     Mutation("host: masks with gaps taken as without", BIND,
              "has_gaps=any([mask.has_gaps for mask in request.masks])",

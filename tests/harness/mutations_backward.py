@@ -9,6 +9,7 @@ API = "kernels/tilewise/api.py"
 AUTOGRAD = "kernels/tilewise/pytorch/autograd.py"
 BACKWARD = "kernels/tilewise/kernels/backward.py"
 CHECKS = "kernels/tilewise/plan/checks.py"
+DISPATCH = "kernels/tilewise/pytorch/dispatch.py"
 DROPOUT = "kernels/tilewise/parts/dropout.py"
 ENCODING = "kernels/tilewise/pytorch/encoding.py"
 FORWARD = "kernels/tilewise/kernels/forward.py"
@@ -17,6 +18,7 @@ NESTED = "kernels/tilewise/pytorch/nested.py"
 OPS = "kernels/tilewise/pytorch/ops.py"
 PARAMETERS = "kernels/tilewise/kernels/parameters.py"
 PASSES = "kernels/tilewise/plan/passes.py"
+PLAIN = "kernels/tilewise/pytorch/plain.py"
 PREPARE = "kernels/tilewise/kernels/prepare.py"
 RELATIVE_POSITION = "kernels/tilewise/parts/scores/relative_position.py"
 REQUEST = "kernels/tilewise/plan/request.py"
@@ -59,8 +61,7 @@ MUTATIONS = (
              "tl.where(o == 0.0, 0.0, o * do)", "o * do",
              tests("gradient_data", "junk_beside_rows_that_see_only_the_sink")),
     Mutation("delta: dO with the strides of O", PREPARE,
-             "do_strides=backward.do.stride(),\n        TILE_Q",
-             "do_strides=backward.out.stride(),\n        TILE_Q",
+             "dout=(backward.do, backward.do.stride())", "dout=(backward.do, backward.out.stride())",
              tests("backward", "sum_backward")),
     Mutation("statistics: maximum and sum exchanged", PREPARE,
              "row_max, sum_log2 = statistics.unbind(0)", "sum_log2, row_max = statistics.unbind(0)",
@@ -127,16 +128,13 @@ MUTATIONS = (
              "head = kv_head * group + member", "head = member * (q_heads // group) + kv_head",
              tests("backward", "heads[6-2]")),
     Mutation("dkv: dK written for the query head", BACKWARD,
-             "dk_head_ptr = head_ptr(dk_ptr, batch, kv_head, dk_strides)",
-             "dk_head_ptr = head_ptr(dk_ptr, batch, kv_head * group, dk_strides)",
+             "head_of(dkeys, batch, kv_head)", "head_of(dkeys, batch, kv_head * group)",
              tests("backward", "heads[6-2]")),
     Mutation("dkv: dO with the strides of Q", BACKWARD,
-             "do = load_tile(do_head_ptr, q_idx, q_mask, do_strides,",
-             "do = load_tile(do_head_ptr, q_idx, q_mask, q_strides,",
+             "dout=(backward.do, backward.do.stride())", "dout=(backward.do, backward.call.q.stride())",
              tests("backward", "sum_backward")),
     Mutation("dkv: dV with the strides of dK", BACKWARD,
-             "store_tile(dv_head_ptr, dv, kv_idx, kv_idx < kv_len, dv_strides,",
-             "store_tile(dv_head_ptr, dv, kv_idx, kv_idx < kv_len, dk_strides,",
+             "dvalues=(dv, dv.stride())", "dvalues=(dv, dk.stride())",
              tests("backward", "dims[20-larger]")),
     Mutation("dkv: full tiles counted from the first tile", BACKWARD,
              "q_idx = (full_first + step) * TILE_Q", "q_idx = (first + step) * TILE_Q",
@@ -148,7 +146,7 @@ MUTATIONS = (
              "    row = q_idx\n                    lo",
              tests("backward", "mask[intervals-(33, 33)]")),
     Mutation("dkv: scores asked about keys that are not there", BACKWARD,
-             "kv_row = tl.minimum(kv_idx, kv_len - 1)\n    k_head_ptr", "kv_row = kv_idx\n    k_head_ptr",
+             "kv_row = tl.minimum(kv_idx, kv_len - 1)\n    k_head,", "kv_row = kv_idx\n    k_head,",
              tests("backward", "score[bias_modifier-float32]")),
     Mutation("dkv: P not masked in cut tiles", BACKWARD,
              "pT = tl.where(kept, pT, 0.0)", "pT = tl.where(kept, pT, pT)",
@@ -173,12 +171,6 @@ MUTATIONS = (
     Mutation("dq: without the unit of the scores", BACKWARD,
              "dq *= unit", "dq *= 1.0",
              CAUSAL),
-    Mutation("dq: full tiles counted from the first tile", BACKWARD,
-             "kv_start = (full_first + step) * TILE_KV", "kv_start = (first + step) * TILE_KV",
-             tests("backward", "tiles_in_which_every_pair_counts_are_not_masked"
-                               "[dq-Tile(tile_q=32, tile_kv=16, num_warps=4, num_stages=2)]",
-                   "mask[left_padding-(33, 33)]")),
-    # ---- Back through the modifiers
     Mutation("pull back: the lowest modifier left out", SCORE,
              "len(DERIVATIVES) - 1, DOWN_TO - 1, -1", "len(DERIVATIVES) - 1, DOWN_TO, -1",
              tests("backward", "similarity_with_scale[-0.7-dot]")),
@@ -220,7 +212,7 @@ MUTATIONS = (
              "steps = (of_batch, of_heads, q_tiles, kv_tiles), batches // of_batch",
              tests("backward", "bias_of_lower_rank[(17, 20)]")),
     Mutation("parameters: steps over all heads of a bias a head", PARAMETERS,
-             "steps_of_heads = sizes[1] // own[1]", "steps_of_heads = sizes[1]",
+             "steps_of_heads = pairs[1] // own[1]", "steps_of_heads = pairs[1]",
              tests("backward", "bias_that_broadcasts[hqk]")),
     Mutation("parameters: sums of rows over the rows", PARAMETERS,
              "tl.store(ptrs, tl.sum(total, 1), mask=row < q_len)",
@@ -252,7 +244,7 @@ MUTATIONS = (
              "return -tl.abs(kv_idx - q_idx - args[2])", "return -tl.abs(kv_idx - q_idx)",
              tests("backward", "slopes[bottom_right-()]")),
     Mutation("table: diagonals one tile off", PARAMETERS,
-             "q_tile + diagonal - (sizes[2] - 1)", "q_tile + diagonal - sizes[2]",
+             "q_tile + diagonal - (pairs[2] - 1)", "q_tile + diagonal - pairs[2]",
              NEAR_TABLE),
     Mutation("table: last diagonal left out", PARAMETERS,
              "buckets, diagonals = tensor.shape[1], q_tiles + kv_tiles - 1",
@@ -336,25 +328,25 @@ MUTATIONS = (
     Mutation("autograd: an order taken for its inverse", PASSES,
              ".permute(*[order.index(axis) for axis in range(3)], 3)", ".permute(*order, 3)",
              tests("backward", "gradients_have_the_memory_order_of_their_tensors[(2, 0, 1)]")),
-    Mutation("api: a graph in inference mode", API,
+    Mutation("dispatch: a graph in inference mode", DISPATCH,
              "or torch.is_inference_mode_enabled():", "or False:",
              tests("autograd", "inference_mode_needs_no_gradient_whatever_grad_mode_says")),
-    Mutation("api: function transforms go past the op", API,
+    Mutation("dispatch: function transforms go past the op", DISPATCH,
              "or torch._C._functorch.peek_interpreter_stack() is not None", "or False",
              tests("autograd", "func_grad_of_one_argument_of_several")),
-    Mutation("api: vmap not refused", API,
+    Mutation("dispatch: vmap not refused", DISPATCH,
              "TransformType.Vmap", "TransformType.Jvp",
              tests("autograd", "vmap_raises[q]")),
-    Mutation("api: forward mode not refused", API,
+    Mutation("dispatch: forward mode not refused", DISPATCH,
              "if forward_ad._current_level >= 0:", "if forward_ad._current_level > 0:",
              tests("autograd", "forward_mode_raises[q]")),
-    Mutation("api: tangents of other tensors lost", API,
+    Mutation("dispatch: tangents of other tensors lost", DISPATCH,
              "named = [*request.qkv().items(), *request.other_tensors]", "named = [*request.qkv().items()]",
              tests("autograd", "forward_mode_raises[bias]")),
-    Mutation("api: autocast on CUDA only", API,
+    Mutation("request: autocast on CUDA only", REQUEST,
              'return device.type in ("cuda", "cpu") and', 'return device.type in ("cuda",) and',
              tests("autograd", "autocast[torch.float16-portable]")),
-    Mutation("api: plain path under autocast", API,
+    Mutation("plain: under autocast", PLAIN,
              "with torch.autocast(q.device.type, enabled=False) if is_autocast(q.device) else nullcontext():",
              "with nullcontext():",
              tests("autograd", "autocast[torch.bfloat16-torch]")),

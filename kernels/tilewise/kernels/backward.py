@@ -34,7 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_ptr, load_rows, load_tile, store_tile
+from ..parts.addressing import head_of, load_rows, load_tile, store_tile
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import cut_tile, intersect_intervals, kept_pairs, kv_range, q_range
 from ..parts.numerics import matmul, round_to
@@ -44,20 +44,15 @@ from ..parts.softmax import softmax_probabilities
 from .call import on_device_of, shared_arguments
 from .prepare import BackwardCall
 from .tile import Tile
+from .walk import load_keys, own_rows, step_keys, steps_of
 
 
 @triton.jit
 def dkv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    q_strides,  # (batch, head, row, dim), as for every tuple of strides
-    k_strides,
-    v_strides,
-    q_heads,
-    group,
-    q_len,
-    kv_len,
+    queries,  # what all walks take is explained in forward.py
+    keys,
+    values,
+    sizes,
     unit,
     dropout,
     mask_args,
@@ -70,16 +65,13 @@ def dkv_kernel(
     HEAD_TILE: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    do_ptr,
+    dout,  # (pointer, strides)
     max_ptr,  # row statistics, [batch, q_heads, q_len] contiguous, as for the next two
     sum_ptr,
     delta_ptr,
     ranges_ptr,
-    dk_ptr,
-    dv_ptr,
-    do_strides,
-    dk_strides,
-    dv_strides,
+    dkeys,  # (pointer, strides), as for dvalues
+    dvalues,
     DERIVATIVES: tl.constexpr,  # of SCORES, a function or None (it is 1) for each
     OPERAND: tl.constexpr,  # what Q and K become before they are multiplied: similarity.py
     PROJECT: tl.constexpr,  # what finishes dQ and dK
@@ -87,6 +79,7 @@ def dkv_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
+    q_heads, group, q_len, kv_len = sizes
     # The first tiles of keys, seen by the most rows under a causal mask, start first.
     kv_tiles, q_tiles = tl.cdiv(kv_len, TILE_KV), tl.cdiv(q_len, TILE_Q)
     program = tl.program_id(0)
@@ -96,10 +89,9 @@ def dkv_kernel(
 
     kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
     kv_row = tl.minimum(kv_idx, kv_len - 1)
-    k_head_ptr = head_ptr(k_ptr, batch, kv_head, k_strides)
-    v_head_ptr = head_ptr(v_ptr, batch, kv_head, v_strides)
-    k = load_tile(k_head_ptr, kv_idx, kv_idx < kv_len, k_strides, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
-    v = load_tile(v_head_ptr, kv_idx, kv_idx < kv_len, v_strides, VALUE_DIM, VALUE_TILE)
+    k_head, v_head = head_of(keys, batch, kv_head), head_of(values, batch, kv_head)
+    k = load_tile(k_head, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+    v = load_tile(v_head, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
     dk = tl.zeros([TILE_KV, HEAD_TILE], tl.float32)
     dv = tl.zeros([TILE_KV, VALUE_TILE], tl.float32)
 
@@ -110,8 +102,7 @@ def dkv_kernel(
         first, full_first, full_last, last = q_range(
             head_ranges_ptr, q_tiles, kv_start, kv_start + TILE_KV, 128
         )
-        q_head_ptr = head_ptr(q_ptr, batch, head, q_strides)
-        do_head_ptr = head_ptr(do_ptr, batch, head, do_strides)
+        q_head, do_head = head_of(queries, batch, head), head_of(dout, batch, head)
 
         for IS_CUT in tl.static_range(2):
             tiles = full_last - full_first
@@ -130,10 +121,8 @@ def dkv_kernel(
                     q_mask = None
                     row = q_idx
 
-                q = load_tile(
-                    q_head_ptr, q_idx, q_mask, q_strides, HEAD_DIM, HEAD_TILE
-                )  # [TILE_Q, HEAD_TILE]
-                do = load_tile(do_head_ptr, q_idx, q_mask, do_strides, VALUE_DIM, VALUE_TILE)
+                q = load_tile(q_head, q_idx, q_mask, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+                do = load_tile(do_head, q_idx, q_mask, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
                 row_max = load_rows(max_ptr + rows_ptr, q_idx, q_mask)[None, :]  # [1, TILE_Q]
                 sum_log2 = load_rows(sum_ptr + rows_ptr, q_idx, q_mask)[None, :]
 
@@ -173,25 +162,18 @@ def dkv_kernel(
     if unit is not None:
         dk *= unit
     dk = PROJECT(dk, k)
-    dk_head_ptr = head_ptr(dk_ptr, batch, kv_head, dk_strides)
-    dv_head_ptr = head_ptr(dv_ptr, batch, kv_head, dv_strides)
-    dk, dv = round_to(dk, dk_ptr.dtype.element_ty), round_to(dv, dv_ptr.dtype.element_ty)
-    store_tile(dk_head_ptr, dk, kv_idx, kv_idx < kv_len, dk_strides, HEAD_DIM, HEAD_TILE)
-    store_tile(dv_head_ptr, dv, kv_idx, kv_idx < kv_len, dv_strides, VALUE_DIM, VALUE_TILE)
+    dk_head, dv_head = head_of(dkeys, batch, kv_head), head_of(dvalues, batch, kv_head)
+    dk, dv = round_to(dk, dkeys[0].dtype.element_ty), round_to(dv, dvalues[0].dtype.element_ty)
+    store_tile(dk_head, dk, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)
+    store_tile(dv_head, dv, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)
 
 
 @triton.jit
 def dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    q_heads,
-    group,
-    q_len,
-    kv_len,
+    queries,
+    keys,
+    values,
+    sizes,
     unit,
     dropout,
     mask_args,
@@ -204,13 +186,11 @@ def dq_kernel(
     HEAD_TILE: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    do_ptr,
+    dout,  # (pointer, strides)
     max_ptr,  # row statistics, [batch, q_heads, q_len] contiguous, as for the next two
     sum_ptr,
     delta_ptr,
-    dq_ptr,
-    do_strides,
-    dq_strides,
+    dqueries,  # (pointer, strides)
     DERIVATIVES: tl.constexpr,
     OPERAND: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -218,23 +198,15 @@ def dq_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
-    q_tiles = tl.cdiv(q_len, TILE_Q)
-    program = tl.program_id(0)
-    q_tile = q_tiles - 1 - program % q_tiles
-    head = (program // q_tiles) % q_heads
-    batch = program // q_tiles // q_heads
-
-    q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
-    row = tl.minimum(q_idx, q_len - 1)
+    q_heads, group, q_len, kv_len = sizes
+    batch, head, q_idx, row = own_rows(q_heads, q_len, TILE_Q)
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
-    start, stop, first, full_first, full_last, last = kv_range(lo, hi, whole, kv_len, TILE_KV)
+    span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
-    q_head_ptr = head_ptr(q_ptr, batch, head, q_strides)
-    do_head_ptr = head_ptr(do_ptr, batch, head, do_strides)
-    k_head_ptr = head_ptr(k_ptr, batch, head // group, k_strides)
-    v_head_ptr = head_ptr(v_ptr, batch, head // group, v_strides)
-    q = load_tile(q_head_ptr, q_idx, q_idx < q_len, q_strides, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-    do = load_tile(do_head_ptr, q_idx, q_idx < q_len, do_strides, VALUE_DIM, VALUE_TILE)
+    q_head, do_head = head_of(queries, batch, head), head_of(dout, batch, head)
+    k_head, v_head = head_of(keys, batch, head // group), head_of(values, batch, head // group)
+    q = load_tile(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+    do = load_tile(do_head, q_idx, q_idx < q_len, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
     rows_ptr = (batch.to(tl.int64) * q_heads + head) * q_len
     row_max = tl.load(max_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
     sum_log2 = tl.load(sum_ptr + rows_ptr + row)[:, None]
@@ -242,24 +214,10 @@ def dq_kernel(
     dq = tl.zeros([TILE_Q, HEAD_TILE], tl.float32)
 
     for IS_CUT in tl.static_range(2):
-        tiles = full_last - full_first
-        if IS_CUT:
-            tiles = last - first - tiles
-        for step in range(tiles):
-            if IS_CUT:
-                kv_start = cut_tile(step, first, full_first, full_last) * TILE_KV
-                kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
-                kv_mask = (kv_idx >= start) & (kv_idx < stop)
-                kv_row = tl.minimum(kv_idx, kv_len - 1)
-            else:
-                kv_start = (full_first + step) * TILE_KV
-                kv_idx = kv_start + tl.arange(0, TILE_KV)
-                kv_mask = None
-                kv_row = kv_idx
-
-            # k [TILE_KV, HEAD_TILE], v [TILE_KV, VALUE_TILE]
-            k = load_tile(k_head_ptr, kv_idx, kv_mask, k_strides, HEAD_DIM, HEAD_TILE)
-            v = load_tile(v_head_ptr, kv_idx, kv_mask, v_strides, VALUE_DIM, VALUE_TILE)
+        for step in range(steps_of(span, IS_CUT)):
+            kv_start, kv_idx, kv_row = step_keys(step, span, kv_len, IS_CUT, TILE_KV)
+            k = load_keys(k_head, kv_idx, span, IS_CUT, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+            v = load_keys(v_head, kv_idx, span, IS_CUT, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
 
             # S = scores(Q Kᵀ)
             s = matmul(q, tl.trans(k), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
@@ -269,29 +227,13 @@ def dq_kernel(
             dp = matmul(do, tl.trans(v), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
             dp = drop(dp, dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, False), dropout)
             # dS = P · (dP - delta), and back to the dot products
-            ds = pull_back(
-                p * (dp - delta),
-                inputs,
-                batch,
-                head,
-                row[:, None],
-                kv_row[None, :],
-                DERIVATIVES,
-                score_args,
-                0,
-            )
+            ds = p * (dp - delta)
+            ds = pull_back(ds, inputs, batch, head, row[:, None], kv_row[None, :], DERIVATIVES, score_args, 0)
             if IS_CUT:
                 kept = kept_pairs(
-                    row[:, None],
-                    kv_idx[None, :],
-                    kv_len,
-                    lo[:, None],
-                    hi[:, None],
-                    batch,
-                    head,
-                    KEEPS,
+                    row[:, None], kv_idx[None, :], kv_len, lo[:, None], hi[:, None], batch, head, KEEPS,
                     mask_args,
-                )
+                )  # fmt: skip
                 ds = tl.where(kept, ds, 0.0)
                 if HAS_GAPS:  # 0 · NaN is NaN: a key that no row sees must not enter the sum
                     seen = tl.max(kept.to(tl.int32), 0) != 0
@@ -303,20 +245,18 @@ def dq_kernel(
     if unit is not None:
         dq *= unit
     dq = PROJECT(dq, q)
-    dq_head_ptr = head_ptr(dq_ptr, batch, head, dq_strides)
-    dq = round_to(dq, dq_ptr.dtype.element_ty)
-    store_tile(dq_head_ptr, dq, q_idx, q_idx < q_len, dq_strides, HEAD_DIM, HEAD_TILE)
+    dq = round_to(dq, dqueries[0].dtype.element_ty)
+    store_tile(head_of(dqueries, batch, head), dq, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)
 
 
 def backward_arguments(backward: BackwardCall, tile: Tile) -> dict[str, Any]:
     """What the kernels that recompute scores take alike."""
     call = backward.call
     return shared_arguments(call) | dict(
-        do_ptr=backward.do,
+        dout=(backward.do, backward.do.stride()),
         max_ptr=backward.row_max,
         sum_ptr=backward.sum_log2,
         delta_ptr=backward.delta,
-        do_strides=backward.do.stride(),
         DERIVATIVES=tuple([score.derivative for score in call.scores]),
         TILE_Q=tile.tile_q,
         TILE_KV=tile.tile_kv,
@@ -331,10 +271,8 @@ def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile:
     shape = backward.call.shape
     arguments = backward_arguments(backward, tile) | dict(
         ranges_ptr=backward.ranges,
-        dk_ptr=dk,
-        dv_ptr=dv,
-        dk_strides=dk.stride(),
-        dv_strides=dv.stride(),
+        dkeys=(dk, dk.stride()),
+        dvalues=(dv, dv.stride()),
         OPERAND=backward.call.operand,
         PROJECT=backward.call.project,
         HAS_GAPS=backward.call.has_gaps,
@@ -349,8 +287,7 @@ def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:
     """Fill dq [batch, q_heads, q_len, head_dim]."""
     shape = backward.call.shape
     arguments = backward_arguments(backward, tile) | dict(
-        dq_ptr=dq,
-        dq_strides=dq.stride(),
+        dqueries=(dq, dq.stride()),
         OPERAND=backward.call.operand,
         PROJECT=backward.call.project,
         HAS_GAPS=backward.call.has_gaps,

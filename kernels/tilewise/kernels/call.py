@@ -49,16 +49,10 @@ def shared_arguments(call: Call) -> dict[str, Any]:
     """The arguments that every portable kernel takes, by the names they have there."""
     shape = call.shape
     return dict(
-        q_ptr=call.q,
-        k_ptr=call.k,
-        v_ptr=call.v,
-        q_strides=call.q.stride(),
-        k_strides=call.k.stride(),
-        v_strides=call.v.stride(),
-        q_heads=shape.q_heads,
-        group=shape.group,
-        q_len=shape.q_len,
-        kv_len=shape.kv_len,
+        queries=(call.q, call.q.stride()),
+        keys=(call.k, call.k.stride()),
+        values=(call.v, call.v.stride()),
+        sizes=(shape.q_heads, shape.group, shape.q_len, shape.kv_len),
         unit=call.unit,
         dropout=call.dropout,
         **function_arguments(call),

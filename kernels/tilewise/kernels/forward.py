@@ -6,14 +6,7 @@
     O   = (Σ P V) / row_sum         [TILE_Q, value_dim]
     LSE = row_max + ln row_sum      [TILE_Q]
 
-Each program owns one tile of query rows of one head and walks the key tiles that its mask allows: first those
-in which every pair counts (█), then those that the mask cuts (▒); the others (·) are never visited.
-
-                     keys ──►
-    q_tile 0         ▒ · · · ·
-    q_tile 1         █ ▒ · · ·          causal, TILE_Q = TILE_KV
-    q_tile 2         █ █ ▒ · ·
-    q_tile 3         █ █ █ ▒ ·
+Each program owns one tile of query rows of one head and walks the key tiles that its mask allows: walk.py.
 
 Method: FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 """
@@ -27,29 +20,24 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_ptr, load_tile, store_tile
+from ..parts.addressing import head_of, load_tile, store_tile
 from ..parts.dropout import drop, dropout_keep
-from ..parts.intervals import cut_tile, intersect_intervals, kept_pairs, kv_range
+from ..parts.intervals import intersect_intervals, kept_pairs, kv_range
 from ..parts.numerics import INTERPRETED, matmul, round_to, widen
 from ..parts.scores.score import apply_scores
 from ..parts.shape import ceil_div
 from ..parts.softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
 from .call import Call, on_device_of, shared_arguments
 from .tile import Tile
+from .walk import load_keys, own_rows, step_keys, steps_of
 
 
 @triton.jit
 def forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    q_strides,  # (batch, head, row, dim), as for the next two and out_strides
-    k_strides,
-    v_strides,
-    q_heads,
-    group,  # query heads that share a head of keys and values
-    q_len,
-    kv_len,
+    queries,  # (pointer, strides): parts/addressing.py; so are keys, values and out
+    keys,
+    values,
+    sizes,  # (q_heads, query heads that share a head of keys and values, q_len, kv_len)
     unit,  # exp(score) = exp(s · unit) for the s that SCORES leave; None: they are in natural units
     dropout,  # seed, threshold and factor, or ()
     mask_args,
@@ -62,72 +50,40 @@ def forward_kernel(
     HEAD_TILE: tl.constexpr,  # HEAD_DIM rounded up to a power of two; the rest reads as 0
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    out_ptr,
+    out,
     lse_ptr,  # [batch, q_heads, q_len] contiguous, or None, as for the next two
     max_ptr,
     sum_ptr,
     sink_ptr,  # [q_heads], or None
-    out_strides,
     sink_stride,
     HAS_GAPS: tl.constexpr,  # some key inside a row tile's range may be seen by none of its rows
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
-    # Heads are neighbours in the grid where they share keys; the last query tiles, the longest under a causal
-    # mask, start first.
-    q_tiles = tl.cdiv(q_len, TILE_Q)
-    program = tl.program_id(0)
-    q_tile = q_tiles - 1 - program % q_tiles
-    head = (program // q_tiles) % q_heads
-    batch = program // q_tiles // q_heads
-
-    q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
-    row = tl.minimum(q_idx, q_len - 1)  # masks and scores are asked about valid rows only
+    q_heads, group, q_len, kv_len = sizes
+    batch, head, q_idx, row = own_rows(q_heads, q_len, TILE_Q)
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
-    start, stop, first, full_first, full_last, last = kv_range(lo, hi, whole, kv_len, TILE_KV)
+    span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
-    q_head_ptr = head_ptr(q_ptr, batch, head, q_strides)
-    q = load_tile(q_head_ptr, q_idx, q_idx < q_len, q_strides, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-    k_head_ptr = head_ptr(k_ptr, batch, head // group, k_strides)
-    v_head_ptr = head_ptr(v_ptr, batch, head // group, v_strides)
+    q_head = head_of(queries, batch, head)
+    q = load_tile(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+    k_head, v_head = head_of(keys, batch, head // group), head_of(values, batch, head // group)
     row_max, row_sum, o = softmax_start(TILE_Q, VALUE_TILE)
 
     for IS_CUT in tl.static_range(2):
-        tiles = full_last - full_first
-        if IS_CUT:
-            tiles = last - first - tiles
-        for step in range(tiles):
-            if IS_CUT:
-                kv_start = cut_tile(step, first, full_first, full_last) * TILE_KV
-                kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
-                kv_mask = (kv_idx >= start) & (kv_idx < stop)
-                kv_row = tl.minimum(kv_idx, kv_len - 1)
-            else:
-                kv_start = (full_first + step) * TILE_KV
-                kv_idx = kv_start + tl.arange(0, TILE_KV)
-                kv_mask = None
-                kv_row = kv_idx
-
-            # k [TILE_KV, HEAD_TILE], v [TILE_KV, VALUE_TILE]
-            k = load_tile(k_head_ptr, kv_idx, kv_mask, k_strides, HEAD_DIM, HEAD_TILE)
-            v = load_tile(v_head_ptr, kv_idx, kv_mask, v_strides, VALUE_DIM, VALUE_TILE)
+        for step in range(steps_of(span, IS_CUT)):
+            kv_start, kv_idx, kv_row = step_keys(step, span, kv_len, IS_CUT, TILE_KV)
+            k = load_keys(k_head, kv_idx, span, IS_CUT, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+            v = load_keys(v_head, kv_idx, span, IS_CUT, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
 
             # S = scores(Q Kᵀ)
-            s = tl.zeros([TILE_Q, TILE_KV], tl.float32)
-            s = matmul(q, tl.trans(k), s, PRECISION)  # [TILE_Q, TILE_KV]
+            s = matmul(q, tl.trans(k), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
             s, _ = apply_scores(s, batch, head, row[:, None], kv_row[None, :], SCORES, score_args)
             if IS_CUT:
                 kept = kept_pairs(
-                    row[:, None],
-                    kv_idx[None, :],
-                    kv_len,
-                    lo[:, None],
-                    hi[:, None],
-                    batch,
-                    head,
-                    KEEPS,
+                    row[:, None], kv_idx[None, :], kv_len, lo[:, None], hi[:, None], batch, head, KEEPS,
                     mask_args,
-                )
+                )  # fmt: skip
                 s = tl.where(kept, s, float("-inf"))
                 if HAS_GAPS:  # 0 · NaN is NaN: the value of a key that no row sees must not enter the sum
                     seen = tl.max(kept.to(tl.int32), 0) != 0
@@ -157,9 +113,8 @@ def forward_kernel(
     if max_ptr is not None:
         tl.store(max_ptr + rows, row_max, mask=valid)
         tl.store(sum_ptr + rows, sum_log2, mask=valid)
-    out = round_to(o, out_ptr.dtype.element_ty)
-    out_head_ptr = head_ptr(out_ptr, batch, head, out_strides)
-    store_tile(out_head_ptr, out, q_idx, valid, out_strides, VALUE_DIM, VALUE_TILE)
+    o = round_to(o, out[0].dtype.element_ty)
+    store_tile(head_of(out, batch, head), o, q_idx, valid, VALUE_DIM, VALUE_TILE)
 
 
 # Triton 3.6.0 cannot translate for AMD a loop with tiles of a bias in flight beside fewer than 64 rows: it
@@ -182,12 +137,11 @@ def forward_launch(
     shape = call.shape
     row_max, row_sum = (None, None) if statistics is None else statistics.unbind(0)
     arguments = shared_arguments(call) | dict(
-        out_ptr=out,
+        out=(out, out.stride()),
         lse_ptr=lse,
         max_ptr=row_max,
         sum_ptr=row_sum,
         sink_ptr=call.sink,
-        out_strides=out.stride(),
         sink_stride=0 if call.sink is None else call.sink.stride(0),
         HAS_GAPS=call.has_gaps,
         TILE_Q=tile.tile_q,

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_ptr, load_tile
+from ..parts.addressing import head_of, load_tile
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, visits_and_full
 from ..parts.numerics import matmul, round_to
@@ -41,38 +41,38 @@ from .prepare import BackwardCall
 from .tile import Tile
 
 # ---- Walks: where a program is at a step, (batch, head, q_tile, kv_tile); and what it writes in the end.
-# sizes = (batches, heads, q_tiles, kv_tiles) of the pairs; own = those of what programs own.
+# pairs = (batches, heads, q_tiles, kv_tiles) of all pairs; own = those of what programs own.
 
 
 @triton.jit
-def walk_pairs(program, step, sizes, own):
-    """Own: [batches or 1, heads or 1, q_tiles, kv_tiles]. Steps: what is 1 there and more in sizes."""
+def walk_pairs(program, step, pairs, own):
+    """Own: [batches or 1, heads or 1, q_tiles, kv_tiles]. Steps: what is 1 there and more in pairs."""
     kv_tile, q_tile = program % own[3], program // own[3] % own[2]
     head, batch = program // own[3] // own[2] % own[1], program // own[3] // own[2] // own[1]
-    steps_of_heads = sizes[1] // own[1]
+    steps_of_heads = pairs[1] // own[1]
     return batch + step // steps_of_heads, head + step % steps_of_heads, q_tile, kv_tile
 
 
 @triton.jit
-def walk_keys(program, step, sizes, own):
+def walk_keys(program, step, pairs, own):
     """Own: [batches, heads, q_tiles, 1]."""
     q_tile, head = program % own[2], program // own[2] % own[1]
     return program // own[2] // own[1], head, q_tile, step
 
 
 @triton.jit
-def walk_rows(program, step, sizes, own):
+def walk_rows(program, step, pairs, own):
     """Own: [batches, heads, 1, kv_tiles]."""
     kv_tile, head = program % own[3], program // own[3] % own[1]
     return program // own[3] // own[1], head, step, kv_tile
 
 
 @triton.jit
-def walk_diagonal(program, step, sizes, own):
+def walk_diagonal(program, step, pairs, own):
     """Own: [1, heads, 1, diagonals], the first through the bottom left tile. Steps: batches, tiles down."""
     diagonal, head = program % own[3], program // own[3]
-    q_tile = step % sizes[2]
-    return step // sizes[2], head, q_tile, q_tile + diagonal - (sizes[2] - 1)
+    q_tile = step % pairs[2]
+    return step // pairs[2], head, q_tile, q_tile + diagonal - (pairs[2] - 1)
 
 
 @triton.jit
@@ -119,16 +119,10 @@ def store_bucket_sums(grad_ptr, total, program, own, q_len, kv_len, store_args, 
 
 @triton.jit
 def parameter_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    q_strides,  # (batch, head, row, dim), as for every tuple of strides
-    k_strides,
-    v_strides,
-    q_heads,
-    group,
-    q_len,
-    kv_len,
+    queries,  # what all walks take is explained in forward.py
+    keys,
+    values,
+    sizes,
     unit,
     dropout,
     mask_args,
@@ -141,18 +135,17 @@ def parameter_kernel(
     HEAD_TILE: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    do_ptr,
+    dout,  # (pointer, strides)
     max_ptr,  # row statistics, [batch, q_heads, q_len] contiguous, as for the next two
     sum_ptr,
     delta_ptr,
-    do_strides,
     DERIVATIVES: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
     ranges_ptr,
     grad_ptr,
     steps,
-    sizes,
+    pairs,
     own,
     store_args,
     MODIFIER: tl.constexpr,  # the parameter's place in SCORES
@@ -161,11 +154,12 @@ def parameter_kernel(
     STORE: tl.constexpr,
 ):
     tl.static_assert(TILE_Q == TILE_KV, "diagonals need square tiles")
+    q_heads, group, q_len, kv_len = sizes
     program = tl.program_id(0)
     q_tiles = tl.cdiv(q_len, TILE_Q)
     total = tl.zeros([TILE_Q, TILE_KV], tl.float32)
     for step in range(steps):
-        batch, head, q_tile, kv_tile = WALK(program, step, sizes, own)
+        batch, head, q_tile, kv_tile = WALK(program, step, pairs, own)
         kv_start = kv_tile * TILE_KV
         range_ptr = ranges_ptr + (batch.to(tl.int64) * q_heads + head) * q_tiles * 4
         visits, _full = visits_and_full(range_ptr, q_tile, q_tiles, kv_start, kv_start + TILE_KV)
@@ -175,14 +169,12 @@ def parameter_kernel(
             kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
             kv_row = tl.minimum(kv_idx, kv_len - 1)
             q_mask, kv_mask = q_idx < q_len, kv_idx < kv_len
-            q_head_ptr = head_ptr(q_ptr, batch, head, q_strides)
-            do_head_ptr = head_ptr(do_ptr, batch, head, do_strides)
-            k_head_ptr = head_ptr(k_ptr, batch, head // group, k_strides)
-            v_head_ptr = head_ptr(v_ptr, batch, head // group, v_strides)
-            q = load_tile(q_head_ptr, q_idx, q_mask, q_strides, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-            do = load_tile(do_head_ptr, q_idx, q_mask, do_strides, VALUE_DIM, VALUE_TILE)
-            k = load_tile(k_head_ptr, kv_idx, kv_mask, k_strides, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
-            v = load_tile(v_head_ptr, kv_idx, kv_mask, v_strides, VALUE_DIM, VALUE_TILE)
+            q_head, do_head = head_of(queries, batch, head), head_of(dout, batch, head)
+            k_head, v_head = head_of(keys, batch, head // group), head_of(values, batch, head // group)
+            q = load_tile(q_head, q_idx, q_mask, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+            do = load_tile(do_head, q_idx, q_mask, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
+            k = load_tile(k_head, kv_idx, kv_mask, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+            v = load_tile(v_head, kv_idx, kv_mask, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
             rows_ptr = (batch.to(tl.int64) * q_heads + head) * q_len
             row_max = tl.load(max_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
             sum_log2 = tl.load(sum_ptr + rows_ptr + row)[:, None]
@@ -223,9 +215,9 @@ class Plan(NamedTuple):
     sums: tuple[int, ...]  # the shape of what the programs write
 
 
-def plan(parameter: Parameter, tensor: torch.Tensor, shape: Shape, sizes: tuple[int, int, int, int]) -> Plan:
-    """The walk that fits a parameter. sizes: batches, heads, q_tiles and kv_tiles."""
-    batches, heads, q_tiles, kv_tiles = sizes
+def plan(parameter: Parameter, tensor: torch.Tensor, shape: Shape, pairs: tuple[int, int, int, int]) -> Plan:
+    """The walk that fits a parameter. pairs: batches, heads, q_tiles and kv_tiles."""
+    batches, heads, q_tiles, kv_tiles = pairs
     if parameter.buckets is not None:
         buckets, diagonals = tensor.shape[1], q_tiles + kv_tiles - 1
         args = (parameter.buckets, buckets, parameter.buckets.shape[0] // 2, parameter.shift)
@@ -251,8 +243,8 @@ def parameter_gradient(
     if tensor.numel() == 0 or 0 in shape.scores:
         return torch.zeros_like(tensor)
     tiles = ceil_div(shape.q_len, tile.tile_q), ceil_div(shape.kv_len, tile.tile_kv)
-    sizes = (shape.batch, shape.q_heads, *tiles)
-    walk, store, store_args, own, steps, sums = plan(parameter, tensor, shape, sizes)
+    pairs = (shape.batch, shape.q_heads, *tiles)
+    walk, store, store_args, own, steps, sums = plan(parameter, tensor, shape, pairs)
     # Pairs are written as they are; sums are added up once more, and rounded after that.
     dtype = tensor.dtype if store is store_pairs else torch.float32
     grad = torch.empty(sums, dtype=dtype, device=tensor.device)
@@ -260,7 +252,7 @@ def parameter_gradient(
         ranges_ptr=backward.ranges,
         grad_ptr=grad,
         steps=steps,
-        sizes=sizes,
+        pairs=pairs,
         own=own,
         store_args=store_args,
         MODIFIER=modifier,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_ptr, load_tile
+from ..parts.addressing import head_of, load_tile
 from ..parts.intervals import intersect_intervals, store_range
 from ..parts.numerics import widen
 from ..parts.shape import ceil_div
@@ -22,23 +22,20 @@ from .call import Call, on_device_of, shared_arguments
 
 @triton.jit
 def prepare_kernel(
-    out_ptr,
-    do_ptr,
+    out,  # (pointer, strides), as for dout
+    dout,
     max_ptr,  # [batch, q_heads, q_len] contiguous, as for the next two: the forward's row statistics
     dlse_ptr,  # or None
     delta_ptr,
     ranges_ptr,  # [batch, q_heads, q_tiles, 4] int32: intervals.py
-    out_strides,
-    do_strides,
-    q_heads,
-    q_len,
-    kv_len,
+    sizes,
     mask_args,
     INTERVALS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     TILE_Q: tl.constexpr,
 ):
+    q_heads, _group, q_len, kv_len = sizes
     q_tiles = tl.cdiv(q_len, TILE_Q)
     program = tl.program_id(0)
     q_tile = program % q_tiles
@@ -48,10 +45,9 @@ def prepare_kernel(
     valid = q_idx < q_len
 
     # delta = Σ_d dO · O - dLSE
-    out_head_ptr = head_ptr(out_ptr, batch, head, out_strides)
-    do_head_ptr = head_ptr(do_ptr, batch, head, do_strides)
-    o = load_tile(out_head_ptr, q_idx, valid, out_strides, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
-    do = load_tile(do_head_ptr, q_idx, valid, do_strides, VALUE_DIM, VALUE_TILE)
+    o_head, do_head = head_of(out, batch, head), head_of(dout, batch, head)
+    o = load_tile(o_head, q_idx, valid, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
+    do = load_tile(do_head, q_idx, valid, VALUE_DIM, VALUE_TILE)
     # An output of exactly 0 adds nothing, also where a row that sees no key is handed NaN.
     o, do = widen(o), widen(do)
     delta = tl.sum(tl.where(o == 0.0, 0.0, o * do), 1)  # [TILE_Q]
@@ -108,16 +104,14 @@ def prepare(
 def prepare_launch(backward: BackwardCall) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the arguments of `prepare_kernel`."""
     shared = shared_arguments(backward.call)
-    taken = ("q_heads", "q_len", "kv_len", "mask_args", "INTERVALS", "VALUE_DIM", "VALUE_TILE")
+    taken = ("sizes", "mask_args", "INTERVALS", "VALUE_DIM", "VALUE_TILE")
     arguments = {name: shared[name] for name in taken} | dict(
-        out_ptr=backward.out,
-        do_ptr=backward.do,
+        out=(backward.out, backward.out.stride()),
+        dout=(backward.do, backward.do.stride()),
         max_ptr=backward.row_max,
         dlse_ptr=backward.dlse,
         delta_ptr=backward.delta,
         ranges_ptr=backward.ranges,
-        out_strides=backward.out.stride(),
-        do_strides=backward.do.stride(),
         TILE_Q=backward.tile_q,
         enable_fp_fusion=True,
     )

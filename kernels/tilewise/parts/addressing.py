@@ -8,22 +8,25 @@ import triton.language as tl
 
 
 @triton.jit
-def head_ptr(ptr, batch, head, strides):
-    """The address of row 0 of one head; strides = (batch, head, row, dim), in elements."""
-    return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+def head_of(x, batch, head):
+    """One head of x = (pointer, strides of batch, head, row and dim, in elements): the address of its row 0,
+    and the strides of row and dim."""
+    ptr, strides = x
+    return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1], strides[2], strides[3]
 
 
 @triton.jit
-def tile_ptrs(ptr, rows, columns, strides):
+def tile_ptrs(x_head, rows, columns):
     """Addresses of rows × columns of a head, [rows, columns]."""
-    return ptr + rows.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3]
+    ptr, row_stride, dim_stride = x_head
+    return ptr + rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * dim_stride
 
 
 @triton.jit
-def load_tile(ptr, rows, row_mask, strides, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
+def load_tile(x_head, rows, row_mask, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
     """Rows of a head, [rows, DIM_TILE]; rows outside row_mask (None: all count) and padding columns are 0."""
     columns = tl.arange(0, DIM_TILE)
-    ptrs = tile_ptrs(ptr, rows, columns, strides)
+    ptrs = tile_ptrs(x_head, rows, columns)
     if DIM == DIM_TILE and row_mask is None:
         return tl.load(ptrs)
     elif DIM == DIM_TILE:
@@ -44,8 +47,8 @@ def load_rows(ptr, rows, row_mask):
 
 
 @triton.jit
-def store_tile(ptr, tile, rows, row_mask, strides, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
+def store_tile(x_head, tile, rows, row_mask, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
     """Write a tile [rows, DIM_TILE] to rows of a head; rows outside row_mask and padding columns are not."""
     columns = tl.arange(0, DIM_TILE)
     mask = row_mask[:, None] & (columns < DIM)[None, :]
-    tl.store(tile_ptrs(ptr, rows, columns, strides), tile, mask=mask)
+    tl.store(tile_ptrs(x_head, rows, columns), tile, mask=mask)

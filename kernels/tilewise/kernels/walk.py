@@ -1,0 +1,64 @@
+"""A program that owns a tile of query rows: which rows, and which keys at each step of its walk?
+
+First come the tiles of keys in which every pair counts (█), then those that a mask cuts (▒); the others (·)
+are never visited. Of the keys of a cut tile some may lie outside the range of the walk.
+
+                     keys ──►
+    q_tile 0         ▒ · · · ·
+    q_tile 1         █ ▒ · · ·          causal, TILE_Q = TILE_KV
+    q_tile 2         █ █ ▒ · ·
+    q_tile 3         █ █ █ ▒ ·
+"""
+
+import triton
+import triton.language as tl
+
+from ..parts.addressing import load_tile
+from ..parts.intervals import cut_tile
+
+
+@triton.jit
+def own_rows(q_heads, q_len, TILE_Q: tl.constexpr):
+    """batch, head and q_idx [TILE_Q] of the program's rows, and `row`: the same rows for masks and scores,
+    which are asked about valid rows only. The last tiles, the longest under a causal mask, start first."""
+    q_tiles = tl.cdiv(q_len, TILE_Q)
+    program = tl.program_id(0)
+    q_tile = q_tiles - 1 - program % q_tiles
+    head = (program // q_tiles) % q_heads
+    batch = program // q_tiles // q_heads
+    q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)
+    return batch, head, q_idx, tl.minimum(q_idx, q_len - 1)
+
+
+@triton.jit
+def steps_of(span, IS_CUT: tl.constexpr):
+    """How many tiles of this kind the walk visits; span: what `kv_range` says."""
+    _start, _stop, first, full_first, full_last, last = span
+    if IS_CUT:
+        return last - first - (full_last - full_first)
+    else:
+        return full_last - full_first
+
+
+@triton.jit
+def step_keys(step, span, kv_len, IS_CUT: tl.constexpr, TILE_KV: tl.constexpr):
+    """A step's keys: the first of them, kv_idx [TILE_KV], and `kv_row`: the same keys for masks and scores,
+    which are asked about valid keys only."""
+    _start, _stop, first, full_first, full_last, _last = span
+    if IS_CUT:
+        kv_start = cut_tile(step, first, full_first, full_last) * TILE_KV
+        kv_idx = kv_start + tl.arange(0, TILE_KV)
+        return kv_start, kv_idx, tl.minimum(kv_idx, kv_len - 1)
+    else:
+        kv_start = (full_first + step) * TILE_KV
+        kv_idx = kv_start + tl.arange(0, TILE_KV)
+        return kv_start, kv_idx, kv_idx
+
+
+@triton.jit
+def load_keys(x_head, kv_idx, span, IS_CUT: tl.constexpr, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
+    """A step's tile of K or V, [TILE_KV, DIM_TILE]; what lies outside the range of the walk is 0."""
+    if IS_CUT:
+        return load_tile(x_head, kv_idx, (kv_idx >= span[0]) & (kv_idx < span[1]), DIM, DIM_TILE)
+    else:
+        return load_tile(x_head, kv_idx, None, DIM, DIM_TILE)
