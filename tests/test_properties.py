@@ -48,8 +48,8 @@ def test_any_combination(device: torch.device, present: Feature):
     run()
 
 
-def test_readme_says_what_is_tested():
-    text = support_table.README.read_text(encoding="utf-8")
+def test_the_page_of_support_says_what_is_tested():
+    text = support_table.PAGE.read_text(encoding="utf-8")
     assert support_table.filled(text) == text, (
-        "README.md is out of date; run: PYTHONPATH=kernels:reference:tests python -m harness.support_table"
+        "docs/support.md is out of date: PYTHONPATH=kernels:reference:tests python -m harness.support_table"
     )

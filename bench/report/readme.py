@@ -15,9 +15,9 @@ from .summary import ceiling_line, gain_table, goal_table, ratio_table, status_l
 ROOT = Path(__file__).parents[2]
 MEASURED = Path("bench", "measured")
 NOTHING = (
-    "No benchmark result from a GPU is committed yet, so nothing is said about speed here. On a machine with "
-    "a GPU, `python bootstrap.py bench evidence --out DIR` makes one; "
-    "[docs/benchmarks.md](docs/benchmarks.md) says how it is measured and what it is meant to reach."
+    "Nothing is said about speed until it is measured. `python bootstrap.py bench evidence --out DIR` "
+    "measures it, on a GPU, beside every rival that is installed; [docs/benchmarks.md](docs/benchmarks.md) "
+    "says how, and what tilewise is meant to reach."
 )
 
 

@@ -1,4 +1,4 @@
-"""What attention can do, as named features: tests draw from this list, the README's table is printed from it.
+"""What attention can do, as named features: tests draw from this list, docs/support.md is printed from it.
 
 A feature is a function that changes a Problem: it sets a size, a dtype or a memory layout, or adds an
 argument that fits the sizes. What a feature leaves open (which corner, how wide a window) it draws from

@@ -109,7 +109,7 @@ class Problem:
 class Feature(NamedTuple):
     name: str
     kind: str
-    text: str  # the README's words
+    text: str  # the words of docs/support.md
     apply: Callable[[Problem], None]
 
     def __repr__(self) -> str:
