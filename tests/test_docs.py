@@ -1,8 +1,9 @@
 """Every Python example in README.md and docs/ runs as it stands, with the kernel and on plain PyTorch; every
-link between pages leads somewhere."""
+link between pages leads somewhere; pictures and comparisons are what they say they are."""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_examples_run_on_plain_pytorch(tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    targets = re.findall(r"""(?:\]\(|src="|srcset=")([^)#"\s]+)""", page.read_text())
     missing = [link for link in targets if ":" not in link and not (page.parent / link).exists()]
     assert not missing
 
@@ -47,3 +48,36 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text()
     assert all(f"({page.name})" in index for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
+
+
+def test_pictures_are_what_their_script_draws():
+    script = ROOT / "docs" / "pictures" / "walk.py"
+    made = runpy.run_path(str(script))
+    for name in made["COLORS"]:
+        drawn = (script.parent / name).read_text(encoding="utf-8")
+        assert made["picture"](name) == drawn, f"{name} is out of date; run: python docs/pictures/walk.py"
+
+
+# ---- The README
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_every_claim_of_the_comparison_has_its_evidence():
+    """A cell says no, or that nothing was found, or links to what shows it: a page or a test here, or the
+    rival's own documentation."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("## Beside the others")[1].split("\n## ")[0]
+    addresses = dict(re.findall(r"^\[([\w-]+)\]: (https://\S+)$", text, re.M))
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 15 and all(len(row) == 5 for row in rows)
+    used = set()
+    for claim, ours, *theirs in rows:
+        assert "](" in ours or ours.strip() in ("no", "not yet"), (claim, ours)
+        for cell in theirs:
+            found = re.findall(r"\]\[([\w-]+)\]", cell)
+            assert found or cell.strip() == "–", f"{claim.strip()}: {cell.strip()!r} has no source"
+            used.update(found)
+    assert used == addresses.keys()
