@@ -5,7 +5,6 @@ from __future__ import annotations
 from .mutate import Mutation, tests
 
 ALIBI = "kernels/tilewise/parts/scores/alibi.py"
-API = "kernels/tilewise/api.py"
 AUTOGRAD = "kernels/tilewise/pytorch/autograd.py"
 BACKWARD = "kernels/tilewise/kernels/backward.py"
 CHECKS = "kernels/tilewise/plan/checks.py"
