@@ -2,6 +2,7 @@
 
 from .core import AttentionCore
 from .cross_attention import CrossAttention
+from .rotary import Rotary
 from .self_attention import SelfAttention
 
-__all__ = ["AttentionCore", "CrossAttention", "SelfAttention"]
+__all__ = ["AttentionCore", "CrossAttention", "Rotary", "SelfAttention"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from ..api import attention
 from ..parts.masks.mask import Mask
 from ..parts.scores.score import Score
 from ..parts.similarity import Cosine
+from .rotary import Rotary
 
 MaskLike = Mask | Tensor | Any  # Any: a @triton.jit function
 ScoreLike = Score | Sequence[Score] | Any
+Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values -> all so far
 QK_NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
@@ -27,6 +29,7 @@ class AttentionCore(nn.Module):
     head_dim: the width of a head's queries and keys.
     qk_norm: None, "rms" or "layer": normalises each head's queries and keys, with a learned weight
         [head_dim] for each of the two (arXiv 2302.05442, section 2; RMS norm: arXiv 1910.07467).
+    rotary: None, or a `Rotary` that turns queries and keys by their positions, after the norm.
     similarity: "dot", "scaled_dot", "cosine" or `Cosine(temperature)`, where a tensor temperature is [heads].
     scale: a float or a 0-d tensor; the similarity's own if None.
     sink: learn a logit a head, from 0, that takes weight and adds no value.
@@ -48,6 +51,7 @@ class AttentionCore(nn.Module):
         *,
         kv_heads: int | None = None,
         qk_norm: str | None = None,
+        rotary: Rotary | None = None,
         similarity: str | Cosine = "scaled_dot",
         scale: float | Tensor | None = None,
         sink: bool = False,
@@ -65,6 +69,10 @@ class AttentionCore(nn.Module):
             raise ValueError(f"{similarity=} must be 'dot', 'scaled_dot', 'cosine' or a tilewise.Cosine")
         if qk_norm is not None and qk_norm not in QK_NORMS:
             raise ValueError(f"{qk_norm=} must be None, 'rms' or 'layer'")
+        if rotary is not None and not isinstance(rotary, Rotary):
+            raise ValueError(f"{rotary=} must be None or a tilewise.nn.Rotary")
+        if rotary is not None and rotary.head_dim != head_dim:
+            raise ValueError(f"rotary.head_dim={rotary.head_dim} must be the module's {head_dim=}")
         if not 0 <= dropout < 1:
             raise ValueError(f"{dropout=} must be from 0 to below 1")
         self.heads, self.kv_heads, self.head_dim, self.dropout = heads, kv_heads, head_dim, dropout
@@ -74,6 +82,7 @@ class AttentionCore(nn.Module):
         self._hold("scale", scale)
         self.q_norm = self._norm(device, dtype)
         self.k_norm = self._norm(device, dtype)
+        self.rotary = rotary
         self.sink = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype)) if sink else None
 
     def _hold(self, name: str, value: float | Tensor | None) -> None:
@@ -97,21 +106,48 @@ class AttentionCore(nn.Module):
         mask: MaskLike | None = None,
         bias: Tensor | None = None,
         score: ScoreLike | None = None,
+        positions: int | Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim],
         v [batch, kv_heads, kv_len, value_dim] -> [batch, heads, q_len, value_dim].
 
         mask, bias, score, and all errors: as in `tilewise.attention`.
+        positions: of the rows of q and k, as in `Rotary.forward`.
+        cache: called with k (after norm and rotation) and v, it returns those to attend to in their place: in
+            generation all so far, which it keeps.
+        Raises ValueError for positions that have no effect, and where they are missing beside a cache.
         """
-        # Under autocast a norm returns fp32, while the values keep the narrow type of the projection.
-        q = q if self.q_norm is None else self.q_norm(q).to(v.dtype)
-        k = k if self.k_norm is None else self.k_norm(k).to(v.dtype)
+        if positions is not None and self.rotary is None:
+            raise ValueError(
+                "positions= has no effect without rotary=: this module does not turn by position"
+            )
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, positions)
+        if self.qk_norm is not None:  # which returns fp32 under autocast, beside values in the narrow type
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        if cache is not None:
+            k, v = self._with_earlier(k, v, positions, cache)
         similarity = Cosine(self.temperature) if self.similarity == "cosine" else self.similarity
         return attention(
             q, k, v, mask=mask, bias=bias, score=score,
             scale=self.scale, similarity=similarity, sink=self.sink,
             dropout_p=self.dropout if self.training else 0.0, impl=self.impl,
         )  # fmt: skip
+
+    def _with_earlier(
+        self, k: Tensor, v: Tensor, positions: int | Tensor | None, cache: Cache
+    ) -> tuple[Tensor, Tensor]:
+        """All keys and values that the cache has after these."""
+        all_k, all_v = cache(k, v)
+        if self.rotary is not None and positions is None and all_k.shape[2] != k.shape[2]:
+            raise ValueError(
+                f"positions must be given: the cache returned {all_k.shape[2]} keys for {k.shape[2]} new "
+                "ones, which then do not start at position 0"
+            )
+        return all_k, all_v
 
     def extra_repr(self) -> str:
         """The settings, those at their defaults left out."""

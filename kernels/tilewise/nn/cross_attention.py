@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..parts.similarity import Cosine
-from .core import AttentionCore, MaskLike, ScoreLike, check_positive
-from .sizes import check_input, join_heads, resolve_sizes, split_heads
-from .weights import check_linears, copy_out_projection, fuse_linears, head_sizes, multihead_linears
+from .core import MaskLike, ScoreLike, check_positive
+from .projected import ProjectedAttention
+from .sizes import check_input
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(ProjectedAttention):
     """Projects one sequence to queries and another to keys and values, attends, optionally projects out.
 
         q    = x Wq + b                                             one matmul
@@ -28,8 +25,13 @@ class CrossAttention(nn.Module):
     context_dim: width of the context (input_dim if None).
     values_dim: width of a second context that brings the values, if it differs from context_dim. Keys and
         values then have projections of their own, and `forward` needs `values`.
-    All else, and all errors: as in `SelfAttention`.
+    All else, and all errors: as in `SelfAttention`. No `rotary`: the two sequences share no positions.
     """
+
+    q: nn.Linear
+    kv: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
 
     def __init__(
         self,
@@ -54,77 +56,25 @@ class CrossAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = resolve_sizes(input_dim, output_dim, heads, head_dim, value_dim, out_projection)
-        self.input_dim = input_dim
         self.context_dim = input_dim if context_dim is None else context_dim
         self.values_dim = self.context_dim if values_dim is None else values_dim
         check_positive(context_dim=self.context_dim, values_dim=self.values_dim)
-        self.core = AttentionCore(
-            heads, sizes.head_dim, kv_heads=kv_heads, qk_norm=qk_norm, similarity=similarity, scale=scale,
-            sink=sink, dropout=dropout, impl=impl, device=device, dtype=dtype,
+        self._build(
+            {"q": input_dim, "k": self.context_dim, "v": self.values_dim},
+            ("q", "kv") if self.values_dim == self.context_dim else ("q", "k", "v"), output_dim,
+            heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, bias=bias,
+            out_projection=out_projection, qk_norm=qk_norm, similarity=similarity, scale=scale, sink=sink,
+            dropout=dropout, impl=impl, device=device, dtype=dtype,
         )  # fmt: skip
-        self.output_dim, self.head_dim, self.value_dim = sizes
-        self.heads, self.kv_heads = heads, self.core.kv_heads
-
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
-
-        self.q = linear(input_dim, heads * self.head_dim)
-        key_width, value_width = self.widths
-        if self.values_dim == self.context_dim:
-            self.kv = linear(self.context_dim, key_width + value_width)
-        else:
-            self.k = linear(self.context_dim, key_width)
-            self.v = linear(self.values_dim, value_width)
-        self.out = linear(heads * self.value_dim, self.output_dim) if out_projection else None
 
     @property
     def widths(self) -> list[int]:
         """Rows of `kv.weight` that make keys and values."""
-        return [self.kv_heads * self.head_dim, self.kv_heads * self.value_dim]
+        return self._rows("kv")
 
-    @classmethod
-    def from_linears(
-        cls,
-        q: nn.Linear,
-        k: nn.Linear,
-        v: nn.Linear,
-        heads: int = 1,
-        kv_heads: int | None = None,
-        out: nn.Linear | None = None,
-        **options: Any,
-    ) -> CrossAttention:
-        """As `SelfAttention.from_linears`; k may read another width than q, and v another than k."""
-        kv_heads = heads if kv_heads is None else kv_heads
-        check_positive(heads=heads, kv_heads=kv_heads)
-        check_linears(q=q, k=k, v=v)
-        head_dim, value_dim = head_sizes(q, k, v, heads, kv_heads)
-        module = cls(
-            q.in_features, None if out is None else out.out_features,
-            context_dim=k.in_features, values_dim=v.in_features, heads=heads, kv_heads=kv_heads,
-            head_dim=head_dim, value_dim=value_dim, out_projection=out is not None,
-            device=q.weight.device, dtype=q.weight.dtype, **options,
-        )  # fmt: skip
-        module.q = fuse_linears(q=q)
-        if k.in_features == v.in_features:
-            module.kv = fuse_linears(k=k, v=v)
-        else:
-            module.k, module.v = fuse_linears(k=k), fuse_linears(v=v)
-        if out is not None:
-            module.out = copy_out_projection(q, out, heads * value_dim)
-        return module
-
-    @classmethod
-    def from_multihead_attention(cls, mha: nn.MultiheadAttention, **options: Any) -> CrossAttention:
-        """The module that computes what `mha(query, key, value, need_weights=False)[0]` does, called as
-        module(query, key, values=value), or module(query, context) where key and value are one.
-
-        `kdim` and `vdim` become context_dim and values_dim. All else as in
-        `SelfAttention.from_multihead_attention`.
-        """
-        q, k, v, out = multihead_linears(mha)
-        options = {"dropout": mha.dropout} | options
-        return cls.from_linears(q, k, v, heads=mha.num_heads, out=out, **options).train(mha.training)
+    @staticmethod
+    def _context_dims(k: nn.Linear, v: nn.Linear) -> dict[str, int]:
+        return {"context_dim": k.in_features, "values_dim": v.in_features}
 
     def project(
         self, x: Tensor, context: Tensor, values: Tensor | None = None
@@ -132,19 +82,7 @@ class CrossAttention(nn.Module):
         """x [batch, q_len, input_dim], context [batch, kv_len, context_dim] and, if given, values [batch,
         kv_len, values_dim] -> q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim],
         v [batch, kv_heads, kv_len, value_dim]."""
-        if values is None:
-            k, v = self.kv(context).split(self.widths, dim=-1)
-        elif self.values_dim == self.context_dim:  # one Linear, half of it for each context
-            key_weight, value_weight = self.kv.weight.split(self.widths)
-            key_bias, value_bias = (None, None) if self.kv.bias is None else self.kv.bias.split(self.widths)
-            k, v = F.linear(context, key_weight, key_bias), F.linear(values, value_weight, value_bias)
-        else:
-            k, v = self.k(context), self.v(values)
-        return (
-            split_heads(self.q(x), self.heads),
-            split_heads(k, self.kv_heads),
-            split_heads(v, self.kv_heads),
-        )
+        return self._heads(x, context, context if values is None else values)
 
     def forward(
         self,
@@ -174,24 +112,8 @@ class CrossAttention(nn.Module):
                 f"context_dim={self.context_dim}"
             )
         self._check_agree(x, context, values)
-        if x.dim() == 2:
-            lone_values = None if values is None else values[None]
-            return self._attend(x[None], context[None], lone_values, mask, bias, score).squeeze(0)
-        return self._attend(x, context, values, mask, bias, score)
-
-    def _attend(
-        self,
-        x: Tensor,
-        context: Tensor,
-        values: Tensor | None,
-        mask: MaskLike | None,
-        bias: Tensor | None,
-        score: ScoreLike | None,
-    ) -> Tensor:
-        """`forward` on inputs with a batch dimension."""
-        q, k, v = self.project(x, context, values)
-        out = join_heads(self.core(q, k, v, mask=mask, bias=bias, score=score))
-        return out if self.out is None else self.out(out)
+        inputs = (x, context) if values is None else (x, context, values)
+        return self._attend(*inputs, mask=mask, bias=bias, score=score)
 
     @staticmethod
     def _check_agree(x: Tensor, context: Tensor, values: Tensor | None) -> None:

@@ -1,8 +1,11 @@
-"""Taking over the weights of PyTorch's own modules."""
+"""Linears that do the work of several, and taking over the weights of PyTorch's own modules."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -30,6 +33,15 @@ def fuse_linears(**linears: nn.Linear) -> nn.Linear:
         weight.new_zeros(part.out_features) if part.bias is None else part.bias.view(-1) for part in parts
     ]
     return make_linear(weight, torch.cat(biases))
+
+
+def apply_fused(linear: nn.Linear, rows: Sequence[int], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What each part of a fused Linear, its next `rows`, makes of its own input; one matmul where the inputs
+    are all one tensor."""
+    if all(x is inputs[0] for x in inputs):
+        return linear(inputs[0]).split(rows, dim=-1)
+    biases = [None] * len(rows) if linear.bias is None else linear.bias.split(rows)
+    return [F.linear(*part) for part in zip(inputs, linear.weight.split(rows), biases, strict=True)]
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -1,0 +1,162 @@
+"""What attention modules share: projections around a core, and taking over the weights of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .core import AttentionCore, check_positive
+from .sizes import join_heads, resolve_sizes, split_heads
+from .weights import (
+    apply_fused,
+    check_linears,
+    copy_out_projection,
+    fuse_linears,
+    head_sizes,
+    multihead_linears,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class ProjectedAttention(nn.Module):
+    """Projections to queries, keys and values; the core between heads; optionally a projection out.
+
+    Where several of q, k and v read one sequence, one Linear makes them. It is named after what it makes:
+    `qkv`; or `q` and `kv`; or `q`, `k` and `v`. `fused` lists these names.
+
+    A subclass calls `_build` in its constructor, has a `project` and a `forward` of its own, and names in
+    `_context_dims` what its constructor must know of the inputs of k and v.
+    """
+
+    core: AttentionCore
+    out: nn.Linear | None
+    project: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+    def _build(
+        self,
+        input_dims: dict[str, int],
+        fused: tuple[str, ...],
+        output_dim: int | None,
+        *,
+        heads: int,
+        kv_heads: int | None,
+        head_dim: int | None,
+        value_dim: int | None,
+        bias: bool,
+        out_projection: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        **core: Any,
+    ) -> None:
+        """Make all parts. input_dims: the widths that q, k and v read, by these names. core: options of
+        `AttentionCore`."""
+        sizes = resolve_sizes(input_dims["q"], output_dim, heads, head_dim, value_dim, out_projection)
+        self.core = AttentionCore(
+            heads, sizes.head_dim, kv_heads=kv_heads, device=device, dtype=dtype, **core
+        )
+        self.input_dim, self.fused = input_dims["q"], fused
+        self.output_dim, self.head_dim, self.value_dim = sizes
+        self.heads, self.kv_heads = heads, self.core.kv_heads
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+
+        for parts in fused:
+            setattr(self, parts, linear(input_dims[parts[0]], sum(self._rows(parts))))
+        self.out = linear(heads * self.value_dim, self.output_dim) if out_projection else None
+
+    def _rows(self, parts: str) -> list[int]:
+        """How many rows of a Linear make each of these parts: "kv" -> rows for keys, rows for values."""
+        rows = {
+            "q": self.heads * self.head_dim,
+            "k": self.kv_heads * self.head_dim,
+            "v": self.kv_heads * self.value_dim,
+        }
+        return [rows[part] for part in parts]
+
+    @staticmethod
+    def _context_dims(k: nn.Linear, v: nn.Linear) -> dict[str, int]:
+        return {}
+
+    @classmethod
+    def from_linears(
+        cls,
+        q: nn.Linear,
+        k: nn.Linear,
+        v: nn.Linear,
+        heads: int = 1,
+        kv_heads: int | None = None,
+        out: nn.Linear | None = None,
+        **options: Any,
+    ) -> Self:
+        """The module that computes what three Linears and textbook attention compute.
+
+        q: Linear [input_dim -> heads · head_dim]; k: [input_dim -> kv_heads · head_dim];
+        v: [input_dim -> kv_heads · value_dim]; out: None, or [heads · value_dim -> output_dim]. In a
+        CrossAttention k may read another width than q, and v another than k.
+        options: those of `AttentionCore`, as qk_norm, scale or impl.
+
+        Weights are copied; dtype and device are theirs. Where some of those that become one have no bias,
+        they get zeros. Raises ValueError where the four do not fit together.
+        """
+        kv_heads = heads if kv_heads is None else kv_heads
+        check_positive(heads=heads, kv_heads=kv_heads)
+        check_linears(q=q, k=k, v=v)
+        head_dim, value_dim = head_sizes(q, k, v, heads, kv_heads)
+        module = cls(
+            q.in_features, None if out is None else out.out_features, heads=heads, kv_heads=kv_heads,
+            head_dim=head_dim, value_dim=value_dim, out_projection=out is not None,
+            device=q.weight.device, dtype=q.weight.dtype, **cls._context_dims(k, v), **options,
+        )  # fmt: skip
+        linears = {"q": q, "k": k, "v": v}
+        for parts in module.fused:
+            setattr(module, parts, fuse_linears(**{part: linears[part] for part in parts}))
+        if out is not None:
+            module.out = copy_out_projection(q, out, heads * value_dim)
+        return module
+
+    @classmethod
+    def from_multihead_attention(cls, mha: nn.MultiheadAttention, **options: Any) -> Self:
+        """The module that computes what `mha(query, key, value, need_weights=False)[0]` does: a SelfAttention
+        as module(x), where the three are one; a CrossAttention as module(query, key, values=value), or as
+        module(query, context) where key and value are one. Weights are copied; `kdim` and `vdim` become
+        context_dim and values_dim.
+
+        Input here is [batch, length, input_dim], whatever `mha.batch_first` says: transpose the input of a
+        module with batch_first=False. Masks here are True where a pair counts: a boolean `attn_mask` of
+        PyTorch's becomes `~attn_mask`, and a `key_padding_mask` is best given as `Padding(lengths)`.
+        options: those of `AttentionCore`, as qk_norm, scale or impl.
+
+        Raises NotImplementedError for add_bias_kv and add_zero_attn; ValueError where kdim or
+        vdim differ from embed_dim, which only cross-attention can use.
+        """
+        q, k, v, out = multihead_linears(mha)
+        options = {"dropout": mha.dropout} | options
+        return cls.from_linears(q, k, v, heads=mha.num_heads, out=out, **options).train(mha.training)
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What q, k and v are made from, [batch, length, width] each -> the three themselves, split into
+        heads. One matmul for all that one Linear makes from one tensor."""
+        inputs: dict[str, Tensor] = {"q": q, "k": k, "v": v}
+        made: dict[str, Tensor] = {}
+        for parts in self.fused:
+            read = [inputs[part] for part in parts]
+            made |= zip(parts, apply_fused(getattr(self, parts), self._rows(parts), read), strict=True)
+        return (
+            split_heads(made["q"], self.heads),
+            split_heads(made["k"], self.kv_heads),
+            split_heads(made["v"], self.kv_heads),
+        )
+
+    def _attend(self, *inputs: Tensor, **core: Any) -> Tensor:
+        """From the inputs of `project`, all with a batch dimension or all without, to the result."""
+        batched = inputs[0].dim() == 3
+        q, k, v = self.project(*(x if batched else x.unsqueeze(0) for x in inputs))
+        out = join_heads(self.core(q, k, v, **core))
+        out = out if self.out is None else self.out(out)
+        return out if batched else out.squeeze(0)
