@@ -114,6 +114,9 @@ def empty_in_order_of(x: Tensor, dim: int) -> Tensor:
     that a caller who transposed [batch, length, heads, dim] inputs can transpose back without a copy."""
     if x.is_contiguous():
         return x.new_empty((*x.shape[:3], dim))
-    order = sorted(range(3), key=x.stride, reverse=True)
+    order = [0, 1, 2]
+    for a, b in ((0, 1), (1, 2), (0, 1)):  # sorted() by stride, which a compiler cannot trace for all lengths
+        if x.stride(order[a]) < x.stride(order[b]):
+            order[a], order[b] = order[b], order[a]
     sizes = [x.shape[axis] for axis in order]
     return x.new_empty((*sizes, dim)).permute(*[order.index(axis) for axis in range(3)], 3)
