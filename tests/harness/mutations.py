@@ -10,6 +10,7 @@ from .mutate import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
+from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 
 ADDRESSING = "kernels/tilewise/parts/addressing.py"
@@ -307,6 +308,7 @@ MUTATIONS = (
              tests("backward", "second_order_raises[bias]")),
     *BACKWARD_MUTATIONS,
     *HOPPER_MUTATIONS,
+    *NN_MUTATIONS,
     *TOOLS_MUTATIONS,
     *BENCH_MUTATIONS,
 )
