@@ -232,6 +232,35 @@ def test_compiled_steps_share_a_graph(impl, device, forget_graphs):
     assert counter.frame_count <= 3
 
 
+class Step(nn.Module):
+    """A step as a function of tensors alone: where it stands is the length of what came before."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x, earlier_k, earlier_v):
+        def cache(k, v):
+            return torch.cat((earlier_k, k), dim=2), torch.cat((earlier_v, v), dim=2)
+
+        return self.attention(x, mask=Causal(), positions=earlier_k.shape[2], cache=cache)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["export", "strict export"])
+def test_exported_for_all_lengths(strict, device):
+    def given(length, earlier):
+        before = torch.randn(2, 1, KV_HEADS, earlier, DIM, device=device)
+        return torch.randn(1, length, WIDTH, device=device), *before
+
+    step = Step(ours(Llama(), impl="torch").to(device))
+    length, earlier = torch.export.Dim("length", min=2, max=64), torch.export.Dim("earlier", min=2, max=64)
+    shapes = {"x": {1: length}, "earlier_k": {2: earlier}, "earlier_v": {2: earlier}}
+    exported = torch.export.export(step, given(5, 7), dynamic_shapes=shapes, strict=strict).module()
+    for sizes in ((5, 7), (3, 20)):
+        inputs = given(*sizes)
+        torch.testing.assert_close(exported(*inputs), step(*inputs), rtol=1e-5, atol=1e-6)
+
+
 def test_under_autocast_what_a_norm_widened_is_rounded_once(device):
     class Widen(nn.Module):
         def forward(self, x):

@@ -119,9 +119,7 @@ class AttentionCore(nn.Module):
         Raises ValueError for positions that have no effect, and where they are missing beside a cache.
         """
         if positions is not None and self.rotary is None:
-            raise ValueError(
-                "positions= has no effect without rotary=: this module does not turn by position"
-            )
+            raise ValueError("positions= has no effect without rotary=; make the module with one")
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         if self.rotary is not None:

@@ -61,7 +61,7 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", frequencies)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """Go to another device, but keep fp32: fp16 would be off by up to half a radian at position 1000."""
+        """Go to another device, but keep the dtype: in fp16 an angle at position 1000 is off by up to 1/2."""
         kept = self.frequencies
         super()._apply(fn, recurse)
         if kept is not None and self.frequencies is not None and self.frequencies.dtype != kept.dtype:
@@ -79,10 +79,8 @@ class Rotary(nn.Module):
         self._check_inputs(q, k)
         if q.is_nested:
             return self._turn_nested(q, k, positions)
-        angles = self._angles(_as_positions(positions, q))
-        angles = angles.unsqueeze(-2).to(
-            torch.promote_types(q.dtype, torch.float32)
-        )  # the same for all heads
+        angles = self._angles(_as_positions(positions, q)).unsqueeze(-2)  # the same for all heads
+        angles = angles.to(torch.promote_types(q.dtype, torch.float32))
         cos, sin = angles.cos(), angles.sin()
         return self._turn(q, cos, sin), self._turn(k, cos, sin)
 
@@ -112,17 +110,14 @@ class Rotary(nn.Module):
     def _turn_nested(self, q: Any, k: Any, positions: int | Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows are numbered through all sequences: within each, that moves every position by the same."""
         if positions is not None:
-            raise NotImplementedError(
-                "positions= with nested tensors is not built: they are 0, 1, ... in each"
-            )
-        turned = self(q.values().unsqueeze(0), k.values().unsqueeze(0))
-        q, k = (
-            torch.nested.nested_tensor_from_jagged(rows.squeeze(0).transpose(0, 1), x.offsets()).transpose(
-                1, 2
-            )
-            for rows, x in zip(turned, (q, k), strict=True)
-        )
-        return q, k
+            raise NotImplementedError("positions= with nested tensors is not built: give None, for 0, 1, ...")
+
+        def jagged(rows: Tensor, like: Any) -> Tensor:
+            rows = rows.squeeze(0).transpose(0, 1)
+            return torch.nested.nested_tensor_from_jagged(rows, like.offsets()).transpose(1, 2)
+
+        turned_q, turned_k = self.forward(q.values().unsqueeze(0), k.values().unsqueeze(0))
+        return jagged(turned_q, q), jagged(turned_k, k)
 
     def _check_inputs(self, q: Tensor, k: Tensor) -> None:
         for name, x in (("q", q), ("k", k)):
