@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from tilewise.tools.inputs import Inputs, case_inputs
+from tilewise.tools.words import in_a_line
 from tilewise_reference.cases import Case
 
 from .answers import gradient_of_out, judge_backward, judge_forward
 from .cold import sample_cold_start
 from .implementations import Implementation, Prepared, UnsupportedError
-from .implementations.base import first_line, is_backward
+from .implementations.base import is_backward
 from .results import Row, Work
 from .sampling import Call, Recorder, Within, recorder_for, sample
 
@@ -105,9 +106,9 @@ def guarded(row: Row, step: Callable[[], Any]) -> Any:
     except UnsupportedError as error:
         row.status, row.reason = "unsupported", str(error)
     except torch.OutOfMemoryError as error:
-        row.status, row.reason = "failed", f"out of memory: {first_line(error)}"
+        row.status, row.reason = "failed", f"out of memory: {in_a_line(error)}"
     except Exception as error:  # whatever a rival's library raises is its result here
-        row.status, row.reason = "failed", first_line(error)
+        row.status, row.reason = "failed", in_a_line(error)
     return None
 
 

@@ -22,13 +22,14 @@ from tilewise.plan import tiles
 from tilewise.plan.tile_table import Key, load
 from tilewise.tools.compiled.variants import MASKS
 from tilewise.tools.rank.rank import RANKED_DIMS, WORKS, case_of, read_rows
-from tilewise.tools.tune.bench import Bench, DeviceLost, Rejected, in_a_line
+from tilewise.tools.tune.bench import Bench, DeviceLost, Rejected
 from tilewise.tools.tune.case import CHECK_LENGTH, small, with_every_feature
 from tilewise.tools.tune.command import SMOKE_ROUNDS, short, title
 from tilewise.tools.tune.journal import Journal
 from tilewise.tools.tune.plan import SMOKE_LENGTH, Job, smoke_jobs
 from tilewise.tools.tune.search import Outcome, Round, Search
 from tilewise.tools.tune.store import SMOKE_GPU, here, journal_of, store
+from tilewise.tools.words import in_a_line
 
 from .results import Check, CheckStatus, Entry
 

@@ -14,7 +14,7 @@ import pytest
 import tilewise
 
 PACKAGE = Path(tilewise.__file__).parent
-SHARED = "tools"  # what the commands share: chips, inputs, poison
+SHARED = "tools"  # what the commands share: chips, inputs, poison, words
 
 # Each folder (or lone file), from the bottom up, and what it may import besides its own files.
 MAY_IMPORT: dict[str, set[str]] = {

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tilewise.tools.inputs import Inputs
+from tilewise.tools.words import in_a_line
 from tilewise_reference.cases import Case
 
 from ..results import Work
@@ -101,14 +102,8 @@ def cannot_import(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # a package of another CUDA, or of another torch, fails in its own way
-        return f"import {module} fails: {first_line(error)}"
+        return f"import {module} fails: {in_a_line(error)}"
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The exception in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def written_out(x: Any, inputs: Inputs) -> int:

@@ -17,6 +17,7 @@ from tilewise_reference import Case
 from ...kernels.tile import Pass, Tile
 from ...parts.numerics import INTERPRETED
 from ...plan.tiles import choose_tile
+from ..words import in_a_line
 from .case import Workload, small, with_every_feature
 from .kernels import KERNELS, WORKERS, compiling_ahead, watched
 
@@ -159,12 +160,6 @@ def still_answers(device: torch.device) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def in_a_line(error: Exception) -> str:
-    """An exception's kind and the start of its message."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:200]}"
 
 
 def label(case: Case) -> str:

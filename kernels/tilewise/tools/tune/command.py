@@ -21,7 +21,8 @@ from ...parts.numerics import INTERPRETED
 from ...plan.tile_table import Key
 from ...plan.tiles import reload_user_tables
 from ...plan.user_tiles import table_path
-from .bench import Bench, DeviceLost, Rejected, in_a_line
+from ..words import in_a_line
+from .bench import Bench, DeviceLost, Rejected
 from .case import CHECK_LENGTH, small
 from .journal import Journal
 from .plan import SMOKE_LENGTH, Job, choose_cases, gpu_jobs, smoke_jobs
