@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .cases import group_title
 from .figures import Picture, draw_all, slug
 from .sections import Section
 from .summary import NO_SPEED, ceiling_line, gain_table, goal_table, ratio_table, status_lines
@@ -12,13 +13,14 @@ from .units import count
 
 PAGE = "report.md"
 HOW_TO_READ = """\
-"median" and "p20 to p80" are of the row's samples. "ratio" is the time of the fastest rival over the row's
-own: above 1 the row is faster than every rival. "over portable" is the portable kernel's time over that of
-Hopper's forward. TFLOP/s count the matmuls over the pairs of query and key
-that count; "of matmul" and "of copy" are shares of what a large matmul and a copy reached in the same run;
-GB/s stand where memory is the limit. "extra memory" is the most that a call had in use beyond what was there
-before it. "error" is the largest distance from float64, beside that of PyTorch's own computation in the same
-dtype. A row whose answer is wrong is never anybody's fastest rival."""
+"case" is a name for commands, and "in words" what it is. "median" and "p20 to p80" are of the row's
+samples. "ratio" is the time of the fastest rival over the row's own: above 1 the row is faster than every
+rival. "over portable" is the portable kernel's time over that of Hopper's forward. TFLOP/s count the
+matmuls over the pairs of query and key that count; "of matmul" and "of copy" are shares of what a large
+matmul and a copy reached in the same run; GB/s stand where memory is the limit. "extra memory" is the most
+that a call had in use beyond what was there before it. "error" is the largest distance from float64, beside
+that of PyTorch's own computation in the same dtype. A row whose answer is wrong is never anybody's fastest
+rival."""
 
 
 def write_report(sections: list[Section], out: Path) -> Path:
@@ -48,8 +50,8 @@ def section_parts(section: Section, pictures: list[Picture]) -> list[str]:
     parts += ["### What came of it", "\n".join(f"- {line}" for line in status_lines(section))]
     parts += [shown(picture) for picture in pictures if picture.group is None]
     for group in section.groups:
-        table = group_table(section, group)
-        parts += [f"### {table.title}"]
+        table = group_table(section, group, is_page=True)
+        parts += [f"### {table.title}", f"{group_title(group)}." if group_title(group) != group else ""]
         parts += [shown(picture) for picture in pictures if picture.group == group]
         parts.append(table.markdown())
     return parts

@@ -10,17 +10,20 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from ..results import Row
-from .ranking import counts, is_tilewise
+from .cases import kind
+from .ranking import contests, counts, is_contender
 from .sections import Section
 from .style import GREY, SETTINGS, frame, in_order, look, mark, no_ticks
 from .units import digits
 
 LOW_PRECISION = ("float16", "bfloat16")
-# Where a name may stand beside its point, in points of type.
-SIDES = ((7, -3, "left"), (-7, -3, "right"), (7, -12, "left"), (-7, -12, "right"), (7, 7, "left"))
+# Where a name may stand beside its point, in points of type, the nearest first; a far one gets a line.
+NEAR = ((7, -3, "left"), (-7, -3, "right"), (7, -12, "left"), (-7, -12, "right"), (7, 7, "left"))
+FAR = tuple((x, y, "left") for y in range(-20, -100, -8) for x in (8, 24))
 Point = tuple[float, float]
 
 
@@ -79,7 +82,7 @@ def draw_roofline(section: Section) -> Figure | None:
             axes.plot(
                 *zip(*map(place, mine), strict=True),
                 linestyle="", marker=marker, color=colour, label=name,
-                markersize=7 if is_tilewise(name) else 5, alpha=0.85, markeredgecolor="white",
+                markersize=7 if is_contender(name) else 5, alpha=0.85, markeredgecolor="white",
                 markeredgewidth=0.5,
             )  # fmt: skip
         corners = _draw_roof(axes, flops, bandwidth, source)
@@ -115,21 +118,30 @@ def _draw_roof(axes: Axes, flops: float, bandwidth: float, source: str) -> list[
 
 
 def _name_cases(figure: Figure, axes: Axes, rows: list[Row], corners: list[Point]) -> None:
-    """Name the cases outside the grids beside tilewise's points, as far as the names find room."""
+    """Name the shapes of models beside the fastest of tilewise's points, where there is room."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     taken = [_around(axes.transData.transform(place(row)), by=4) for row in rows]
     for start, end in pairwise(axes.transData.transform(corners)):  # the roof, as a row of small boxes
         taken += [_around(start + (end - start) * step / 100, by=2) for step in range(101)]
+    taken += [Text.get_window_extent(text, renderer) for text in axes.texts]  # of the roof
     inside = axes.get_window_extent(renderer)
-    ours = {row.case: row for row in rows if is_tilewise(row.implementation)}
-    for case, row in ours.items():
-        if case.startswith(("paper-", "short-")):
+    ours = {row.implementation for row in rows if is_contender(row.implementation)}
+    for contest in contests(rows):
+        row = contest.fastest(ours)
+        if row is None or row.case.startswith(("paper-", "short-", "feature-")):
             continue
-        for x, y, align in SIDES:
+        for x, y, align in (*NEAR, *FAR):
             text: Any = dict(textcoords="offset points", ha=align, fontsize=7)
-            written = axes.annotate(case, place(row), xytext=(x, y), **text)
-            box = written.get_window_extent(renderer)
-            if inside.containsx(box.x0) and inside.containsx(box.x1) and not box.count_overlaps(taken):
+            if (x, y, align) in FAR:
+                text["arrowprops"] = dict(arrowstyle="-", color=GREY, linewidth=0.5, relpos=(0, 1), shrinkB=3)
+            written = axes.annotate(kind(row.case), place(row), xytext=(x, y), **text)
+            written.update_positions(renderer)
+            box = Text.get_window_extent(written, renderer)  # of the words, without the line
+            if (
+                inside.contains(box.x0, box.y0)
+                and inside.contains(box.x1, box.y1)
+                and not box.count_overlaps(taken)
+            ):
                 taken.append(box)
                 break
             written.remove()

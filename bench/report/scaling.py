@@ -3,7 +3,6 @@ implementation."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import matplotlib
@@ -11,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..results import Row, Work
-from .ranking import counts, is_tilewise
+from .cases import group_title, kind
+from .ranking import counts, is_contender
 from .sections import Section
 from .style import GREY, SETTINGS, frame, handle, in_order, look, no_ticks
 
@@ -27,9 +27,8 @@ class Series:
 
     @property
     def title(self) -> str:
-        """ "head_dim 64, causal" for the papers' grid; else the name itself."""
-        paper = re.fullmatch(r"paper-d(\d+)-(\w+)", self.name)
-        return f"head_dim {paper[1]}, {paper[2]}" if paper else self.name
+        """What the cases have in common, in words: "head_dim 64, causal mask"."""
+        return kind(self.name)
 
     @property
     def lengths(self) -> list[int]:
@@ -60,9 +59,9 @@ def draw_scaling(section: Section, group: str, work: Work) -> Figure | None:
     with matplotlib.rc_context(SETTINGS):
         width, below = max(3.4 * columns + 0.4, 7.2), 2.6 * rows + 0.4
         figure = Figure(figsize=(width, below))
-        title = group if work in group else f"{group}, {work}"
+        title = group_title(group) if work in group else f"{group_title(group)}, {work}"
         handles = [handle(name, line=True) for name in names]
-        height = frame(figure, section, f"{title}: speed over length", handles, below)
+        height = frame(figure, section, f"{title}: speed by length", handles, below)
         panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
         ordered = (
             sorted(series, key=lambda one: kinds.index(one.name.rpartition("-")[2])) if rows > 1 else series
@@ -78,7 +77,7 @@ def draw_scaling(section: Section, group: str, work: Work) -> Figure | None:
         for axes in panels[:, 0]:
             axes.set_ylabel("TFLOP/s")
         for axes in panels[-1]:
-            axes.set_xlabel("length")
+            axes.set_xlabel("tokens")
         figure.subplots_adjust(
             left=0.62 / width, right=1 - 0.15 / width, bottom=0.5 / height, top=(below - 0.35) / height,
             wspace=0.08, hspace=0.32,
@@ -96,7 +95,7 @@ def _panel(axes: Axes, section: Section, series: Series, names: list[str]) -> No
             if row.implementation == name and row.median
         )
         colour, marker, dashes = look(name)
-        ours = is_tilewise(name)
+        ours = is_contender(name)
         axes.plot(
             *zip(*points, strict=True) if points else ([], []),
             color=colour, marker=marker, linestyle=dashes, label=name,

@@ -4,45 +4,51 @@ from __future__ import annotations
 
 import textwrap
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .ranking import is_tilewise
+from .ranking import is_contender, is_tilewise
 from .sections import Section
 
-# Okabe and Ito's colours, which differ for every kind of colour vision; where two implementations share one,
-# their marks and dashes differ. By how a name begins, the longest beginning first.
+Case = TypeVar("Case")
+
+# One strong hue is tilewise's, in every picture: the further a row is from its kernels as users call them,
+# the paler. Rivals have calmer colours, none of that hue and no two the same, since bars have no marks. By
+# how a name begins, the longest beginning first.
 LOOKS: dict[str, tuple[str, str, Any]] = {  # colour, marker, dashes
-    "tilewise portable": ("#D55E00", "o", "-"),
-    "tilewise portable, no launch": ("#F2AE7E", "o", ":"),
-    "tilewise portable, compiled": ("#8A3B00", "o", "--"),
-    "tilewise portable, no launch, compiled": ("#C49A82", "o", ":"),
-    "tilewise hopper": ("#000000", "D", "-"),
-    "tilewise torch": ("#B9A38F", "o", ":"),
-    "tilewise": ("#D55E00", "P", "--"),
+    "tilewise portable": ("#E8480C", "o", "-"),
+    "tilewise hopper": ("#A81500", "D", "-"),
+    "tilewise portable, no launch": ("#F5A98C", "o", ":"),
+    "tilewise portable, compiled": ("#FA8A3C", "o", "--"),
+    "tilewise portable, no launch, compiled": ("#F8D3BF", "o", ":"),
+    "tilewise torch": ("#F9C4AB", "o", ":"),
+    "tilewise": ("#F0764A", "P", "--"),
     "sdpa cudnn": ("#0072B2", "s", "-"),
     "sdpa flash": ("#56B4E9", "^", "-"),
     "sdpa efficient": ("#009E73", "v", "-"),
     "sdpa math": ("#999999", "X", ":"),
-    "sdpa": ("#0072B2", "s", ":"),
+    "sdpa": ("#2F5D8C", "s", ":"),
     "sdpa, compiled": ("#88B7D8", "s", "--"),
     "flex": ("#CC79A7", "P", "-"),
-    "flash_attn cute": ("#E69F00", "<", "--"),
-    "flash_attn": ("#E69F00", ">", "-"),
-    "flashinfer": ("#A6761D", "p", "-."),
-    "xformers": ("#5D8A66", "h", "-."),
-    "jax": ("#7E57C2", "*", "-"),
+    "flash_attn cute": ("#9B7BC8", "<", "--"),
+    "flash_attn": ("#5A3D8A", ">", "-"),
+    "flashinfer": ("#7A7A1F", "p", "-."),
+    "xformers": ("#8FB89A", "h", "-."),
+    "jax": ("#3E4A56", "*", "-"),
 }
-UNKNOWN = ("#8C6D31", "#6B6ECF", "#31A354", "#756BB1", "#636363")
+UNKNOWN = ("#4C9A9A", "#6B6ECF", "#31A354", "#756BB1", "#636363")
 GREY, WARNING = "#555555", "#A40000"
-CHARACTER = 0.068  # inches that a character of the second line takes
+TITLE_CHARACTER, CHARACTER = 0.12, 0.068  # inches that a character of the title and of what follows takes
 NO_GPU = "No GPU: Triton's interpreter on tiny cases. These times say nothing about speed."
+ERRORS_COUNT = "No GPU: Triton's interpreter on tiny cases. The errors say whether the answers are right."
+LINE = 0.165  # inches between two lines of a label
+TALLEST = 13.0  # inches of clusters in one column; what is taller is drawn in two
 SETTINGS: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -84,26 +90,40 @@ def in_order(implementations: Iterable[str]) -> list[str]:
     return sorted(set(implementations), key=place)
 
 
-def frame(figure: Figure, section: Section, title: str, handles: list[Line2D], below: float) -> float:
-    """Write the title, where and with what it was measured, and the legend above what follows, and make the
-    picture so high that `below` inches are left for that. Returns the height in inches, with all of it."""
+def frame(
+    figure: Figure,
+    section: Section,
+    title: str,
+    handles: list[Line2D],
+    below: float,
+    notes: Sequence[str] = (),
+    is_timed: bool = True,
+) -> float:
+    """Write the title, where and with what it was measured, how to read it (`notes`), and the legend above
+    what follows, and make the picture so high that `below` inches are left for that. Returns the height in
+    inches, with all of it. is_timed: whether it shows times, which say nothing without a GPU."""
     width = figure.get_size_inches()[0]
-    where = textwrap.wrap(f"{section.name}: {section.made_with}", int(width / CHARACTER))
-    where += [] if section.on_gpu else [NO_GPU]
+    lines = [(GREY, line) for line in _wrapped(f"{section.name}: {section.made_with}", width)]
+    if not section.on_gpu:
+        lines.append((WARNING, NO_GPU) if is_timed else (GREY, ERRORS_COUNT))
+    lines += [("black", line) for note in notes for line in _wrapped(note, width)]
     as_lines = any(one.get_linestyle() != "None" for one in handles)
     longest = max(len(str(one.get_label())) for one in handles)
     entry = longest * CHARACTER * 9 / 8.5 + (0.75 if as_lines else 0.5)  # inches
     columns = min(max(1, int((width - 0.3) / entry)), len(handles))
-    legend_at = 0.4 + 0.17 * len(where)
+    titles = textwrap.wrap(title, int((width - 0.3) / TITLE_CHARACTER))
+    lines_at = 0.17 + 0.23 * len(titles)
+    legend_at = lines_at + 0.04 + 0.17 * len(lines)
     height = legend_at + 0.06 + 0.2 * -(-len(handles) // columns) + below
     figure.set_size_inches(width, height)
     left = 0.15 / width
-    figure.text(left, 1 - 0.12 / height, title, fontsize=13, fontweight="bold", va="top")
-    for number, line in enumerate(where):
-        colour = WARNING if line == NO_GPU else GREY
-        figure.text(left, 1 - (0.4 + 0.17 * number) / height, line, fontsize=8.5, color=colour, va="top")
+    for number, line in enumerate(titles):
+        at = 1 - (0.12 + 0.23 * number) / height
+        figure.text(left, at, line, fontsize=13, fontweight="bold", va="top")
+    for number, (colour, line) in enumerate(lines):
+        figure.text(left, 1 - (lines_at + 0.17 * number) / height, line, fontsize=8.5, color=colour, va="top")
     figure.legend(
-        handles=handles,
+        handles=row_by_row(handles, columns),
         loc="upper left",
         bbox_to_anchor=(left, 1 - legend_at / height),
         ncols=columns,
@@ -115,11 +135,28 @@ def frame(figure: Figure, section: Section, title: str, handles: list[Line2D], b
     return height
 
 
+def _wrapped(text: str, width: float) -> list[str]:
+    return textwrap.wrap(text, int((width - 0.3) / CHARACTER))
+
+
+def row_by_row(handles: list[Line2D], columns: int) -> list[Line2D]:
+    """The entries so that a legend, which fills column by column, shows them in their order line by line."""
+    return [one for column in range(columns) for one in handles[column::columns]]
+
+
+def columns_of(cases: Sequence[Case], each: float) -> list[Sequence[Case]]:
+    """The cases, `each` inches high, in one column, or in two halves where that would be too tall."""
+    if len(cases) < 2 or len(cases) * each <= TALLEST:
+        return [cases] if cases else []
+    half = -(-len(cases) // 2)
+    return [cases[:half], cases[half:]]
+
+
 def handle(implementation: str, line: bool) -> Line2D:
     """The legend's entry of an implementation, as a line with marks or as a patch of colour."""
     colour, marker, dashes = look(implementation)
     if line:
-        width = 2.4 if is_tilewise(implementation) else 1.4
+        width = 2.4 if is_contender(implementation) else 1.4
         return Line2D(
             [], [], color=colour, marker=marker, linestyle=dashes, linewidth=width, label=implementation
         )

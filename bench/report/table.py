@@ -11,12 +11,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..results import Row, Status
+from .cases import in_words
 from .ranking import HOPPER, Contest, case_names, contests, has_rate, is_tilewise, limit, over_portable
 from .sections import Section
 from .units import digits, duration, memory, one_line, percent, span, times
 
 # To the left; numbers stand to the right.
-TEXT_COLUMNS = ("case", "implementation", "status", "group", "goal", "level", "lowest", "highest")
+TEXT_COLUMNS = ("case", "in words", "implementation", "status", "group", "goal", "level", "lowest", "highest")
 NOT_OK: tuple[Status, ...] = ("wrong", "failed", "left out", "unsupported", "unavailable")
 SHOWN_CASES = 4  # in a note; of more, the number
 
@@ -62,16 +63,18 @@ class Table:
         return table
 
 
-def group_table(section: Section, group: str) -> Table:
+def group_table(section: Section, group: str, is_page: bool = False) -> Table:
     """A line for every row of the group that is worth one, fastest first within a case; in notes, who could
-    not take part and why."""
+    not take part and why. is_page: with room for a column that says in words what each case is."""
     rows = section.groups[group]
     works, names = list(dict.fromkeys(row.work for row in rows)), case_names(rows)
     lines, ours = [], []
     for contest in contests(rows):
         name = names[contest.key]
         for row in in_order(contest):
-            lines.append({"case": name, "implementation": row.implementation} | cells(section, contest, row))
+            words = in_words(row) if is_page and name else ""
+            first = {"case": name, "in words": words, "implementation": row.implementation}
+            lines.append(first | cells(section, contest, row))
             ours.append(is_tilewise(row.implementation))
             name = ""  # said once
     # A column that says nothing in any line is left out.

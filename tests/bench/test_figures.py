@@ -1,15 +1,18 @@
 """The pictures hold what the rows say: lines, bars, points and ceilings at the right places."""
 
+from itertools import pairwise
+
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.colors import rgb_to_hsv, to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from bench.report.accuracy import draw_accuracy
 from bench.report.bars import draw_bars
 from bench.report.figures import draw_all, slug
+from bench.report.ranking import is_tilewise
 from bench.report.roofline import draw_roofline, roof
 from bench.report.scaling import draw_scaling
-from bench.report.style import LOOKS, in_order, look
+from bench.report.style import ERRORS_COUNT, LOOKS, NO_GPU, UNKNOWN, in_order, look
 
 from .synthetic import row, section
 
@@ -54,8 +57,8 @@ def curve(axes, label: str):
 def test_scaling_curves(grids):
     figure = draw_scaling(grids, "forward grid", "forward")
     found = panels(figure)
-    assert list(found) == [f"head_dim {d}, {kind}" for kind in ("full", "causal") for d in (64, 128)]
-    axes = found["head_dim 128, causal"]
+    assert list(found) == [f"head_dim {d}, {mask}" for mask in ("no mask", "causal mask") for d in (64, 128)]
+    axes = found["head_dim 128, causal mask"]
     assert list(curve(axes, "tilewise portable").get_xdata()) == list(LENGTHS)
     assert list(curve(axes, "tilewise portable").get_ydata()) == [5.12, 10.24, 20.48]  # TFLOP in 1 s
     assert list(curve(axes, "sdpa cudnn").get_ydata()) == [10.24, 20.48, 40.96]
@@ -105,7 +108,111 @@ def test_roofline_is_measured_or_the_datasheets(grids):
 def test_accuracy_is_in_multiples_of_pytorchs_error(grids):
     (axes,) = draw_accuracy(grids, "forward grid").axes
     assert set(curve(axes, "tilewise portable").get_xdata()) == {2.0}
-    assert curve(axes, "allowed").get_xdata() == pytest.approx([3.0] * len(grids.rows))
+    for name in ("tilewise portable", "sdpa cudnn"):
+        mark, stroke = curve(axes, name), curve(axes, f"_allowed {name}")
+        assert stroke.get_xdata() == pytest.approx([3.0] * (len(grids.rows) // 2))
+        assert list(stroke.get_ydata()) == list(mark.get_ydata())  # in the same lane
+
+
+def drawn_boxes(figure: Figure, line):
+    """What each mark of a line takes on the picture, in pixels."""
+    size = line.get_markersize() / 72 * figure.dpi / 2
+    return [
+        (x - size, x + size, y - size, y + size) for x, y in line.axes.transData.transform(line.get_xydata())
+    ]
+
+
+def test_equal_errors_do_not_hide_one_another():
+    names = [name for name in LOOKS if name.startswith(("sdpa", "flex", "tilewise", "flash"))]
+    rows = [row(name, 1.0, case, error=1e-3, torch_error=1e-3) for name in names for case in ("a", "b")]
+    figure = draw_accuracy(section(rows), "models forward")
+    (axes,) = figure.axes
+    figure.canvas.draw()
+    boxes = sorted(box for name in names for box in drawn_boxes(figure, curve(axes, name)))
+    assert len(boxes) == 2 * len(names)
+    ends = sorted((low, high) for _, _, low, high in boxes)
+    assert all(high <= low for (_, high), (low, _) in pairwise(ends))
+
+
+def said(figure: Figure) -> str:
+    return " ".join(text.get_text() for text in figure.texts)
+
+
+def test_a_picture_explains_its_strokes_words_and_missing_gpu(grids):
+    accuracy = draw_accuracy(section(grids.rows, gpu=None), "forward grid")
+    legend = [text.get_text() for text in accuracy.legends[0].get_texts()]
+    assert {"most that counts as right", "PyTorch's own error"} <= set(legend)
+    assert "a mark beyond it is wrong" in said(accuracy) and "below 0.0625" not in said(accuracy)
+    assert NO_GPU not in said(accuracy) and ERRORS_COUNT in said(accuracy)
+    bars = draw_bars(section(grids.rows, gpu=None), "forward grid")
+    assert NO_GPU in said(bars) and ERRORS_COUNT not in said(bars)
+    assert "In place of a bar" not in said(bars)
+    exact = [
+        row("flex", 1.0, error=0.0, torch_error=1e-3),
+        row("sdpa", status="unsupported"),
+        row("jax", 1.0),
+    ]
+    assert "below 0.0625 stands at 0.0625" in said(draw_accuracy(section(exact), "models forward"))
+    wrong = [row("flex", 1.0, status="wrong"), row("jax", 1.0), row("flex", 1.0, "two")]
+    note = said(draw_bars(section(wrong), "models forward"))
+    assert "wrong (the answer is wrong" in note and "not asked (" in note and "unsupported" not in note
+
+
+@pytest.mark.parametrize("draw", [draw_accuracy, draw_bars])
+def test_labels_are_words_that_lie_inside_the_picture(grids, draw):
+    sizes = dict(batch=32, q_heads=16, kv_heads=4, head_dim=128, value_dim=128)
+    for one in grids.rows:
+        one.sizes |= sizes | {"q_len": one.sizes["kv_len"]}
+    figure = draw(grids, "forward grid")
+    figure.canvas.draw()
+    labels = [label for axes in figure.axes for label in axes.get_yticklabels()]
+    texts = {label.get_text() for label in labels}
+    assert "head_dim 128, no mask\n512 tokens, batch 32,\n16 heads on 4 key heads" in texts
+    assert not any("paper-" in text or "grid:" in text for text in [*texts, said(figure)])
+    width, height = figure.get_size_inches() * figure.dpi
+    for text in [*labels, *figure.texts, *figure.legends]:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height, text
+
+
+def test_labels_of_neighbours_do_not_touch(grids):
+    figure = draw_bars(section(grids.rows[: 2 * len(LENGTHS)]), "forward grid")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    boxes = sorted(
+        (label.get_window_extent().y0, label.get_window_extent().y1) for label in axes.get_yticklabels()
+    )
+    assert len(boxes) == len(LENGTHS) and all(high < low for (_, high), (low, _) in pairwise(boxes))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 13])
+def test_a_legend_reads_in_the_order_of_the_bars(count):
+    """Line by line, as matplotlib lays the entries out, whatever the number of columns."""
+    names = [f"flex {i:02}" for i in range(count)]
+    figure = draw_bars(section([row(name, 1.0) for name in names]), "models forward")
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    places = {text.get_text(): text.get_window_extent() for text in legend.get_texts()}
+    assert sorted(names, key=lambda name: (-round(places[name].y0), places[name].x0)) == names
+    bars = sorted(figure.axes[0].patches, key=lambda bar: bar.get_y())
+    assert [bar.get_label() for bar in figure.axes[0].containers] == names and len(bars) == count
+
+
+def test_the_roofline_names_cases_at_the_faster_kernel():
+    rows = [
+        row(name, seconds, case, flops=2 * 10**13, bytes=size)
+        for case, size in (("llama3-8b-prefill", 10**11), ("gemma2-2b-local", 10**12))
+        for name, seconds in (
+            ("tilewise portable", 0.5),
+            ("tilewise hopper", 0.4),
+            ("tilewise torch", 9.0),
+            ("flex", 0.6),
+        )
+    ]
+    axes = draw_roofline(section(rows)).axes[0]
+    named = {text.get_text(): text.xy for text in axes.texts}
+    assert named["Llama 3 8B, reading a prompt"] == pytest.approx((200, 50))
+    assert named["Gemma 2 2B, layer with a window"] == pytest.approx((20, 50))
 
 
 def test_every_picture_is_an_svg_and_a_png(grids, tmp_path):
@@ -124,9 +231,28 @@ def test_an_implementation_keeps_its_looks():
     from bench.implementations import IMPLEMENTATIONS
 
     looks = {name: look(name) for name in IMPLEMENTATIONS}
-    assert len(set(looks.values())) == len(looks), "two implementations look the same"
+    colours = {colour for colour, _, _ in looks.values()}
+    assert len(colours) == len(looks), "two implementations have the same colour, which is all that bars have"
     assert look("flash_attn 2") == LOOKS["flash_attn"] and look("flash_attn cute") == LOOKS["flash_attn cute"]
     assert look("something new") == look("something new")
     assert in_order(["zzz", "flex", "sdpa cudnn", "tilewise portable"]) == [
         "tilewise portable", "sdpa cudnn", "flex", "zzz",
     ]  # fmt: skip
+
+
+def hue(colour: str) -> tuple[float, float]:
+    """Degrees, and how strong the colour is."""
+    share, saturation, value = rgb_to_hsv(to_rgb(colour))
+    return 360 * share, saturation * value
+
+
+def test_tilewise_alone_has_the_strong_colour():
+    """Red to orange, from 0 to 30 degrees; none of the rivals, and neither black nor grey is tilewise's."""
+    ours = {name: hue(colour) for name, (colour, _, _) in LOOKS.items() if is_tilewise(name)}
+    rivals = {name: hue(colour) for name, (colour, _, _) in LOOKS.items() if not is_tilewise(name)}
+    rivals |= {colour: hue(colour) for colour in UNKNOWN}
+    assert all(0 <= degrees <= 30 for degrees, _ in ours.values())
+    for name, (degrees, strength) in rivals.items():
+        assert 45 <= degrees <= 330 or strength < 0.1, name
+    for name in ("tilewise portable", "tilewise hopper"):
+        assert ours[name][1] > 0.6
