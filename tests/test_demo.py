@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import io
 import math
 import os
 import sys
@@ -14,14 +13,12 @@ import torch
 import torch.nn.functional as F
 import typer
 from matplotlib.image import imread
-from rich.console import Console
 from typer.testing import CliRunner
 
 import tilewise.nn.core
 from tilewise.demo import command, measure, model
 from tilewise.demo.encoder import build_encoder
 from tilewise.demo.output import staged
-from tilewise.demo.report import print_similarities
 from tilewise.demo.text import DemoError, read_text
 from tilewise.demo.torch_encoder import torch_embeddings
 
@@ -138,6 +135,7 @@ def test_outputs(demo):
     result = demo(*SENTENCES, "--out", "results", "--layer", 6, "--head", 12, "--sentence", 2)
     assert result.exit_code == 0, result.output
     assert "3 sentences from the arguments" in result.output
+    assert result.output.count("most alike: 'Cats sleep.' and 'A kitten naps in the warm sun.'") == 3
     for title in ("dot: e · f", "scaled dot: e · f / √384", "cosine: e · f / (|e| |f|)", "layer by layer"):
         assert title in result.output
     assert ("interpreter's times say nothing" in result.output) != torch.cuda.is_available()
@@ -196,15 +194,6 @@ def test_the_picture_shows_the_head_asked_for(demo, quick, checkpoint, device, m
         encoder(ids, lengths)
     q, k = seen[2]
     torch.testing.assert_close(weights, torch.softmax(q @ k.T / math.sqrt(32), -1), rtol=1e-3, atol=1e-5)
-
-
-def test_matrices_too_wide_for_the_console_become_a_list_of_pairs():
-    alike = measure.similarities(torch.tensor([[1.0, 0], [0, 1], [0, 2], [4, 0], [5, 5], [3, 0]]))
-    for width, shown in ((47, "cosine: e · f / (|e| |f|)"), (46, "1 and 4")):
-        console = Console(file=io.StringIO(), width=width)
-        print_similarities(console, alike, 2)
-        assert shown in console.file.getvalue().replace("\n", " ")
-        assert max(map(len, console.file.getvalue().splitlines())) <= width
 
 
 def test_signs_that_mean_something_to_matplotlib_and_rich(demo, quick):

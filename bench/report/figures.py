@@ -45,5 +45,6 @@ def draw_all(section: Section, folder: Path, prefix: str) -> list[Picture]:
             name = group if work in group else f"{group}, {work}"
             keep(group, f"{name}: speed by length", f"{name} scaling", draw_scaling(section, group, work))
         keep(group, f"{group}: each case", f"{group} bars", draw_bars(section, group))
-        keep(group, f"{group}: how far from the exact answer", f"{group} errors", draw_accuracy(section, group))
+        right = draw_accuracy(section, group)
+        keep(group, f"{group}: how far from the exact answer", f"{group} errors", right)
     return pictures

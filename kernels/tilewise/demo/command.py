@@ -54,8 +54,9 @@ def demo(
 ) -> None:
     """Compare sentences with a pretrained encoder whose attention is tilewise's fused kernel.
 
-    Without sentences or a file, a short text of the demo's own is compared. Prints the similarities, the
-    kernel's error and time beside PyTorch's, and writes similarity.png, similarity.csv and attention.png.
+    Without sentences or a file, a short text of the demo's own is compared. Prints the similarities
+    and the most alike pairs, the kernel's error and time beside PyTorch's, and writes similarity.png,
+    similarity.csv and attention.png.
     """
     try:
         run(sentences or [], file, encoding, out, sentence, layer, head, dtype)
@@ -152,14 +153,18 @@ def run(
     console.print()
     print_sentences(console, text.sentences)
     console.print()
-    print_similarities(console, alike, config.width)
+    print_similarities(console, alike, text.sentences, config.width)
     print_layers(console, reports, dtype.value, "on the GPU" if device == "cuda" else "interpreted")
     if device == "cpu":
         console.print("The interpreter's times say nothing about the kernel's speed on a GPU.", markup=False)
     same = F.cosine_similarity(torch.cat(ours), torch.cat(theirs)).min().item()
     console.print(f"smallest cosine to the embeddings of PyTorch's encoder in fp32: {same:.7f}", markup=False)
     console.print(f"wrote similarity.png, similarity.csv and attention.png to {out}", markup=False)
-    console.print("attention.png: weights read off the kernel itself, run with V = identity", markup=False)
+    console.print(
+        "attention.png: weights read off the kernel itself, run with V = identity; what goes to [CLS] and "
+        "[SEP] is drawn apart",
+        markup=False,
+    )
     if any("Glyph" in str(warning.message) for warning in font_warnings):
         warnings.print("Some characters are not in the pictures' font; boxes stand for them.", markup=False)
     if same < SAME[dtype]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .measure import LayerReport
 
 CLOSEST_SHOWN = 10
+MOST_ALIKE = 3  # pairs, in words
 
 
 def print_sentences(console: Console, sentences: list[str]) -> None:
@@ -18,9 +19,11 @@ def print_sentences(console: Console, sentences: list[str]) -> None:
         console.print(Text.assemble((f"{number:4}  ", "bold"), sentence), overflow="ellipsis", no_wrap=True)
 
 
-def print_similarities(console: Console, similarities: dict[str, Tensor], width: int) -> None:
-    """The three matrices, each row's closest other sentence in bold; the closest pairs where those are too
-    wide for the console. width: the embeddings' own, for the title."""
+def print_similarities(
+    console: Console, similarities: dict[str, Tensor], sentences: list[str], width: int
+) -> None:
+    """The three matrices, each row's closest other sentence in bold and the most alike pairs below; the
+    closest pairs alone where those are too wide for the console. width: of an embedding, for the title."""
     titles = {
         "dot": "dot: e · f",
         "scaled dot": f"scaled dot: e · f / √{width}",
@@ -31,6 +34,7 @@ def print_similarities(console: Console, similarities: dict[str, Tensor], width:
     widest = max(len(hundredths(value)) for matrix in rows.values() for row in matrix for value in row)
     if 5 + n * (widest + 2) > console.width:
         print_closest_pairs(console, similarities)
+        print_most_alike(console, similarities["cosine"], sentences)
         return
     for name, matrix in rows.items():
         console.print(titles[name], style="italic", markup=False)
@@ -42,18 +46,38 @@ def print_similarities(console: Console, similarities: dict[str, Tensor], width:
             cells = [Text(hundredths(value), style="bold" if value == closest else "") for value in row]
             table.add_row(Text(str(i + 1), style="bold"), *cells)
         console.print(table)
+        print_most_alike(console, similarities[name], sentences)
+
+
+def most_alike(matrix: Tensor) -> list[tuple[float, int, int]]:
+    """All pairs of different sentences as (similarity, first, second), the most alike first."""
+    n = matrix.shape[0]
+    pairs = [(matrix[i, j].item(), i, j) for i in range(n) for j in range(i + 1, n)]
+    return sorted(pairs, key=lambda pair: -pair[0])
+
+
+def print_most_alike(console: Console, matrix: Tensor, sentences: list[str]) -> None:
+    """The most alike pairs in the sentences' own words, cut where two do not fit into a line."""
+    pairs = most_alike(matrix)[:MOST_ALIKE]
+    for number, (value, i, j) in enumerate(pairs):
+        beginning, end = ("most alike: " if number == 0 else " " * 12), f" ({hundredths(value)})"
+        room = (console.width - len(beginning) - len("'' and ''") - len(end)) // 2
+        first, second = Text(sentences[i]), Text(sentences[j])
+        spare = max(0, room - first.cell_len), max(0, room - second.cell_len)  # the other one may have it
+        first.truncate(room + spare[1], overflow="ellipsis")
+        second.truncate(room + spare[0], overflow="ellipsis")
+        console.print(Text.assemble(beginning, "'", first, "' and '", second, "'", end), no_wrap=True)
+    if pairs:
+        console.print()
 
 
 def print_closest_pairs(console: Console, similarities: dict[str, Tensor]) -> None:
     """The pairs of sentences with the largest cosine, by number."""
-    cosine = similarities["cosine"]
-    n = cosine.shape[0]
-    pairs = [(cosine[i, j].item(), i, j) for i in range(n) for j in range(i + 1, n)]
     console.print("closest pairs (all are in similarity.csv)", style="italic")
     table = Table(box=SIMPLE_HEAD)
     for column in ("sentences", *similarities):
         table.add_column(column, justify="right")
-    for _, i, j in sorted(pairs, reverse=True)[:CLOSEST_SHOWN]:
+    for _, i, j in most_alike(similarities["cosine"])[:CLOSEST_SHOWN]:
         table.add_row(f"{i + 1} and {j + 1}", *(f"{matrix[i, j]:.3f}" for matrix in similarities.values()))
     console.print(table)
 
