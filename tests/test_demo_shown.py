@@ -57,6 +57,7 @@ def test_what_goes_to_cls_does_not_drown_the_words():
     ((greys,), (colours,)) = left.images, right.images
     assert greys.get_array().shape == (5, 2) and greys.get_clim() == (0, 1)
     assert colours.get_array().shape == (5, 3) and colours.get_clim() == pytest.approx((0, 0.03))
+    assert left.get_xlim() == (0.5, 2.5) and right.get_xlim() == (1.5, 4.5)
     assert [text.get_text() for text in left.texts][:2] == ["0.90", "0.04"]
     shades = colours.norm(torch.tensor([0.0, 0.01, 0.03]).numpy())
     assert list(shades) == pytest.approx([0, math.sqrt(1 / 3), 1])
@@ -79,3 +80,4 @@ def test_the_attention_of_a_sentence_of_any_length(tmp_path, count):
     assert len(axes) == (1 if count == 2 else 3)
     labelled = "so" in [label.get_text() for each in axes for label in each.get_xticklabels()]
     assert labelled == (count == 3)
+    assert axes[0].get_xlim() == (0.5, 2.5) and axes[0].get_ylim() == (count + 0.5, 0.5)

@@ -59,7 +59,7 @@ def attention_figure(weights: Tensor, words: list[str], title: str) -> Figure:
     left = figure.add_axes((0, 0, strip / width, 1))
     squares(left, weights[:, apart], "Greys", Normalize(0, 1))
     left.set_aspect("auto")
-    label(left, [""] * n, words)
+    label(left, [], words)
     left.set_xticks((1, 2), [words[i] for i in apart])
     left.set_ylabel("from this word piece …")
     if n <= MOST_LABELLED:
