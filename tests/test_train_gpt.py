@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
@@ -94,8 +96,15 @@ def test_outputs(uninterrupted):
     printed = " ".join(printed.split())
     assert sorted(os.listdir(out)) == OUTPUTS
     assert "tilewise and sdpa agree: over the first 20 steps" in printed
-    assert "bigram counts on the held-out tail: 2.4" in printed
+    assert "on the held-out tail: 2.4" in printed and "by bigram counts, which see one character" in printed
     rows = read_losses(out)
+    control = max(abs(float(row["control"]) - float(row["sdpa"])) for row in rows[:20])
+    assert "sdpa is PyTorch's scaled_dot_product_attention" in printed
+    assert "a third model, the control, trained with PyTorch's own attention too" in printed
+    assert (
+        f"its losses came to be {control:.1e} from sdpa's" in printed
+        and "Allowed is 10 times that" in printed
+    )
     assert [int(row["step"]) for row in rows] == list(range(25))
     for row in rows[:20]:
         assert float(row["tilewise"]) == pytest.approx(float(row["sdpa"]), rel=1e-5)
@@ -106,6 +115,46 @@ def test_outputs(uninterrupted):
     picture = imread(out / "losses.png")
     assert min(picture.shape[:2]) > 500 and picture[..., :3].std() > 0.1
     assert "<svg" in (out / "losses.svg").read_text()[:1000]
+
+
+def test_the_picture_shows_losses_that_are_equal(train_gpt):
+    """A logarithmic axis alone has no place for a distance of 0, which most steps have."""
+    compare = importlib.import_module("train_gpt.compare")
+    figures = importlib.import_module("train_gpt.figures")
+    sdpa = [4.0, 3.0, 2.0, 1.5]
+    losses = {"sdpa": sdpa, "tilewise": [4.0, 3.0, 2.0 + 2e-6, 1.5], "control": [4.0, 3.0 + 1e-6]}
+    runs = {name: SimpleNamespace(losses=found) for name, found in losses.items()}
+    comparison = compare.compare(runs["tilewise"].losses, sdpa, runs["control"].losses, "fp32")
+    axes = Figure().add_subplot()
+    figures.draw_gap(axes, runs, comparison)
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend[0] == "tilewise and sdpa" and legend[2] == "allowed over the first 2 steps"
+    assert "sdpa with every result moved by up to one rounding" in legend[1]
+    (tilewise, control, allowed) = axes.lines
+    assert list(tilewise.get_ydata()) == pytest.approx([0, 0, 2e-6, 0]) and len(control.get_ydata()) == 2
+    assert allowed.get_ydata()[0] == pytest.approx(1e-5)
+    heights = axes.transAxes.inverted().transform(axes.transData.transform(tilewise.get_xydata()))[:, 1]
+    assert (heights[[0, 1, 3]] == pytest.approx(heights[0])) and 0.02 < heights[0] < heights[2] - 0.2
+    assert 0 in axes.get_yticks() and axes.get_ylim()[1] < 1e-4
+
+
+def test_help_says_what_the_control_is(train_gpt):
+    said = words_of(train_gpt("--help"))
+    assert (
+        "the control: it trains with PyTorch's own attention too, but with every result moved at random"
+        in said
+    )
+    assert "how far two right runs can drift apart" in said and '"sdpa" for short' in said
+    assert "[default: 24; on a GPU 64]" in said
+
+
+def test_the_allowed_distance_is_the_controls_or_a_roundings(train_gpt):
+    compare = importlib.import_module("train_gpt.compare").compare
+    rounding = 2 * torch.finfo(torch.float32).eps
+    for moved, measure in ((1e-5, 1e-5), (0.0, rounding)):
+        for dtype, factor in (("fp32", 10), ("bf16", 4)):
+            found = compare([2.0, 2.0], [2.0, 2.0], [2.0, 2.0 + moved], dtype)
+            assert found.allowed == pytest.approx(factor * measure) and found.agrees
 
 
 @pytest.mark.parametrize("options", [["--dtype", "bf16"], ["--dropout", 0.2]])

@@ -19,7 +19,7 @@ from .compare import ALLOWED_AT_THE_END, compare
 from .figures import draw_losses
 from .interpreted import compare_with_interpreter
 from .loop import Stop, train
-from .report import describe, print_losses, write_losses
+from .report import describe, explain_allowed, print_losses, write_losses
 from .sampling import sample
 from .settings import ExampleError, Settings, choose_settings
 from .text import TEXT, Corpus, bigram_loss, load_corpus
@@ -64,15 +64,28 @@ def train_gpt(
     dtype: Annotated[
         Dtype | None, typer.Option(help="bf16 is autocast. [default: fp32; on a GPU bf16]")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="[default: 400; on a GPU 1000]")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Texts a step. [default: 24; 64]")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Their characters. [default: 64; 256]")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Of the model. [default: 128; 384]")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="[default: 2; 6]")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="[default: 4; 6]")] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Highest. [default: 0.003; 0.001]")] = None,
-    dropout: Annotated[float | None, typer.Option(min=0, max=0.9, help="[default: 0; 0.2]")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**31, help="[default: 0]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of training. [default: 400; on a GPU 1000]")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Texts a step. [default: 24; on a GPU 64]")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Characters of a text. [default: 64; on a GPU 256]")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Of the model. [default: 128; on a GPU 384]")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of the model. [default: 2; on a GPU 6]")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Of each layer. [default: 4; on a GPU 6]")] = None,
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="Highest learning rate. [default: 0.003; on a GPU 0.001]")
+    ] = None,
+    dropout: Annotated[
+        float | None,
+        typer.Option(min=0, max=0.9, help="Share that is dropped in training. [default: 0; on a GPU 0.2]"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**31, help="Of weights and batches. [default: 0]")
+    ] = None,
     text: Annotated[Path, typer.Option(help="A UTF-8 file to learn from.", show_default=False)] = TEXT,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("train-gpt"),
     resume: Annotated[
@@ -89,9 +102,18 @@ def train_gpt(
 ) -> None:
     """Train a small character-level GPT with tilewise's attention and with PyTorch's, and compare.
 
-    Both start from the same weights and see the same batches. Writes losses.png, losses.svg, losses.csv,
-    sample.txt and checkpoint.pt. The exit code is 1 if the losses do not agree, 2 for a request that cannot
-    be met, 130 if interrupted, which loses nothing: --resume goes on.
+    PyTorch's is scaled_dot_product_attention, "sdpa" for short. Both models start from the same weights and
+    see the same batches, so their losses may differ by rounding alone.
+
+    How much that is, a third model shows, the control: it trains with PyTorch's own attention too, but with
+    every result moved at random by up to one rounding. It is as right as PyTorch's, so how far its losses
+    drift from those of sdpa is how far two right runs can drift apart. Over the first 20 steps, tilewise's
+    losses may be ten times as far from sdpa's as the control's are (in bf16 four times), and at the end the
+    two models at most 0.05 nats apart on text that they have not seen.
+
+    Writes losses.png, losses.svg, losses.csv, sample.txt and checkpoint.pt. The exit code is 1 if the losses
+    do not agree, 2 for a request that cannot be met, 130 if interrupted, which loses nothing: --resume goes
+    on.
     """
     given = dict(
         implementation=implementation and implementation.value, device=device.value,
@@ -189,17 +211,21 @@ def report(console: Console, runs: dict[str, Run], corpus: Corpus, out: Path) ->
     """Print the losses, write and draw them, compare them; what is wrong with them, a line a problem."""
     bigram, problems, comparison = bigram_loss(corpus), [], None
     print_losses(console, runs)
-    console.print(f"bigram counts on the held-out tail: {bigram:.4f}", markup=False)
+    console.print(
+        f"for comparison, on the held-out tail: {bigram:.4f} by bigram counts, which see one character back",
+        markup=False,
+    )
     if len(runs) > 1:
         tilewise, sdpa = runs["tilewise"], runs["sdpa"]
         comparison = compare(tilewise.losses, sdpa.losses, runs["control"].losses, sdpa.settings.dtype)
         said = describe(comparison, "tilewise", "sdpa")
         console.print(said, markup=False)
+        console.print(explain_allowed(comparison), markup=False)
         if not comparison.agrees:
             problems.append(said)
         steps = len(sdpa.losses)
         gap = abs(tilewise.validation[steps] - sdpa.validation[steps])
-        said = f"on the held-out tail they end {gap:.1e} apart; allowed is {ALLOWED_AT_THE_END}"
+        said = f"on the held-out tail tilewise and sdpa end {gap:.1e} apart; allowed is {ALLOWED_AT_THE_END}"
         console.print(said, markup=False)
         if not gap <= ALLOWED_AT_THE_END:
             problems.append(said)

@@ -3,8 +3,9 @@
 Both start from the same weights and see the same batches, so their losses differ by rounding alone: by
 nothing much in the first steps. Each step then feeds its rounding into the next one's weights, and the
 curves drift apart, slowly at first; a wrong gradient shows as soon as the weights that it moved are used.
-So what is compared closely is the first steps. How close is close is measured rather than guessed: a
-control, PyTorch's attention with every result moved by up to one rounding, trains beside them.
+So what is compared closely is the first steps. How close is close is measured rather than guessed: a third
+model, the control, trains beside them with PyTorch's attention, of which every result is moved at random by
+up to one rounding. It is as right as PyTorch's; how far its losses drift away is what rounding alone can do.
 
     allowed = factor · max(the control's largest gap, one rounding of an fp32 loss)
 
@@ -26,12 +27,22 @@ ALLOWED_AT_THE_END = 0.05  # nats
 
 
 class Comparison(NamedTuple):
-    """gap: the largest of the compared steps, reached at `step`; count: of those steps."""
+    """gap: the largest of the compared steps, reached at `step`; count: of those steps.
+
+    allowed: `factor` times the control's largest gap in them, or times one rounding of the loss where that is
+    more.
+    """
 
     gap: float
     step: int
-    allowed: float
     count: int
+    factor: float
+    control_gap: float
+    rounding: float
+
+    @property
+    def allowed(self) -> float:
+        return self.factor * max(self.control_gap, self.rounding)
 
     @property
     def agrees(self) -> bool:
@@ -48,5 +59,5 @@ def compare(tested: list[float], trusted: list[float], control: list[float], dty
     gaps = gaps_between(tested[:count], trusted[:count])
     step = max(range(count), key=lambda i: math.inf if math.isnan(gaps[i]) else gaps[i])
     rounding = torch.finfo(torch.float32).eps * max(trusted[:count])
-    allowed = FACTORS[dtype] * max(*gaps_between(control[:count], trusted[:count]), rounding)
-    return Comparison(gaps[step], step, allowed, count)
+    control_gap = max(gaps_between(control[:count], trusted[:count]))
+    return Comparison(gaps[step], step, count, FACTORS[dtype], control_gap, rounding)

@@ -14,8 +14,8 @@ from .training import Run
 
 # Told apart in grey and without colour vision; the second is dashed and drawn over the first.
 STYLES = {
-    "tilewise": dict(color="#0072b2", linewidth=2.5, linestyle="-"),
-    "sdpa": dict(color="#e69f00", linewidth=1.2, linestyle="--"),
+    "tilewise": dict(color="#E8480C", linewidth=2.5, linestyle="-"),
+    "sdpa": dict(color="#0072B2", linewidth=1.2, linestyle="--"),
 }
 CONTROL = "#777777"
 
@@ -24,7 +24,7 @@ def draw_losses(path: Path, runs: dict[str, Run], bigram: float, comparison: Com
     """Write a PNG or SVG file, whichever the name ends in. Below the losses: their gap, if there are two."""
     rows = 1 if comparison is None else 2
     with matplotlib.rc_context({"svg.hashsalt": "tilewise"}):  # the same run draws the same file
-        figure = Figure(figsize=(8, 3.5 * rows), layout="constrained")
+        figure = Figure(figsize=(8, 3.7 * rows), layout="constrained")
         axes = figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
         draw_curves(axes[0], runs, bigram)
         if comparison is not None:
@@ -49,18 +49,34 @@ def draw_curves(axes: Axes, runs: dict[str, Run], bigram: float) -> None:
 
 
 def draw_gap(axes: Axes, runs: dict[str, Run], comparison: Comparison) -> None:
-    """|tilewise − sdpa|, step by step, on a logarithmic axis; equal losses have no point there."""
-    trusted = runs["sdpa"].losses
-    for variant, color, marker in (("tilewise", "#0072b2", "."), ("control", CONTROL, "x")):
-        gaps = [gap or math.nan for gap in gaps_between(runs[variant].losses, trusted)]
-        axes.plot(gaps, marker, color=color, markersize=4, label=f"|{variant} − sdpa|")
+    """|tilewise − sdpa| and |control − sdpa|, step by step. The axis is logarithmic down to one rounding of
+    the loss, and straight from there to 0, where losses that are equal have their marks."""
+    marks = {
+        "tilewise": dict(color=STYLES["tilewise"]["color"], marker=".", markersize=5, zorder=3),
+        "control": dict(color=CONTROL, marker="o", markersize=7, markerfacecolor="none"),
+    }
+    labels = {
+        "control": "control and sdpa (the control is sdpa with every result moved by up to one rounding)"
+    }
+    highest = comparison.allowed
+    for variant, mark in marks.items():
+        gaps = gaps_between(runs[variant].losses, runs["sdpa"].losses)
+        label = labels.get(variant, f"{variant} and sdpa")
+        axes.plot(gaps, linestyle="none", label=label, **mark)
+        highest = max(highest, *gaps)
     axes.plot(
         [-0.5, comparison.count - 0.5],
         [comparison.allowed] * 2,
         color="black",
-        label="allowed gap of the first steps",
+        label=f"allowed over the first {comparison.count} steps",
     )
-    axes.set_yscale("log")
-    axes.set_ylabel("gap of the loss (nats)")
-    axes.set_title("How far apart they are", loc="left")
-    axes.legend(fontsize="small")
+    least = comparison.rounding
+    decades = range(math.ceil(math.log10(least)), math.ceil(math.log10(highest)) + 1)
+    axes.set_yscale("symlog", linthresh=least, linscale=0.7)
+    axes.set_yticks([0.0, *(10.0**decade for decade in decades)])
+    axes.minorticks_off()
+    axes.set_ylim(-0.3 * least, 2 * highest)
+    axes.grid(axis="y", color="#e4e4e4")
+    axes.set_ylabel("distance (nats)")
+    axes.set_title(f"How far apart the losses are (logarithmic above {least:.0e}, one rounding)", loc="left")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16))

@@ -30,10 +30,10 @@ class SdpaCore(AttentionCore):
 
 
 class ControlCore(SdpaCore):
-    """PyTorch's attention with every result moved by up to one rounding of its dtype, at random.
+    """PyTorch's attention with every result moved at random by up to one rounding of its dtype.
 
-    That is as right as any attention can be. How far its losses move away says how far another right
-    attention's may.
+    That is as right as PyTorch's own. How far its losses drift away shows how far those of another right
+    attention may.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:

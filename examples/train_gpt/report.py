@@ -37,7 +37,8 @@ def print_losses(console: Console, runs: dict[str, Run]) -> None:
     table.add_section()
     times = [f"{1e3 * statistics.median(run.seconds):.1f} ms" for run in shown.values()]
     table.add_row("median time of a step", *times)
-    console.print("loss, in nats a character", style="italic")
+    sdpa = "; sdpa is PyTorch's scaled_dot_product_attention" if "sdpa" in shown else ""
+    console.print(f"loss, in nats a character{sdpa}", style="italic")
     console.print(table)
 
 
@@ -45,8 +46,19 @@ def describe(comparison: Comparison, tested: str, trusted: str) -> str:
     """The outcome of a comparison in a sentence."""
     verdict = "agree" if comparison.agrees else "DO NOT AGREE"
     return (
-        f"{tested} and {trusted} {verdict}: over the first {comparison.count} steps the largest gap of their "
-        f"losses is {comparison.gap:.1e}, at step {comparison.step}; allowed is {comparison.allowed:.1e}"
+        f"{tested} and {trusted} {verdict}: over the first {comparison.count} steps their losses are at most "
+        f"{comparison.gap:.1e} apart, at step {comparison.step}; allowed is {comparison.allowed:.1e}"
+    )
+
+
+def explain_allowed(comparison: Comparison) -> str:
+    """Where the allowed distance comes from, for somebody who has not heard of the control."""
+    return (
+        "why that much is allowed: a third model, the control, trained with PyTorch's own attention too, but "
+        "with every result moved at random by up to one rounding. It is as right as PyTorch's, yet its "
+        f"losses came to be {comparison.control_gap:.1e} from sdpa's: so far can two right runs drift apart by "
+        f"rounding alone. Allowed is {comparison.factor:g} times that, or {comparison.factor:g} times one "
+        f"rounding of the loss ({comparison.rounding:.1e}) where that is more"
     )
 
 
