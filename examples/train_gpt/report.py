@@ -56,8 +56,8 @@ def explain_allowed(comparison: Comparison) -> str:
     return (
         "why that much is allowed: a third model, the control, trained with PyTorch's own attention too, but "
         "with every result moved at random by up to one rounding. It is as right as PyTorch's, yet its "
-        f"losses came to be {comparison.control_gap:.1e} from sdpa's: so far can two right runs drift apart by "
-        f"rounding alone. Allowed is {comparison.factor:g} times that, or {comparison.factor:g} times one "
+        f"losses came to be {comparison.control_gap:.1e} from sdpa's: so far can two right runs drift apart "
+        f"by rounding alone. Allowed is {comparison.factor:g} times that, or {comparison.factor:g} times one "
         f"rounding of the loss ({comparison.rounding:.1e}) where that is more"
     )
 
