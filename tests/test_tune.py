@@ -94,7 +94,7 @@ def test_named_cases_decide_their_own_rows():
 @pytest.mark.parametrize(
     "names, dtype, message",
     [
-        (["llama"], None, "--case llama: there is no such case; known: .*llama3-8b-prefill"),
+        (["llama"], None, "case 'llama' is not a named case; near it are .*llama3-8b-prefill"),
         (["llama3-8b-decode"], None, "--case llama3-8b-decode: it has 1 queries"),
         ([], "float8", "--dtype float8 must be one of bfloat16, float16, float32"),
     ],

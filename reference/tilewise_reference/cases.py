@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -278,3 +279,16 @@ def named_cases(grid_dtype: str = "float16") -> dict[str, Case]:
     """Every case there is, by name; those of the papers' grid in this dtype."""
     every = (*CASES, *FEATURE_CASES, *SHORT_CASES, *paper_grid(dtype=grid_dtype))
     return {case.name: case for case in every}
+
+
+def find_case(name: str, grid_dtype: str = "float16") -> Case:
+    """The case of this name. Raises ValueError where there is none, with the nearest names."""
+    cases = named_cases(grid_dtype)
+    if name not in cases:
+        alike = [each for each in cases if name.lower() in each.lower()]
+        near = alike[:5] or difflib.get_close_matches(name, cases, n=5, cutoff=0.3) or [*cases][:5]
+        raise ValueError(
+            f"case {name!r} is not a named case; near it are {', '.join(near)}; `tilewise explain --list` "
+            "shows all"
+        )
+    return cases[name]

@@ -6,7 +6,6 @@ Tensors are on the device "meta": nothing is stored, and a compiler looks at no 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,7 @@ from unittest import mock
 import torch
 import triton
 
-from tilewise_reference import CASES, Case
-from tilewise_reference.cases import named_cases
+from tilewise_reference.cases import find_case
 
 from ...kernels.tile import HopperTile, Tile
 from ...parts.masks.causal import Causal
@@ -166,15 +164,6 @@ def plain_variants(
         if "parameter" in kernels:
             found += parameter_variants(dtype, dim, mask)
     return found
-
-
-def find_case(name: str) -> Case:
-    """A case of the reference by its name. Raises ValueError where there is none, with the nearest."""
-    cases = named_cases()
-    if name not in cases:
-        near = difflib.get_close_matches(name, cases, n=5, cutoff=0.3) or [case.name for case in CASES]
-        raise ValueError(f"case={name!r} is not a named case; there are for example {', '.join(near)}")
-    return cases[name]
 
 
 def why_not_hopper(archs: Sequence[str], dtypes: Sequence[str], cases: Sequence[str]) -> str | None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import triton
 
+from tilewise_reference.cases import find_case
+
 from ...version import __version__
 from ..chips import Chip, chip_of_target
 from ..compiled.bound import Bound, Occupancy, bound, occupancy
@@ -23,7 +25,6 @@ from ..compiled.variants import (
     KERNELS,
     MASKS,
     case_variants,
-    find_case,
     plain_variants,
     why_not_hopper,
 )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from tilewise_reference import Case, paper_grid
-from tilewise_reference.cases import named_cases
+from tilewise_reference.cases import find_case
 
 from ...kernels.tile import PASSES, HopperTile, Pass, Tile
 from ...plan.request import make_request
@@ -42,21 +42,18 @@ def choose_cases(names: Sequence[str], dtype: str | None) -> list[Case]:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} must be one of {', '.join(DTYPES)}")
     dtype_of_grid = dtype or "bfloat16"
-    known = named_cases(dtype_of_grid)
     if not names:
         # Dimension 128 first: most models have it.
         chosen = [case for case in paper_grid(dtype=dtype_of_grid) if case.q_len == DEFAULT_LENGTH]
         chosen.sort(key=lambda case: (128, 64, 256).index(case.head_dim))
         return chosen
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"--case {unknown[0]}: there is no such case; known: {', '.join(sorted(known))}")
-    for name in names:
-        if known[name].q_len < FEWEST_QUERIES:
+    cases = [find_case(name, dtype_of_grid) for name in dict.fromkeys(names)]
+    for case in cases:
+        if case.q_len < FEWEST_QUERIES:
             raise ValueError(
-                f"--case {name}: it has {known[name].q_len} queries, and calls with so few get a part of a "
+                f"--case {case.name}: it has {case.q_len} queries, and calls with so few get a part of a "
                 f"row's tile; a row is decided by cases of at least {FEWEST_QUERIES}"
             )
-    cases = [known[name] for name in dict.fromkeys(names)]
     return [replace(case, dtype=dtype) if dtype else case for case in cases]
 
 
