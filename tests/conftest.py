@@ -1,6 +1,7 @@
 """What every test starts from: a device, the interpreter where there is no GPU, a seed, poisoned memory."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -100,3 +101,14 @@ def poison():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail as soon as either implementation is reached."""
+
+    def reached(*_: Any, **__: Any) -> None:
+        pytest.fail("attention ran")
+
+    monkeypatch.setattr("tilewise.plan.passes.launch_forward", reached)
+    monkeypatch.setattr("tilewise.api.run_torch", reached)

@@ -136,6 +136,23 @@ def test_what_is_not_built_says_so(name, device):
     assert tilewise.why_not(q, k, v, **arguments) == [str(raised.value)]
 
 
+def test_equal_offsets_that_are_not_one_tensor_are_named(device):
+    """Two packings are one by identity: values are read only to say what went wrong."""
+    first, second = offsets(LENGTHS, device), offsets(LENGTHS, device)
+    x, y = (jagged(torch.randn(23, 2, DIM, device=device), starts) for starts in (first, second))
+    other = jagged(torch.randn(23, 2, DIM, device=device), offsets([23 - 5, 5], device))
+    cases = [
+        (x, x, y, {}, ValueError, r"equal in value, .*: make v with .*jagged\(values, k.offsets\(\)\)"),
+        (x, y, y, dict(mask=Causal()), NotImplementedError, r"equal in value, .*: make k with .*q\.offsets"),
+        (x, x, other, {}, ValueError, r"must have the same offsets: make v with .*k\.offsets"),
+        (x, other, other, dict(mask=Causal()), NotImplementedError, "in q and k take Softcap$"),
+    ]
+    for q, k, v, arguments, error, words in cases:
+        with pytest.raises(error, match=words) as raised:
+            tilewise.attention(q, k, v, **arguments)
+        assert tilewise.why_not(q, k, v, **arguments) == [str(raised.value)]
+
+
 def test_why_not_finds_nothing_wrong(device):
     nested = jagged(torch.randn(23, 2, DIM, device=device), offsets(LENGTHS, device))
     assert tilewise.why_not(nested, nested, nested, mask=Causal()) == []

@@ -235,6 +235,9 @@ WRONG = [
     (ValueError, ("attn_mask.shape=(2, 2, 5, 7)", "(2, 3, 5, 7)"), dict(attn_mask=(2, 2, 5, 7))),
     (ValueError, ("query.shape=(8,)", "at least 2 dimensions"), dict(query=(8,))),
     (ValueError, ("query.shape=(2, 6, 5, 8)", "key.shape=(2, 3", "broadcast"), dict(query=(2, 6, 5, 8))),
+    (ValueError, ("6 heads over 3", "enable_gqa=True"), dict(query=(2, 6, 5, 8))),
+    (ValueError, ("attn_mask.shape=(2, 7)", "attn_mask[:, None, None, :]"), dict(attn_mask=(2, 7))),
+    (ValueError, ("attn_mask.shape=(2, 5, 7)", "attn_mask[:, None]"), dict(attn_mask=(2, 5, 7))),
     (ValueError, ("key.shape=(5, 3, 7, 8)", "broadcast"), dict(key=(5, 3, 7, 8), enable_gqa=True)),
     (ValueError, ("q_heads=4", "multiple", "kv_heads=3"), dict(query=(2, 4, 5, 8), enable_gqa=True)),
     (ValueError, ("head_dim", "q: 6", "k: 8"), dict(query=(2, 3, 5, 6))),
@@ -254,3 +257,12 @@ def test_wrong_arguments(error, words, changes, device):
         tilewise.scaled_dot_product_attention(**arguments)
     for word in words:
         assert word in str(raised.value)
+
+
+def test_grouped_heads_are_named_only_where_they_would_do(device):
+    for heads, kv_heads in ((4, 3), (3, 6)):
+        with pytest.raises(ValueError, match="broadcast") as raised:
+            tilewise.scaled_dot_product_attention(
+                *qkv(device, (2, heads, Q_LEN, DIM), (2, kv_heads, KV_LEN, DIM))
+            )
+        assert "enable_gqa" not in str(raised.value)

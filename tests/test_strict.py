@@ -47,11 +47,11 @@ COMPUTED_SCORE = ("ALiBi", "RelativePosition", "UserScore", "broadcasts", "leave
 REFUSED = {
     "bool mask": (
         lambda: dict(mask=ones(Q_LEN, KV_LEN, **BOOL)),
-        ("Dense.mask.shape=(5, 7)", "0.0 MiB", *COMPUTED_MASK),
+        ("and mask.shape=(5, 7)", "0.0 MiB", *COMPUTED_MASK),
     ),
     "bool mask beside a structured one": (
         lambda: dict(mask=tilewise.Causal() & ones(*SHAPE, **BOOL)),
-        ("Dense.mask.shape=(2, 4, 5, 7)",),
+        ("and mask.shape=(2, 4, 5, 7)",),
     ),
     "bias": (lambda: dict(bias=ones(1, 1, Q_LEN, KV_LEN)), ("Bias.bias.shape=(1, 1, 5, 7)", *COMPUTED_SCORE)),
     "bias of another modifier": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from inspect import signature
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -12,14 +12,18 @@ import tilewise_reference
 
 from .kernels.dropout_mask import launch_dropout_mask
 from .parts.dropout import Dropout
+from .parts.hints import shape_hint, with_hint
 from .parts.masks.causal import Causal
-from .parts.masks.mask import Mask
-from .parts.scores.score import Score
-from .parts.shape import misfits
+from .parts.masks.mask import Mask, as_mask
+from .parts.scores.bias import Bias
+from .parts.scores.score import Score, as_scores
+from .parts.shape import Shape, misfits
 from .parts.similarity import Cosine
 from .plan.checks import check, violations
 from .plan.implementation import implementation
-from .plan.request import Request, make_request
+from .plan.names import ARGUMENTS, unknown_names
+from .plan.names import refuse_unknown as refuse_unknown  # nn refuses them too
+from .plan.request import Request, make_request, without_drawing
 from .plan.rules.implementations import implementation_is_known, kernel_can_run
 from .plan.rules.options import dropout_fits
 from .pytorch.dispatch import run_portable
@@ -27,6 +31,12 @@ from .pytorch.nested import is_nested, pack
 from .pytorch.plain import run_torch
 
 Tensor = torch.Tensor
+# The arguments that can fail by themselves, and how each is built.
+PARTS: dict[str, Callable[[Any], Any]] = {
+    "mask": lambda given: None if given is None else as_mask(given),
+    "score": as_scores,
+    "bias": lambda given: None if given is None else Bias(given),
+}
 
 
 @overload
@@ -59,13 +69,16 @@ def attention(
     return_lse: bool = False,
     impl: str | None = None,
     strict: bool = False,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scores(Q Kᵀ)) V in one fused kernel (FlashAttention-2, arXiv 2307.08691).
 
     The scores are scale · similarity(q, k), then the modifiers in `score` in their order, then + bias, then
     the mask.
 
-    q:          [batch, q_heads, q_len, head_dim], fp16, bf16 or fp32, any strides.
+    q:          [batch, q_heads, q_len, head_dim]: heads before length, as in PyTorch, where FlashAttention
+                has [batch, length, heads, dim] (transpose(1, 2) makes one of the other, without a copy).
+                fp16, bf16 or fp32, any strides.
     k:          [batch, kv_heads, kv_len, head_dim]; kv_heads divides q_heads (grouped queries,
                 arXiv 2305.13245). Any length may be 0.
     v:          [batch, kv_heads, kv_len, value_dim]. head_dim and value_dim: 1 to 256.
@@ -94,11 +107,14 @@ def attention(
     Differentiable once, in reverse mode, in q, k, v, bias, scale, sink, a temperature, slopes, tables and
     what a UserScore declares; through out and lse. Under autocast q, k and v are cast to its dtype.
 
-    Raises ValueError for arguments that break the contract, NotImplementedError for what is not built;
+    Raises ValueError for arguments that break the contract, NotImplementedError for what is not built,
+    TypeError for names that it does not have (`unknown`), with what other libraries' names are here;
     `why_not` lists the reasons instead.
 
     q, k and v may be nested tensors of layout torch.jagged, [batch, heads, *, dim]: `nested`.
     """
+    if unknown:
+        refuse_unknown("attention", unknown)
     if is_nested(q, k, v):
         packed = pack(q, k, v, mask=mask, bias=bias, score=score)
         out, lse = attention(
@@ -118,20 +134,23 @@ def attention(
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
-    """The reasons why `attention` with the same arguments would raise; an empty list if it would not."""
-    arguments.pop("return_lse", None)
-    known = signature(make_request).parameters.keys() - {"q", "k", "v"}
-    unknown = sorted(arguments.keys() - known)
-    if unknown:
-        return [f"attention() has no argument {', '.join(unknown)}; it takes {', '.join(sorted(known))}"]
+    """All reasons why `attention` with the same arguments would raise; an empty list if it would not."""
+    found = unknown_names("attention", arguments)
+    given = {name: value for name, value in arguments.items() if name in ARGUMENTS and name != "return_lse"}
+    for name, build in PARTS.items():
+        try:
+            build(given.get(name))
+        except (ValueError, NotImplementedError) as error:  # the others are judged without it
+            found.append(str(error))
+            del given[name]
     try:
         if is_nested(q, k, v):
-            given = {name: arguments.pop(name, None) for name in ("mask", "bias", "score")}
-            q, k, v, arguments["mask"], arguments["score"], _ = pack(q, k, v, **given)
-        request = make_request(q, k, v, **arguments)
+            parts = {name: given.pop(name, None) for name in PARTS}
+            q, k, v, given["mask"], given["score"], _ = pack(q, k, v, **parts)
+        request = make_request(q, k, v, **without_drawing(q, given))
     except (ValueError, NotImplementedError) as error:
-        return [str(error)]
-    return [str(violation) for violation in violations(request)]
+        return [*found, str(error)]
+    return found + [str(violation) for violation in violations(request)]
 
 
 def dropout_mask(
@@ -191,10 +210,14 @@ def scaled_dot_product_attention(
     try:
         common = torch.broadcast_shapes(*(t.shape[:-apart] for t in (q, k, v)))
     except RuntimeError:
-        raise ValueError(
+        shapes = (
             f"query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)} and "
             f"value.shape={tuple(value.shape)} must broadcast in all but the last {apart} dimensions"
-        ) from None
+        )
+        heads, kv_heads = q.shape[-3], k.shape[-3]
+        is_grouped = not enable_gqa and 0 < kv_heads == v.shape[-3] < heads and heads % kv_heads == 0
+        hint = f"{heads} heads over {kv_heads} are grouped by enable_gqa=True" if is_grouped else ""
+        raise ValueError(with_hint(shapes, hint)) from None
     q, k, v = (t.expand(*common, *t.shape[-apart:]) for t in (q, k, v))
     lead = q.shape[:-3]
     batch = math.prod(lead)
@@ -209,7 +232,9 @@ def scaled_dot_product_attention(
             )
         scores = (*lead, q4.shape[1], q4.shape[2], k4.shape[2])
         for misfit in misfits("attn_mask", attn_mask, scores):
-            raise ValueError(misfit)
+            shape = Shape(batch, q4.shape[1], k4.shape[1], q4.shape[2], k4.shape[2], 1, 1)
+            hint = shape_hint("attn_mask", tuple(attn_mask.shape), shape) if len(lead) == 1 else ""
+            raise ValueError(with_hint(misfit, hint))
         given = attn_mask
         if len(lead) > 1 and attn_mask.dim() > 3:
             given = attn_mask.expand(scores).reshape(batch, *scores[-3:])

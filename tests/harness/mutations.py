@@ -22,6 +22,7 @@ CALL = "kernels/tilewise/kernels/call.py"
 CAUSAL = "kernels/tilewise/parts/masks/causal.py"
 CHECKS = "kernels/tilewise/plan/checks.py"
 DENSE = "kernels/tilewise/parts/masks/dense.py"
+DESCRIBED = "kernels/tilewise/parts/described.py"
 DOCUMENTS = "kernels/tilewise/parts/masks/documents.py"
 FORWARD = "kernels/tilewise/kernels/forward.py"
 INTERVALS = "kernels/tilewise/parts/intervals.py"
@@ -301,8 +302,24 @@ MUTATIONS = (
              "abs(r.scale) <= FINITE", "r.scale == r.scale",
              tests("checks", f"{RULES}[scale_is_a_number-scale=inf]")),
     Mutation("checks: a rule never asked", CHECKS,
-             "        options.masks_and_scores_fit,\n", "",
+             "    (options.masks_and_scores_fit, SIZES),\n", "",
              tests("checks", "every_rule_has_a_case")),
+    Mutation("checks: what follows from a mistake judged too", CHECKS,
+             "if not unsure.isdisjoint(needs):", "if not unsure:",
+             tests("why_not", "what_is_wrong_together_is_listed_together[sizes beside options]",
+                   "what_is_wrong_together_is_listed_together[no tensor]")),
+    Mutation("checks: a missing dimension ends the list", TENSORS,
+             "    return replace(r, q=q, k=k, v=v)", "    return None",
+             tests("why_not", "what_is_wrong_together_is_listed_together[a rank beside heads and a dtype]")),
+    Mutation("api: unknown names let through", API,
+             'refuse_unknown("attention", unknown)', "unknown.clear()",
+             tests("remedies", "an_argument_that_it_does_not_have_is_told_what_it_is_here[is_causal]")),
+    Mutation("hints: the usual layout taken for another", TENSORS,
+             "if fits and k_heads > k_len", "if fits or k_heads > k_len",
+             tests("remedies", "wrong_heads_of_the_usual_layout_are_not_taken_for_another")),
+    Mutation("repr: an argument at its default", DESCRIBED,
+             "is_same(value, parameter.default)", "is_same(value, UNKNOWN)",
+             tests("repr", "what_holds_no_tensor_can_be_evaluated[Causal()]")),
     Mutation("checks: gradient of a bias silently lost", REQUEST,
              "or any([tensor.requires_grad for _, tensor in self.other_tensors])", "or False",
              tests("backward", "second_order_raises[bias]")),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..api import attention
+from ..api import attention, refuse_unknown
 from ..parts.masks.mask import Mask
 from ..parts.scores.score import Score
 from ..parts.similarity import Cosine
@@ -17,6 +17,7 @@ from .rotary import Rotary
 MaskLike = Mask | Tensor | Any  # Any: a @triton.jit function
 ScoreLike = Score | Sequence[Score] | Any
 Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values -> all so far
+CALL_ARGUMENTS = ("mask", "bias", "score")  # that a module's forward takes besides tensors
 QK_NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
@@ -108,6 +109,7 @@ class AttentionCore(nn.Module):
         score: ScoreLike | None = None,
         positions: int | Tensor | None = None,
         cache: Cache | None = None,
+        **unknown: Any,
     ) -> Tensor:
         """q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim],
         v [batch, kv_heads, kv_len, value_dim] -> [batch, heads, q_len, value_dim].
@@ -118,6 +120,8 @@ class AttentionCore(nn.Module):
             generation all so far, which it keeps.
         Raises ValueError for positions that have no effect, and where they are missing beside a cache.
         """
+        if unknown:
+            refuse_unknown("forward", unknown, (*CALL_ARGUMENTS, "positions", "cache"))
         if positions is not None and self.rotary is None:
             raise ValueError("positions= has no effect without rotary=; make the module with one")
         q = q if self.q_norm is None else self.q_norm(q)

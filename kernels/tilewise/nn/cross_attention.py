@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ..api import refuse_unknown
 from ..parts.similarity import Cosine
-from .core import MaskLike, ScoreLike, check_positive
+from .core import CALL_ARGUMENTS, MaskLike, ScoreLike, check_positive
 from .projected import ProjectedAttention
 from .sizes import check_input
 
@@ -93,6 +96,7 @@ class CrossAttention(ProjectedAttention):
         mask: MaskLike | None = None,
         bias: Tensor | None = None,
         score: ScoreLike | None = None,
+        **unknown: Any,
     ) -> Tensor:
         """x [q_len, input_dim] and context [kv_len, context_dim] -> [q_len, output_dim], or all three with a
         leading batch dimension, in x's dtype.
@@ -102,6 +106,8 @@ class CrossAttention(ProjectedAttention):
         mask, bias, score: as in `tilewise.attention`, for [batch, heads, q_len, kv_len]; batch is 1 without a
         batch dimension. Raises ValueError where an input does not fit the module or another input.
         """
+        if unknown:
+            refuse_unknown("forward", unknown, ("values", *CALL_ARGUMENTS))
         check_input("x", x, self.input_dim, self.q.weight)
         check_input("context", context, self.context_dim, self.q.weight)
         if values is not None:

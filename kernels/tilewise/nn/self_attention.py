@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..api import refuse_unknown
 from ..parts.similarity import Cosine
-from .core import Cache, MaskLike, ScoreLike
+from .core import CALL_ARGUMENTS, Cache, MaskLike, ScoreLike
 from .projected import ProjectedAttention
 from .rotary import Rotary
 from .sizes import check_input
@@ -98,6 +99,7 @@ class SelfAttention(ProjectedAttention):
         score: ScoreLike | None = None,
         positions: int | Tensor | None = None,
         cache: Cache | None = None,
+        **unknown: Any,
     ) -> Tensor:
         """x [length, input_dim] or [batch, length, input_dim] -> [length, output_dim] or
         [batch, length, output_dim], in x's dtype.
@@ -110,6 +112,8 @@ class SelfAttention(ProjectedAttention):
             which are all so far. Then `Causal()`, aligned at the bottom right, is the mask for generation.
         Raises ValueError where an input does not fit the module.
         """
+        if unknown:
+            refuse_unknown("forward", unknown, (*CALL_ARGUMENTS, "positions", "cache"))
         check_input("x", x, self.input_dim, self.qkv.weight)
         return self._attend(x, mask=mask, bias=bias, score=score, positions=positions, cache=cache)
 

@@ -55,10 +55,13 @@ def check_dtype(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]
 def misfits(name: str, tensor: torch.Tensor, wanted: tuple[int, ...]) -> list[str]:
     """Why `tensor` does not read as `wanted` under PyTorch's broadcasting rules; empty if it does."""
     given = tuple(tensor.shape)
+    return [] if fits(given, wanted) else [f"{name}.shape={given} must broadcast to {wanted}"]
+
+
+def fits(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a shape broadcasts to another."""
     pairs = zip(reversed(given), reversed(wanted), strict=False)
-    if len(given) <= len(wanted) and all(size in (1, full) for size, full in pairs):
-        return []
-    return [f"{name}.shape={given} must broadcast to {wanted}"]
+    return len(given) <= len(wanted) and all(size in (1, full) for size, full in pairs)
 
 
 def broadcast_strides(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .described import worded
 from .numerics import round_to, widen
 from .scores.score import BoundScore, Parameter, Score, padded_sizes
 from .shape import Shape
@@ -38,6 +39,9 @@ class Cosine(NamedTuple):
     """similarity=Cosine(temperature): cosine similarity times a number, or a tensor [q_heads]."""
 
     temperature: float | torch.Tensor = 1.0
+
+    def __repr__(self) -> str:
+        return f"Cosine({worded(self.temperature)})"
 
 
 @triton.jit

@@ -21,48 +21,52 @@ from .rules import hopper, implementations, options, tensors
 Rule = Callable[[Request], "str | None"]
 
 
-# In stages: a rule may rely on those of the stages before its own.
-STAGES: tuple[tuple[Rule, ...], ...] = (
-    (tensors.tensors_are_given,),
-    (tensors.ranks_are_four,),
-    (
-        tensors.batches_agree,
-        tensors.kv_heads_agree,
-        tensors.heads_have_a_whole_ratio,
-        tensors.kv_lengths_agree,
-        tensors.lengths_are_indexable,
-        tensors.grid_is_launchable,
-        tensors.head_dims_agree,
-        tensors.dims_are_supported,
-        tensors.dtypes_agree,
-        tensors.dtype_is_supported,
-        tensors.devices_agree,
-    ),
-    (
-        options.scale_is_a_number,
-        options.similarity_is_known,
-        options.temperature_fits,
-        options.sink_fits,
-        options.parameters_are_floating,
-        options.other_devices_agree,
-        options.masks_and_scores_fit,
-        implementations.implementation_is_known,
-        implementations.kernel_can_run,
-        implementations.hopper_can_answer,
-        implementations.twins_exist,
-        options.dropout_fits,
-        implementations.memory_is_linear,
-    ),
-    (implementations.gradients_exist,),
+GIVEN = (tensors.tensors_are_given,)
+RANKS = (*GIVEN, tensors.ranks_are_four)
+SIZES = (*RANKS, tensors.batches_agree, tensors.kv_lengths_agree)
+KNOWN = (*RANKS, implementations.implementation_is_known)
+OF_TENSORS: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
+    (tensors.tensors_are_given, ()),
+    (tensors.ranks_are_four, GIVEN),
+    (tensors.batches_agree, RANKS),
+    (tensors.kv_heads_agree, RANKS),
+    (tensors.heads_have_a_whole_ratio, RANKS),
+    (tensors.kv_lengths_agree, RANKS),
+    (tensors.lengths_are_indexable, RANKS),
+    (tensors.grid_is_launchable, RANKS),
+    (tensors.head_dims_agree, RANKS),
+    (tensors.dims_are_supported, RANKS),
+    (tensors.dtypes_agree, GIVEN),
+    (tensors.dtype_is_supported, GIVEN),
+    (tensors.devices_agree, GIVEN),
 )
+TENSORS = tuple(rule for rule, _ in OF_TENSORS)
+FITTING = (*TENSORS, options.masks_and_scores_fit, implementations.implementation_is_known)
+# Each rule with those that it relies on: it is asked only where none of these is broken.
+RULES: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
+    *OF_TENSORS,
+    (options.scale_is_a_number, ()),
+    (options.similarity_is_known, ()),
+    (options.temperature_fits, RANKS),
+    (options.sink_fits, RANKS),
+    (options.parameters_are_floating, ()),
+    (options.other_devices_agree, GIVEN),
+    (options.masks_and_scores_fit, SIZES),
+    (implementations.implementation_is_known, ()),
+    (implementations.kernel_can_run, KNOWN),
+    (implementations.hopper_can_answer, FITTING),
+    (implementations.twins_exist, FITTING),
+    (options.dropout_fits, ()),
+    (implementations.memory_is_linear, FITTING),
+)
+RULES += ((implementations.gradients_exist, tuple(rule for rule, _ in RULES)),)
 
 
 def check(request: Request) -> None:
     """Raise the first thing that is wrong. A request that looks like one that has passed is not looked at
     again: rules read shapes, dtypes, devices and options, and so does `looks`."""
     if torch.compiler.is_compiling():
-        for violation in violations(request):
-            raise violation
+        first_violation(request)
         return
     try:
         key = looks(request)
@@ -70,8 +74,7 @@ def check(request: Request) -> None:
             return
     except (AttributeError, TypeError):  # an argument of a wrong type: the rules know which
         key = None
-    for violation in violations(request):
-        raise violation
+    first_violation(request)
     if len(_passed) >= 4096:
         _passed.clear()
     _passed.add(key)
@@ -98,15 +101,28 @@ def looks(r: Request) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def first_violation(request: Request, rules: tuple[tuple[Rule, tuple[Rule, ...]], ...] = RULES) -> None:
+    """Raise it, if there is one. No rule relies on one behind it, so the first broken one is sure."""
+    for rule, _ in rules:
+        reason = rule(request)
+        if reason is not None:
+            raise ValueError(reason)
+
+
 def violations(request: Request) -> Iterator[ValueError]:
-    """An exception for every rule that the request breaks, up to the first stage with a broken one: what
-    comes after it cannot be judged."""
-    broken = False
-    for rules in STAGES:
-        for rule in rules:
-            reason = rule(request)
-            if reason is not None:
-                broken = True
-                yield ValueError(reason)
-        if broken:
-            return
+    """An exception for every rule that the request breaks and that can be judged. Of tensors with too few
+    dimensions the others are judged as if the missing ones were there, of size 1."""
+    unsure: set[Rule] = set()  # broken, or not asked
+    for rule, needs in RULES:
+        if not unsure.isdisjoint(needs):
+            unsure.add(rule)
+            continue
+        reason = rule(request)
+        if reason is None:
+            continue
+        yield ValueError(reason)
+        widened = tensors.with_four_dimensions(request) if rule is tensors.ranks_are_four else None
+        if widened is None:
+            unsure.add(rule)
+        else:
+            request = widened

@@ -38,7 +38,7 @@ def stored_pairs(parts: Iterable[Mask | Score], shape: Shape) -> str | None:
             if holds_every_pair(part, tensor, shape):
                 wanted = COMPUTED_MASKS if isinstance(part, Mask) else COMPUTED_SCORES
                 return (
-                    f"strict=True, and {type(part).__name__}.{name}.shape={tuple(tensor.shape)} holds a "
+                    f"strict=True, and {part.called(name)}.shape={tuple(tensor.shape)} holds a "
                     f"number for every pair of query and key, {mebibytes(stored_bytes(tensor))}: give "
                     f"{wanted}, or leave strict out"
                 )

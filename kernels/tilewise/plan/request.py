@@ -81,7 +81,7 @@ class Request:
         )
         found = [(name, value) for name, value in given if isinstance(value, torch.Tensor)]
         for part in self.plugs:
-            found += [(f"{type(part).__name__}.{name}", t) for name, t in part.tensors().items()]
+            found += [(part.called(name), t) for name, t in part.tensors().items()]
         self._other_tensors = found
         return found
 
@@ -119,9 +119,18 @@ def make_request(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v))
     dropout = None
-    if dropout_p != 0:
+    if dropout_p != 0 and (dropout_seed is not None or isinstance(q, Tensor)):
         dropout = Dropout(dropout_p, draw_seed(q.device) if dropout_seed is None else dropout_seed)
     return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict)
+
+
+def without_drawing(q: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `make_request` with a seed that stands in for one to be drawn: drawing would move
+    PyTorch's generator on, and looking at a call must not."""
+    if arguments.get("dropout_p", 0) == 0 or arguments.get("dropout_seed") is not None:
+        return arguments
+    device = q.device if isinstance(q, Tensor) else None
+    return arguments | {"dropout_seed": torch.zeros(1, dtype=torch.int64, device=device)}
 
 
 def is_autocast(device: torch.device) -> bool:

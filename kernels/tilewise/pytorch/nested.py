@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..parts.hints import with_hint
 from ..parts.masks.causal import Causal
 from ..parts.masks.intervals import Intervals
 from ..parts.masks.mask import Mask, as_mask
@@ -53,7 +54,7 @@ def pack(q: Any, k: Any, v: Any, *, mask: Any = None, bias: Any = None, score: A
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_jagged(name, x)
     if not same_offsets(k.offsets(), v.offsets()):
-        raise ValueError("k and v must have the same offsets: make one from the other's offsets()")
+        raise ValueError(with_hint("k and v must have the same offsets", offsets_hint("k", k, v)))
     if bias is not None:
         raise NotImplementedError("bias with nested tensors is not built: use padded tensors with Padding")
     packed_alike = same_offsets(q.offsets(), k.offsets())
@@ -61,10 +62,11 @@ def pack(q: Any, k: Any, v: Any, *, mask: Any = None, bias: Any = None, score: A
     for part in (*masks, *scores):
         if not isinstance(part, RELATIVE if packed_alike else Softcap):
             wanted = ", ".join(cls.__name__ for cls in RELATIVE) if packed_alike else "Softcap"
-            raise NotImplementedError(
+            reason = (
                 f"{type(part).__name__} with nested tensors is not built; those "
                 f"{'of one packing' if packed_alike else 'packed differently in q and k'} take {wanted}"
             )
+            raise NotImplementedError(with_hint(reason, "" if packed_alike else offsets_hint("q", q, k)))
     within: Mask = sequences(q.offsets(), k.offsets(), q.values().shape[1])
     for part in masks:
         within = within & part
@@ -83,6 +85,16 @@ def sequences(q_offsets: Tensor, kv_offsets: Tensor, rows: int) -> Intervals:
 def same_offsets(a: Tensor, b: Tensor) -> bool:
     """Whether two packings are one, by identity as in PyTorch: reading values would wait for the GPU."""
     return a is b or a.data_ptr() == b.data_ptr()
+
+
+def offsets_hint(name: str, x: Any, other: Any) -> str:
+    """How x and k or v come to one packing. Reads the offsets, so it is for a call that fails anyway."""
+    a, b = x.offsets(), other.offsets()
+    of = "k" if name == "q" else "v"
+    make = f"torch.nested.nested_tensor_from_jagged(values, {name}.offsets())"
+    if a.shape == b.shape and bool((a.cpu() == b.cpu()).all()):
+        return f"theirs are equal in value, but not one and the same tensor: make {of} with {make}"
+    return f"make {of} with {make}" if name == "k" else ""
 
 
 def check_jagged(name: str, x: Any) -> None:

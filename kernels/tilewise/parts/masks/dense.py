@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..hints import shape_hint, with_hint
 from ..shape import Shape, broadcast_strides, misfits
 from .mask import MEANINGS, BoundMask, Mask, Twin
 
@@ -15,6 +16,9 @@ def dense_keep(q_idx, kv_idx, batch, head, args):
     ptr, strides = args
     ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
     return tl.load(ptr + q_idx.to(tl.int64) * strides[2] + kv_idx.to(tl.int64) * strides[3]) != 0
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Dense(Mask):
@@ -27,6 +31,11 @@ class Dense(Mask):
     def __init__(self, mask: torch.Tensor) -> None:
         if not isinstance(mask, torch.Tensor):
             raise ValueError(f"{mask=} must be a tensor of dtype torch.bool")
+        if mask.dtype in INTEGERS:
+            raise ValueError(
+                f"mask.dtype={mask.dtype} must be torch.bool: give mask.bool(), True where a pair counts; "
+                "where 1 means a real key, [batch, kv_len], tilewise.Padding(mask.sum(1)) skips the others"
+            )
         if mask.dtype != torch.bool:
             raise ValueError(f"mask.dtype={mask.dtype} must be torch.bool; pass an additive mask as bias=")
         self.mask = mask
@@ -35,7 +44,13 @@ class Dense(Mask):
         return {"mask": self.mask}
 
     def misfits(self, shape: Shape) -> list[str]:
-        return misfits("mask", self.mask, shape.scores)
+        return [
+            with_hint(misfit, shape_hint("mask", tuple(self.mask.shape), shape))
+            for misfit in misfits("mask", self.mask, shape.scores)
+        ]
+
+    def called(self, name: str = "") -> str:
+        return "mask" if name else "mask (the bool tensor)"
 
     def bind(self, shape: Shape) -> BoundMask:
         strides = broadcast_strides(self.mask, shape.scores)

@@ -14,6 +14,7 @@ import triton.language as tl
 import tilewise_reference.masks as dense
 
 from ..bounds import Bounds
+from ..hints import with_hint
 from ..shape import INTS, Shape, check_dtype, misfits
 from .mask import BoundMask, Mask, Twin
 
@@ -32,6 +33,12 @@ def documents_keep(q_idx, kv_idx, batch, head, args):
     q_ids = tl.load(q_ids_ptr + batch.to(tl.int64) * q_strides[0] + q_idx.to(tl.int64) * q_strides[1])
     kv_ids = tl.load(kv_ids_ptr + batch.to(tl.int64) * kv_strides[0] + kv_idx.to(tl.int64) * kv_strides[1])
     return q_ids == kv_ids
+
+
+OFFSETS = (
+    "an id a token; of offsets such as cu_seqlens, give "
+    "torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())"
+)
 
 
 class Documents(Mask):
@@ -59,9 +66,15 @@ class Documents(Mask):
         return {"ids": self.ids, "kv_ids": self.kv_ids, "hulls": self.hulls}
 
     def misfits(self, shape: Shape) -> list[str]:
-        return misfits("ids", self.ids, (shape.batch, shape.q_len)) + misfits(
-            "kv_ids", self.kv_ids, (shape.batch, shape.kv_len)
-        )
+        lengths = {"ids": (self.ids, shape.q_len), "kv_ids": (self.kv_ids, shape.kv_len)}
+        found = [
+            misfit
+            for name, (ids, length) in lengths.items()
+            for misfit in misfits(name, ids, (shape.batch, length))
+        ]
+        if found and self.ids.dim() == 1:  # offsets look like ids, but that there are fewer
+            found[-1] = with_hint(found[-1], OFFSETS)
+        return found
 
     def bind(self, shape: Shape) -> BoundMask:
         hulls = self.hulls.expand(shape.batch, shape.q_len, 3)

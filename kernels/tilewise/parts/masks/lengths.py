@@ -19,9 +19,17 @@ class PerBatch(Mask):
     def __init__(self, name: str, lengths: int | torch.Tensor) -> None:
         self.name, self.lengths = name, lengths
         if isinstance(lengths, torch.Tensor):
+            if lengths.dtype == torch.bool:
+                raise ValueError(
+                    f"{name}.dtype=torch.bool must be torch.int32 or torch.int64, a length a sequence: "
+                    "of a bool tensor [batch, kv_len] give its sum(1)"
+                )
             check_dtype(name, lengths, INTS)
         elif not isinstance(lengths, int) or lengths < 0:
             raise ValueError(f"{name}={lengths!r} must be an int, at least 0, or an int tensor [batch]")
+
+    def given(self, name: str) -> Any:
+        return self.lengths if name == self.name else super().given(name)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {self.name: self.lengths} if isinstance(self.lengths, torch.Tensor) else {}

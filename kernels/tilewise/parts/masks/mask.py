@@ -20,6 +20,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from ..bounds import Bounds
+from ..described import described, given, shortened
+from ..hints import KEEP, mask_hint, with_hint
 from ..shape import Shape
 
 Twin = Callable[..., torch.Tensor]
@@ -53,6 +55,10 @@ class Mask:
         """The tensors that the device functions read, by argument name."""
         return {}
 
+    def called(self, name: str = "") -> str:
+        """What errors call it, or one of its `tensors`: by the argument that a caller wrote."""
+        return f"{type(self).__name__}.{name}" if name else type(self).__name__
+
     def misfits(self, shape: Shape) -> list[str]:
         """Why this mask cannot serve a call of this shape; empty if it can."""
         return []
@@ -73,6 +79,16 @@ class Mask:
         """The same rule as f(batch, head, q_idx, kv_idx) -> bool tensor, in plain PyTorch."""
         raise NotImplementedError(f"{type(self).__name__} defines no twin()")
 
+    def given(self, name: str) -> Any:
+        """What was given for an argument of the constructor, as `repr` shows it."""
+        return given(self, name)
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask is neither true nor false: combine masks with `&`, not with `and` or `or`")
+
     def __and__(self, other: Mask | torch.Tensor) -> Mask:
         return All(self, as_mask(other))
 
@@ -89,6 +105,9 @@ class All(Mask):
     def parts(self) -> tuple[Mask, ...]:
         return self._parts
 
+    def __repr__(self) -> str:
+        return " & ".join(map(repr, self._parts))
+
 
 # What else a caller may give for a mask, and the mask that it means: the files of those masks add to it.
 MEANINGS: list[tuple[type, Callable[[Any], Mask]]] = []
@@ -101,7 +120,7 @@ def as_mask(given: Any) -> Mask:
     for kind, mask in MEANINGS:
         if isinstance(given, kind):
             return mask(given)
-    raise ValueError(
-        f"mask={given!r} must be a tilewise mask, a bool tensor or a @triton.jit function "
-        "keep(q_idx, kv_idx, batch, head, args)"
+    wanted = (
+        f"mask={shortened(given)} must be a tilewise mask, a bool tensor or a @triton.jit function {KEEP}"
     )
+    raise ValueError(with_hint(wanted, mask_hint(given)))

@@ -36,6 +36,8 @@ class ALiBi(Score):
 
     def __init__(self, slopes: torch.Tensor, align: Align = "bottom_right") -> None:
         check_align(align)
+        if isinstance(slopes, int):
+            raise ValueError(f"{slopes=} must be a tensor [q_heads]: ALiBi(tilewise.alibi_slopes({slopes}))")
         check_dtype("slopes", slopes, FLOATS)
         self.slopes, self.align = slopes, align
 

@@ -8,6 +8,7 @@ import triton.language as tl
 
 import tilewise_reference.scores as dense
 
+from ..hints import shape_hint, with_hint
 from ..numerics import widen
 from ..shape import FLOATS, Shape, broadcast_strides, check_dtype, misfits
 from .score import BoundScore, Parameter, Score, Twin, padded_sizes
@@ -28,6 +29,11 @@ class Bias(Score):
     FIELDS = ("bias",)
 
     def __init__(self, bias: torch.Tensor) -> None:
+        if isinstance(bias, torch.Tensor) and bias.dtype == torch.bool:
+            raise ValueError(
+                "bias.dtype=torch.bool is none of torch.float16, torch.bfloat16, torch.float32: "
+                "a bool tensor, True where a pair counts, is mask="
+            )
         check_dtype("bias", bias, FLOATS)
         self.bias = bias
 
@@ -35,7 +41,10 @@ class Bias(Score):
         return {"bias": self.bias}
 
     def misfits(self, shape: Shape) -> list[str]:
-        return misfits("bias", self.bias, shape.scores)
+        return [
+            with_hint(misfit, shape_hint("bias", tuple(self.bias.shape), shape))
+            for misfit in misfits("bias", self.bias, shape.scores)
+        ]
 
     def bind(self, shape: Shape) -> BoundScore:
         return BoundScore(bias_score, (self.bias, broadcast_strides(self.bias, shape.scores)))

@@ -27,6 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..described import described, given, shortened
+from ..hints import SCORE, score_hint, with_hint
 from ..shape import Shape
 
 Twin = Callable[..., torch.Tensor]
@@ -88,6 +90,10 @@ class Score:
         """The tensors that the device functions read, by argument name."""
         return {}
 
+    def called(self, name: str = "") -> str:
+        """What errors call it, or one of its `tensors`: by the argument that a caller wrote."""
+        return f"{type(self).__name__}.{name}" if name else type(self).__name__
+
     def misfits(self, shape: Shape) -> list[str]:
         """Why this modifier cannot serve a call of this shape; empty if it can."""
         return []
@@ -106,6 +112,13 @@ class Score:
     def no_gradient(self) -> str | None:
         """Why scores cannot be differentiated through this modifier; None if they can."""
         return None
+
+    def given(self, name: str) -> Any:
+        """What was given for an argument of the constructor, as `repr` shows it."""
+        return given(self, name)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def twin(self, shape: Shape) -> Twin:
         """The same rule as f(s, batch, head, q_idx, kv_idx) -> s, in plain PyTorch."""
@@ -127,10 +140,11 @@ def as_scores(given: Any) -> tuple[Score, ...]:
             return (score(given),)
     if isinstance(given, Sequence) and not isinstance(given, str):
         return tuple(score for each in given for score in as_scores(each))
-    raise ValueError(
-        f"score={given!r} must be a tilewise score, a @triton.jit function "
-        "score(s, batch, head, q_idx, kv_idx, args), or a sequence of these"
+    wanted = (
+        f"score={shortened(given)} must be a tilewise score, a @triton.jit function {SCORE}, or a sequence "
+        "of these"
     )
+    raise ValueError(with_hint(wanted, score_hint(given)))
 
 
 def padded_sizes(tensor: torch.Tensor) -> tuple[int, ...]:

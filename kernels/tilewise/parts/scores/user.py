@@ -48,6 +48,11 @@ class UserScore(Score):
                     f"parameters[{position}]: axes {axes!r} must be letters of {AXES!r} in this order"
                 )
 
+    def given(self, name: str) -> Any:
+        if name == "parameters":
+            return {i: (axes, function) for i, axes, function in self._parameters} or None
+        return super().given(name)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return tensors_within("args", self.args)
 

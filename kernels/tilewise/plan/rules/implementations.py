@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from ...parts.hints import nearest, with_hint
 from ...parts.numerics import INTERPRETED
 from ..implementation import IMPLEMENTATIONS, implementation
 from ..quadratic import mebibytes, score_matrix_bytes, stored_pairs
 from ..request import Request
 from . import hopper as hopper_rules
 
+PORTABLE, HOPPER = "the Triton kernels are 'portable'", "the forward for Hopper GPUs is 'hopper'"
+TORCH, CHOOSE = "plain PyTorch is 'torch'", "leave impl=None: where a GPU is, a fused kernel answers"
+# What an implementation is called elsewhere, and what it is here.
+ELSEWHERE = {
+    "triton": PORTABLE, "portable": PORTABLE, "flash": PORTABLE, "flash_attention": PORTABLE,
+    "flash_attention_2": PORTABLE, "fa2": PORTABLE, "fused": PORTABLE, "kernel": PORTABLE,
+    "interpreter": "leave impl=None, and set TRITON_INTERPRET=1 in the environment before the import",
+    "hopper": HOPPER, "gluon": HOPPER, "flash_attention_3": HOPPER, "fa3": HOPPER, "sm90": HOPPER,
+    "torch": TORCH, "pytorch": TORCH, "sdpa": TORCH, "math": TORCH, "eager": TORCH, "reference": TORCH,
+    "naive": TORCH,
+    "cuda": CHOOSE, "gpu": CHOOSE, "cpu": CHOOSE, "auto": CHOOSE, "default": CHOOSE, "fast": CHOOSE,
+}  # fmt: skip
+
 
 def implementation_is_known(r: Request) -> str | None:
     if r.impl is None or r.impl in IMPLEMENTATIONS:
         return None
-    return f"impl={r.impl!r} must be None (choose for me) or one of {IMPLEMENTATIONS}"
+    near = nearest(r.impl, ELSEWHERE) if isinstance(r.impl, str) else None
+    wanted = f"impl={r.impl!r} must be None (choose for me) or one of {IMPLEMENTATIONS}"
+    return with_hint(wanted, ELSEWHERE[near] if near else "")
 
 
 def kernel_can_run(r: Request) -> str | None:
@@ -67,14 +83,14 @@ def gradients_exist(r: Request) -> str | None:
     for part in r.masks:
         for name, tensor in part.tensors().items():
             if tensor.requires_grad:
-                return f"{type(part).__name__}.{name} requires a gradient, and a mask has none: detach() it"
+                return f"{part.called(name)} requires a gradient, and a mask has none: detach() it"
     for score in r.scores:
         why_not, trained = score.no_gradient(), score.parameters(r.shape)
         if why_not is not None:
             return why_not
         for name, tensor in score.tensors().items():
             if tensor.requires_grad and name not in trained:
-                given = f"{type(score).__name__}.{name}"
+                given = score.called(name)
                 return (
                     f"{given} requires a gradient, and no derivative with respect to it is known: give "
                     "UserScore(..., parameters={position: (axes, derivative)}), or detach() it"

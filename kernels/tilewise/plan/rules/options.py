@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from ...parts.hints import nearest, with_hint
 from ...parts.shape import FLOATS
 from ...parts.similarity import Cosine
 from ..request import Request
 
 FINITE = torch.finfo(torch.float32).max  # scores are fp32, and so is what multiplies them
+# What a similarity is called elsewhere, and here.
+SIMILARITIES = {
+    "dot": "dot", "dot_product": "dot", "inner": "dot", "inner_product": "dot", "unscaled": "dot",
+    "scaled": "scaled_dot", "scaled_dot": "scaled_dot", "scaled_dot_product": "scaled_dot",
+    "cos": "cosine", "cosine": "cosine", "cosine_similarity": "cosine", "normalized": "cosine",
+}  # fmt: skip
 
 
 def scale_is_a_number(r: Request) -> str | None:
@@ -23,7 +30,11 @@ def scale_is_a_number(r: Request) -> str | None:
 def similarity_is_known(r: Request) -> str | None:
     if isinstance(r.similarity, Cosine) or r.similarity in ("dot", "scaled_dot", "cosine"):
         return None
-    return f"similarity={r.similarity!r} must be 'dot', 'scaled_dot', 'cosine' or Cosine(temperature)"
+    wanted = f"similarity={r.similarity!r} must be 'dot', 'scaled_dot', 'cosine' or Cosine(temperature)"
+    if isinstance(r.similarity, str):
+        near = nearest(r.similarity, SIMILARITIES)
+        return with_hint(wanted, f"did you mean {SIMILARITIES[near]!r}?" if near else "")
+    return with_hint(wanted, "give tilewise.Cosine() with its brackets" if r.similarity is Cosine else "")
 
 
 def temperature_fits(r: Request) -> str | None:
@@ -65,7 +76,7 @@ def other_devices_agree(r: Request) -> str | None:
 
 
 def masks_and_scores_fit(r: Request) -> str | None:
-    return "; ".join(f"{type(p).__name__}: {why}" for p in r.plugs for why in p.misfits(r.shape)) or None
+    return "; ".join(f"{p.called()}: {why}" for p in r.plugs for why in p.misfits(r.shape)) or None
 
 
 def dropout_fits(r: Request) -> str | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ...parts.bounds import UNLIMITED
+from ...parts.hints import FLASH_LAYOUT, with_hint
 from ...parts.shape import FLOATS, ceil_div
 from ..request import Request
 
@@ -12,19 +15,55 @@ MAX_DIM = 256
 
 
 def tensors_are_given(r: Request) -> str | None:
+    found = []
     for name, tensor in r.qkv().items():
         if not isinstance(tensor, torch.Tensor):
-            return f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor"
-        if tensor.layout != torch.strided:
-            return f"{name}.layout={tensor.layout} must be torch.strided (a plain dense tensor)"
-    return None
+            found.append(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+        elif tensor.layout != torch.strided:
+            found.append(f"{name}.layout={tensor.layout} must be torch.strided (a plain dense tensor)")
+    return "; ".join(found) or None
 
 
 def ranks_are_four(r: Request) -> str | None:
-    for name, tensor in r.qkv().items():
-        if tensor.dim() != 4:
-            return f"{name}.shape={tuple(tensor.shape)} must have 4 dimensions, [batch, heads, length, dim]"
-    return None
+    wrong = {name: tensor for name, tensor in r.qkv().items() if tensor.dim() != 4}
+    if not wrong:
+        return None
+    shapes = ", ".join(f"{name}.shape={tuple(tensor.shape)}" for name, tensor in wrong.items())
+    hints = dict.fromkeys(rank_hint(name, tensor) for name, tensor in wrong.items())
+    return with_hint(
+        f"{shapes} must have 4 dimensions, [batch, heads, length, dim]", "; ".join(filter(None, hints))
+    )
+
+
+def rank_hint(name: str, x: torch.Tensor) -> str:
+    """How a tensor of another rank becomes one of four dimensions."""
+    heads = f"{name}.unflatten(-1, (heads, dim)).transpose(1, 2) for [batch, length, heads · dim]"
+    if x.dim() == 3:
+        return heads if x.shape[2] > MAX_DIM else f"{name}[None] for [heads, length, dim], {heads}"
+    if x.dim() == 5 and 3 in x.shape:
+        where = list(x.shape).index(3)
+        return f"q, k and v packed into one tensor are {name}.unbind({where}), each with heads before length"
+    return {2: f"{name}[None, None] for one head", 5: f"{name}.flatten(0, 1) for two leading dimensions"}.get(
+        x.dim(), ""
+    )
+
+
+def with_four_dimensions(r: Request) -> Request | None:
+    """The request as if missing leading dimensions were there, in the batch of those that have one, so that
+    all else can be judged; None where that is not what is missing."""
+    given = r.qkv().values()
+    if not all(2 <= x.dim() <= 4 and (x.dim() == 4 or x.shape[-1] <= MAX_DIM) for x in given):
+        return None
+    batch = max([x.shape[0] for x in given if x.dim() == 4], default=1)
+    q, k, v = (x if x.dim() == 4 else x[(None,) * (4 - x.dim())].expand(batch, -1, -1, -1) for x in given)
+    return replace(r, q=q, k=k, v=v)
+
+
+def flash_hint(r: Request) -> str:
+    """What to say of heads and lengths that would fit one another if they changed places."""
+    (k_heads, k_len), (v_heads, v_len), q_len = r.k.shape[1:3], r.v.shape[1:3], r.q.shape[2]
+    fits = k_heads == v_heads and k_len == v_len and k_len >= 1 and q_len >= 1 and q_len % k_len == 0
+    return FLASH_LAYOUT if fits and k_heads > k_len else ""
 
 
 def batches_agree(r: Request) -> str | None:
@@ -41,7 +80,7 @@ def heads_have_a_whole_ratio(r: Request) -> str | None:
     q_heads, kv_heads = r.q.shape[1], r.k.shape[1]
     if q_heads >= 1 and kv_heads >= 1 and q_heads % kv_heads == 0:
         return None
-    return f"{q_heads=} must be a multiple of {kv_heads=}, and neither may be 0"
+    return with_hint(f"{q_heads=} must be a multiple of {kv_heads=}, and neither may be 0", flash_hint(r))
 
 
 def kv_lengths_agree(r: Request) -> str | None:
@@ -64,7 +103,11 @@ def grid_is_launchable(r: Request) -> str | None:
 
 def head_dims_agree(r: Request) -> str | None:
     q, k = r.q.shape[3], r.k.shape[3]
-    return None if q == k else f"head_dim of q: {q}, k: {k} must be equal"
+    if q == k:
+        return None
+    is_transposed = (k, q) == (r.v.shape[2], r.k.shape[2])
+    hint = "k comes as v does, [batch, heads, length, dim]: not transposed" if is_transposed else ""
+    return with_hint(f"head_dim of q: {q}, k: {k} must be equal", hint)
 
 
 def dims_are_supported(r: Request) -> str | None:

@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ...parts.numerics import INTERPRETED
 from ...plan import tiles
-from ...plan.checks import STAGES, violations
+from ...plan.checks import OF_TENSORS, first_violation, violations
 from ...plan.implementation import IMPLEMENTATIONS, implementation
+from ...plan.names import ARGUMENTS, refuse_unknown
 from ...plan.quadratic import score_matrix_bytes
-from ...plan.request import Request, make_request
+from ...plan.request import Request, make_request, without_drawing
 from ...plan.rules import hopper as hopper_rules
 from ...plan.rules.implementations import implementation_is_known
 from ...plan.tiles import architecture, choose_tile
@@ -52,22 +53,20 @@ def explain(
                those of the other tensors that require one.
     arguments: those of `attention`.
 
-    Raises what `attention` raises for arguments that no implementation takes, and ValueError for an unknown
-    gpu or work.
+    Raises what `attention` raises for arguments that no implementation takes or knows, and ValueError for an
+    unknown gpu or work.
     """
     if work not in ("forward", "training"):
         raise ValueError(f"{work=} must be 'forward' or 'training'")
+    refuse_unknown("explain", arguments, [*ARGUMENTS, "gpu", "work"])
     return_lse = bool(arguments.pop("return_lse", False))
     if is_nested(q, k, v):
         given = {name: arguments.pop(name, None) for name in ("mask", "bias", "score")}
         q, k, v, arguments["mask"], arguments["score"], _ = pack(q, k, v, **given)
-    if arguments.get("dropout_p", 0) != 0 and arguments.get("dropout_seed") is None:
-        # A stand-in: drawing a seed would move PyTorch's generator on.
-        arguments["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
     if work == "training" and isinstance(q, Tensor) and q.is_floating_point():
         q = q.detach().requires_grad_()
     with torch.set_grad_enabled(work == "training"):
-        request = make_request(q, k, v, **arguments)
+        request = make_request(q, k, v, **without_drawing(q, arguments))
         with unset_fake_temporarily():
             return explain_request(request, gpu, work, return_lse)
 
@@ -123,10 +122,7 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
 
 def refuse_malformed(request: Request) -> None:
     """Raise the first thing that is wrong with q, k, v or impl: then there is nothing to explain."""
-    for rules in (*STAGES[:3], (implementation_is_known,)):
-        for rule in rules:
-            if (reason := rule(request)) is not None:
-                raise ValueError(reason)
+    first_violation(request, (*OF_TENSORS, (implementation_is_known, ())))
 
 
 def reasons(request: Request, not_hopper: Iterable[str] = ()) -> list[str]:

@@ -87,7 +87,7 @@ def structure_of(mask: Dense, look: Look) -> Suggestion | None:
     others = [part for part in look.request.masks if part is not mask]
     changed = replace(look.work, rows=intersected(rows_of(others, shape), bounds, whole=same))
     if same:
-        changed = replace(changed, extras=tuple(x for x in changed.extras if x.name != "Dense.mask"))
+        changed = replace(changed, extras=tuple(x for x in changed.extras if x.name != mask.called("mask")))
     worth = look.factor(changed)
     if worth < WORTH_SAYING:
         return None
@@ -267,7 +267,7 @@ def few_programs(look: Look) -> Suggestion | None:
 
 
 def bias_of_every_pair(look: Look) -> Suggestion | None:
-    names = {f"{type(s).__name__}.bias" for s in look.request.scores if isinstance(s, Bias)}
+    names = {s.called("bias") for s in look.request.scores if isinstance(s, Bias)}
     full = [extra for extra in look.work.extras if extra.every_pair and extra.name in names]
     if not full:
         return None
