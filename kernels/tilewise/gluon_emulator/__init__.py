@@ -49,7 +49,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from .copies import Descriptor
 from .language import Machine, loop, stand_ins
-from .numbers import interpreted_language, scalar
+from .numbers import interpreted_language, quiet, scalar
 from .roles import EmulationError, Roles
 from .schedules import PriorityChange, RandomSchedule, Schedule
 from .translate import Translator, unwrap
@@ -93,7 +93,8 @@ def emulate(
             interpreter_builder.set_grid_idx(*index)
             roles = Roles(schedule, options.get("num_warps", 4))
             machine.start(roles)
-            run(**values)
+            with quiet():
+                run(**values)
             roles.check_all_ended()
             machine.memory.check_ended()
 

@@ -20,6 +20,11 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
 
 
+def quiet() -> contextlib.AbstractContextManager[Any]:
+    """NaN and infinities pass without NumPy's warnings, as on a GPU: a setting of one thread."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
 def numpy_dtype(dtype: tl.dtype) -> np.dtype[Any]:
     return interpreter._get_np_dtype(dtype)
 

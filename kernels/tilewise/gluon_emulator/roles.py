@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from .numbers import quiet
 from .order import Clock
 from .role import Copy, Role
 from .schedules import Schedule
@@ -164,7 +165,8 @@ class Roles:
         role.baton.acquire()
         try:
             if self._error is None:
-                function(*arguments)
+                with quiet():
+                    function(*arguments)
                 self.check_ended(role)
                 role.is_done = True
                 self._pass_on()

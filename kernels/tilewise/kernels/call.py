@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..parts.masks.mask import BoundMask
-from ..parts.numerics import float32_precision
+from ..parts.numerics import INTERPRETED, float32_precision
 from ..parts.scores.score import BoundScore
 from ..parts.shape import Shape, next_power_of_two
 
@@ -70,7 +70,13 @@ NO_CONTEXT = contextlib.nullcontext()
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels launched inside run on the tensor's device, whichever is current outside."""
+    """Kernels launched inside run on the tensor's device, whichever is current outside. Where they are
+    interpreted, it is NumPy that computes: it warns of NaN and infinities, which padding and biases may hold
+    and a GPU takes without a word. The setting is this thread's, which is the one that interprets."""
+    if INTERPRETED:
+        import numpy as np
+
+        return np.errstate(over="ignore", invalid="ignore")
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return NO_CONTEXT
