@@ -16,6 +16,7 @@ import typer
 from torch._subclasses import FakeTensorMode
 from typer.testing import CliRunner
 
+from harness.interpreted import set_interpreted
 from tilewise.tools.doctor import command as doctor_command
 from tilewise.tools.doctor import doctor
 from tilewise.tools.doctor.doctor import Diagnosis, Finding, examine
@@ -122,20 +123,44 @@ def test_a_wrong_result_is_a_problem(device, monkeypatch):
 
 def test_without_the_interpreter_a_cpu_runs_plain_pytorch():
     """A process of its own: TRITON_INTERPRET is read at import."""
-    program = "from tilewise.tools.doctor import examine; import json; print(json.dumps(examine().to_dict()))"
+    program = "import json; from tilewise.tools.doctor.doctor import examine; "
+    program += "print(json.dumps(examine().to_dict()))"
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     read = json.loads(ran.stdout)
     assert read["healthy"], ran.stderr
     found = {f["subject"]: f for f in read["findings"]}
-    assert "TRITON_INTERPRET=1" in found["impl='portable' on cpu"]["found"]
-    assert found["impl='portable' on cpu"]["verdict"] == "note"
-    assert found["impl='hopper' on cpu"]["found"].startswith("not available: impl='hopper' on CPU tensors")
-    assert found["impl=None on cpu"]["found"] == "is 'torch'" and "attention, impl='hopper'" not in found
+    runs = [f for f in read["findings"] if f["topic"] == "runs"]
+    assert [f["subject"] for f in runs] == ["here"], "one line on what runs"
+    assert "plain PyTorch on the CPU (impl=None is 'torch')" in runs[0]["found"]
+    assert runs[0]["advice"].startswith("TRITON_INTERPRET=1 in the environment, before Python starts")
+    assert "interpreter" not in " ".join(f["found"] + f["advice"] for f in read["findings"])
+    assert "attention, impl='hopper'" not in found
     assert found["attention"]["found"].startswith("torch on cpu")
-    assert found["GPU"]["verdict"] == "note" and found["interpreter"]["found"] == "off"
+    assert found["GPU"]["verdict"] == "note" and found["GPU"]["advice"] == ""
     assert "TRITON_INTERPRET=0" in found["environment"]["found"]
+
+
+@pytest.mark.parametrize(
+    "interpreted, has_gpu, asked, found, advice",
+    [
+        (False, False, None, "plain PyTorch on the CPU", "TRITON_INTERPRET=1 in the environment"),
+        (False, False, "1", "plain PyTorch on the CPU", "it was set after triton was imported"),
+        (True, False, "1", "the kernels, in Triton's interpreter", ""),
+        (True, True, "1", "the kernels, in Triton's interpreter", "unset TRITON_INTERPRET to use the GPU"),
+        (False, True, "1", "the kernels on the GPU", "it was set after triton was imported"),
+        (False, True, "0", "the kernels on the GPU", ""),
+    ],
+)
+def test_what_runs_here_is_one_line(interpreted, has_gpu, asked, found, advice, monkeypatch):
+    set_interpreted(monkeypatch, interpreted)
+    monkeypatch.setattr(doctor, "INTERPRETED", interpreted)
+    monkeypatch.setenv("TRITON_INTERPRET", asked or "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    first = next(doctor.implementations())
+    assert first.subject == "here" and found in first.found and advice in first.advice
+    assert first.verdict == ("note" if advice else "ok") and bool(first.advice) == bool(advice)
 
 
 @pytest.mark.parametrize("has_gpu, verdict", [(True, "problem"), (False, "note")])
@@ -263,12 +288,3 @@ def test_the_driver_is_asked_where_it_can_be(monkeypatch):
     monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: answers.pop(0))
     assert doctor.driver() == "580.95"
     assert doctor.driver() == "unknown: no devices"
-
-
-def test_the_interpreter_beside_a_gpu_is_noted(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(doctor, "INTERPRETED", True)
-    assert "unset TRITON_INTERPRET" in next(doctor.implementations()).advice
-    monkeypatch.setattr(doctor, "INTERPRETED", False)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "set after" in next(doctor.implementations()).advice

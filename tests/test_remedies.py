@@ -221,10 +221,7 @@ def test_wrong_heads_of_the_usual_layout_are_not_taken_for_another(device):
         assert "multiple" in reason and "FlashAttention" not in reason
 
 
-def test_masks_are_combined_with_and_alone():
-    """`and` would silently leave out the first one."""
-    with pytest.raises(TypeError, match="combine masks with `&`"):
-        tilewise.Causal() and tilewise.Window(3, 0)
+def test_what_is_combined_with_a_mask_has_the_same_remedies():
     for other, words in (("causal", "give mask=tilewise.Causal"), (tilewise.Causal, "Causal is the class")):
         with pytest.raises(ValueError, match=words):
             tilewise.Window(3, 0) & other

@@ -29,7 +29,7 @@ def interpret_without_gpu() -> None:
 
 def main() -> None:
     """The entry point of the `tilewise` command."""
-    if RUN_KERNELS & set(sys.argv[1:2]):
+    if RUN_KERNELS & set(sys.argv[1:2]) and "--help" not in sys.argv:
         interpret_without_gpu()
     from tilewise import cli
 

@@ -86,9 +86,6 @@ class Mask:
     def __repr__(self) -> str:
         return described(self)
 
-    def __bool__(self) -> bool:
-        raise TypeError("a mask is neither true nor false: combine masks with `&`, not with `and` or `or`")
-
     def __and__(self, other: Mask | torch.Tensor) -> Mask:
         return All(self, as_mask(other))
 

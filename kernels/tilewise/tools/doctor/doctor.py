@@ -135,10 +135,7 @@ def gpus() -> Iterator[Finding]:
             if not (torch.version.cuda or torch.version.hip)
             else ("torch sees none: is there a driver, and is CUDA_VISIBLE_DEVICES empty?")
         )
-        advice = (
-            "the kernels run in Triton's interpreter (TRITON_INTERPRET=1), anything else in plain PyTorch"
-        )
-        yield Finding("GPU", "GPU", f"none: {why}", "note", advice)
+        yield Finding("GPU", "GPU", f"none: {why}", "note")
         return
     yield Finding("GPU", "driver", driver())
     for index in range(torch.cuda.device_count()):
@@ -192,17 +189,21 @@ def driver() -> str:
 
 
 def implementations() -> Iterator[Finding]:
-    asked = os.environ.get("TRITON_INTERPRET")
-    found = "on: kernels run on the CPU, slowly, as ordinary Python" if INTERPRETED else "off"
-    if INTERPRETED and torch.cuda.is_available():
-        yield Finding("runs", "interpreter", found, "note", "unset TRITON_INTERPRET to use the GPU")
-    elif asked in ("1", "true", "on", "yes") and not INTERPRETED:
-        yield Finding(
-            "runs", "interpreter", found, "note", "TRITON_INTERPRET was set after triton was imported"
-        )
+    """What answers here in a line, and how to see the kernels where it is none of them; then each by name."""
+    has_gpu = torch.cuda.is_available()
+    advice = ""
+    if INTERPRETED:
+        found = "the kernels, in Triton's interpreter on the CPU: slowly, as ordinary Python"
+        advice = "unset TRITON_INTERPRET to use the GPU" if has_gpu else ""
+    elif has_gpu:
+        found = "the kernels on the GPU, plain PyTorch on CPU tensors"
     else:
-        yield Finding("runs", "interpreter", found)
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        found = "plain PyTorch on the CPU (impl=None is 'torch'), and no kernel"
+        advice = "TRITON_INTERPRET=1 in the environment, before Python starts, runs the kernels on the CPU"
+    if not INTERPRETED and os.environ.get("TRITON_INTERPRET") in ("1", "true", "on", "yes"):
+        advice = "TRITON_INTERPRET=1 does nothing here: it was set after triton was imported"
+    yield Finding("runs", "here", found, "note" if advice else "ok", advice)
+    devices = [device for device, is_there in (("cpu", INTERPRETED), ("cuda", has_gpu)) if is_there]
     for device in devices:
         q = torch.empty(1, 1, 1, 16, device=device, dtype=torch.float16)
         for name in IMPLEMENTATIONS:

@@ -56,7 +56,8 @@ def inspect(
     try:
         kernels = kernel or applicable(ALL_KERNELS if every else KERNELS, archs, dtypes, cases)
         arguments = check_arguments(archs, dtypes, dim or DIMS, mask or list(MASKS), kernels, cases)
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        screen = Console(stderr=True)
+        with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
             count = len(archs) * len(variants(**arguments))
             compiling = progress.add_task("compiling", total=count)
             found = inspect_kernels(
