@@ -10,12 +10,15 @@ import subprocess
 import sys
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from harness.baseline import Figures, against_baseline, better, load, save, worse
 from tilewise.tools.compiled.compiler import Compiled, CompileError, Variant, compile_variants
 from tilewise.tools.compiled.machine_code import Instruction
 from tilewise.tools.compiled.main_loop import main_loops
 from tilewise.tools.compiled.variants import KERNELS, find_case
+from tilewise.tools.inspect.command import inspect as inspect_command
 from tilewise.tools.inspect.inspect import applicable, check_arguments, inspect_one, variants
 
 OLD = Figures(200, 0, 1024, [500, 700], [16, 16], [66, 66], [66, 64])
@@ -147,6 +150,17 @@ def failing_variants() -> list[Variant]:
         raise ValueError("no such thing")
 
     return [Variant("wrong", fails), Variant("idle", lambda: None)]
+
+
+def test_nothing_but_the_error_is_printed_where_no_terminal_is(monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        raise CompileError("sm_90: it does not compile")
+
+    monkeypatch.setattr("tilewise.tools.inspect.command.inspect_kernels", fails)
+    app = typer.Typer()
+    app.command()(inspect_command)
+    ran = CliRunner().invoke(app, ["--kernel", "prepare"])
+    assert (ran.exit_code, ran.output) == (1, "tilewise inspect: sm_90: it does not compile\n")
 
 
 def test_failures_are_named_with_target_and_variant():

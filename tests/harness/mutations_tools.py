@@ -9,6 +9,7 @@ BOUNDS = "kernels/tilewise/parts/bounds.py"
 CHECKS = "kernels/tilewise/plan/checks.py"
 COVERAGE = "kernels/tilewise/tools/explain/coverage.py"
 DOCTOR = "kernels/tilewise/tools/doctor/doctor.py"
+EXPLAIN = "kernels/tilewise/tools/explain/explain.py"
 LIMITS = "kernels/tilewise/tools/explain/limits.py"
 PADDING = "kernels/tilewise/parts/masks/padding.py"
 QUADRATIC = "kernels/tilewise/plan/quadratic.py"
@@ -49,12 +50,17 @@ MUTATIONS = (
              "return int((rows.hi - rows.lo).sum()) * alike",
              tests("bounds", "pairs_and_keys_against_the_dense_mask")),
     Mutation("limits: idle multiprocessors at work", LIMITS,
-             "busy = min(programs, chip.multiprocessors) / chip.multiprocessors",
-             "busy = min(programs, 1)",
-             tests("explain", "idle_multiprocessors_make_the_rest_slower")),
+             "busy = working / chip.multiprocessors", "busy = 1.0",
+             tests("explain_numbers", "idle_multiprocessors_make_the_rest_slower")),
+    Mutation("limits: memory for multiprocessors that have no program", LIMITS,
+             "memory=moved / min(chip.memory_bytes, ports)", "memory=moved / chip.memory_bytes",
+             tests("explain_numbers", "idle_multiprocessors_make_the_rest_slower")),
+    Mutation("suggestions: Hopper's forward on any chip", EXPLAIN,
+             "not not_hopper and not is_hopper", "not is_hopper",
+             tests("explain_advice", "hoppers_forward_is_suggested_where_it_takes_the_call")),
     Mutation("suggestions: a mask with gaps said to be the same", SUGGESTIONS,
              "found.append((lo, hi, hi - lo == count))", "found.append((lo, hi, hi - lo >= count))",
-             tests("explain", "advice_is_given_where_it_applies_and_nowhere_else"
+             tests("explain_advice", "advice_is_given_where_it_applies_and_nowhere_else"
                               "[a mask that a causal one bounds]")),
     Mutation("strict: strides forgotten in what passed", CHECKS,
              "r.strict and tuple([t.stride() for _, t in r.other_tensors])", "r.strict",

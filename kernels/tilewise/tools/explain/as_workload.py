@@ -109,8 +109,21 @@ def as_trained(name: str, parameter: Parameter, tensor: torch.Tensor, shape: Sha
     return TrainedParameter(name, tensor.numel() * tensor.element_size(), programs, sums)
 
 
+def looks_swapped(shape: Shape) -> bool:
+    """Whether heads and length may have changed places: many more heads than rows and keys, in number such as
+    lengths have, and as many rows and keys as heads can have."""
+    many, few = shape.q_heads, shape.q_len
+    is_lopsided = many >= 64 and many >= 4 * few and shape.kv_heads >= 4 * shape.kv_len
+    return is_lopsided and shape.kv_len >= 1 and shape.q_len >= 1 and shape.q_len % shape.kv_len == 0
+
+
 def notes(request: Request, work: Workload) -> Iterator[str]:
     """What a reader of the counts must know."""
+    if looks_swapped(work.shape):
+        yield (
+            f"{work.shape.q_heads} heads of {work.shape.q_len} queries: if q, k and v are [batch, length, "
+            "heads, dim], as FlashAttention has them, give transpose(1, 2) of each; here heads come first"
+        )
     for unknown in work.rows.unknown:
         yield f"{unknown}; it counts as if every tile were visited and masked, so tiles are upper bounds"
     for name, masks in (("a bool mask", "Dense"), ("a keep function", "UserMask")):

@@ -28,7 +28,7 @@ from ..inputs import case_inputs
 from .explain import Explanation
 from .explain import explain as explain_call
 from .findings import Work
-from .text import is_number, sections, title
+from .text import is_number, sections, table, title
 
 INTERVAL_FEATURES = ("causal", "window", "documents")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -175,19 +175,29 @@ def explain_case(case: Case, gpu: str | None, training: bool, impl: str | None =
 
 
 def print_cases(console: Console) -> None:
+    """The named cases, one a line below the line that says what they are."""
     for name, cases in GROUPS.items():
-        console.print(Text(name, style="italic"))
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for column in ("case", "q", "k, v", "dtype", "provenance"):
-            table.add_column(column, overflow="fold", no_wrap=column != "provenance")
-        shown: set[str] = set()
-        for case in cases:
-            sizes = f"{case.batch},{case.q_heads},{case.q_len},{case.head_dim}"
-            keys = f"{case.batch},{case.kv_heads},{case.kv_len},{case.value_dim}"
-            source = case.provenance if case.provenance not in shown else "as above"
-            shown.add(case.provenance)
-            table.add_row(*map(Text, (case.name, sizes, keys, case.dtype, source)))
-        console.print(table)
+        lines = table(
+            ("case", "q", "k, v", "dtype"),
+            [
+                (
+                    case.name,
+                    f"{case.batch},{case.q_heads},{case.q_len},{case.head_dim}",
+                    f"{case.batch},{case.kv_heads},{case.kv_len},{case.value_dim}",
+                    case.dtype,
+                )
+                for case in cases
+            ],
+        )
+        console.print(Text(name, style="bold italic"))
+        console.print(Text(f"  {lines[0]}", style="italic"))
+        said = ""
+        for case, line in zip(cases, lines[1:], strict=True):
+            if case.provenance != said:
+                said = case.provenance
+                console.print(Padding(Text(said, style="dim"), (0, 0, 0, 1)))
+            console.print(Text(f"  {line.rstrip()}"), no_wrap=True)
+        console.print()
 
 
 def print_explanation(console: Console, found: Explanation) -> None:
@@ -198,10 +208,10 @@ def print_explanation(console: Console, found: Explanation) -> None:
         for sentence in section.sentences:
             console.print(Padding(Text(sentence), (0, 0, 0, 2)))
         if section.rows:
-            table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+            shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
             cells = [section.heading, *section.rows]
             for i, column in enumerate(section.heading):
-                table.add_column(column, justify="right" if is_number(i, cells) else "left")
+                shown.add_column(column, justify="right" if is_number(i, cells) else "left")
             for row in section.rows:
-                table.add_row(*map(Text, row))
-            console.print(table)
+                shown.add_row(*map(Text, row))
+            console.print(shown)

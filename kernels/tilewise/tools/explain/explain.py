@@ -91,6 +91,7 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
             kernels = kernels_of(model)
         except NotImplementedError as error:  # no tile fits the chip
             on_a_gpu = [str(error)]
+    hopper_could = not not_hopper and not is_hopper and request.impl != "torch"
     plain = Allocation("score matrices in fp32, several of", score_matrix_bytes(shape), "during the call")
     others = {name: why_not_this(given, name) for name in IMPLEMENTATIONS if name != answers}
     if "hopper" in others:  # a word on the chip, not on this machine
@@ -116,7 +117,7 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
         kernels=kernels,
         memory=memory_of(model) if kernels else (),
         memory_here=(plain,) if answers == "torch" else (),
-        suggestions=suggestions(Look(request, model, kernels)) if kernels else (),
+        suggestions=suggestions(Look(request, model, kernels, hopper_could)) if kernels else (),
     )
 
 

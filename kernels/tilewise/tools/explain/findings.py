@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from .limits import PIPES, Limits, Pipe
+from .limits import PIPES, Limit, Limits
 from .suggestions import Suggestion
 from .workload import Allocation, Kernel
 
@@ -44,9 +44,11 @@ class Findings:
         return Limits(*(sum(getattr(kernel.limits, pipe) for kernel in self.kernels) for pipe in PIPES))
 
     @property
-    def limit(self) -> Pipe:
-        """The pipe that has the most to do."""
-        return self.limits.largest
+    def limit(self) -> Limit:
+        """The pipe that has the most to do, or "programs" where most of the time passes in kernels that have
+        too few of them."""
+        few = sum(kernel.limits.overlapped for kernel in self.kernels if kernel.limits.few_programs)
+        return "programs" if 2 * few > self.seconds else self.limits.largest
 
     @property
     def seconds(self) -> float:
@@ -71,7 +73,7 @@ class Findings:
         """Everything, in types that JSON has."""
         found = asdict(self)
         for entry, kernel in zip(found["kernels"], self.kernels, strict=True):
-            entry |= dict(intensity=kernel.intensity, limit=kernel.limits.largest)
+            entry |= dict(intensity=kernel.intensity, limit=kernel.limits.limit)
         return found | dict(
             limits=self.limits.seconds(), limit=self.limit, flops=self.flops,
             seconds=self.seconds, seconds_in_turns=self.seconds_in_turns,

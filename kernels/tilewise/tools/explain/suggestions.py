@@ -22,7 +22,7 @@ from ...parts.shape import Align, Shape
 from ...plan.quadratic import mebibytes, score_matrix_bytes
 from ...plan.request import Request
 from .coverage import Rows, has_contents, pairs_that_count, rows_of
-from .workload import Kernel, Workload, seconds
+from .workload import Kernel, Workload, kernels_of, seconds
 
 WORTH_SAYING = 1.05
 READ_AT_ONCE = 1 << 24  # elements of a bool mask
@@ -43,6 +43,7 @@ class Look:
     request: Request
     work: Workload
     kernels: tuple[Kernel, ...]
+    hopper_could: bool = False  # Hopper's forward takes the call on this chip, and is not the one explained
 
     def factor(self, changed: Workload) -> float:
         """How many times the least time of `changed` the call takes at least."""
@@ -253,6 +254,27 @@ def heads_are_expanded(look: Look) -> Suggestion | None:
 # ---- Work
 
 
+def hopper_is_not_asked(look: Look) -> Suggestion | None:
+    """Where matmuls and exponentials take turns, and there is a forward that overlaps them."""
+    if not look.hopper_could:
+        return None
+    (forward, *others), work = look.kernels, look.work
+    try:
+        (overlapping, *_) = kernels_of(replace(work, is_hopper=True))
+    except NotImplementedError:  # no tile of its own fits
+        return None
+    before, after = forward.limits.in_turns, overlapping.limits.overlapped
+    rest = sum(kernel.limits.in_turns for kernel in others)
+    worth = (before + rest) / (after + rest) if after else 1.0
+    if worth < WORTH_SAYING:
+        return None
+    return Suggestion(
+        "impl='hopper' asks for the forward that overlaps matmuls and exponentials, where those of the "
+        "portable one come nearer to taking turns; no GPU has run it yet, so that its time is a guess",
+        worth,
+    )
+
+
 def few_programs(look: Look) -> Suggestion | None:
     (kernel, *_), chip = look.kernels, look.work.chip
     if not 0 < kernel.programs < chip.multiprocessors:
@@ -331,6 +353,7 @@ RULES: tuple[Rule, ...] = (
     rows_are_not_contiguous,
     rows_are_not_aligned,
     heads_are_expanded,
+    hopper_is_not_asked,
     few_programs,
     bias_of_every_pair,
     tiles_are_wide,

@@ -41,19 +41,27 @@ def title(e: Findings) -> str:
 
 
 def implementation(e: Findings) -> Section:
-    sentences = [f"{e.implementation} answers here: {e.because}."]
+    on_gpu = f"On an {e.gpu} ({e.gpu_because})"
+    is_meta, has_kernels = e.device == "meta" and not e.refused, not e.no_kernels
+    if is_meta and has_kernels and e.implementation == e.on_gpu:  # "here" means nothing to a meta tensor
+        asked = f": {e.because}" if e.because.startswith("impl=") else ""
+        sentences = [f"{on_gpu} the {e.on_gpu} kernels answer{asked}."]
+    else:
+        sentences = [f"{e.implementation} answers here: {e.because}."]
     if e.refused:
         sentences = [f"attention() raises here: {reason}." for reason in e.refused]
     sentences += [f"{name} does not: {why}." for name, why in e.others.items()]
     sentences += [f"Plain PyTorch holds {x.name} {quantity(x.bytes, 'B')}." for x in e.memory_here]
-    if e.no_kernels:
+    if not has_kernels:
         sentences.append(f"No kernel on an {e.gpu}: {e.no_kernels}.")
     elif e.implementation != e.on_gpu or e.refused:
-        sentences.append(f"On an {e.gpu} ({e.gpu_because}) the {e.on_gpu} kernels would answer, as follows.")
-    else:
+        sentences.append(f"{on_gpu} the {e.on_gpu} kernels would answer, as follows.")
+    elif not is_meta:
         sentences.append(f"What follows is for an {e.gpu} ({e.gpu_because}).")
-    if e.on_gpu_note and not e.no_kernels:
+    if e.on_gpu_note and has_kernels:
         sentences.append(f"{e.on_gpu_note}.")
+    if is_meta:
+        sentences.append("q is a meta tensor: a call gives one too, of the shape of the result.")
     return Section("Implementation", tuple(sentences))
 
 
@@ -124,7 +132,7 @@ def limits(e: Findings) -> Section:
             *(duration(x) for x in kernel.limits.seconds().values()),
             duration(kernel.limits.overlapped),
             duration(kernel.limits.in_turns),
-            kernel.limits.largest,
+            kernel.limits.limit,
         )
         for kernel in e.kernels
     ]
@@ -132,12 +140,27 @@ def limits(e: Findings) -> Section:
         all_of = [duration(x) for x in e.limits.seconds().values()]
         rows.append(("all", *all_of, duration(e.seconds), duration(e.seconds_in_turns), e.limit))
     rate = quantity(e.flops / e.seconds, "FLOP/s") if e.seconds else "0"
-    verdict = f"The limit is {e.limit}: no faster than {duration(e.seconds)}, {rate} of what counts."
+    verdict = f"The limit is {reason(e)}: no faster than {duration(e.seconds)}, {rate} of what counts."
     meaning = (
         "By the datasheet's rates. at least: all three pipes work at once. in turns: exponentials and "
         "matmuls wait for one another."
     )
     return Section(f"Limits on an {e.gpu}", (verdict, meaning), heading, tuple(rows))
+
+
+def reason(e: Findings) -> str:
+    """The limit in words: a pipe, or how few programs there are and what keeps those busy."""
+    if e.limit != "programs":
+        return e.limit
+    kernel = max(e.kernels, key=lambda kernel: kernel.limits.overlapped * kernel.limits.few_programs)
+    of, programs = round(kernel.programs / kernel.waves), kernel.programs
+    padded = ""
+    if kernel.tiles is not None and (rows := e.sizes["q_len"]) < kernel.tile.tile_q:
+        padded = f", on tiles of {kernel.tile.tile_q} rows that hold {rows}"
+    return (
+        f"how few programs there are: the {programs} of {kernel.name} leave {of - programs} of {of} "
+        f"multiprocessors idle (the others are busiest with {kernel.limits.largest}{padded})"
+    )
 
 
 def memory(e: Findings) -> Section:
