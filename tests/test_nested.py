@@ -136,14 +136,26 @@ def test_what_is_not_built_says_so(name, device):
     assert tilewise.why_not(q, k, v, **arguments) == [str(raised.value)]
 
 
+def test_all_that_is_not_built_is_listed_beside_what_is_wrong(device):
+    nested = jagged(torch.randn(23, 2, DIM, device=device), offsets(LENGTHS, device))
+    arguments = dict(
+        mask=Causal() & Padding(3), bias=torch.zeros(1, device=device), sink=torch.zeros(3), impl="x"
+    )
+    unbuilt, *others = tilewise.why_not(nested, nested, nested, **arguments)
+    assert unbuilt.startswith("bias and Padding with nested tensors is not built")
+    assert [reason.split("=")[0] for reason in others] == ["sink", "impl"]
+
+
 def test_equal_offsets_that_are_not_one_tensor_are_named(device):
     """Two packings are one by identity: values are read only to say what went wrong."""
     first, second = offsets(LENGTHS, device), offsets(LENGTHS, device)
     x, y = (jagged(torch.randn(23, 2, DIM, device=device), starts) for starts in (first, second))
-    other = jagged(torch.randn(23, 2, DIM, device=device), offsets([23 - 5, 5], device))
+    other = jagged(torch.randn(23, 2, DIM, device=device), offsets(LENGTHS[::-1], device))
+    fewer = jagged(torch.randn(23, 2, DIM, device=device), offsets([20, 3], device))
     cases = [
         (x, x, y, {}, ValueError, r"equal in value, .*: make v with .*jagged\(values, k.offsets\(\)\)"),
         (x, y, y, dict(mask=Causal()), NotImplementedError, r"equal in value, .*: make k with .*q\.offsets"),
+        (x, fewer, fewer, {}, ValueError, f"batch sizes q: {len(LENGTHS)}, k: 2, v: 2 must be equal"),
         (x, x, other, {}, ValueError, r"must have the same offsets: make v with .*k\.offsets"),
         (x, other, other, dict(mask=Causal()), NotImplementedError, "in q and k take Softcap$"),
     ]

@@ -146,10 +146,15 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
     try:
         if is_nested(q, k, v):
             parts = {name: given.pop(name, None) for name in PARTS}
-            q, k, v, given["mask"], given["score"], _ = pack(q, k, v, **parts)
+            try:
+                packed = pack(q, k, v, **parts)
+            except NotImplementedError as error:  # of the parts, it may be: the rest is judged without them
+                found.append(str(error))
+                packed = pack(q, k, v)
+            q, k, v, given["mask"], given["score"], _ = packed
         request = make_request(q, k, v, **without_drawing(q, given))
     except (ValueError, NotImplementedError) as error:
-        return [*found, str(error)]
+        return list(dict.fromkeys([*found, str(error)]))
     return found + [str(violation) for violation in violations(request)]
 
 

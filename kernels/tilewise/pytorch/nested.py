@@ -55,18 +55,20 @@ def pack(q: Any, k: Any, v: Any, *, mask: Any = None, bias: Any = None, score: A
         check_jagged(name, x)
     if not same_offsets(k.offsets(), v.offsets()):
         raise ValueError(with_hint("k and v must have the same offsets", offsets_hint("k", k, v)))
-    if bias is not None:
-        raise NotImplementedError("bias with nested tensors is not built: use padded tensors with Padding")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"batch sizes q: {q.shape[0]}, k: {k.shape[0]}, v: {v.shape[0]} must be equal")
     packed_alike = same_offsets(q.offsets(), k.offsets())
     masks, scores = () if mask is None else as_mask(mask).parts(), as_scores(score)
-    for part in (*masks, *scores):
-        if not isinstance(part, RELATIVE if packed_alike else Softcap):
-            wanted = ", ".join(cls.__name__ for cls in RELATIVE) if packed_alike else "Softcap"
-            reason = (
-                f"{type(part).__name__} with nested tensors is not built; those "
-                f"{'of one packing' if packed_alike else 'packed differently in q and k'} take {wanted}"
-            )
-            raise NotImplementedError(with_hint(reason, "" if packed_alike else offsets_hint("q", q, k)))
+    wanted = RELATIVE if packed_alike else (Softcap,)
+    unbuilt = [] if bias is None else ["bias"]
+    unbuilt += [type(part).__name__ for part in (*masks, *scores) if not isinstance(part, wanted)]
+    if unbuilt:
+        reason = (
+            f"{' and '.join(unbuilt)} with nested tensors is not built: padded ones with Padding take all, "
+            f"nested ones {'of one packing' if packed_alike else 'packed differently in q and k'} take "
+            f"{', '.join(cls.__name__ for cls in wanted)}"
+        )
+        raise NotImplementedError(with_hint(reason, "" if packed_alike else offsets_hint("q", q, k)))
     within: Mask = sequences(q.offsets(), k.offsets(), q.values().shape[1])
     for part in masks:
         within = within & part
