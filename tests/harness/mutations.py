@@ -95,7 +95,7 @@ MUTATIONS = (
              "head_of(values, batch, head // group)", "head_of(values, batch, head % (q_heads // group))",
              tests("sdpa", "grouped_heads[()-(6, 2)]")),
     Mutation("forward: values with the strides of keys", CALL,
-             "values=(call.v, call.v.stride())", "values=(call.v, call.k.stride())",
+             "(call.v, call.v.stride())", "(call.v, call.k.stride())",
              tests("shapes", "dims[40-smaller]")),
     Mutation("forward: batch taken for head", WALK,
              "head = (program // q_tiles) % q_heads", "head = program // q_tiles // q_heads",
@@ -279,7 +279,7 @@ MUTATIONS = (
              tests("numerics", "float32_matmuls_follow_pytorchs_precision")),
     # ---- The host
     Mutation("host: group is the number of key heads", CALL,
-             "sizes=(shape.q_heads, shape.group,", "sizes=(shape.q_heads, shape.kv_heads,",
+             "return shape.q_heads, shape.group,", "return shape.q_heads, shape.kv_heads,",
              tests("shapes", "heads[6-2]")),
     Mutation("host: NumPy warns of the lowest number", CALL,
              'np.errstate(over="ignore", invalid="ignore")', 'np.errstate(invalid="ignore")',

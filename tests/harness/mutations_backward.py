@@ -130,7 +130,7 @@ MUTATIONS = (
              "head_of(dkeys, batch, kv_head)", "head_of(dkeys, batch, kv_head * group)",
              tests("backward", "heads[6-2]")),
     Mutation("dkv: dO with the strides of Q", BACKWARD,
-             "dout=(backward.do, backward.do.stride())", "dout=(backward.do, backward.call.q.stride())",
+             "rows=((backward.do, backward.do.stride())", "rows=((backward.do, backward.call.q.stride())",
              tests("backward", "sum_backward")),
     Mutation("dkv: dV with the strides of dK", BACKWARD,
              "dvalues=(dv, dv.stride())", "dvalues=(dv, dk.stride())",

@@ -49,14 +49,7 @@ from .walk import load_keys, own_rows, step_keys, steps_of
 
 @triton.jit
 def dkv_kernel(
-    queries,  # what all walks take is explained in forward.py
-    keys,
-    values,
-    sizes,
-    unit,
-    dropout,
-    mask_args,
-    score_args,
+    call,  # tensors, sizes and what acts on scores: `shared_arguments`
     INTERVALS: tl.constexpr,
     KEEPS: tl.constexpr,
     SCORES: tl.constexpr,
@@ -65,10 +58,7 @@ def dkv_kernel(
     HEAD_TILE: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    dout,  # (pointer, strides)
-    max_ptr,  # row statistics, [batch, q_heads, q_len] contiguous, as for the next two
-    sum_ptr,
-    delta_ptr,
+    rows,  # dO and three numbers a row: `backward_arguments`
     ranges_ptr,
     dkeys,  # (pointer, strides), as for dvalues
     dvalues,
@@ -79,6 +69,8 @@ def dkv_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
+    queries, keys, values, sizes, unit, dropout, mask_args, score_args = call
+    dout, max_ptr, sum_ptr, delta_ptr = rows
     q_heads, group, q_len, kv_len = sizes
     # The first tiles of keys, seen by the most rows under a causal mask, start first.
     kv_tiles, q_tiles = tl.cdiv(kv_len, TILE_KV), tl.cdiv(q_len, TILE_Q)
@@ -170,14 +162,7 @@ def dkv_kernel(
 
 @triton.jit
 def dq_kernel(
-    queries,
-    keys,
-    values,
-    sizes,
-    unit,
-    dropout,
-    mask_args,
-    score_args,
+    call,  # tensors, sizes and what acts on scores: `shared_arguments`
     INTERVALS: tl.constexpr,
     KEEPS: tl.constexpr,
     SCORES: tl.constexpr,
@@ -186,10 +171,7 @@ def dq_kernel(
     HEAD_TILE: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    dout,  # (pointer, strides)
-    max_ptr,  # row statistics, [batch, q_heads, q_len] contiguous, as for the next two
-    sum_ptr,
-    delta_ptr,
+    rows,  # dO and three numbers a row: `backward_arguments`
     dqueries,  # (pointer, strides)
     DERIVATIVES: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -198,6 +180,8 @@ def dq_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
+    queries, keys, values, sizes, unit, dropout, mask_args, score_args = call
+    dout, max_ptr, sum_ptr, delta_ptr = rows
     q_heads, group, q_len, kv_len = sizes
     batch, head, q_idx, row = own_rows(q_heads, q_len, TILE_Q)
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
@@ -250,13 +234,11 @@ def dq_kernel(
 
 
 def backward_arguments(backward: BackwardCall, tile: Tile) -> dict[str, Any]:
-    """What the kernels that recompute scores take alike."""
+    """What the kernels that recompute scores take alike. `rows` is dO, with its strides, and what is known of
+    each row, [batch, q_heads, q_len] contiguous: row_max, sum_log2 and delta."""
     call = backward.call
     return shared_arguments(call) | dict(
-        dout=(backward.do, backward.do.stride()),
-        max_ptr=backward.row_max,
-        sum_ptr=backward.sum_log2,
-        delta_ptr=backward.delta,
+        rows=((backward.do, backward.do.stride()), backward.row_max, backward.sum_log2, backward.delta),
         DERIVATIVES=tuple([score.derivative for score in call.scores]),
         TILE_Q=tile.tile_q,
         TILE_KV=tile.tile_kv,

@@ -45,18 +45,37 @@ def function_arguments(call: Call) -> dict[str, Any]:
     )
 
 
+def sizes_of(shape: Shape) -> tuple[int, int, int, int]:
+    """(q_heads, query heads that share a head of keys and values, q_len, kv_len)."""
+    return shape.q_heads, shape.group, shape.q_len, shape.kv_len
+
+
 def shared_arguments(call: Call) -> dict[str, Any]:
-    """The arguments that every portable kernel takes, by the names they have there."""
-    shape = call.shape
+    """The arguments that every portable kernel takes, by the names they have there.
+
+    `call` is one tuple of what changes from call to call without another kernel being compiled:
+
+        queries, keys, values    (pointer, strides) each: parts/addressing.py
+        sizes                    as `sizes_of` has them
+        unit                     exp(score) = exp(s · unit) for the s that SCORES leave; None: natural units
+        dropout                  seed, threshold and factor, or ()
+        mask_args, score_args    what the functions in INTERVALS and KEEPS, and those in SCORES, are given
+    """
+    shape, functions = call.shape, function_arguments(call)
     return dict(
-        queries=(call.q, call.q.stride()),
-        keys=(call.k, call.k.stride()),
-        values=(call.v, call.v.stride()),
-        sizes=(shape.q_heads, shape.group, shape.q_len, shape.kv_len),
-        unit=call.unit,
-        dropout=call.dropout,
-        **function_arguments(call),
+        call=(
+            (call.q, call.q.stride()),
+            (call.k, call.k.stride()),
+            (call.v, call.v.stride()),
+            sizes_of(shape),
+            call.unit,
+            call.dropout,
+            functions["mask_args"],
+            functions["score_args"],
+        ),
+        INTERVALS=functions["INTERVALS"],
         KEEPS=tuple([mask.keep for mask in call.masks]),
+        SCORES=functions["SCORES"],
         HEAD_DIM=shape.head_dim,
         VALUE_DIM=shape.value_dim,
         HEAD_TILE=power_of_two_tile(shape.head_dim),

@@ -34,14 +34,7 @@ from .walk import load_keys, own_rows, step_keys, steps_of
 
 @triton.jit
 def forward_kernel(
-    queries,  # (pointer, strides): parts/addressing.py; so are keys, values and out
-    keys,
-    values,
-    sizes,  # (q_heads, query heads that share a head of keys and values, q_len, kv_len)
-    unit,  # exp(score) = exp(s · unit) for the s that SCORES leave; None: they are in natural units
-    dropout,  # seed, threshold and factor, or ()
-    mask_args,
-    score_args,
+    call,  # tensors, sizes and what acts on scores: `shared_arguments`
     INTERVALS: tl.constexpr,  # a function or None for each mask
     KEEPS: tl.constexpr,  # a function or None for each mask
     SCORES: tl.constexpr,  # a function for each modifier
@@ -50,7 +43,7 @@ def forward_kernel(
     HEAD_TILE: tl.constexpr,  # HEAD_DIM rounded up to a power of two; the rest reads as 0
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    out,
+    out,  # (pointer, strides)
     lse_ptr,  # [batch, q_heads, q_len] contiguous, or None, as for the next two
     max_ptr,
     sum_ptr,
@@ -60,6 +53,7 @@ def forward_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
+    queries, keys, values, sizes, unit, dropout, mask_args, score_args = call
     q_heads, group, q_len, kv_len = sizes
     batch, head, q_idx, row = own_rows(q_heads, q_len, TILE_Q)
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)

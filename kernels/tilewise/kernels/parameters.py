@@ -119,14 +119,7 @@ def store_bucket_sums(grad_ptr, total, program, own, q_len, kv_len, store_args, 
 
 @triton.jit
 def parameter_kernel(
-    queries,  # what all walks take is explained in forward.py
-    keys,
-    values,
-    sizes,
-    unit,
-    dropout,
-    mask_args,
-    score_args,
+    call,  # tensors, sizes and what acts on scores: `shared_arguments`
     INTERVALS: tl.constexpr,
     KEEPS: tl.constexpr,
     SCORES: tl.constexpr,
@@ -135,10 +128,7 @@ def parameter_kernel(
     HEAD_TILE: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    dout,  # (pointer, strides)
-    max_ptr,  # row statistics, [batch, q_heads, q_len] contiguous, as for the next two
-    sum_ptr,
-    delta_ptr,
+    rows,  # dO and three numbers a row: `backward_arguments`
     DERIVATIVES: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
@@ -154,6 +144,8 @@ def parameter_kernel(
     STORE: tl.constexpr,
 ):
     tl.static_assert(TILE_Q == TILE_KV, "diagonals need square tiles")
+    queries, keys, values, sizes, unit, dropout, mask_args, score_args = call
+    dout, max_ptr, sum_ptr, delta_ptr = rows
     q_heads, group, q_len, kv_len = sizes
     program = tl.program_id(0)
     q_tiles = tl.cdiv(q_len, TILE_Q)

@@ -17,7 +17,7 @@ from ..parts.addressing import head_of, load_tile
 from ..parts.intervals import intersect_intervals, store_range
 from ..parts.numerics import widen
 from ..parts.shape import ceil_div
-from .call import Call, on_device_of, shared_arguments
+from .call import Call, on_device_of, shared_arguments, sizes_of
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def prepare(
 def prepare_launch(backward: BackwardCall) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the arguments of `prepare_kernel`."""
     shared = shared_arguments(backward.call)
-    taken = ("sizes", "mask_args", "INTERVALS", "VALUE_DIM", "VALUE_TILE")
+    taken = ("INTERVALS", "VALUE_DIM", "VALUE_TILE")
     arguments = {name: shared[name] for name in taken} | dict(
         out=(backward.out, backward.out.stride()),
         dout=(backward.do, backward.do.stride()),
@@ -112,6 +112,8 @@ def prepare_launch(backward: BackwardCall) -> tuple[tuple[int], dict[str, Any]]:
         dlse_ptr=backward.dlse,
         delta_ptr=backward.delta,
         ranges_ptr=backward.ranges,
+        sizes=sizes_of(backward.call.shape),
+        mask_args=tuple([mask.args for mask in backward.call.masks]),
         TILE_Q=backward.tile_q,
         enable_fp_fusion=True,
     )

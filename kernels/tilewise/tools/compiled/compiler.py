@@ -216,7 +216,8 @@ def tile_and_inputs(launched: Launched) -> tuple[dict[str, int], torch.Tensor | 
     given = launched.arguments
     tile = {name: int(given[name]) for name in TILE_SIZES if name in given}
     if "q_desc" not in given:
-        return tile, given.get("queries", given.get("out", (None,)))[0]
+        (base, _), *_ = given.get("call", (given.get("out", (None, None)),))
+        return tile, base
     q, v = given["q_desc"], given["v_desc"]
     columns = dict(HEAD_TILE=q.block_shape[3], VALUE_TILE=v.block_shape[3])
     return tile | columns | dict(TILE_Q=q.block_shape[2] * given["WARPGROUPS"]), q.base
