@@ -15,13 +15,14 @@ function, as its `twin`, and says on the host what its interval says on the devi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..bounds import Bounds
-from ..described import described, given, shortened
+from ..described import shortened
 from ..hints import KEEP, mask_hint, with_hint
+from ..plug import Plug
 from ..shape import Shape
 
 Twin = Callable[..., torch.Tensor]
@@ -35,7 +36,7 @@ class BoundMask(NamedTuple):
     args: tuple[Any, ...]
 
 
-class Mask:
+class Mask(Plug):
     """A rule for which query-key pairs count. Combine rules with `&`; a bool tensor may stand on either side.
 
     `has_gaps` says that a key between two keys seen by a tile of rows may be seen by none of them; the kernel
@@ -44,28 +45,10 @@ class Mask:
     """
 
     has_gaps = False
-    # The attributes that make up the object, by which `encoding` takes it apart and builds it again.
-    FIELDS: ClassVar[tuple[str, ...]] = ()
 
     def parts(self) -> tuple[Mask, ...]:
         """The rules that must all hold."""
         return (self,)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that the device functions read, by argument name."""
-        return {}
-
-    def called(self, name: str = "") -> str:
-        """What errors call it, or one of its `tensors`: by the argument that a caller wrote."""
-        return f"{type(self).__name__}.{name}" if name else type(self).__name__
-
-    def misfits(self, shape: Shape) -> list[str]:
-        """Why this mask cannot serve a call of this shape; empty if it can."""
-        return []
-
-    def looks(self) -> Any:
-        """What rules look at besides the shapes, dtypes and devices of `tensors`; hashable."""
-        return type(self)
 
     def bind(self, shape: Shape) -> BoundMask:
         raise NotImplementedError(f"{type(self).__name__} defines no bind()")
@@ -78,13 +61,6 @@ class Mask:
     def twin(self, shape: Shape) -> Twin:
         """The same rule as f(batch, head, q_idx, kv_idx) -> bool tensor, in plain PyTorch."""
         raise NotImplementedError(f"{type(self).__name__} defines no twin()")
-
-    def given(self, name: str) -> Any:
-        """What was given for an argument of the constructor, as `repr` shows it."""
-        return given(self, name)
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def __and__(self, other: Mask | torch.Tensor) -> Mask:
         return All(self, as_mask(other))

@@ -21,14 +21,15 @@ are modifiers too, so a kernel knows of nothing but `apply_scores` and `pull_bac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..described import described, given, shortened
+from ..described import shortened
 from ..hints import SCORE, score_hint, with_hint
+from ..plug import Plug
 from ..shape import Shape
 
 Twin = Callable[..., torch.Tensor]
@@ -80,27 +81,8 @@ def pull_back(
     return ds
 
 
-class Score:
+class Score(Plug):
     """A change to scores before the mask and the softmax."""
-
-    # The attributes that make up the object, by which `encoding` takes it apart and builds it again.
-    FIELDS: ClassVar[tuple[str, ...]] = ()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that the device functions read, by argument name."""
-        return {}
-
-    def called(self, name: str = "") -> str:
-        """What errors call it, or one of its `tensors`: by the argument that a caller wrote."""
-        return f"{type(self).__name__}.{name}" if name else type(self).__name__
-
-    def misfits(self, shape: Shape) -> list[str]:
-        """Why this modifier cannot serve a call of this shape; empty if it can."""
-        return []
-
-    def looks(self) -> Any:
-        """What rules look at besides the shapes, dtypes and devices of `tensors`; hashable."""
-        return type(self)
 
     def bind(self, shape: Shape) -> BoundScore:
         raise NotImplementedError(f"{type(self).__name__} defines no bind()")
@@ -112,13 +94,6 @@ class Score:
     def no_gradient(self) -> str | None:
         """Why scores cannot be differentiated through this modifier; None if they can."""
         return None
-
-    def given(self, name: str) -> Any:
-        """What was given for an argument of the constructor, as `repr` shows it."""
-        return given(self, name)
-
-    def __repr__(self) -> str:
-        return described(self)
 
     def twin(self, shape: Shape) -> Twin:
         """The same rule as f(s, batch, head, q_idx, kv_idx) -> s, in plain PyTorch."""
