@@ -31,20 +31,18 @@ class Chip:
     registers: int = 65_536  # of 32 bits, of one multiprocessor
 
     @property
-    def matmul_flops_per_second(self) -> float:
-        return self.matmul_flops * self.multiprocessors * self.clock
-
-    @property
-    def float32_flops_per_second(self) -> float:
-        return self.float32_flops * self.multiprocessors * self.clock
-
-    @property
     def exponentials_per_second(self) -> float:
         return self.exponentials * self.multiprocessors * self.clock
 
-    def matmul_rate(self, element_bytes: int) -> float:
-        """FLOP/s of the matmuls of fp16 and bf16 (2 bytes) or of IEEE fp32 (4 bytes)."""
-        return self.matmul_flops_per_second if element_bytes == 2 else self.float32_flops_per_second
+    def matmul_flops_of(self, element_bytes: int, is_tf32: bool = False) -> float:
+        """FLOPs a clock and multiprocessor: of fp16 and bf16 (2 bytes); of TF32, half of it; or IEEE fp32."""
+        if element_bytes == 2:
+            return self.matmul_flops
+        return self.matmul_flops / 2 if is_tf32 else self.float32_flops
+
+    def matmul_rate(self, element_bytes: int, is_tf32: bool = False) -> float:
+        """The same of the whole chip, a second."""
+        return self.matmul_flops_of(element_bytes, is_tf32) * self.multiprocessors * self.clock
 
 
 _AMPERE, _ADA = "NVIDIA A100 datasheet", "NVIDIA Ada architecture whitepaper, appendix A"

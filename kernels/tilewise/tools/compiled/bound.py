@@ -69,7 +69,7 @@ class Bound:
 
 def bound(loop: MainLoop, chip: Chip, element_bytes: int) -> Bound:
     """The limits of a loop on a chip, for inputs of `element_bytes`, all teams being in loops like it."""
-    rate = matmul_rate(chip, element_bytes, loop.matmuls > 0)
+    rate = chip.matmul_flops_of(element_bytes, loop.matmuls > 0 and chip.warp == 32)
     matmul = loop.teams * loop.matmul_flops / rate
     lanes = loop.teams * loop.warps * chip.warp
     special = loop.exponentials + loop.special
@@ -103,10 +103,3 @@ def bound(loop: MainLoop, chip: Chip, element_bytes: int) -> Bound:
         apart=useful / in_turn,
         together=useful / clocks[limit],
     )
-
-
-def matmul_rate(chip: Chip, element_bytes: int, on_tensor_cores: bool) -> float:
-    """FLOPs a clock and multiprocessor: fp16 and bf16; TF32, half of it; or IEEE fp32."""
-    if element_bytes == 2:
-        return chip.matmul_flops
-    return chip.matmul_flops / 2 if on_tensor_cores and chip.warp == 32 else chip.float32_flops

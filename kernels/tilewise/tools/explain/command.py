@@ -19,7 +19,7 @@ from tilewise_reference.cases import (
     SHORT_CASES,
     Case,
     Features,
-    named_cases,
+    find_case,
     paper_grid,
 )
 
@@ -101,15 +101,6 @@ def explain(
     if case is not None:
         console.print(Text(f"{chosen.name}: {chosen.provenance}"))
     print_explanation(console, found)
-
-
-def find_case(name: str) -> Case:
-    cases = named_cases()
-    if name in cases:
-        return cases[name]
-    alike = [each for each in cases if name.lower() in each.lower()]
-    hint = f": did you mean {', '.join(alike[:5])}?" if alike else "."
-    raise ValueError(f"--case {name} is not a named case{hint} --list shows them")
 
 
 def case_of_sizes(

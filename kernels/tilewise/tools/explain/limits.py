@@ -49,13 +49,6 @@ class Limits:
         return max(self.matmul + self.exponentials, self.memory)
 
 
-def matmul_rate(chip: Chip, element_bytes: int, precision: str) -> float:
-    """FLOP/s of a chip's matmuls; fp32 operands in TF32 run at half the rate of 16-bit ones."""
-    if element_bytes == 4 and precision == "tf32":
-        return chip.matmul_flops_per_second / 2
-    return chip.matmul_rate(element_bytes)
-
-
 def limits_of(
     chip: Chip, programs: int, flops: int, exponentials: int, moved: int, element_bytes: int, precision: str
 ) -> Limits:
@@ -68,7 +61,7 @@ def limits_of(
     busy = working / chip.multiprocessors
     ports = working * chip.shared_bytes_a_clock * chip.clock
     found = Limits(
-        matmul=flops / (matmul_rate(chip, element_bytes, precision) * busy),
+        matmul=flops / (chip.matmul_rate(element_bytes, precision == "tf32") * busy),
         exponentials=exponentials / (chip.exponentials_per_second * busy),
         memory=moved / min(chip.memory_bytes, ports),
     )
