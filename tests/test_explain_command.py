@@ -96,7 +96,7 @@ def test_every_named_case_is_listed(columns, command, monkeypatch):
     "words, said",
     [
         ((), "--case NAME"),
-        (("--case", "llama3-8b"), "did you mean llama3-8b-prefill"),
+        (("--case", "llama3-8b"), "near it are llama3-8b-prefill"),
         (("--case", "x"), "--list"),
         (("--case", "llama3-8b-prefill", "--causal"), "leave the others out"),
         (("--case", "llama3-8b-prefill", "--gpu", "Voodoo2"), "gpu='Voodoo2'"),
