@@ -6,11 +6,13 @@ from the tree that it is told to test. Requests are lines of JSON on standard in
 "log", "timeout"}; each is answered by a line with pytest's exit code, minus a signal's number, or "timeout".
 """
 
+import gc
 import json
 import os
 import signal
 import sys
 import time
+from importlib.metadata import entry_points
 
 
 def run(tree: str, arguments: list[str], log: str) -> None:
@@ -65,6 +67,10 @@ if __name__ == "__main__":
     import numpy  # noqa: F401
     import pytest
     import torch._dynamo
+    import triton.experimental.gluon.nvidia.hopper
     import triton.runtime.interpreter  # noqa: F401
 
+    for plugin in entry_points(group="pytest11"):
+        plugin.load()  # else pytest would, in each run
+    gc.freeze()  # nor need a run look through all this for garbage
     serve()
