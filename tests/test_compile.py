@@ -1,10 +1,6 @@
-"""attention under torch.compile and torch.export: the bits of eager mode, forward and all gradients."""
+"""attention under torch.compile: the bits of eager mode, forward and all gradients, and few graphs."""
 
-import io
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -276,73 +272,6 @@ def test_another_mask_of_the_same_kind_is_not_taken_for_the_first(device):
     assert len({want.sum().item() for want in wanted}) == len(masks)
 
 
-OF_A_GPU = """
-import sys
-import torch, torch.utils._triton
-torch.utils._triton.has_triton = lambda: sys.argv[1] == "True"  # what Dynamo asks where there is a GPU
-import triton, triton.language as tl
-import tilewise
-
-@triton.jit
-def keep(q_idx, kv_idx, batch, head, args):
-    return q_idx >= kv_idx
-
-@triton.jit
-def other_keep(q_idx, kv_idx, batch, head, args):
-    return q_idx <= kv_idx
-
-@triton.jit
-def steep(s, batch, head, q_idx, kv_idx, args):
-    return s * tl.load(args[0] + head)
-
-@triton.jit
-def steep_derivative(s, batch, head, q_idx, kv_idx, args):
-    return tl.load(args[0] + head)
-
-@triton.jit
-def steep_by_factor(s, batch, head, q_idx, kv_idx, args):
-    return s
-
-def attend(q, mask, factors):
-    score = tilewise.UserScore(steep, (factors,), derivative=steep_derivative,
-                               parameters={0: ("h", steep_by_factor)})
-    return tilewise.attention(q, q, q, mask=mask or tilewise.UserMask(keep), score=score)
-
-assert isinstance(keep, triton.runtime.JITFunction)
-seen = []
-
-def backend(graph, inputs):
-    (call,) = (node for node in graph.graph.nodes if "attention_forward" in str(node.target))
-    (words,) = (x for x in call.args if isinstance(x, str))
-    seen.append([word[2:] for word in words.split() if word.startswith("f:__main__:")])
-    return graph.forward
-
-q = torch.empty(1, 2, 5, 8, device="meta", requires_grad=True)
-factors = torch.empty(2, device="meta", requires_grad=True)
-compiled = torch.compile(attend, fullgraph=True, backend=backend)
-for mask in (None, tilewise.UserMask(keep), tilewise.UserMask(other_keep), None):
-    compiled(q, mask, factors).sum().backward()
-scores = ["__main__:steep", "__main__:steep_derivative", "__main__:steep_by_factor"]
-masks = ["__main__:keep", "__main__:keep", "__main__:other_keep"]
-assert seen == [[mask, *scores] for mask in masks], seen
-assert q.grad.shape == q.shape and factors.grad.shape == factors.shape
-"""
-
-
-@pytest.mark.oldest
-@pytest.mark.parametrize("sees_a_gpu", [True, False])
-def test_functions_that_a_gpu_would_compile_are_traced(sees_a_gpu, tmp_path):
-    """Outside the interpreter they are other objects, to Dynamo too, and of two kinds; on device "meta"
-    nothing is launched. A process of its own: TRITON_INTERPRET is read at import."""
-    (tmp_path / "program.py").write_text(OF_A_GPU)
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "program.py", str(sees_a_gpu)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-
-
 @pytest.mark.oldest
 def test_one_tensor_as_query_key_and_value(device):
     """The gradient is the sum of three; torch 2.11 compiled a bare autograd.Function to a wrong one."""
@@ -442,60 +371,6 @@ def test_unseeded_dropout_draws_anew_and_drops_the_right_share(device):
     assert torch.equal(attend(q, k, v), again)
 
 
-# ---- Export
-
-
-class Attend(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.sink = torch.nn.Parameter(torch.tensor([0.5, -0.5]))
-
-    def forward(self, q, k, v, lengths):
-        mask = tilewise.Causal() & tilewise.Padding(lengths) & tilewise.Window(3, None)
-        return tilewise.attention(
-            q, k, v, mask=mask, score=tilewise.Softcap(2.0), sink=self.sink, impl="portable", return_lse=True
-        )
-
-
-def export_inputs(q_len, kv_len, device):
-    q, k, v = (torch.randn(1, 2, n, 8, device=device) for n in (q_len, kv_len, kv_len))
-    return q, k, v, torch.tensor([kv_len - 1], device=device)
-
-
-def exported(model, device) -> torch.export.ExportedProgram:
-    q_len, kv_len = torch.export.Dim("q_len", min=2, max=512), torch.export.Dim("kv_len", min=2, max=512)
-    shapes = {"q": {2: q_len}, "k": {2: kv_len}, "v": {2: kv_len}, "lengths": None}
-    return torch.export.export(model, export_inputs(5, 7, device), dynamic_shapes=shapes)
-
-
-@pytest.mark.oldest
-def test_export_save_load_run(device):
-    model, saved = Attend().to(device), io.BytesIO()
-    torch.export.save(exported(model, device), saved)
-    saved.seek(0)
-    loaded = torch.export.load(saved).module()
-    for sizes in ((5, 7), (9, 4)):
-        given = export_inputs(*sizes, device)
-        assert all(map(torch.equal, loaded(*given), model(*given)))
-
-
-def test_an_exported_program_runs_in_another_process(device, tmp_path):
-    model, given = Attend().to(device), export_inputs(6, 9, device)
-    torch.export.save(exported(model, device), tmp_path / "attend.pt2")
-    torch.save([*given, *model(*given)], tmp_path / "tensors.pt")
-    script = (
-        "import torch, tilewise\n"
-        "*given, out, lse = torch.load('tensors.pt')\n"
-        "got = torch.export.load('attend.pt2').module()(*given)\n"
-        "assert torch.equal(got[0], out.detach()) and torch.equal(got[1], lse.detach())\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{script}"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-
-
 # ---- Modules
 
 
@@ -518,7 +393,7 @@ def test_modules(cls, device):
         assert (one - other).abs().max() <= bound, name
 
 
-# ---- Autocast, errors, higher orders
+# ---- Autocast
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -540,53 +415,3 @@ def test_autocast(inside, dtype, device):
     given = inputs(case, *SIZES[0], device)
     assert compiled(*given)[0].dtype == dtype
     assert_same_bits(compiled, under_autocast(attend), *given)
-
-
-WRONG = [
-    ("q_heads=3 must be", lambda q, k, v: tilewise.attention(q[:, [0] * 3], k, v)),
-    ("bias.shape=(4,) must broadcast", lambda q, k, v: tilewise.attention(q, k, v, bias=q[0, 0, 0, :4])),
-    ("left=-1 must be", lambda q, k, v: tilewise.attention(q, k, v, mask=tilewise.Window(-1, 0))),
-    ("dropout_p=1.5 must be", lambda q, k, v: tilewise.attention(q, k, v, dropout_p=1.5)),
-    ("impl='fast' must be", lambda q, k, v: tilewise.attention(q, k, v, impl="fast")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("words, call", WRONG, ids=[words for words, _ in WRONG])
-def test_wrong_arguments_are_named(words, call, device):
-    q, k, v, _ = inputs(CASES["plain"], *SIZES[0], device)
-    with pytest.raises(ValueError) as raised:
-        torch.compile(call, backend="aot_eager")(q, k, v)
-    assert words in str(raised.value)
-    # With fullgraph=True PyTorch wraps what it meets in an error of its own, which quotes it.
-    with pytest.raises(Exception) as raised:
-        torch.compile(call, backend="aot_eager", fullgraph=True)(q, k, v)
-    assert words in str(raised.value)
-
-
-@pytest.mark.oldest
-def test_second_order_raises(device):
-    """PyTorch's own error, ours inside another differentiated graph: never a gradient that lacks a part."""
-    q, k, v, _ = inputs(CASES["plain"], *SIZES[0], device)
-    compiled = torch.compile(
-        lambda q, k, v: tilewise.attention(q, k, v, impl="portable"), fullgraph=True, backend="aot_eager"
-    )
-    (dq,) = torch.autograd.grad(compiled(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second-order|double backward"):
-        torch.autograd.grad(dq.square().sum(), (q, k, v), allow_unused=True)
-
-
-TRANSFORMS = {
-    "jvp": lambda loss, q: torch.func.jvp(loss, (q,), (q,)),
-    "jacfwd": lambda loss, q: torch.func.jacfwd(loss)(q),
-    "vmap": lambda loss, q: torch.vmap(loss)(q[None]),
-}
-
-
-@pytest.mark.oldest
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms_inside_raise(name, device):
-    """Instead of going on without a derivative."""
-    q, k, v = (x.detach() for x in inputs(CASES["plain"], *SIZES[0], device)[:3])
-    loss = lambda q: tilewise.attention(q, k, v, impl="portable").square().sum()  # noqa: E731
-    with pytest.raises(RuntimeError, match=r"forward-mode|vmap|[Bb]atching rule"):
-        torch.compile(lambda q: TRANSFORMS[name](loss, q), backend="aot_eager")(q)

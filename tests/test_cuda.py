@@ -59,10 +59,8 @@ def test_a_captured_step_answers_new_data(kind):
     q, k, v = qkv()
     lengths = torch.tensor([400, 123], device=DEVICE)
     ids = torch.randint(0, 3, (300,), device=DEVICE), torch.randint(0, 3, (400,), device=DEVICE)
-    slopes, bias = (
-        torch.rand(4, device=DEVICE).requires_grad_(),
-        torch.randn(300, 400, device=DEVICE).requires_grad_(),
-    )
+    slopes = torch.rand(4, device=DEVICE).requires_grad_()
+    bias = torch.randn(300, 400, device=DEVICE).requires_grad_()
     table = tilewise.RelativePosition(torch.randn(4, 16, device=DEVICE).requires_grad_())
     seed = torch.tensor([3], device=DEVICE)
     leaves, changing = [q, k, v], [q, k, v]
@@ -271,10 +269,8 @@ def test_no_synchronisation_in_modules_and_under_autocast(no_synchronisation):
 def test_the_same_bits_two_hundred_times(dtype):
     q, k, v = qkv(q_len=700, kv_len=900, dtype=dtype)
     slopes = torch.rand(4, device=DEVICE).requires_grad_()
-    bias, table = (
-        torch.randn(1, 900, device=DEVICE).requires_grad_(),
-        torch.randn(4, 16, device=DEVICE).requires_grad_(),
-    )
+    bias = torch.randn(1, 900, device=DEVICE).requires_grad_()
+    table = torch.randn(4, 16, device=DEVICE).requires_grad_()
     score = [tilewise.ALiBi(slopes), tilewise.RelativePosition(table)]
     seed, sink = torch.tensor([5], device=DEVICE), torch.randn(4, device=DEVICE).requires_grad_()
     leaves = [q, k, v, slopes, bias, table, sink]
@@ -413,10 +409,8 @@ def test_autocast(dtype):
     module = tilewise.nn.SelfAttention(
         64, heads=4, out_projection=True, qk_norm="layer", sink=True, device=DEVICE
     )
-    optimizer, scaler = (
-        torch.optim.SGD(module.parameters(), lr=0.1),
-        torch.amp.GradScaler("cuda", init_scale=1024.0),
-    )
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     x, seen = torch.randn(2, 200, 64, device=DEVICE), []
     module.core.register_forward_hook(lambda core, inputs, out: seen.extend(t.dtype for t in (*inputs, out)))
     before = [p.detach().clone() for p in module.parameters()]

@@ -14,7 +14,7 @@ import triton.language as tl
 import tilewise
 from harness.features import FEATURES, Problem, block_interval, build, judge, of_kind
 from harness.oracle import check, kept_pairs
-from harness.problem import lengths, longer, run
+from harness.problem import DTYPES, lengths, longer, run
 from tilewise import (
     ALiBi,
     Causal,
@@ -30,7 +30,6 @@ from tilewise import (
 from tilewise.kernels.tile import Tile
 from tilewise.plan.request import make_request
 
-DTYPES = ("float32", "float16", "bfloat16")
 MASKS = [entry.name for entry in of_kind("mask")]
 SCORES = [entry.name for entry in of_kind("score")]
 # q_len, kv_len: none a multiple of a tile; equal, decoding with a cache, and more queries than keys.

@@ -331,7 +331,7 @@ MUTATIONS = (
              tests("repr", "what_holds_no_tensor_can_be_evaluated[Causal()]")),
     Mutation("checks: gradient of a bias silently lost", REQUEST,
              "or any([tensor.requires_grad for _, tensor in self.other_tensors])", "or False",
-             tests("backward", "second_order_raises[bias]")),
+             tests("transforms", "second_order_raises[eager-bias]")),
     *BACKWARD_MUTATIONS,
     *HOPPER_MUTATIONS,
     *NN_MUTATIONS,

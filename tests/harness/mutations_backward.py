@@ -29,8 +29,8 @@ TILES = "kernels/tilewise/plan/tiles.py"
 
 
 SMALL_TILE = "Tile(tile_q=16, tile_kv=16, num_warps=4, num_stages=2)"
-LSE_ALONE = tests("backward", "gradient_of_each_result[lse]")
-OUT_ALONE = tests("backward", "gradient_of_each_result[out]")
+LSE_ALONE = tests("autograd", "gradient_of_each_result[lse]")
+OUT_ALONE = tests("autograd", "gradient_of_each_result[out]")
 CAUSAL = tests("backward", "mask[causal-(37, 19)]")
 STORE_RANGE = tests("ranges", "store_range_says_what_a_tile_of_rows_visits")
 Q_RANGE = tests("ranges", "q_range_visits_what_is_needed_once[causal]")
@@ -39,7 +39,7 @@ JUDGED_AGAIN = "a_call_that_looks_like_one_that_passed_is_judged_again"
 UNSEEN = "what_no_query_sees_has_no_influence"
 DROPOUT_MASK = tests("dropout", "mask_is_that_of_the_reference[0]")
 DROPOUT_GRADIENTS = tests("dropout", f"gradients[{SMALL_TILE}-float32]")
-NEAR_TABLE = tests("backward", "table[near-False-top_left-(37, 19)]")
+NEAR_TABLE = tests("backward_parameters", "table[near-False-top_left-(37, 19)]")
 
 # fmt: off
 MUTATIONS = (
@@ -122,7 +122,7 @@ MUTATIONS = (
     # ---- dK and dV
     Mutation("dkv: last query head of a group left out", BACKWARD,
              "for member in range(group):", "for member in range(tl.maximum(group - 1, 1)):",
-             tests("backward", "gradient_of_each_result[both]")),
+             tests("autograd", "gradient_of_each_result[both]")),
     Mutation("dkv: query heads of the wrong group", BACKWARD,
              "head = kv_head * group + member", "head = member * (q_heads // group) + kv_head",
              tests("backward", "heads[6-2]")),
@@ -137,9 +137,9 @@ MUTATIONS = (
              tests("backward", "dims[20-larger]")),
     Mutation("dkv: full tiles counted from the first tile", BACKWARD,
              "q_idx = (full_first + step) * TILE_Q", "q_idx = (first + step) * TILE_Q",
-             tests("backward", "tiles_in_which_every_pair_counts_are_not_masked"
-                               "[dkv-Tile(tile_q=32, tile_kv=16, num_warps=4, num_stages=2)]",
-                   "mask[causal-(33, 33)]")),
+             tests("backward_walks", "tiles_in_which_every_pair_counts_are_not_masked"
+                   "[dkv-Tile(tile_q=32, tile_kv=16, num_warps=4, num_stages=2)]")
+             + tests("backward", "mask[causal-(33, 33)]")),
     Mutation("dkv: masks asked about rows that are not there", BACKWARD,
              "    row = tl.minimum(q_idx, q_len - 1)\n                    lo",
              "    row = q_idx\n                    lo",
@@ -170,6 +170,7 @@ MUTATIONS = (
     Mutation("dq: without the unit of the scores", BACKWARD,
              "dq *= unit", "dq *= 1.0",
              CAUSAL),
+    # ---- Back through the modifiers
     Mutation("pull back: the lowest modifier left out", SCORE,
              "len(DERIVATIVES) - 1, DOWN_TO - 1, -1", "len(DERIVATIVES) - 1, DOWN_TO, -1",
              tests("backward", "similarity_with_scale[-0.7-dot]")),
@@ -209,39 +210,39 @@ MUTATIONS = (
     Mutation("parameters: bias not summed over heads", PARAMETERS,
              "steps = (of_batch, of_heads, q_tiles, kv_tiles), batches // of_batch * (heads // of_heads)",
              "steps = (of_batch, of_heads, q_tiles, kv_tiles), batches // of_batch",
-             tests("backward", "bias_of_lower_rank[(17, 20)]")),
+             tests("backward_parameters", "bias_of_lower_rank[(17, 20)]")),
     Mutation("parameters: steps over all heads of a bias a head", PARAMETERS,
              "steps_of_heads = pairs[1] // own[1]", "steps_of_heads = pairs[1]",
-             tests("backward", "bias_that_broadcasts[hqk]")),
+             tests("backward_parameters", "bias_that_broadcasts[hqk]")),
     Mutation("parameters: sums of rows over the rows", PARAMETERS,
              "tl.store(ptrs, tl.sum(total, 1), mask=row < q_len)",
              "tl.store(ptrs, tl.sum(total, 0), mask=row < q_len)",
-             tests("backward", "bias_of_lower_rank[(17, 1)]")),
+             tests("backward_parameters", "bias_of_lower_rank[(17, 1)]")),
     Mutation("parameters: rows beyond the last counted", PARAMETERS,
              "tl.where(kept & q_mask[:, None], ds, 0.0)", "tl.where(kept, ds, 0.0)",
-             tests("backward", "bias_of_lower_rank[(20,)]")),
+             tests("backward_parameters", "bias_of_lower_rank[(20,)]")),
     Mutation("parameters: derivative at the first modifier's input", PARAMETERS,
              "inputs[MODIFIER], batch, head,", "inputs[0], batch, head,",
-             tests("backward", "parameters_of_a_user_score[h]")),
+             tests("backward_parameters", "parameters_of_a_user_score[h]")),
     Mutation("parameters: chain rule through the modifier itself", PARAMETERS,
              "MODIFIER + 1,", "MODIFIER,",
-             tests("backward", "parameters_of_a_user_score[h]")),
+             tests("backward_parameters", "parameters_of_a_user_score[h]")),
     Mutation("parameters: modifiers counted without the similarity's", PASSES,
              "enumerate(request.scores, start=own)", "enumerate(request.scores)",
-             tests("backward", "parameters_of_a_user_score[h]")),
+             tests("backward_parameters", "parameters_of_a_user_score[h]")),
     Mutation("parameters: tile of the keys' size, not of the rows'", TILES,
              "replace(tile, tile_kv=tile.tile_q)", "replace(tile, tile_q=tile.tile_kv)",
              tests("backward", "tiles[16-32]")),
     Mutation("bias: lower rank aligned to the left", SCORE,
              "return (1,) * (4 - tensor.dim()) + tuple(tensor.shape)",
              "return tuple(tensor.shape) + (1,) * (4 - tensor.dim())",
-             tests("backward", "bias_of_lower_rank[(17, 20)]")),
+             tests("backward_parameters", "bias_of_lower_rank[(17, 20)]")),
     Mutation("alibi: sign of the slopes' gradient", ALIBI,
              "return -tl.abs(kv_idx - q_idx - args[2])", "return tl.abs(kv_idx - q_idx - args[2])",
-             tests("backward", "slopes[top_left-(2,)]")),
+             tests("backward_parameters", "slopes[top_left-(2,)]")),
     Mutation("alibi: slopes' gradient from the wrong corner", ALIBI,
              "return -tl.abs(kv_idx - q_idx - args[2])", "return -tl.abs(kv_idx - q_idx)",
-             tests("backward", "slopes[bottom_right-()]")),
+             tests("backward_parameters", "slopes[bottom_right-()]")),
     Mutation("table: diagonals one tile off", PARAMETERS,
              "q_tile + diagonal - (pairs[2] - 1)", "q_tile + diagonal - pairs[2]",
              NEAR_TABLE),
@@ -252,10 +253,10 @@ MUTATIONS = (
     Mutation("table: distances not cut at the largest", PARAMETERS,
              "distance = tl.minimum(tl.maximum(distance, -max_distance), max_distance)",
              "distance = distance",
-             tests("backward", "table[near-False-bottom_right-(37, 19)]")),
+             tests("backward_parameters", "table[near-False-bottom_right-(37, 19)]")),
     Mutation("table: gradient from the wrong corner", RELATIVE_POSITION,
              "buckets=self.buckets, shift=shape.shift(self.align)", "buckets=self.buckets, shift=0",
-             tests("backward", "table[near-True-bottom_right-(37, 19)]")),
+             tests("backward_parameters", "table[near-True-bottom_right-(37, 19)]")),
     # ---- Sink
     Mutation("sink: sign of the gradient", PASSES,
              "return -(p * backward.delta)", "return (p * backward.delta)",
@@ -304,7 +305,7 @@ MUTATIONS = (
     # ---- Autograd
     Mutation("autograd: needs of the wrong tensor", PASSES,
              "if needs[3 + slot]:\n            grad =", "if needs[2 + slot]:\n            grad =",
-             tests("backward", "second_order_raises[bias]")),
+             tests("transforms", "second_order_raises[eager-bias]")),
     Mutation("autograd: gradient of lse read as if it were dense", PASSES,
              "dlse = None if dlse is None else dlse.contiguous()", "dlse = dlse",
              tests("nested", "sequences_of_one_packing[plain]")),
@@ -317,10 +318,10 @@ MUTATIONS = (
              tests("autograd", "in_place_change_before_backward[out]")),
     Mutation("autograd: second order through dO silently lost", AUTOGRAD,
              "*result, do, dlse, *ctx.saved_tensors)", "*result, *ctx.saved_tensors)",
-             tests("autograd", "second_order_in_the_gradient_of_out_raises[eager]")),
+             tests("transforms", "second_order_in_the_gradient_of_out_raises[eager]")),
     Mutation("autograd: second order through the inputs silently lost", AUTOGRAD,
              "*result, do, dlse, *ctx.saved_tensors)", "*result, do, dlse)",
-             tests("autograd", "second_order_of_lse_raises")),
+             tests("transforms", "second_order_of_lse_raises")),
     Mutation("autograd: results always contiguous", PASSES,
              "if x.is_contiguous():", "if True:",
              tests("invariance", "the_output_lies_in_memory_as_q_does[(0, 2, 1)]")),
@@ -332,29 +333,29 @@ MUTATIONS = (
              tests("autograd", "inference_mode_needs_no_gradient_whatever_grad_mode_says")),
     Mutation("dispatch: function transforms go past the op", DISPATCH,
              "or torch._C._functorch.peek_interpreter_stack() is not None", "or False",
-             tests("autograd", "func_grad_of_one_argument_of_several")),
+             tests("transforms", "func_grad_of_one_argument_of_several")),
     Mutation("dispatch: vmap not refused", DISPATCH,
              "TransformType.Vmap", "TransformType.Jvp",
-             tests("autograd", "vmap_raises[q]")),
+             tests("transforms", "vmap_raises[q]")),
     Mutation("dispatch: forward mode not refused", DISPATCH,
              "if forward_ad._current_level >= 0:", "if forward_ad._current_level > 0:",
-             tests("autograd", "forward_mode_raises[q]")),
+             tests("transforms", "forward_mode_raises[q]")),
     Mutation("dispatch: tangents of other tensors lost", DISPATCH,
              "named = [*request.qkv().items(), *request.other_tensors]", "named = [*request.qkv().items()]",
-             tests("autograd", "forward_mode_raises[bias]")),
+             tests("transforms", "forward_mode_raises[bias]")),
     Mutation("request: autocast on CUDA only", REQUEST,
              'return device.type in ("cuda", "cpu") and', 'return device.type in ("cuda",) and',
-             tests("autograd", "autocast[torch.float16-portable]")),
+             tests("autocast", "autocast[torch.float16-portable]")),
     Mutation("plain: under autocast", PLAIN,
              "with torch.autocast(q.device.type, enabled=False) if is_autocast(q.device) else nullcontext():",
              "with nullcontext():",
-             tests("autograd", "autocast[torch.bfloat16-torch]")),
+             tests("autocast", "autocast[torch.bfloat16-torch]")),
     Mutation("checks: dtype forgotten in what passed", CHECKS,
              "q.dtype, k.dtype, v.dtype, q.device", "q.dtype, q.device",
              tests("checks", f"{JUDGED_AGAIN}[dtypes_agree-v: torch.bfloat16]")),
     Mutation("checks: requires_grad of the call forgotten in what passed", CHECKS,
              "q.layout, k.layout, v.layout, r.needs_gradient,", "q.layout, k.layout, v.layout,",
-             tests("backward", "a_user_score_without_derivative")),
+             tests("backward_parameters", "a_user_score_without_derivative")),
     # ---- Library ops
     Mutation("ops: needs of the wrong tensors", OPS,
              "*ctx.needs_input_grad[4:]]", "*ctx.needs_input_grad[3:-1]]",
@@ -403,9 +404,9 @@ MUTATIONS = (
     Mutation("autograd: dK and dV with the tile of dQ", PASSES,
              "launch_dkv(backward, grads[1], grads[2], tile)",
              'launch_dkv(backward, grads[1], grads[2], choose_tile(q, shape, "dq"))',
-             tests("backward", "each_pass_has_its_own_tile")),
+             tests("backward_walks", "each_pass_has_its_own_tile")),
     Mutation("checks: requires_grad of an argument forgotten in what passed", CHECKS,
              "(t.shape, t.dtype, t.device, t.requires_grad)", "(t.shape, t.dtype, t.device)",
-             tests("backward", "an_argument_that_begins_to_require_a_gradient_is_judged_again")),
+             tests("backward_parameters", "an_argument_that_begins_to_require_a_gradient_is_judged_again")),
 )
 # fmt: on

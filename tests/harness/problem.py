@@ -34,6 +34,9 @@ KINDS = {
     "mask": "masks, alone and combined with `&`",
 }
 ALIGNS = ("bottom_right", "top_left")
+DTYPES = ("float32", "float16", "bfloat16")  # features, all three
+# Sizes at which the interpreter is soon done with a backward, in several tiles of 16 × 16.
+SMALL = {"batch": 2, "q_heads": 2, "kv_heads": 1, "q_len": 17, "kv_len": 20}
 
 
 def longer(device: torch.device) -> int:
@@ -145,17 +148,18 @@ def build(
     return problem
 
 
-def judge(problem: Problem, backward: bool = False) -> None:
+def judge(problem: Problem, backward: bool = False) -> dict[str, torch.Tensor]:
     """Compare the kernels with the oracle on this problem, every address checked by the sanitizer; with
-    `backward` all gradients too, for gradients of out and lse that have the problem's memory layout."""
+    `backward` all gradients too, for a gradient of out that has the problem's memory layout. Returns the
+    gradients by name."""
     q, k, v = problem.tensors()
     arguments = problem.keywords()
     forced = contextlib.nullcontext() if problem.tile is None else tilewise.tiles.use(problem.tile)
     with forced, sanitize():
         if backward:
-            check_gradients(q, k, v, problem.gradient_of_out(), **arguments)
-        else:
-            check(q, k, v, **arguments)
+            return check_gradients(q, k, v, problem.gradient_of_out(), **arguments)
+        check(q, k, v, **arguments)
+        return {}
 
 
 def run(
@@ -166,7 +170,8 @@ def run(
     for attempt in range(100):
         p = build(device, random.Random(str((features, seed, attempt))), features, **sizes)
         if 0 in (p.batch, p.q_len, p.kv_len) or keeps_pairs(p):
-            return judge(p, backward)
+            judge(p, backward)
+            return
     raise AssertionError(f"no pair counts under {features} in 100 draws")
 
 
