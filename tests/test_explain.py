@@ -13,6 +13,7 @@ from harness.calls import doubled
 from harness.explained import attend, meta, prose
 from harness.interpreted import set_interpreted
 from tilewise.plan.implementation import IMPLEMENTATIONS
+from tilewise.pytorch import plain
 from tilewise.tools.chips import find_chip
 
 
@@ -36,13 +37,28 @@ def test_the_interpreter_answers_where_it_is_on(device):
 
 def test_plain_pytorch_answers_on_a_cpu_and_a_gpu_would_run_the_kernels(without_interpreter, nothing_runs):
     q = torch.randn(1, 4, 100, 64)
-    found = tilewise.explain(q, q, q, mask=tilewise.Causal())
+    mask = tilewise.Causal() & tilewise.Window(9, 0)
+    found = tilewise.explain(q, q, q, mask=mask)
     assert (found.implementation, found.gpu) == ("torch", "H200")
     assert "interpreter is off" in found.because and "TRITON_INTERPRET=1" in found.others["portable"]
     assert "assumed" in found.gpu_because
     assert [x.bytes for x in found.memory_here] == [4 * 4 * 100 * 100]
+    assert not tilewise.explain(q, q, q, mask=tilewise.Causal()).memory_here  # PyTorch's fused kernel has none
     assert [kernel.name for kernel in found.kernels] == ["forward"]
     assert "the portable kernels would answer" in " ".join(str(found).split())
+
+
+def test_plain_pytorch_holds_a_block_of_scores_or_all_that_a_gradient_needs(without_interpreter):
+    q = torch.empty(1, 4, 8192, 64)
+    bytes_of = {}
+    for work in ("forward", "training"):
+        for score in (None, tilewise.Softcap(9.0)):
+            q.requires_grad_(work == "training")
+            found = tilewise.explain(q, q, q, score=score, work=work)
+            bytes_of[work, score is None] = sum(x.bytes for x in found.memory_here)
+    assert bytes_of["forward", True] == bytes_of["training", True] == 0
+    assert 0 < bytes_of["forward", False] <= 4 * plain.BLOCK
+    assert bytes_of["training", False] == 4 * 4 * 8192 * 8192
 
 
 def test_a_call_that_is_refused_here_is_explained_for_a_gpu(without_interpreter):

@@ -94,7 +94,8 @@ def attention(
                 shows them. None: drawn from PyTorch's generator of the device.
     return_lse: also return the natural logarithm of each row's sum of exponentials (with the sink's).
     impl:       "portable", the Triton kernels; "hopper", a second forward, for some calls on Hopper GPUs:
-                no GPU has run it yet; "torch", plain PyTorch, whose memory is quadratic in length.
+                no GPU has run it yet; "torch", plain PyTorch, on a CPU its own attention where that
+                is the same; else its memory is quadratic in length once gradients are asked for.
                 None: the portable kernels on a GPU, and on a CPU in Triton's interpreter if
                 TRITON_INTERPRET=1 was set before import, else plain PyTorch.
     strict:     raise for whatever needs memory quadratic in length: plain PyTorch, and a bool mask, bias or

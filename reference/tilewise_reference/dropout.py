@@ -46,10 +46,12 @@ def dropout_keep(
     p: float,
     shape: tuple[int, int, int, int],
     device: torch.device | str | None = None,
+    first_row: int = 0,
 ) -> Tensor:
     """The pairs that dropout with probability ``p`` keeps: bool ``shape`` = [batch, q_heads, q_len, kv_len].
 
-    seed: as in ``philox``. device: by default the seed's, or the CPU. Raises ValueError unless 0 <= p < 1.
+    seed: as in ``philox``. device: by default the seed's, or the CPU. first_row: the q_idx of the first row.
+    Raises ValueError unless 0 <= p < 1.
     """
     if not 0 <= p < 1:
         raise ValueError(f"{p=} must be at least 0 and below 1")
@@ -59,7 +61,7 @@ def dropout_keep(
     words = philox(
         seed,
         torch.arange((kv_len + 3) // 4, device=device),
-        torch.arange(q_len, device=device).reshape(q_len, 1),
+        torch.arange(first_row, first_row + q_len, device=device).reshape(q_len, 1),
         torch.arange(q_heads, device=device).reshape(q_heads, 1, 1),
         torch.arange(batch, device=device).reshape(batch, 1, 1, 1),
     )  # four of [batch, q_heads, q_len, kv_len / 4 rounded up]

@@ -31,6 +31,7 @@ MASKS_INTERVALS = "kernels/tilewise/parts/masks/intervals.py"
 NUMERICS = "kernels/tilewise/parts/numerics.py"
 OPTIONS = "kernels/tilewise/plan/rules/options.py"
 PADDING = "kernels/tilewise/parts/masks/padding.py"
+PLAIN = "kernels/tilewise/pytorch/plain.py"
 PREFIX = "kernels/tilewise/parts/masks/prefix.py"
 RELATIVE_POSITION = "kernels/tilewise/parts/scores/relative_position.py"
 REQUEST = "kernels/tilewise/plan/request.py"
@@ -300,6 +301,43 @@ MUTATIONS = (
     Mutation("tiles: sizes that are no power of two", TILE,
              "if size < 16 or size & (size - 1):", "if size < 16:",
              tests("compiled", "a_tile_is_a_power_of_two")),
+    # ---- Plain PyTorch
+    Mutation("plain: causal handed over whatever its scale", PLAIN,
+             "return True if request.scale is None or request.scale > 0 else None", "return True",
+             tests("plain_fused", "the_definition_answers[causal, negative scale]")),
+    Mutation("plain: keys behind the last row handed over", PLAIN,
+             "if causal and shape.kv_len > shape.q_len:", "if False:",
+             tests("plain_fused", "the_fused_kernel_answers[causal, more keys-torch.float32]")),
+    Mutation("plain: causal of the wrong corner handed over", PLAIN,
+             'mask.align == "bottom_right" and shape.q_len != shape.kv_len', "False",
+             tests("plain_fused", "the_definition_answers[causal, a cache]")),
+    Mutation("plain: rows with gaps handed over", PLAIN,
+             "return x if x.stride(3) == 1 else x.contiguous()", "return x",
+             tests("plain_fused", "memory_layouts[gaps within a row]")),
+    Mutation("plain: gradient of lse lost", PLAIN,
+             "if do is not None and dlse is None and not", "if do is not None and not",
+             tests("plain_fused", "one_tensor_for_q_k_and_v", "gradients_of_some_tensors[True-q]")),
+    Mutation("plain: one tensor's gradient counted for q, k and v each", PLAIN,
+             "q, k, v = (x.view_as(x) for x in (q, k, v))", "pass",
+             tests("plain_fused", "one_tensor_for_q_k_and_v")),
+    Mutation("plain: transforms and forward mode handed over", PLAIN,
+             "if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:", "if False:",
+             tests("plain_fused", "forward_mode")),
+    Mutation("plain: a compiled lse without gradient", PLAIN,
+             "and return_lse and request.needs_gradient", "and False",
+             tests("plain_fused", "compiled_lse_keeps_its_gradient")),
+    Mutation("plain: every block at row 0", PLAIN,
+             "q_idx + block.q_start", "q_idx",
+             tests("plain_blocks", "blocks_of_any_number_of_rows[alibi-2]")),
+    Mutation("plain: every block at key 0", PLAIN,
+             "kv_idx + block.kv_start", "kv_idx",
+             tests("plain_blocks", "blocks_of_any_number_of_rows[window-2]")),
+    Mutation("plain: every block drops as the first", PLAIN,
+             "first_row=block.q_start", "first_row=0",
+             tests("plain_blocks", "blocks_of_any_number_of_rows[dropout-2]")),
+    Mutation("plain: the last key of a block forgotten", PLAIN,
+             "int(keys[1][start:end].max())", "int(keys[1][start:end].min())",
+             tests("plain_blocks", "blocks_of_any_number_of_rows[causal-2]")),
     # ---- The contract
     Mutation("checks: heads without a whole ratio", TENSORS,
              "q_heads % kv_heads == 0", "q_heads >= kv_heads",

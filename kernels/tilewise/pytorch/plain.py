@@ -1,44 +1,276 @@
-"""Plain PyTorch in fp32: what answers on a CPU outside the interpreter."""
+"""Plain PyTorch: what answers on a CPU outside Triton's interpreter, and anywhere for impl="torch".
+
+There are two ways, both in fp32, rounded once to q's dtype at the end.
+
+PyTorch's own fused kernel for CPUs, in `fused`, where it computes the same: no score, sink or dropout; a dot
+product times a number; values as wide as keys; and every row sees a key, every key is seen by a row. That is
+no mask, or Causal with its corner at the top left, behind which keys are cut off; other corners where they
+mean one of these. Its causal mask is multiplied by the scale, so there the scale must be above 0. Memory is
+linear in length. The kernel has one derivative, of out alone. Whatever else is asked of it (create_graph, a
+gradient of lse, forward mode or batches of gradients) is computed from the definition again: `Fused`.
+
+The definition, `tilewise_reference.attention`, in `in_blocks`: one block of rows after the other, each with
+the keys between the first and the last that its rows may see, as far as the host knows these. So the
+forward holds at most about BLOCK scores at a time, however long the sequences. Autograd keeps those of every
+block for the backward, so a training step is quadratic in length; `torch.utils.checkpoint` around the call
+changes that for half as much time again. All derivatives of all orders are PyTorch's.
+
+Function transforms, forward mode and dispatch modes want to see every step: they take the definition. Under
+torch.compile and torch.export the definition is one block, whatever its length, so that a graph serves all
+lengths; for the same reason Causal goes to the fused kernel only where lengths are equal by construction.
+The kernel is then a node with PyTorch's formula, differentiable once, like all that AOTAutograd compiles.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 import tilewise_reference
+from tilewise_reference.scores import additive_bias
 
+from ..parts.masks.causal import Causal
+from ..parts.scores.bias import Bias
+from ..parts.scores.score import Score
+from ..parts.shape import Shape
 from ..parts.similarity import Cosine
 from ..plan.passes import empty_in_order_of
 from ..plan.request import Request, is_autocast
 
 Tensor = torch.Tensor
 
+BLOCK = 1 << 21  # scores of one block, over batch and heads: 8 MiB for each of a few such matrices
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
 
 def run_torch(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Plain PyTorch in fp32, differentiable; it holds the score matrix in memory."""
-    q, k, v = request.q, request.k, request.v
-    arguments = oracle_arguments(request)
+    """out in q's dtype and memory order, and lse in fp32."""
+    q = request.q
     with torch.autocast(q.device.type, enabled=False) if is_autocast(q.device) else nullcontext():
-        out, lse = tilewise_reference.attention(q, k, v, **arguments, return_lse=True, dtype=torch.float32)
-    # A copy in q's dtype and memory order, as the kernel's result has them.
-    return empty_in_order_of(request.q, out.shape[3]).copy_(out), lse if return_lse else None
+        run = fused if fused_is_the_same(request, return_lse) else in_blocks
+        out, lse = run(request)
+    return empty_in_order_of(q, out.shape[3]).copy_(out), lse if return_lse else None
 
 
-def oracle_arguments(request: Request) -> dict[str, Any]:
-    """The request as `tilewise_reference.attention` takes it: every mask and score by its twin."""
-    similarity, dropped = request.similarity, {}
+# ---- PyTorch's fused kernel for CPUs
+
+
+def fused_is_the_same(request: Request, return_lse: bool) -> bool:
+    """Whether `fused` answers this request: the conditions at the head of this file."""
+    shape, scale = request.shape, request.scale
+    if request.scores or request.sink is not None or request.dropout is not None:
+        return False
+    if request.similarity not in ("dot", "scaled_dot") or isinstance(scale, Tensor):
+        return False
+    if request.q.device.type != "cpu" or shape.head_dim != shape.value_dim or is_watched():
+        return False
+    if torch.compiler.is_compiling() and return_lse and request.needs_gradient:
+        return False  # lse has no gradient in PyTorch's formula
+    if min(shape.batch, shape.q_len, shape.kv_len) == 0:
+        return False
+    return causal_of(request) is not None
+
+
+def causal_of(request: Request) -> bool | None:
+    """Whether the kernel's causal mask is needed; None if it does not do what the masks say."""
+    masks, shape = request.masks, request.shape
+    if len(masks) == 0:
+        return False
+    mask = masks[0]
+    if len(masks) > 1 or not isinstance(mask, Causal):
+        return None
+    if torch.compiler.is_compiling():  # a graph for lengths to come must not compare them
+        if not statically_known_true(shape.q_len == shape.kv_len):
+            return None
+    elif mask.align == "bottom_right" and shape.q_len != shape.kv_len:
+        return False if shape.q_len == 1 else None
+    return True if request.scale is None or request.scale > 0 else None
+
+
+def fused(request: Request) -> tuple[Tensor, Tensor]:
+    """out and lse [batch, q_heads, q_len, ...] in fp32."""
+    shape, causal, scale = request.shape, bool(causal_of(request)), request.scale
+    if scale is None:
+        scale = shape.head_dim**-0.5 if request.similarity == "scaled_dot" else 1.0
+    k, v = request.k, request.v
+    if causal and shape.kv_len > shape.q_len:  # no row sees a key behind the last row
+        k, v = (x[:, :, : shape.q_len] for x in (k, v))
+    if shape.group > 1:
+        k, v = (x.repeat_interleave(shape.group, dim=1) for x in (k, v))
+    q, k, v = (with_dense_rows(x.float()) for x in (request.q, k, v))
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not request.needs_gradient:
+        out, lse = flash(q, k, v, 0.0, causal, scale=scale)
+    else:
+        out, lse = Fused.apply(causal, float(scale), q, k, v)
+    return out, lse.contiguous()
+
+
+def with_dense_rows(x: Tensor) -> Tensor:
+    """x, whose rows lie in memory without gaps: the kernel takes that for granted."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def is_watched() -> bool:
+    """Whether a function transform, a level of forward mode or a dispatch mode looks at every step."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def score_bytes(request: Request, return_lse: bool) -> int:
+    """Bytes of a score matrix, of the few that a call holds at once: of all pairs where a gradient is asked
+    for, else of a block; 0 where the fused kernel answers."""
+    if fused_is_the_same(request, return_lse):
+        return 0
+    batch, q_heads, q_len, kv_len = request.shape.scores
+    rows = q_len if request.needs_gradient else min(q_len, rows_of_a_block(request.shape))
+    return 4 * batch * q_heads * rows * kv_len
+
+
+class Fused(torch.autograd.Function):
+    """The fused kernel with all derivatives: where its own does not do, the definition's."""
+
+    @staticmethod
+    def forward(ctx: Any, causal: bool, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        out, lse = flash(q, k, v, 0.0, causal, scale=scale)
+        ctx.causal, ctx.scale = causal, scale
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[2:4]):
+            ctx.mark_non_differentiable(lse)  # which does not depend on v
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        causal, scale, needs = ctx.causal, ctx.scale, ctx.needs_input_grad[2:]
+        if do is not None and dlse is None and not torch.is_grad_enabled() and not is_watched():
+            grads = flash_backward(
+                with_dense_rows(do), q, k, v, out, lse, 0.0, causal, attn_mask=None, scale=scale
+            )
+            return None, None, *(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+        if do is None and dlse is None:
+            return (None,) * 5
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views of their own, for q, k and v may be one tensor; derivatives go through them to it.
+            q, k, v = (x.view_as(x) for x in (q, k, v))
+            masks = (Causal("top_left"),) if causal else ()
+            out, lse = in_blocks(Request(q, k, v, masks, (), scale, "dot", None, "torch"))
+            arrived = [(x, dx) for x, dx in ((out, do), (lse, dlse)) if dx is not None]
+            wanted = [x for x, needed in zip((q, k, v), needs, strict=True) if needed]
+            results, grads = zip(*arrived, strict=True)
+            grads = torch.autograd.grad(results, wanted, grads, create_graph=again, allow_unused=True)
+            found = iter(grads)
+        return None, None, *(next(found) if needed else None for needed in needs)
+
+
+# ---- The definition, a block of rows at a time
+
+
+class Block(NamedTuple):
+    """The rows q_start..q_end and the keys kv_start..kv_end."""
+
+    q_start: int
+    q_end: int
+    kv_start: int
+    kv_end: int
+
+
+def in_blocks(request: Request) -> tuple[Tensor, Tensor]:
+    """out and lse [batch, q_heads, q_len, ...] in fp32."""
+    results = [run_block(request, block) for block in blocks(request)]
+    if len(results) == 1:
+        return results[0]
+    out, lse = (torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
+    return out, lse
+
+
+def run_block(request: Request, block: Block) -> tuple[Tensor, Tensor]:
+    q = request.q[:, :, block.q_start : block.q_end]
+    k, v = (x[:, :, block.kv_start : block.kv_end] for x in (request.k, request.v))
+    arguments = oracle_arguments(request, block)
+    return tilewise_reference.attention(q, k, v, **arguments, return_lse=True, dtype=torch.float32)
+
+
+def blocks(request: Request) -> Iterator[Block]:
+    """Blocks that hold all rows, and of the keys those that their rows may see."""
+    shape = request.shape
+    whole = Block(0, shape.q_len, 0, shape.kv_len)
+    if torch.compiler.is_compiling() or 0 in shape.scores:
+        yield whole
+        return
+    rows = rows_of_a_block(shape)
+    knows_keys = request.q.device.type == "cpu" and not is_watched()
+    keys = seen_keys(request) if knows_keys else None
+    for start in range(0, shape.q_len, rows):
+        end = min(start + rows, shape.q_len)
+        first, last = 0, shape.kv_len
+        if keys is not None:
+            first, last = int(keys[0][start:end].min()), int(keys[1][start:end].max())
+        yield Block(start, end, min(first, last), last)
+
+
+def rows_of_a_block(shape: Shape) -> int:
+    return max(1, BLOCK // max(1, shape.batch * shape.q_heads * shape.kv_len))
+
+
+def seen_keys(request: Request) -> tuple[Tensor, Tensor]:
+    """The first and one more than the last of the keys that each row may see, by the masks' bounds; int64
+    [q_len]. It reads the masks' tensors, which on a CPU costs nothing."""
+    shape = request.shape
+    starts, ends = torch.zeros(shape.q_len, dtype=torch.int64), torch.full((shape.q_len,), shape.kv_len)
+    for mask in request.masks:
+        bounds = mask.bounds(shape)
+        if bounds is not None:
+            lo, hi = (x.expand(shape.scores[:3]).flatten(0, 1) for x in bounds[:2])
+            starts, ends = starts.maximum(lo.amin(0)), ends.minimum(hi.amax(0))
+    return starts.clamp(0, shape.kv_len), ends.clamp(0, shape.kv_len)
+
+
+def oracle_arguments(request: Request, block: Block | None = None) -> dict[str, Any]:
+    """The request as `tilewise_reference.attention` takes it, every mask and score by its twin; for the rows
+    and keys of a block, if one is given."""
+    shape, similarity, dropped = request.shape, request.similarity, {}
+    block = Block(0, shape.q_len, 0, shape.kv_len) if block is None else block
     if request.dropout is not None:
         p, seed = request.dropout
-        keep = tilewise_reference.dropout_keep(seed, p, request.shape.scores, seed.device)
-        dropped = dict(dropout_p=p, dropout_keep=keep)
+        sizes = (shape.batch, shape.q_heads, block.q_end - block.q_start, block.kv_end)
+        keep = tilewise_reference.dropout_keep(seed, p, sizes, seed.device, first_row=block.q_start)
+        dropped = dict(dropout_p=p, dropout_keep=keep[..., block.kv_start :])
     return dict(
-        mask=[mask.twin(request.shape) for mask in request.masks],
-        score=[score.twin(request.shape) for score in request.scores],
+        mask=[shifted(mask.twin(shape), block) for mask in request.masks],
+        score=[twin_in_block(score, shape, block) for score in request.scores],
         scale=request.scale,
         similarity="cosine" if isinstance(similarity, Cosine) else similarity,
         temperature=similarity.temperature if isinstance(similarity, Cosine) else None,
         sink=request.sink,
         **dropped,
     )
+
+
+def shifted(twin: Any, block: Block) -> Any:
+    """The twin of a mask or a score, for index tensors that count from the block's first row and key."""
+
+    def moved(*given: Tensor) -> Any:
+        *before, q_idx, kv_idx = given
+        return twin(*before, q_idx + block.q_start, kv_idx + block.kv_start)
+
+    return moved
+
+
+def twin_in_block(score: Score, shape: Shape, block: Block) -> Any:
+    if not isinstance(score, Bias):
+        return shifted(score.twin(shape), block)
+    bias = score.bias  # read by its place, not by index
+    if bias.dim() > 0 and bias.shape[-1] > 1:
+        bias = bias[..., block.kv_start : block.kv_end]
+    if bias.dim() > 1 and bias.shape[-2] > 1:
+        bias = bias[..., block.q_start : block.q_end, :]
+    return additive_bias(bias)

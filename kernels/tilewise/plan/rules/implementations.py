@@ -69,7 +69,7 @@ def memory_is_linear(r: Request) -> str | None:
     if implementation(r) == "torch":
         size = mebibytes(score_matrix_bytes(r.shape))
         return (
-            f"strict=True, and plain PyTorch (impl={r.impl!r} on {r.q.device.type}) holds a score matrix "
+            f"strict=True, and plain PyTorch (impl={r.impl!r} on {r.q.device.type}) may hold a score matrix "
             f"{r.shape.scores} in fp32, {size}: use a GPU, or set TRITON_INTERPRET=1 in the environment "
             "before tilewise is imported, or leave strict out"
         )

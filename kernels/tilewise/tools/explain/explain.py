@@ -16,12 +16,12 @@ from ...plan import tiles
 from ...plan.checks import OF_TENSORS, first_violation, violations
 from ...plan.implementation import IMPLEMENTATIONS, implementation
 from ...plan.names import ARGUMENTS, refuse_unknown
-from ...plan.quadratic import score_matrix_bytes
 from ...plan.request import Request, make_request, without_drawing
 from ...plan.rules import hopper as hopper_rules
 from ...plan.rules.implementations import implementation_is_known
 from ...plan.tiles import architecture, choose_tile
 from ...pytorch.nested import is_nested, pack
+from ...pytorch.plain import score_bytes
 from ..chips import Chip, chip_of_target, find_chip
 from .as_workload import as_workload, notes
 from .coverage import has_contents, pairs_that_count
@@ -92,7 +92,7 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
         except NotImplementedError as error:  # no tile fits the chip
             on_a_gpu = [str(error)]
     hopper_could = not not_hopper and not is_hopper and request.impl != "torch"
-    plain = Allocation("score matrices in fp32, several of", score_matrix_bytes(shape), "during the call")
+    held = score_bytes(request, return_lse) if answers == "torch" else 0
     others = {name: why_not_this(given, name) for name in IMPLEMENTATIONS if name != answers}
     if "hopper" in others:  # a word on the chip, not on this machine
         others["hopper"] = "; ".join(on_a_gpu or not_hopper) or why_hopper_waits(request, chip)
@@ -116,7 +116,9 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
         notes=tuple(notes(request, model)),
         kernels=kernels,
         memory=memory_of(model) if kernels else (),
-        memory_here=(plain,) if answers == "torch" else (),
+        memory_here=(Allocation("score matrices in fp32, several of", held, "during the call"),)
+        if held
+        else (),
         suggestions=suggestions(Look(request, model, kernels, hopper_could)) if kernels else (),
     )
 

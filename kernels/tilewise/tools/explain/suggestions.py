@@ -338,7 +338,7 @@ def plain_pytorch_was_asked_for(look: Look) -> Suggestion | None:
     if look.request.impl != "torch":
         return None
     return Suggestion(
-        "impl='torch' holds several score matrices of "
+        "impl='torch' may hold several score matrices of "
         f"{mebibytes(score_matrix_bytes(look.work.shape))}: leave impl out, and a GPU runs the fused kernel"
     )
 
