@@ -43,7 +43,7 @@ def test_plain_pytorch_answers_on_a_cpu_and_a_gpu_would_run_the_kernels(without_
     assert "interpreter is off" in found.because and "TRITON_INTERPRET=1" in found.others["portable"]
     assert "assumed" in found.gpu_because
     assert [x.bytes for x in found.memory_here] == [4 * 4 * 100 * 100]
-    assert not tilewise.explain(q, q, q, mask=tilewise.Causal()).memory_here  # PyTorch's fused kernel has none
+    assert not tilewise.explain(q, q, q, mask=tilewise.Causal()).memory_here  # in PyTorch's fused kernel
     assert [kernel.name for kernel in found.kernels] == ["forward"]
     assert "the portable kernels would answer" in " ".join(str(found).split())
 
