@@ -61,7 +61,7 @@ def test_inference_mode_needs_no_gradient_whatever_grad_mode_says(device):
 def test_tensors_made_in_inference_mode(device):
     """PyTorch's own error, where autograd would have to keep one."""
     with torch.inference_mode():
-        k = torch.randn(1, HEADS, KV_LEN, DIM, device=device)
+        k = torch.randn(1, 1, KV_LEN, DIM, device=device)
     given = tensors(device, "q") | {"k": k}
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
         attend(**given)

@@ -17,9 +17,10 @@ ARGUMENTS = dict(mask=tilewise.Causal(), score=tilewise.Softcap(3.0))
 
 
 def tensors(device, *trained: str, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """All that has a gradient; those named require one. Nothing else is random about a call."""
+    """All that has a gradient, one key head for all query heads; those named require one. Nothing else is
+    random about a call."""
     shapes = dict(
-        q=(1, HEADS, Q_LEN, DIM), k=(1, HEADS, KV_LEN, DIM), v=(1, HEADS, KV_LEN, DIM), bias=(Q_LEN, KV_LEN),
+        q=(1, HEADS, Q_LEN, DIM), k=(1, 1, KV_LEN, DIM), v=(1, 1, KV_LEN, DIM), bias=(Q_LEN, KV_LEN),
         sink=(HEADS,), scale=(),
     )  # fmt: skip
     made = {name: torch.randn(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
