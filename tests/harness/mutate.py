@@ -32,24 +32,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from .mutation import Mutation
+from .mutations import MUTATIONS
+
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("kernels", "reference", "tests", "bench", "pyproject.toml")
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """Replace `old` by `new` in `file`, both paths from the root; `tests` are pytest node ids that notice."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-
-
-def tests(file: str, *names: str) -> tuple[str, ...]:
-    """The node ids of tests in tests/test_<file>.py."""
-    return tuple(f"tests/test_{file}.py::test_{name}" for name in names)
 
 
 @dataclass(frozen=True)
@@ -171,8 +158,6 @@ def run_mutations(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from harness.mutations import MUTATIONS
-
     parser = argparse.ArgumentParser(
         prog="python -m harness.mutate", description="Do the tests catch these bugs?"
     )

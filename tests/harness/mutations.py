@@ -6,7 +6,7 @@ narrow, so that a run takes seconds.
 
 from __future__ import annotations
 
-from .mutate import Mutation, tests
+from .mutation import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mutate import Mutation, tests
+from .mutation import Mutation, tests
 
 ALIBI = "kernels/tilewise/parts/scores/alibi.py"
 AUTOGRAD = "kernels/tilewise/pytorch/autograd.py"

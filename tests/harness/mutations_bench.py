@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mutate import Mutation
+from .mutation import Mutation
 
 AGAIN = "bench/again.py"
 GATE = "bench/gate.py"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mutate import Mutation, tests
+from .mutation import Mutation, tests
 
 CHANNELS = "kernels/tilewise/kernels/hopper/channels.py"
 CONSUMER = "kernels/tilewise/kernels/hopper/consumer.py"

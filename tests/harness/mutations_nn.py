@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mutate import Mutation, tests
+from .mutation import Mutation, tests
 
 CORE = "kernels/tilewise/nn/core.py"
 PROJECTED = "kernels/tilewise/nn/projected.py"

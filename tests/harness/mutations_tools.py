@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mutate import Mutation, tests
+from .mutation import Mutation, tests
 
 API = "kernels/tilewise/api.py"
 BOUNDS = "kernels/tilewise/parts/bounds.py"
