@@ -12,8 +12,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton
-import triton.language as tl
-from triton.runtime import interpreter
 
 # The same examples in every run. Shrinking takes minutes in the interpreter, so it is left to a person who
 # wants it: `pytest --hypothesis-profile=shrink`.
@@ -63,16 +61,9 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    """Interpreted kernels take less than half the time: Triton goes through all of `triton.language` again on
-    every call of a device function, to replace functions that the launch has replaced already."""
-    replace = interpreter._patch_lang
+    from harness import quick
 
-    def replace_once(fn):
-        languages = [module for module in fn.__globals__.values() if module is tl or module is tl.core]
-        return replace(fn) if any(tl.core.is_builtin(language.load) for language in languages) else None
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", replace_once)
+    with quick.quick_interpreter():
         yield
 
 
