@@ -17,6 +17,7 @@ from harness.variants import (
     backward_feature_variants,
     compiled_once,
     feature_variants,
+    shipped,
 )
 from tilewise.kernels.room import SHARED_BYTES, fits, shared_bytes
 from tilewise.plan.tiles import TABLE, table_tile
@@ -30,25 +31,23 @@ BARRIER_BYTES = 2048  # what Triton keeps in shared memory besides tiles: barrie
 @pytest.fixture(scope="module")
 def main_tiles(tmp_path_factory) -> ByTarget:
     """By target and variant."""
-    return compiled_once("main_variants", tmp_path_factory).keyed(lambda each: each.variant)
+    return shipped("main_variants", tmp_path_factory).keyed(lambda each: each.variant)
 
 
 @pytest.fixture(scope="module")
 def backward_tiles(tmp_path_factory) -> ByTarget:
     """By target, and by variant and kernel."""
-    return compiled_once("backward_variants", tmp_path_factory).keyed(
-        lambda each: (each.variant, each.kernel)
-    )
+    return shipped("backward_variants", tmp_path_factory).keyed(lambda each: (each.variant, each.kernel))
 
 
 @pytest.fixture(scope="module")
 def backward_feature_kernels(tmp_path_factory) -> ByTarget:
-    return compiled_once("backward_feature_variants", tmp_path_factory)
+    return shipped("backward_feature_variants", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def feature_kernels(tmp_path_factory) -> ByTarget:
-    return compiled_once("feature_variants", tmp_path_factory)
+    return shipped("feature_variants", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,37 @@ def joined(parts: Iterable[list[Compiled] | str]) -> list[Compiled] | str:
     return "\n\n".join(failures) if failures else [each for part in parts for each in part]
 
 
+# Lists of variants that one process compiles: each process imports PyTorch and Triton for as long as two of
+# the kernels take.
+SHIPPED = (
+    "main_variants",
+    "backward_variants",
+    "feature_variants",
+    "backward_feature_variants",
+    "tf32_variants",
+)
+
+
+def shipped_variants() -> list[Variant]:
+    """Every list of SHIPPED, each name after its list's."""
+    lists = {name: globals()[name]() for name in SHIPPED}
+    return [dataclasses.replace(each, name=f"{name}: {each.name}") for name in lists for each in lists[name]]
+
+
+def shipped(variants: str, folders: pytest.TempPathFactory) -> ByTarget:
+    """The kernels of one list of SHIPPED."""
+    prefix = f"{variants}: "
+
+    def of_list(kernels: list[Compiled] | str) -> list[Compiled] | str:
+        if isinstance(kernels, str):
+            return kernels
+        named = [each for each in kernels if each.variant.startswith(prefix)]
+        return [dataclasses.replace(each, variant=each.variant.removeprefix(prefix)) for each in named]
+
+    found = compiled_once("shipped_variants", folders)
+    return ByTarget((target, of_list(kernels)) for target, kernels in found.items())
+
+
 def main_variants() -> list[Variant]:
     """Every row of the table, causal, and the tiles that short queries get."""
     return [
@@ -152,9 +183,8 @@ def backward_variants() -> list[Variant]:
 
 
 def tf32_variants() -> list[Variant]:
-    """Forward and backward where PyTorch asks for tf32."""
-    forward = forward_variant("fp32", 64, "causal", precision="high")
-    return [forward, backward_variant("fp32", 64, "causal", ("dkv", "dq"), precision="high")]
+    """The backward where PyTorch asks for tf32; the forward is among the main variants."""
+    return [backward_variant("fp32", 64, "causal", ("dkv", "dq"), precision="high")]
 
 
 # What `tilewise tune` may choose beside the table's tiles of Hopper's forward, at head_dim 64 and 128.
