@@ -399,7 +399,8 @@ def pytest_options(arguments: list[str]) -> list[str]:
     if any(re.match(r"(-n|--numprocesses|--pdb$|-p$)", argument) for argument in arguments):
         return []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ["-n", str(min(max(cores, 2), 8))]
+    # Neighbours stay together: what the tests of a file share is made by one worker, not by all.
+    return ["-n", str(min(max(cores, 2), 8)), "--dist", "worksteal"]
 
 
 def main() -> int:
@@ -415,11 +416,7 @@ def main() -> int:
         "--venv", default=str(ROOT / ".venv"), metavar="FOLDER", help="another place than .venv"
     )
     parser.add_argument(
-        "--constrain",
-        action="append",
-        default=[],
-        metavar="SPEC",
-        help="hold a package back, as in triton==3.6.0",
+        "--constrain", action="append", default=[], metavar="SPEC", help="hold a package back: triton==3.6.0"
     )
     parser.add_argument("command", choices=sorted(COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the command")
