@@ -96,7 +96,7 @@ MUTATIONS = (
              "head_of(values, batch, head // group)", "head_of(values, batch, head % (q_heads // group))",
              tests("sdpa", "grouped_heads[()-(6, 2)]")),
     Mutation("forward: values with the strides of keys", CALL,
-             "(call.v, call.v.stride())", "(call.v, call.k.stride())",
+             "call.k.stride(), call.v.stride()),", "call.k.stride(), call.k.stride()),",
              tests("shapes", "dims[40-smaller]")),
     Mutation("forward: batch taken for head", WALK,
              "head = (program // q_tiles) % q_heads", "head = program // q_tiles // q_heads",

@@ -34,7 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_rows, load_tile, store_tile
+from ..parts.addressing import head_of, load_rows, load_tile, store_tile, tensors_of
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import cut_tile, intersect_intervals, kept_pairs, kv_range, q_range
 from ..parts.numerics import matmul, round_to
@@ -69,7 +69,8 @@ def dkv_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
-    queries, keys, values, sizes, unit, dropout, mask_args, score_args = call
+    pointers, strides, sizes, unit, dropout, mask_args, score_args = call
+    queries, keys, values = tensors_of(pointers, strides)
     dout, max_ptr, sum_ptr, delta_ptr = rows
     q_heads, group, q_len, kv_len = sizes
     # The first tiles of keys, seen by the most rows under a causal mask, start first.
@@ -180,7 +181,8 @@ def dq_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
-    queries, keys, values, sizes, unit, dropout, mask_args, score_args = call
+    pointers, strides, sizes, unit, dropout, mask_args, score_args = call
+    queries, keys, values = tensors_of(pointers, strides)
     dout, max_ptr, sum_ptr, delta_ptr = rows
     q_heads, group, q_len, kv_len = sizes
     batch, head, q_idx, row = own_rows(q_heads, q_len, TILE_Q)

@@ -55,7 +55,7 @@ def shared_arguments(call: Call) -> dict[str, Any]:
 
     `call` is one tuple of what changes from call to call without another kernel being compiled:
 
-        queries, keys, values    (pointer, strides) each: parts/addressing.py
+        pointers, strides        of q, k and v: pointers first, which is how compilers need fewest registers
         sizes                    as `sizes_of` has them
         unit                     exp(score) = exp(s · unit) for the s that SCORES leave; None: natural units
         dropout                  seed, threshold and factor, or ()
@@ -64,9 +64,8 @@ def shared_arguments(call: Call) -> dict[str, Any]:
     shape, functions = call.shape, function_arguments(call)
     return dict(
         call=(
-            (call.q, call.q.stride()),
-            (call.k, call.k.stride()),
-            (call.v, call.v.stride()),
+            (call.q, call.k, call.v),
+            (call.q.stride(), call.k.stride(), call.v.stride()),
             sizes_of(shape),
             call.unit,
             call.dropout,

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_tile, store_tile
+from ..parts.addressing import head_of, load_tile, store_tile, tensors_of
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, kv_range
 from ..parts.numerics import INTERPRETED, matmul, round_to, widen
@@ -53,7 +53,8 @@ def forward_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
-    queries, keys, values, sizes, unit, dropout, mask_args, score_args = call
+    pointers, strides, sizes, unit, dropout, mask_args, score_args = call
+    queries, keys, values = tensors_of(pointers, strides)
     q_heads, group, q_len, kv_len = sizes
     batch, head, q_idx, row = own_rows(q_heads, q_len, TILE_Q)
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_tile
+from ..parts.addressing import head_of, load_tile, tensors_of
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, visits_and_full
 from ..parts.numerics import matmul, round_to
@@ -144,7 +144,8 @@ def parameter_kernel(
     STORE: tl.constexpr,
 ):
     tl.static_assert(TILE_Q == TILE_KV, "diagonals need square tiles")
-    queries, keys, values, sizes, unit, dropout, mask_args, score_args = call
+    pointers, strides, sizes, unit, dropout, mask_args, score_args = call
+    queries, keys, values = tensors_of(pointers, strides)
     dout, max_ptr, sum_ptr, delta_ptr = rows
     q_heads, group, q_len, kv_len = sizes
     program = tl.program_id(0)

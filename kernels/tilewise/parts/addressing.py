@@ -8,6 +8,12 @@ import triton.language as tl
 
 
 @triton.jit
+def tensors_of(pointers, strides):
+    """(pointer, strides) of each of three tensors."""
+    return (pointers[0], strides[0]), (pointers[1], strides[1]), (pointers[2], strides[2])
+
+
+@triton.jit
 def head_of(x, batch, head):
     """One head of x = (pointer, strides of batch, head, row and dim, in elements): the address of its row 0,
     and the strides of row and dim."""

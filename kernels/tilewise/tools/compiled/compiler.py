@@ -216,7 +216,7 @@ def tile_and_inputs(launched: Launched) -> tuple[dict[str, int], torch.Tensor | 
     given = launched.arguments
     tile = {name: int(given[name]) for name in TILE_SIZES if name in given}
     if "q_desc" not in given:
-        (base, _), *_ = given.get("call", (given.get("out", (None, None)),))
+        (base, *_), *_ = given.get("call", (given.get("out", (None, None)),))
         return tile, base
     q, v = given["q_desc"], given["v_desc"]
     columns = dict(HEAD_TILE=q.block_shape[3], VALUE_TILE=v.block_shape[3])
