@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -10,9 +9,6 @@ import torch
 # Triton decides how `@triton.jit` runs when it is imported, which the plugin does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import triton.language as tl
-from triton.runtime import interpreter
 
 from bench.plugin import (
     pytest_addoption,
@@ -23,6 +19,7 @@ from bench.plugin import (
     pytest_report_header,
     timed,
 )
+from harness.quick import quick_interpreter
 
 __all__ = [
     "pytest_addoption",
@@ -36,14 +33,7 @@ __all__ = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_interpreter() -> Iterator[None]:
-    """As for the tests: the interpreter replaces Triton's functions once, not at each call."""
-    replace = interpreter._patch_lang
-
-    def replace_once(fn: Any) -> Any:
-        languages = [module for module in fn.__globals__.values() if module is tl or module is tl.core]
-        return replace(fn) if any(tl.core.is_builtin(language.load) for language in languages) else None
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", replace_once)
+def quick() -> Iterator[None]:
+    """As for the tests."""
+    with quick_interpreter():
         yield
