@@ -53,9 +53,9 @@ def sizes_of(shape: Shape) -> tuple[int, int, int, int]:
 def shared_arguments(call: Call) -> dict[str, Any]:
     """The arguments that every portable kernel takes, by the names they have there.
 
-    `call` is one tuple of what changes from call to call without another kernel being compiled:
+    `call` is one tuple of tensors, sizes and what acts on scores:
 
-        pointers, strides        of q, k and v: pointers first, which is how compilers need fewest registers
+        pointers, strides        of q, k and v; by (pointer, strides), gfx942's forward takes more registers
         sizes                    as `sizes_of` has them
         unit                     exp(score) = exp(s · unit) for the s that SCORES leave; None: natural units
         dropout                  seed, threshold and factor, or ()

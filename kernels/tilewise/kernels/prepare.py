@@ -17,7 +17,7 @@ from ..parts.addressing import head_of, load_tile
 from ..parts.intervals import intersect_intervals, store_range
 from ..parts.numerics import widen
 from ..parts.shape import ceil_div
-from .call import Call, on_device_of, shared_arguments, sizes_of
+from .call import Call, function_arguments, on_device_of, power_of_two_tile, sizes_of
 
 
 @triton.jit
@@ -103,19 +103,21 @@ def prepare(
 
 def prepare_launch(backward: BackwardCall) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the arguments of `prepare_kernel`."""
-    shared = shared_arguments(backward.call)
-    taken = ("INTERVALS", "VALUE_DIM", "VALUE_TILE")
-    arguments = {name: shared[name] for name in taken} | dict(
+    call = backward.call
+    shape, functions = call.shape, function_arguments(call)
+    arguments = dict(
         out=(backward.out, backward.out.stride()),
         dout=(backward.do, backward.do.stride()),
         max_ptr=backward.row_max,
         dlse_ptr=backward.dlse,
         delta_ptr=backward.delta,
         ranges_ptr=backward.ranges,
-        sizes=sizes_of(backward.call.shape),
-        mask_args=tuple([mask.args for mask in backward.call.masks]),
+        sizes=sizes_of(shape),
+        mask_args=functions["mask_args"],
+        INTERVALS=functions["INTERVALS"],
+        VALUE_DIM=shape.value_dim,
+        VALUE_TILE=power_of_two_tile(shape.value_dim),
         TILE_Q=backward.tile_q,
         enable_fp_fusion=True,
     )
-    shape = backward.call.shape
     return (backward.ranges.shape[2] * shape.q_heads * shape.batch,), arguments

@@ -20,7 +20,6 @@ from .rules import hopper, implementations, options, tensors
 
 Rule = Callable[[Request], "str | None"]
 
-
 GIVEN = (tensors.tensors_are_given,)
 RANKS = (*GIVEN, tensors.ranks_are_four)
 SIZES = (*RANKS, tensors.batches_agree, tensors.kv_lengths_agree)
