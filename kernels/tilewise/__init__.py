@@ -2,6 +2,7 @@
 
 from . import nn
 from .api import attention, dropout_mask, scaled_dot_product_attention, why_not
+from .packed import check_offsets, packed_attention
 from .parts.masks.causal import Causal
 from .parts.masks.dense import Dense
 from .parts.masks.documents import Documents
@@ -41,9 +42,11 @@ __all__ = [
     "Window",
     "alibi_slopes",
     "attention",
+    "check_offsets",
     "dropout_mask",
     "explain",
     "nn",
+    "packed_attention",
     "scaled_dot_product_attention",
     "tiles",
     "why_not",

@@ -27,7 +27,7 @@ from .plan.request import Request, make_request, without_drawing
 from .plan.rules.implementations import implementation_is_known, kernel_can_run
 from .plan.rules.options import dropout_fits
 from .pytorch.dispatch import run_portable
-from .pytorch.nested import is_nested, pack
+from .pytorch.nested import is_nested, unpack
 from .pytorch.plain import run_torch
 
 Tensor = torch.Tensor
@@ -116,22 +116,25 @@ def attention(
     """
     if unknown:
         refuse_unknown("attention", unknown)
-    if is_nested(q, k, v):
-        packed = pack(q, k, v, mask=mask, bias=bias, score=score)
-        out, lse = attention(
-            packed.q, packed.k, packed.v, mask=packed.mask, score=packed.score, scale=scale,
-            similarity=similarity, sink=sink, dropout_p=dropout_p, dropout_seed=dropout_seed,
-            return_lse=True, impl=impl, strict=strict,
-        )  # fmt: skip
-        return (packed.jagged(out), packed.jagged(lse)) if return_lse else packed.jagged(out)
-    request = make_request(
-        q, k, v, mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
+    given: dict[str, Any] = dict(
+        mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
         dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
     )  # fmt: skip
+    if is_nested(q, k, v):
+        jagged = unpack(q, k, v)
+        result, row_lse = answer(make_request(*jagged[:3], **given, packing=jagged.packing), return_lse)
+        result, row_lse = jagged.like_q(result), None if row_lse is None else jagged.like_q(row_lse)
+    else:
+        result, row_lse = answer(make_request(q, k, v, **given), return_lse)
+    return result if row_lse is None else (result, row_lse)
+
+
+def answer(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """out, and lse if asked for, of a request: check → choose → call."""
     check(request)
     run = run_torch if implementation(request) == "torch" else run_portable
-    result, row_lse = run(request, return_lse)
-    return (result, row_lse) if return_lse and row_lse is not None else result
+    out, lse = run(request, return_lse)
+    return out, lse if return_lse else None
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
@@ -146,13 +149,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
             del given[name]
     try:
         if is_nested(q, k, v):
-            parts = {name: given.pop(name, None) for name in PARTS}
-            try:
-                packed = pack(q, k, v, **parts)
-            except NotImplementedError as error:  # of the parts, it may be: the rest is judged without them
-                found.append(str(error))
-                packed = pack(q, k, v)
-            q, k, v, given["mask"], given["score"], _ = packed
+            q, k, v, given["packing"] = unpack(q, k, v)
         request = make_request(q, k, v, **without_drawing(q, given))
     except (ValueError, NotImplementedError) as error:
         return list(dict.fromkeys([*found, str(error)]))

@@ -47,10 +47,12 @@ def dropout_keep(
     shape: tuple[int, int, int, int],
     device: torch.device | str | None = None,
     first_row: int = 0,
+    first_batch: int = 0,
 ) -> Tensor:
     """The pairs that dropout with probability ``p`` keeps: bool ``shape`` = [batch, q_heads, q_len, kv_len].
 
-    seed: as in ``philox``. device: by default the seed's, or the CPU. first_row: the q_idx of the first row.
+    seed: as in ``philox``. device: by default the seed's, or the CPU. first_row: the q_idx of the first row; first_batch: the number of the
+    first sequence.
     Raises ValueError unless 0 <= p < 1.
     """
     if not 0 <= p < 1:
@@ -63,7 +65,7 @@ def dropout_keep(
         torch.arange((kv_len + 3) // 4, device=device),
         torch.arange(first_row, first_row + q_len, device=device).reshape(q_len, 1),
         torch.arange(q_heads, device=device).reshape(q_heads, 1, 1),
-        torch.arange(batch, device=device).reshape(batch, 1, 1, 1),
+        torch.arange(first_batch, first_batch + batch, device=device).reshape(batch, 1, 1, 1),
     )  # four of [batch, q_heads, q_len, kv_len / 4 rounded up]
     word = torch.stack(words, dim=4).flatten(3)[..., :kv_len]  # of key j: number j mod 4 of counter j div 4
     return (word >> 1) >= round(p * 2**31)

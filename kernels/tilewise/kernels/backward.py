@@ -34,17 +34,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_rows, load_tile, store_tile, tensors_of
+from ..parts.addressing import head_of, load_rows, load_tile, rows_of, store_tile, tensors_of
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import cut_tile, intersect_intervals, kept_pairs, kv_range, q_range
 from ..parts.numerics import matmul, round_to
 from ..parts.scores.score import apply_scores, pull_back
-from ..parts.shape import ceil_div
+from ..parts.sequences import first_tile, tiles_of
 from ..parts.softmax import softmax_probabilities
-from .call import on_device_of, shared_arguments
+from .call import on_device_of, programs, shared_arguments
 from .prepare import BackwardCall
 from .tile import Tile
-from .walk import load_keys, own_rows, step_keys, steps_of
+from .walk import load_keys, own_keys, own_rows, step_keys, steps_of
 
 
 @triton.jit
@@ -69,20 +69,18 @@ def dkv_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
-    pointers, strides, sizes, unit, dropout, mask_args, score_args = call
+    pointers, strides, sizes, layout, unit, dropout, mask_args, score_args = call
     queries, keys, values = tensors_of(pointers, strides)
     dout, max_ptr, sum_ptr, delta_ptr = rows
-    q_heads, group, q_len, kv_len = sizes
-    # The first tiles of keys, seen by the most rows under a causal mask, start first.
-    kv_tiles, q_tiles = tl.cdiv(kv_len, TILE_KV), tl.cdiv(q_len, TILE_Q)
-    program = tl.program_id(0)
-    kv_start = program % kv_tiles * TILE_KV
-    kv_head = program // kv_tiles % (q_heads // group)
-    batch = program // kv_tiles // (q_heads // group)
+    q_heads, group, q_rows, _kv_rows = sizes
+    batch, kv_head, kv_start, where = own_keys(sizes, layout, TILE_KV)
+    q_place, kv_place, q_len, kv_len = where
+    q_tiles = tl.cdiv(q_len, TILE_Q)
+    range_tiles, range_first = tiles_of(q_rows, layout, TILE_Q), first_tile(q_place, batch, layout, TILE_Q)
 
     kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
     kv_row = tl.minimum(kv_idx, kv_len - 1)
-    k_head, v_head = head_of(keys, batch, kv_head), head_of(values, batch, kv_head)
+    k_head, v_head = head_of(keys, kv_place, kv_head), head_of(values, kv_place, kv_head)
     k = load_tile(k_head, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
     v = load_tile(v_head, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
     dk = tl.zeros([TILE_KV, HEAD_TILE], tl.float32)
@@ -90,12 +88,13 @@ def dkv_kernel(
 
     for member in range(group):
         head = kv_head * group + member
-        rows_ptr = (batch.to(tl.int64) * q_heads + head) * q_len
-        head_ranges_ptr = ranges_ptr + (batch.to(tl.int64) * q_heads + head) * q_tiles * 4
+        rows_ptr = rows_of(q_place, head, q_heads, q_rows)
+        head_tiles = (q_place[0].to(tl.int64) * q_heads + head) * range_tiles + range_first
+        head_ranges_ptr = ranges_ptr + head_tiles * 4
         first, full_first, full_last, last = q_range(
             head_ranges_ptr, q_tiles, kv_start, kv_start + TILE_KV, 128
         )
-        q_head, do_head = head_of(queries, batch, head), head_of(dout, batch, head)
+        q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
 
         for IS_CUT in tl.static_range(2):
             tiles = full_last - full_first
@@ -155,7 +154,7 @@ def dkv_kernel(
     if unit is not None:
         dk *= unit
     dk = PROJECT(dk, k)
-    dk_head, dv_head = head_of(dkeys, batch, kv_head), head_of(dvalues, batch, kv_head)
+    dk_head, dv_head = head_of(dkeys, kv_place, kv_head), head_of(dvalues, kv_place, kv_head)
     dk, dv = round_to(dk, dkeys[0].dtype.element_ty), round_to(dv, dvalues[0].dtype.element_ty)
     store_tile(dk_head, dk, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)
     store_tile(dv_head, dv, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)
@@ -181,22 +180,23 @@ def dq_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
-    pointers, strides, sizes, unit, dropout, mask_args, score_args = call
+    pointers, strides, sizes, layout, unit, dropout, mask_args, score_args = call
     queries, keys, values = tensors_of(pointers, strides)
     dout, max_ptr, sum_ptr, delta_ptr = rows
-    q_heads, group, q_len, kv_len = sizes
-    batch, head, q_idx, row = own_rows(q_heads, q_len, TILE_Q)
+    q_heads, group, q_rows, _kv_rows = sizes
+    batch, head, q_idx, row, where, _tile = own_rows(sizes, layout, TILE_Q)
+    q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
     span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
-    q_head, do_head = head_of(queries, batch, head), head_of(dout, batch, head)
-    k_head, v_head = head_of(keys, batch, head // group), head_of(values, batch, head // group)
+    q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
+    k_head, v_head = head_of(keys, kv_place, head // group), head_of(values, kv_place, head // group)
     q = load_tile(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
     do = load_tile(do_head, q_idx, q_idx < q_len, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
-    rows_ptr = (batch.to(tl.int64) * q_heads + head) * q_len
-    row_max = tl.load(max_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
-    sum_log2 = tl.load(sum_ptr + rows_ptr + row)[:, None]
-    delta = tl.load(delta_ptr + rows_ptr + row)[:, None]
+    rows_ptr = rows_of(q_place, head, q_heads, q_rows)
+    row_max = load_rows(max_ptr + rows_ptr, q_idx, q_idx < q_len)[:, None]  # [TILE_Q, 1]
+    sum_log2 = load_rows(sum_ptr + rows_ptr, q_idx, q_idx < q_len)[:, None]
+    delta = load_rows(delta_ptr + rows_ptr, q_idx, q_idx < q_len)[:, None]
     dq = tl.zeros([TILE_Q, HEAD_TILE], tl.float32)
 
     for IS_CUT in tl.static_range(2):
@@ -232,12 +232,12 @@ def dq_kernel(
         dq *= unit
     dq = PROJECT(dq, q)
     dq = round_to(dq, dqueries[0].dtype.element_ty)
-    store_tile(head_of(dqueries, batch, head), dq, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)
+    store_tile(head_of(dqueries, q_place, head), dq, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)
 
 
 def backward_arguments(backward: BackwardCall, tile: Tile) -> dict[str, Any]:
     """What the kernels that recompute scores take alike. `rows` is dO, with its strides, and what is known of
-    each row, [batch, q_heads, q_len] contiguous: row_max, sum_log2 and delta."""
+    each row, contiguous: row_max, sum_log2 and delta."""
     call = backward.call
     return shared_arguments(call) | dict(
         rows=((backward.do, backward.do.stride()), backward.row_max, backward.sum_log2, backward.delta),
@@ -261,10 +261,10 @@ def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile:
         PROJECT=backward.call.project,
         HAS_GAPS=backward.call.has_gaps,
     )
-    programs = ceil_div(shape.kv_len, tile.tile_kv) * shape.kv_heads * shape.batch
-    if programs:
+    grid = programs(shape, shape.kv_len, tile.tile_kv, shape.kv_heads)
+    if grid:
         with on_device_of(dk):
-            dkv_kernel[(programs,)](**arguments)
+            dkv_kernel[(grid,)](**arguments)
 
 
 def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:
@@ -276,7 +276,7 @@ def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:
         PROJECT=backward.call.project,
         HAS_GAPS=backward.call.has_gaps,
     )
-    programs = ceil_div(shape.q_len, tile.tile_q) * shape.q_heads * shape.batch
-    if programs:
+    grid = programs(shape, shape.q_len, tile.tile_q, shape.q_heads)
+    if grid:
         with on_device_of(dq):
-            dq_kernel[(programs,)](**arguments)
+            dq_kernel[(grid,)](**arguments)

@@ -10,14 +10,14 @@ import torch
 from ..parts.masks.mask import BoundMask
 from ..parts.numerics import INTERPRETED, float32_precision
 from ..parts.scores.score import BoundScore
-from ..parts.shape import Shape, next_power_of_two
+from ..parts.shape import Shape, ceil_div, next_power_of_two
 
 
 class Call(NamedTuple):
     """What forward and backward have in common; `checks` has passed it."""
 
     shape: Shape
-    q: torch.Tensor  # [batch, q_heads, q_len, head_dim]
+    q: torch.Tensor  # [batch, q_heads, q_len, head_dim]; with packed sequences 1 for batch, as for k and v
     k: torch.Tensor  # [batch, kv_heads, kv_len, head_dim]
     v: torch.Tensor  # [batch, kv_heads, kv_len, value_dim]
     sink: torch.Tensor | None  # [q_heads]
@@ -46,8 +46,25 @@ def function_arguments(call: Call) -> dict[str, Any]:
 
 
 def sizes_of(shape: Shape) -> tuple[int, int, int, int]:
-    """(q_heads, query heads that share a head of keys and values, q_len, kv_len)."""
+    """(q_heads, query heads that share a head of keys and values, rows of q, rows of k and v)."""
     return shape.q_heads, shape.group, shape.q_len, shape.kv_len
+
+
+def tile_count(shape: Shape, rows: int, tile_rows: int) -> int:
+    """How many numbers the tiles of one head have, as `sequences.tiles_of` says on the device."""
+    if shape.packing is None:
+        return ceil_div(rows, tile_rows)
+    return rows // tile_rows + shape.batch + 2
+
+
+def blocks_of(shape: Shape) -> int:
+    """The first dimension of q, k, v and whatever has a number a row."""
+    return shape.batch if shape.packing is None else 1
+
+
+def programs(shape: Shape, rows: int, tile_rows: int, heads: int) -> int:
+    """How many programs there are, if each owns a tile of these rows of one of these heads."""
+    return tile_count(shape, rows, tile_rows) * heads * blocks_of(shape) if rows else 0
 
 
 def shared_arguments(call: Call) -> dict[str, Any]:
@@ -57,6 +74,7 @@ def shared_arguments(call: Call) -> dict[str, Any]:
 
         pointers, strides        of q, k and v; by (pointer, strides), gfx942's forward takes more registers
         sizes                    as `sizes_of` has them
+        layout                   where sequences lie: sequences.py
         unit                     exp(score) = exp(s · unit) for the s that SCORES leave; None: natural units
         dropout                  seed, threshold and factor, or ()
         mask_args, score_args    what the functions in INTERVALS and KEEPS, and those in SCORES, are given
@@ -67,6 +85,7 @@ def shared_arguments(call: Call) -> dict[str, Any]:
             (call.q, call.k, call.v),
             (call.q.stride(), call.k.stride(), call.v.stride()),
             sizes_of(shape),
+            shape.layout,
             call.unit,
             call.dropout,
             functions["mask_args"],

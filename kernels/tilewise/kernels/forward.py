@@ -20,14 +20,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_tile, store_tile, tensors_of
+from ..parts.addressing import head_of, load_tile, rows_of, store_tile, tensors_of
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, kv_range
 from ..parts.numerics import INTERPRETED, matmul, round_to, widen
 from ..parts.scores.score import apply_scores
-from ..parts.shape import ceil_div
+from ..parts.sequences import is_of_a_sequence
 from ..parts.softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
-from .call import Call, on_device_of, shared_arguments
+from .call import Call, on_device_of, programs, shared_arguments
 from .tile import Tile
 from .walk import load_keys, own_rows, step_keys, steps_of
 
@@ -44,7 +44,7 @@ def forward_kernel(
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     out,  # (pointer, strides)
-    lse_ptr,  # [batch, q_heads, q_len] contiguous, or None, as for the next two
+    lse_ptr,  # a number a row, contiguous, or None, as for the next two
     max_ptr,
     sum_ptr,
     sink_ptr,  # [q_heads], or None
@@ -53,16 +53,17 @@ def forward_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
-    pointers, strides, sizes, unit, dropout, mask_args, score_args = call
+    pointers, strides, sizes, layout, unit, dropout, mask_args, score_args = call
     queries, keys, values = tensors_of(pointers, strides)
-    q_heads, group, q_len, kv_len = sizes
-    batch, head, q_idx, row = own_rows(q_heads, q_len, TILE_Q)
+    q_heads, group, q_rows, _kv_rows = sizes
+    batch, head, q_idx, row, where, tile = own_rows(sizes, layout, TILE_Q)
+    q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
     span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
-    q_head = head_of(queries, batch, head)
+    q_head = head_of(queries, q_place, head)
     q = load_tile(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-    k_head, v_head = head_of(keys, batch, head // group), head_of(values, batch, head // group)
+    k_head, v_head = head_of(keys, kv_place, head // group), head_of(values, kv_place, head // group)
     row_max, row_sum, o = softmax_start(TILE_Q, VALUE_TILE)
 
     for IS_CUT in tl.static_range(2):
@@ -90,9 +91,11 @@ def forward_kernel(
             o = matmul(round_to(p, v.dtype), v, o * rescale[:, None], PRECISION)  # [TILE_Q, VALUE_TILE]
 
     if sink_ptr is not None:
-        # A sink is the state of one more key, whose value is 0.
+        # A sink is the state of one more key of each sequence, whose value is 0.
         tl.static_assert(unit is None, "a sink's logit is in natural units")
-        sink_max = tl.zeros_like(row_max) + widen(tl.load(sink_ptr + head.to(tl.int64) * sink_stride))
+        has_sink = is_of_a_sequence(tile, sizes, layout, TILE_Q)
+        sink = widen(tl.load(sink_ptr + head.to(tl.int64) * sink_stride))
+        sink_max = tl.where(has_sink, tl.zeros_like(row_max) + sink, float("-inf"))
         sink_sum = tl.full([TILE_Q], 1.0, tl.float32)
         sink_o = tl.zeros_like(o)
         row_max, row_sum, o = softmax_merge(row_max, row_sum, o, sink_max, sink_sum, sink_o)
@@ -102,14 +105,14 @@ def forward_kernel(
     o, lse, sum_log2 = softmax_finish(natural_max, row_sum, o)
 
     valid = q_idx < q_len
-    rows = (batch.to(tl.int64) * q_heads + head) * q_len + q_idx
+    rows = rows_of(q_place, head, q_heads, q_rows) + q_idx
     if lse_ptr is not None:
         tl.store(lse_ptr + rows, lse, mask=valid)
     if max_ptr is not None:
         tl.store(max_ptr + rows, row_max, mask=valid)
         tl.store(sum_ptr + rows, sum_log2, mask=valid)
     o = round_to(o, out[0].dtype.element_ty)
-    store_tile(head_of(out, batch, head), o, q_idx, valid, VALUE_DIM, VALUE_TILE)
+    store_tile(head_of(out, q_place, head), o, q_idx, valid, VALUE_DIM, VALUE_TILE)
 
 
 # Triton 3.6.0 cannot translate for AMD a loop with tiles of a bias in flight beside fewer than 64 rows: it
@@ -144,15 +147,15 @@ def forward_launch(
         num_warps=tile.num_warps,
         num_stages=stages_in_flight(call, tile),
     )
-    return (ceil_div(shape.q_len, tile.tile_q) * shape.q_heads * shape.batch,), arguments
+    return (programs(shape, shape.q_len, tile.tile_q, shape.q_heads),), arguments
 
 
 def launch_forward(
     call: Call, out: torch.Tensor, lse: torch.Tensor | None, statistics: torch.Tensor | None, tile: Tile
 ) -> None:
     """Fill out [batch, q_heads, q_len, value_dim], lse [batch, q_heads, q_len] and, for the backward,
-    statistics [2, batch, q_heads, q_len]: `softmax.softmax_probabilities`. lse and statistics are fp32 and
-    contiguous."""
+    statistics [2, batch, q_heads, q_len]: `softmax.softmax_probabilities`; with packed sequences 1 for batch
+    and all tokens for q_len. lse and statistics are fp32 and contiguous."""
     grid, arguments = forward_launch(call, out, lse, statistics, tile)
     if grid[0]:
         with on_device_of(out):

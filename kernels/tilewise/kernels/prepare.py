@@ -13,56 +13,62 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_tile
+from ..parts.addressing import head_of, load_tile, rows_of
 from ..parts.intervals import intersect_intervals, store_range
 from ..parts.numerics import widen
-from ..parts.shape import ceil_div
-from .call import Call, function_arguments, on_device_of, power_of_two_tile, sizes_of
+from ..parts.sequences import tiles_of
+from .call import (
+    Call,
+    blocks_of,
+    function_arguments,
+    on_device_of,
+    power_of_two_tile,
+    programs,
+    sizes_of,
+    tile_count,
+)
+from .walk import own_rows
 
 
 @triton.jit
 def prepare_kernel(
     out,  # (pointer, strides), as for dout
     dout,
-    max_ptr,  # [batch, q_heads, q_len] contiguous, as for the next two: the forward's row statistics
+    max_ptr,  # a number a row, contiguous, as for the next two: the forward's row statistics
     dlse_ptr,  # or None
     delta_ptr,
-    ranges_ptr,  # [batch, q_heads, q_tiles, 4] int32: intervals.py
+    ranges_ptr,  # [.., q_heads, tiles, 4] int32: intervals.py
     sizes,
+    layout,
     mask_args,
     INTERVALS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     TILE_Q: tl.constexpr,
 ):
-    q_heads, _group, q_len, kv_len = sizes
-    q_tiles = tl.cdiv(q_len, TILE_Q)
-    program = tl.program_id(0)
-    q_tile = program % q_tiles
-    head = (program // q_tiles) % q_heads
-    batch = program // q_tiles // q_heads
-    q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
-    valid = q_idx < q_len
+    q_heads, _group, q_rows, _kv_rows = sizes
+    batch, head, q_idx, row, where, tile = own_rows(sizes, layout, TILE_Q)
+    q_place, _kv_place, q_len, kv_len = where
+    valid = q_idx < q_len  # [TILE_Q]
 
     # delta = Σ_d dO · O - dLSE
-    o_head, do_head = head_of(out, batch, head), head_of(dout, batch, head)
+    o_head, do_head = head_of(out, q_place, head), head_of(dout, q_place, head)
     o = load_tile(o_head, q_idx, valid, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
     do = load_tile(do_head, q_idx, valid, VALUE_DIM, VALUE_TILE)
     # An output of exactly 0 adds nothing, also where a row that sees no key is handed NaN.
     o, do = widen(o), widen(do)
     delta = tl.sum(tl.where(o == 0.0, 0.0, o * do), 1)  # [TILE_Q]
-    row = (batch.to(tl.int64) * q_heads + head) * q_len + q_idx
+    rows = rows_of(q_place, head, q_heads, q_rows) + q_idx
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row, mask=valid, other=0.0)
+        delta -= tl.load(dlse_ptr + rows, mask=valid, other=0.0)
     # A row without key and sink depends on nothing, whatever gradient it is handed.
-    row_max = tl.load(max_ptr + row, mask=valid, other=0.0)
-    tl.store(delta_ptr + row, tl.where(row_max == float("-inf"), 0.0, delta), mask=valid)
+    row_max = tl.load(max_ptr + rows, mask=valid, other=0.0)
+    tl.store(delta_ptr + rows, tl.where(row_max == float("-inf"), 0.0, delta), mask=valid)
 
-    lo, hi, whole = intersect_intervals(
-        tl.minimum(q_idx, q_len - 1), kv_len, batch, head, INTERVALS, mask_args
-    )
-    range_ptr = ranges_ptr + ((batch.to(tl.int64) * q_heads + head) * q_tiles + q_tile) * 4
-    store_range(range_ptr, lo, hi, whole, kv_len, (q_tile + 1) * TILE_Q > q_len)
+    lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
+    tiles = tiles_of(q_rows, layout, TILE_Q)
+    range_ptr = ranges_ptr + ((q_place[0].to(tl.int64) * q_heads + head) * tiles + tile) * 4
+    store_range(range_ptr, lo, hi, whole, kv_len, tl.max(q_idx) >= q_len)
 
 
 class BackwardCall(NamedTuple):
@@ -70,12 +76,12 @@ class BackwardCall(NamedTuple):
 
     call: Call
     out: torch.Tensor  # of the forward
-    row_max: torch.Tensor  # [batch, q_heads, q_len] fp32 contiguous, as for sum_log2, dlse and delta
+    row_max: torch.Tensor  # [blocks, q_heads, rows] fp32 contiguous, as for sum_log2, dlse and delta
     sum_log2: torch.Tensor
-    do: torch.Tensor  # [batch, q_heads, q_len, value_dim], any strides
+    do: torch.Tensor  # as out, any strides
     dlse: torch.Tensor | None
     delta: torch.Tensor
-    ranges: torch.Tensor  # [batch, q_heads, q_tiles, 4] int32
+    ranges: torch.Tensor  # [blocks, q_heads, tiles, 4] int32
     tile_q: int  # the rows that one entry of ranges stands for
 
 
@@ -88,11 +94,11 @@ def prepare(
     tile_q: int,
 ) -> BackwardCall:
     """Compute delta and the ranges of keys that tiles of tile_q rows visit; statistics are the forward's."""
-    batch, q_heads, q_len, _ = call.shape.scores
+    shape = call.shape
     row_max, sum_log2 = statistics.unbind(0)
-    q_tiles = ceil_div(q_len, tile_q)
+    tiles = blocks_of(shape), shape.q_heads, tile_count(shape, shape.q_len, tile_q)
     delta = torch.empty_like(row_max)
-    ranges = torch.empty(batch, q_heads, q_tiles, 4, dtype=torch.int32, device=out.device)
+    ranges = torch.empty(*tiles, 4, dtype=torch.int32, device=out.device)
     backward = BackwardCall(call, out, row_max, sum_log2, do, dlse, delta, ranges, tile_q)
     grid, arguments = prepare_launch(backward)
     if grid[0]:
@@ -113,6 +119,7 @@ def prepare_launch(backward: BackwardCall) -> tuple[tuple[int], dict[str, Any]]:
         delta_ptr=backward.delta,
         ranges_ptr=backward.ranges,
         sizes=sizes_of(shape),
+        layout=shape.layout,
         mask_args=functions["mask_args"],
         INTERVALS=functions["INTERVALS"],
         VALUE_DIM=shape.value_dim,
@@ -120,4 +127,4 @@ def prepare_launch(backward: BackwardCall) -> tuple[tuple[int], dict[str, Any]]:
         TILE_Q=backward.tile_q,
         enable_fp_fusion=True,
     )
-    return (backward.ranges.shape[2] * shape.q_heads * shape.batch,), arguments
+    return (programs(shape, shape.q_len, backward.tile_q, shape.q_heads),), arguments

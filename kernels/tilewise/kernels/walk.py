@@ -1,4 +1,4 @@
-"""A program that owns a tile of query rows: which rows, and which keys at each step of its walk?
+"""A program owns a tile of rows or of keys: which? And which keys does one of rows see at each step?
 
 First come the tiles of keys in which every pair counts (█), then those that a mask cuts (▒); the others (·)
 are never visited. Of the keys of a cut tile some may lie outside the range of the walk.
@@ -15,19 +15,35 @@ import triton.language as tl
 
 from ..parts.addressing import load_tile
 from ..parts.intervals import cut_tile
+from ..parts.sequences import tile_of_keys, tile_of_rows, tiles_of, valid_rows
 
 
 @triton.jit
-def own_rows(q_heads, q_len, TILE_Q: tl.constexpr):
-    """batch, head and q_idx [TILE_Q] of the program's rows, and `row`: the same rows for masks and scores,
-    which are asked about valid rows only. The last tiles, the longest under a causal mask, start first."""
-    q_tiles = tl.cdiv(q_len, TILE_Q)
+def own_rows(sizes, layout, TILE_Q: tl.constexpr):
+    """batch, head and q_idx [TILE_Q] of the program's rows; `row`: the same rows for masks and scores, which
+    are asked about valid rows only; where the sequence lies, as sequences.py has it; and the number of the
+    tile. The last tiles, the longest under a causal mask, start first."""
+    q_heads, _group, q_rows, _kv_rows = sizes
+    tiles = tiles_of(q_rows, layout, TILE_Q)
     program = tl.program_id(0)
-    q_tile = q_tiles - 1 - program % q_tiles
-    head = (program // q_tiles) % q_heads
-    batch = program // q_tiles // q_heads
+    tile = tiles - 1 - program % tiles
+    head = (program // tiles) % q_heads
+    batch, q_tile, where = tile_of_rows(tile, program // tiles // q_heads, sizes, layout, TILE_Q)
     q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)
-    return batch, head, q_idx, tl.minimum(q_idx, q_len - 1)
+    return batch, head, q_idx, valid_rows(q_idx, where[2], where[3], layout), where, tile
+
+
+@triton.jit
+def own_keys(sizes, layout, TILE_KV: tl.constexpr):
+    """batch, head of keys, the first key of the program's tile, and where the sequence lies. The first tiles
+    of keys, seen by the most rows under a causal mask, start first."""
+    q_heads, group, _q_rows, kv_rows = sizes
+    tiles, kv_heads = tiles_of(kv_rows, layout, TILE_KV), q_heads // group
+    program = tl.program_id(0)
+    kv_head = program // tiles % kv_heads
+    block = program // tiles // kv_heads
+    batch, kv_tile, where = tile_of_keys(program % tiles, block, sizes, layout, TILE_KV)
+    return batch, kv_head, kv_tile * TILE_KV, where
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Where are my rows? Addresses of tiles of a dense [batch, heads, length, dim] tensor with any strides.
+"""Where are my rows? Addresses of tiles of a [batch, heads, length, dim] tensor with any strides.
 
 Every product of an index and a stride is taken in 64 bits: one stride can pass 2³¹ elements by itself.
 """
@@ -14,11 +14,37 @@ def tensors_of(pointers, strides):
 
 
 @triton.jit
-def head_of(x, batch, head):
-    """One head of x = (pointer, strides of batch, head, row and dim, in elements): the address of its row 0,
-    and the strides of row and dim."""
+def head_of(x, place, head):
+    """One head of a sequence in x = (pointer, strides of batch, head, row and dim, in elements): the address
+    of its row 0, and the strides of row and dim. place: (block, first), as in sequences.py."""
     ptr, strides = x
-    return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1], strides[2], strides[3]
+    ptr += place[0].to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    return ptr + place[1].to(tl.int64) * strides[2], strides[2], strides[3]
+
+
+@triton.jit
+def rows_of(place, head, heads, rows):
+    """Where a sequence begins in a dense array [blocks, heads, rows] of one number a row."""
+    return (place[0].to(tl.int64) * heads + head) * rows + place[1]
+
+
+@triton.jit
+def load_within(ptrs, idx, limits, OTHER: tl.constexpr):
+    """What a tensor holds at idx along a dimension with one limit, of `shape.common_limits`; OTHER beyond.
+    Without limits () nothing lies beyond."""
+    if len(limits) == 0:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=idx < limits[0], other=OTHER)
+
+
+@triton.jit
+def load_pairs(ptrs, q_idx, kv_idx, limits, OTHER: tl.constexpr):
+    """The same for a tensor with an element a pair, and a limit along queries and one along keys."""
+    if len(limits) == 0:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=(q_idx < limits[0]) & (kv_idx < limits[1]), other=OTHER)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from .described import described, given
-from .shape import Shape
+from .shape import FAR, Shape
 
 
 class Plug:
@@ -28,6 +28,10 @@ class Plug:
     def misfits(self, shape: Shape) -> list[str]:
         """Why it cannot serve a call of this shape; empty if it can."""
         return []
+
+    def extents(self, shape: Shape) -> tuple[int, int]:
+        """How many queries and keys of a packed sequence its tensors have elements for."""
+        return FAR, FAR
 
     def looks(self) -> Any:
         """What rules look at besides the shapes, dtypes and devices of `tensors`; hashable."""

@@ -13,8 +13,51 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTS = (torch.int32, torch.int64)
 
 
+ANY = -1  # a length that only the device knows
+FAR = 1 << 30  # further than any sequence is long
+
+
+class Packing(NamedTuple):
+    """Where packed sequences start: int32 or int64 [batch + 1] on the device. kv_offsets: None if the same.
+
+    Offsets are read by the device alone, so that lengths may change under a CUDA graph.
+    """
+
+    q_offsets: torch.Tensor
+    kv_offsets: torch.Tensor | None
+
+    @property
+    def batch(self) -> int:
+        return self.q_offsets.shape[0] - 1
+
+    def misfits(self) -> list[str]:
+        """Why these are no offsets; empty if they are."""
+        found = []
+        for name, offsets in zip(self._fields, self, strict=True):
+            if offsets is None and name == "kv_offsets":
+                continue
+            if not isinstance(offsets, torch.Tensor) or offsets.dtype not in INTS:
+                given = offsets.dtype if isinstance(offsets, torch.Tensor) else repr(offsets)
+                found.append(f"{name}={given} must be a tensor of dtype torch.int32 or torch.int64")
+            elif offsets.dim() != 1 or offsets.shape[0] < 2:
+                found.append(f"{name}.shape={tuple(offsets.shape)} must be [batch + 1], with batch at least 1")
+        if not found and self.kv_offsets is not None and len(self.kv_offsets) != len(self.q_offsets):
+            counts = f"{tuple(self.q_offsets.shape)}, kv_offsets.shape={tuple(self.kv_offsets.shape)}"
+            found.append(f"q_offsets.shape={counts} must be equal")
+        return found
+
+    def offsets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of queries and of keys, each in one piece."""
+        q_offsets = self.q_offsets.contiguous()
+        return q_offsets, q_offsets if self.kv_offsets is None else self.kv_offsets.contiguous()
+
+
 class Shape(NamedTuple):
-    """q [batch, q_heads, q_len, head_dim] against k, v [batch, kv_heads, kv_len, head_dim or value_dim]."""
+    """q [batch, q_heads, q_len, head_dim] against k, v [batch, kv_heads, kv_len, head_dim or value_dim].
+
+    With a packing, batch is the number of sequences; q_len and kv_len are the rows of all of them together,
+    which no sequence is longer than.
+    """
 
     batch: int
     q_heads: int
@@ -23,6 +66,7 @@ class Shape(NamedTuple):
     kv_len: int
     head_dim: int
     value_dim: int
+    packing: Packing | None = None
 
     @property
     def group(self) -> int:
@@ -34,9 +78,34 @@ class Shape(NamedTuple):
         """The shape that the score matrix would have."""
         return self.batch, self.q_heads, self.q_len, self.kv_len
 
+    @property
+    def fitted(self) -> tuple[int, int, int, int]:
+        """What a tensor with an element a pair must broadcast to. Of packed sequences it is read at the
+        positions inside each, so it may have any length, and should have that of the longest."""
+        if self.packing is None:
+            return self.scores
+        return self.batch, self.q_heads, ANY, ANY
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What kernels are told of where sequences lie: sequences.py."""
+        return () if self.packing is None else (*self.packing.offsets(), self.batch)
+
     def shift(self, align: Align) -> int:
         """Query row i stands at key position i + shift."""
         return self.kv_len - self.q_len if align == "bottom_right" else 0
+
+    def shift_args(self, align: Align) -> tuple[Any, ...]:
+        """The same for `sequences.row_shift`: a number, or where each sequence has its own."""
+        if self.packing is None:
+            return (self.shift(align),)
+        if align == "top_left" or self.packing.kv_offsets is None:
+            return (0,)
+        return self.layout, self.q_len, self.kv_len
+
+    def kv_len_args(self) -> tuple[Any, ...]:
+        """kv_len for `sequences.key_count`."""
+        return (self.kv_len,) if self.packing is None else (self.layout, self.q_len, self.kv_len)
 
 
 def check_align(align: str) -> None:
@@ -55,18 +124,40 @@ def check_dtype(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]
 def misfits(name: str, tensor: torch.Tensor, wanted: tuple[int, ...]) -> list[str]:
     """Why `tensor` does not read as `wanted` under PyTorch's broadcasting rules; empty if it does."""
     given = tuple(tensor.shape)
-    return [] if fits(given, wanted) else [f"{name}.shape={given} must broadcast to {wanted}"]
+    if fits(given, wanted):
+        return []
+    sizes = ", ".join("any" if size == ANY else str(size) for size in wanted)
+    return [f"{name}.shape={given} must broadcast to ({sizes}{',' * (len(wanted) == 1)})"]
 
 
 def fits(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether a shape broadcasts to another."""
     pairs = zip(reversed(given), reversed(wanted), strict=False)
-    return len(given) <= len(wanted) and all(size in (1, full) for size, full in pairs)
+    return len(given) <= len(wanted) and all(full == ANY or size in (1, full) for size, full in pairs)
 
 
 def broadcast_strides(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides with which `tensor` reads as `shape`: 0 along every broadcast dimension."""
-    return tensor.expand(shape).stride()
+    if ANY not in shape:
+        return tensor.expand(shape).stride()
+    missing = (0,) * (len(shape) - tensor.dim())
+    return (*missing, *(0 if n == 1 else stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)))
+
+
+def common_limits(shape: tuple[int, ...], *tensors: torch.Tensor) -> tuple[int, ...]:
+    """How far all of these tensors reach along those dimensions of `shape` that have any length; () if there
+    are none. One that is broadcast reaches everywhere. What lies beyond is not there."""
+    if ANY not in shape:
+        return ()
+    padded = [(1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape) for tensor in tensors]
+    reach = [min([FAR if n == 1 else n for n in sizes]) for sizes in zip(*padded, strict=True)]
+    return tuple([n for n, full in zip(reach, shape, strict=True) if full == ANY])
+
+
+def pair_limits(tensor: torch.Tensor) -> tuple[int, int]:
+    """The same for a tensor with an element a pair, along queries and keys."""
+    q_limit, kv_limit = common_limits((1, 1, ANY, ANY), tensor)
+    return q_limit, kv_limit
 
 
 def tensors_within(name: str, value: Any) -> dict[str, torch.Tensor]:

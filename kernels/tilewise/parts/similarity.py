@@ -24,9 +24,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .addressing import rows_of
 from .described import worded
 from .numerics import round_to, widen
 from .scores.score import BoundScore, Parameter, Score, padded_sizes
+from .sequences import sequence_at
 from .shape import Shape
 
 EPSILON = tl.constexpr(
@@ -95,10 +97,12 @@ class Scale(Score):
 @triton.jit
 def cosine_score(s, batch, head, q_idx, kv_idx, args):
     """s / (|q| |k|) of each pair."""
-    q_factor_ptr, k_factor_ptr, q_heads, kv_heads, q_len, kv_len = args
-    q_row = (batch.to(tl.int64) * q_heads + head) * q_len
-    kv_row = (batch.to(tl.int64) * kv_heads + head // (q_heads // kv_heads)) * kv_len
-    return s * tl.load(q_factor_ptr + q_row + q_idx) * tl.load(k_factor_ptr + kv_row + kv_idx)
+    q_factor_ptr, k_factor_ptr, sizes, layout = args
+    q_heads, group, q_rows, kv_rows = sizes
+    q_place, kv_place, _q_len, _kv_len = sequence_at(batch, sizes, layout)
+    q_first = rows_of(q_place, head, q_heads, q_rows)
+    kv_first = rows_of(kv_place, head // group, q_heads // group, kv_rows)
+    return s * tl.load(q_factor_ptr + q_first + q_idx) * tl.load(k_factor_ptr + kv_first + kv_idx)
 
 
 @triton.jit
@@ -139,8 +143,8 @@ class Normalised(Score):
 
     def bind(self, shape: Shape) -> BoundScore:
         factors = inverse_lengths(self.q), inverse_lengths(self.k)
-        sizes = (shape.q_heads, shape.kv_heads, shape.q_len, shape.kv_len)
-        return BoundScore(cosine_score, (*factors, *sizes))
+        sizes = (shape.q_heads, shape.group, shape.q_len, shape.kv_len)
+        return BoundScore(cosine_score, (*factors, sizes, shape.layout))
 
 
 def inverse_lengths(x: torch.Tensor) -> torch.Tensor:

@@ -22,17 +22,20 @@ Rule = Callable[[Request], "str | None"]
 
 GIVEN = (tensors.tensors_are_given,)
 RANKS = (*GIVEN, tensors.ranks_are_four)
-SIZES = (*RANKS, tensors.batches_agree, tensors.kv_lengths_agree)
+PACKED = (*RANKS, tensors.offsets_fit)
+SIZES = (*PACKED, tensors.batches_agree, tensors.kv_lengths_agree)
 KNOWN = (*RANKS, implementations.implementation_is_known)
 OF_TENSORS: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
     (tensors.tensors_are_given, ()),
     (tensors.ranks_are_four, GIVEN),
+    (tensors.offsets_fit, ()),
+    (tensors.tokens_agree, PACKED),
     (tensors.batches_agree, RANKS),
     (tensors.kv_heads_agree, RANKS),
     (tensors.heads_have_a_whole_ratio, RANKS),
     (tensors.kv_lengths_agree, RANKS),
     (tensors.lengths_are_indexable, RANKS),
-    (tensors.grid_is_launchable, RANKS),
+    (tensors.grid_is_launchable, PACKED),
     (tensors.head_dims_agree, RANKS),
     (tensors.dims_are_supported, RANKS),
     (tensors.dtypes_agree, GIVEN),
@@ -95,6 +98,7 @@ def looks(r: Request) -> tuple[Any, ...]:
         q.layout, k.layout, v.layout, r.needs_gradient, scale, type(r.scale), type(r.similarity),
         temperature if not isinstance(temperature, torch.Tensor) else None, type(r.sink),
         r.impl, None if r.dropout is None else r.dropout.p, bool(INTERPRETED), *of_parts,
+        r.packing is not None and (len(r.packing), r.packing.kv_offsets is None),
         r.strict and tuple([t.stride() for _, t in r.other_tensors]),
         r.impl == "hopper" and hopper.looks(r),
     )  # fmt: skip

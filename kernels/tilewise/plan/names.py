@@ -84,7 +84,7 @@ ELSEWHERE = {
 }  # fmt: skip
 
 # Every argument of `attention` besides q, k and v.
-ARGUMENTS = [name for name in signature(make_request).parameters if name not in ("q", "k", "v")]
+ARGUMENTS = [name for name in signature(make_request).parameters if name not in ("q", "k", "v", "packing")]
 ARGUMENTS.insert(ARGUMENTS.index("impl"), "return_lse")
 
 

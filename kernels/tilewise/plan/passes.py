@@ -26,9 +26,9 @@ def run_forward(
     request: Request, return_lse: bool, for_backward: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, lse [batch, q_heads, q_len], and
-    the statistics [2, batch, q_heads, q_len] of `launch_forward`."""
+    the statistics [2, batch, q_heads, q_len] of `launch_forward`; with packed sequences 1 for batch."""
     q, shape = request.q, request.shape
-    rows = shape.scores[:3]
+    rows = q.shape[:3]
     out = empty_in_order_of(q, shape.value_dim)
     lse = q.new_empty(rows, dtype=torch.float32) if return_lse else None
     statistics = q.new_empty((2, *rows), dtype=torch.float32) if for_backward else None

@@ -11,7 +11,7 @@ from ..parts.dropout import Dropout
 from ..parts.masks.mask import Mask, as_mask
 from ..parts.scores.bias import Bias
 from ..parts.scores.score import Score, as_scores
-from ..parts.shape import Shape
+from ..parts.shape import Packing, Shape
 from ..parts.similarity import Cosine, Similarity, similarity_scores
 
 Tensor = torch.Tensor
@@ -33,6 +33,7 @@ class Request:
     impl: str | None
     dropout: Dropout | None = None
     strict: bool = False
+    packing: Packing | None = None  # then q, k and v are [1, heads, tokens, dim]
     _shape: Shape | None = field(default=None, init=False)
     _similarity_scores: Similarity | None = field(default=None, init=False)
     _other_tensors: list[tuple[str, torch.Tensor]] | None = field(default=None, init=False)
@@ -41,7 +42,10 @@ class Request:
     def shape(self) -> Shape:
         if self._shape is None:
             (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = self.q.shape, self.k.shape
-            self._shape = Shape(batch, q_heads, kv_heads, q_len, kv_len, head_dim, self.v.shape[3])
+            if self.packing is not None:
+                batch = self.packing.batch
+            value_dim = self.v.shape[3]
+            self._shape = Shape(batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, self.packing)
         return self._shape
 
     @property
@@ -73,11 +77,14 @@ class Request:
             return self._other_tensors
         temperature = self.similarity.temperature if isinstance(self.similarity, Cosine) else None
         seed = None if self.dropout is None else self.dropout.seed
+        q_offsets, kv_offsets = (None, None) if self.packing is None else self.packing
         given = (
             ("scale", self.scale),
             ("temperature", temperature),
             ("sink", self.sink),
             ("dropout_seed", seed),
+            ("q_offsets", q_offsets),
+            ("kv_offsets", kv_offsets),
         )
         found = [(name, value) for name, value in given if isinstance(value, torch.Tensor)]
         for part in self.plugs:
@@ -110,9 +117,10 @@ def make_request(
     dropout_seed: Tensor | None = None,
     impl: str | None = None,
     strict: bool = False,
+    packing: Packing | None = None,
 ) -> Request:
     """The arguments of `attention` in their final form: masks as a tuple, the bias as the last modifier, q, k
-    and v in autocast's dtype, a seed."""
+    and v in autocast's dtype, a seed. With a packing q, k and v are [1, heads, tokens, dim]."""
     masks = () if mask is None else as_mask(mask).parts()
     scores = as_scores(score) if bias is None else (*as_scores(score), Bias(bias))
     if isinstance(q, Tensor) and is_autocast(q.device):
@@ -121,7 +129,7 @@ def make_request(
     dropout = None
     if dropout_p != 0 and (dropout_seed is not None or isinstance(q, Tensor)):
         dropout = Dropout(dropout_p, draw_seed(q.device) if dropout_seed is None else dropout_seed)
-    return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict)
+    return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict, packing)
 
 
 def without_drawing(q: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,8 @@ def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
     if INTERPRETED:  # its cost is by the operation, hardly by the element
         if work == "hopper":
             return HopperTile(128, length_tile(shape.kv_len, 32), 8, 2)
+        if shape.packing is not None:
+            return Tile(32, 32)
         return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
     dim = widest(shape)
     return cut_tile(device_row(q.device, q.element_size(), dim, work)[0], shape, dim, work)
@@ -171,6 +173,8 @@ def cut_tile(tile: Tile, shape: Shape, dim: int, work: Pass) -> Tile:
     """A row's tile, or fewer rows of it where q_len is short. In the forward fewer warps share them then, or
     fewer keys where O is wide."""
     if work == "hopper":  # its warpgroups have 64 rows each, whatever q_len is
+        return tile
+    if shape.packing is not None:  # nobody here knows how long its sequences are
         return tile
     tile_q = length_tile(shape.q_len, tile.tile_q)
     if tile_q == tile.tile_q or work != "forward":

@@ -26,6 +26,7 @@ from torch._dynamo.variables.functions import TritonKernelVariable
 from triton.runtime.jit import KernelInterface
 
 from ..parts.dropout import Dropout
+from ..parts.shape import Packing
 from ..parts.similarity import Cosine
 from ..plan.request import Request
 
@@ -101,7 +102,8 @@ def encode(request: Request) -> Encoded:
     if isinstance(similarity, Cosine):
         similarity, temperature = "cosine with a temperature", similarity.temperature
     seed, p = (None, None) if request.dropout is None else (request.dropout.seed, request.dropout.p)
-    for value in (request.scale, temperature, similarity, request.sink, seed, p, request.impl):
+    packing = None if request.packing is None else tuple(request.packing)
+    for value in (request.scale, temperature, similarity, request.sink, seed, packing, p, request.impl):
         _put(value, encoded, words)
     for parts in (request.masks, request.scores):
         words.append(f"({len(parts)}")
@@ -144,7 +146,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
     tensors, ints, floats = iter(encoded.tensors), iter(encoded.ints), iter(encoded.floats)
     take = lambda: _take(words, tensors, ints, floats)  # noqa: E731
 
-    scale, temperature, similarity, sink, seed, p, impl = (take() for _ in range(7))
+    scale, temperature, similarity, sink, seed, packing, p, impl = (take() for _ in range(8))
     parts: list[tuple[Any, ...]] = []
     for _ in range(2):
         count = int(next(words)[1:])
@@ -160,6 +162,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
         q, k, v, parts[0], parts[1], scale,
         Cosine(temperature) if similarity == "cosine with a temperature" else similarity,
         sink, impl, None if seed is None else Dropout(p, seed),
+        packing=None if packing is None else Packing(*packing),
     )  # fmt: skip
 
 

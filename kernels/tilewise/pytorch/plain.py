@@ -41,6 +41,7 @@ from ..parts.shape import Shape
 from ..parts.similarity import Cosine
 from ..plan.passes import empty_in_order_of
 from ..plan.request import Request, is_autocast
+from .pieces import by_sequence
 
 Tensor = torch.Tensor
 
@@ -52,9 +53,12 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 def run_torch(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out in q's dtype and memory order, and lse in fp32."""
     q = request.q
+
+    def answer(request: Request, batch: int | None = None) -> tuple[Tensor, Tensor]:
+        return fused(request) if fused_is_the_same(request, return_lse) else in_blocks(request, batch)
+
     with torch.autocast(q.device.type, enabled=False) if is_autocast(q.device) else nullcontext():
-        run = fused if fused_is_the_same(request, return_lse) else in_blocks
-        out, lse = run(request)
+        out, lse = answer(request) if request.packing is None else by_sequence(request, answer)
     return empty_in_order_of(q, out.shape[3]).copy_(out), lse if return_lse else None
 
 
@@ -175,17 +179,20 @@ class Fused(torch.autograd.Function):
 
 
 class Block(NamedTuple):
-    """The rows q_start..q_end and the keys kv_start..kv_end."""
+    """The rows q_start..q_end and the keys kv_start..kv_end; and of the sequences the first, by which masks
+    and scores know it."""
 
     q_start: int
     q_end: int
     kv_start: int
     kv_end: int
+    batch: int = 0
 
 
-def in_blocks(request: Request) -> tuple[Tensor, Tensor]:
-    """out and lse [batch, q_heads, q_len, ...] in fp32."""
-    results = [run_block(request, block) for block in blocks(request)]
+def in_blocks(request: Request, batch: int | None = None) -> tuple[Tensor, Tensor]:
+    """out and lse [batch, q_heads, q_len, ...] in fp32; batch: the number of the one packed sequence that the
+    request is left of."""
+    results = [run_block(request, block) for block in blocks(request, batch)]
     if len(results) == 1:
         return results[0]
     out, lse = (torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
@@ -199,22 +206,22 @@ def run_block(request: Request, block: Block) -> tuple[Tensor, Tensor]:
     return tilewise_reference.attention(q, k, v, **arguments, return_lse=True, dtype=torch.float32)
 
 
-def blocks(request: Request) -> Iterator[Block]:
+def blocks(request: Request, batch: int | None = None) -> Iterator[Block]:
     """Blocks that hold all rows, and of the keys those that their rows may see."""
     shape = request.shape
-    whole = Block(0, shape.q_len, 0, shape.kv_len)
+    whole = Block(0, shape.q_len, 0, shape.kv_len, batch or 0)
     if torch.compiler.is_compiling() or 0 in shape.scores:
         yield whole
         return
     rows = rows_of_a_block(shape)
-    knows_keys = request.q.device.type == "cpu" and not is_watched()
+    knows_keys = batch is None and request.q.device.type == "cpu" and not is_watched()
     keys = seen_keys(request) if knows_keys else None
     for start in range(0, shape.q_len, rows):
         end = min(start + rows, shape.q_len)
         first, last = 0, shape.kv_len
         if keys is not None:
             first, last = int(keys[0][start:end].min()), int(keys[1][start:end].max())
-        yield Block(start, end, min(first, last), last)
+        yield Block(start, end, min(first, last), last, batch or 0)
 
 
 def rows_of_a_block(shape: Shape) -> int:
@@ -242,7 +249,8 @@ def oracle_arguments(request: Request, block: Block | None = None) -> dict[str, 
     if request.dropout is not None:
         p, seed = request.dropout
         sizes = (shape.batch, shape.q_heads, block.q_end - block.q_start, block.kv_end)
-        keep = tilewise_reference.dropout_keep(seed, p, sizes, seed.device, first_row=block.q_start)
+        first = dict(first_row=block.q_start, first_batch=block.batch)
+        keep = tilewise_reference.dropout_keep(seed, p, sizes, seed.device, **first)
         dropped = dict(dropout_p=p, dropout_keep=keep[..., block.kv_start :])
     return dict(
         mask=[shifted(mask.twin(shape), block) for mask in request.masks],
@@ -256,11 +264,12 @@ def oracle_arguments(request: Request, block: Block | None = None) -> dict[str, 
 
 
 def shifted(twin: Any, block: Block) -> Any:
-    """The twin of a mask or a score, for index tensors that count from the block's first row and key."""
+    """The twin of a mask or a score, for index tensors that count from the block's first sequence, row and
+    key."""
 
     def moved(*given: Tensor) -> Any:
-        *before, q_idx, kv_idx = given
-        return twin(*before, q_idx + block.q_start, kv_idx + block.kv_start)
+        *before, batch, head, q_idx, kv_idx = given
+        return twin(*before, batch + block.batch, head, q_idx + block.q_start, kv_idx + block.kv_start)
 
     return moved
 
@@ -273,4 +282,6 @@ def twin_in_block(score: Score, shape: Shape, block: Block) -> Any:
         bias = bias[..., block.kv_start : block.kv_end]
     if bias.dim() > 1 and bias.shape[-2] > 1:
         bias = bias[..., block.q_start : block.q_end, :]
+    if bias.dim() == 4 and bias.shape[0] > shape.batch:  # one of several packed sequences
+        bias = bias[block.batch : block.batch + shape.batch]
     return additive_bias(bias)

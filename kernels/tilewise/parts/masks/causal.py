@@ -8,13 +8,14 @@ import triton.language as tl  # noqa: F401 - the interpreter wants it beside a j
 import tilewise_reference.masks as dense
 
 from ..bounds import FIRST_KEY, Bounds, positions
+from ..sequences import row_shift
 from ..shape import Align, Shape, check_align
 from .mask import BoundMask, Mask, Twin
 
 
 @triton.jit
 def causal_interval(q_idx, batch, head, args):
-    return q_idx * 0, q_idx + args[0] + 1, q_idx >= 0
+    return q_idx * 0, q_idx + row_shift(batch, args[0]) + 1, q_idx >= 0
 
 
 class Causal(Mask):
@@ -31,7 +32,7 @@ class Causal(Mask):
         self.align = align
 
     def bind(self, shape: Shape) -> BoundMask:
-        return BoundMask(causal_interval, None, (shape.shift(self.align),))
+        return BoundMask(causal_interval, None, (shape.shift_args(self.align),))
 
     def bounds(self, shape: Shape) -> Bounds:
         return Bounds(FIRST_KEY, positions(shape, self.align) + 1)

@@ -6,16 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
+from tilewise_reference.positions import lookup
+
+from ..addressing import load_pairs
 from ..hints import shape_hint, with_hint
-from ..shape import Shape, broadcast_strides, misfits
+from ..shape import Shape, broadcast_strides, common_limits, misfits, pair_limits
 from .mask import MEANINGS, BoundMask, Mask, Twin
 
 
 @triton.jit
 def dense_keep(q_idx, kv_idx, batch, head, args):
-    ptr, strides = args
+    ptr, strides, limits = args
     ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    return tl.load(ptr + q_idx.to(tl.int64) * strides[2] + kv_idx.to(tl.int64) * strides[3]) != 0
+    ptrs = ptr + q_idx.to(tl.int64) * strides[2] + kv_idx.to(tl.int64) * strides[3]
+    return load_pairs(ptrs, q_idx, kv_idx, limits, 0) != 0
 
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -46,19 +50,21 @@ class Dense(Mask):
     def misfits(self, shape: Shape) -> list[str]:
         return [
             with_hint(misfit, shape_hint("mask", tuple(self.mask.shape), shape))
-            for misfit in misfits("mask", self.mask, shape.scores)
+            for misfit in misfits("mask", self.mask, shape.fitted)
         ]
 
     def called(self, name: str = "") -> str:
         return "mask" if name else "mask (the bool tensor)"
 
     def bind(self, shape: Shape) -> BoundMask:
-        strides = broadcast_strides(self.mask, shape.scores)
-        return BoundMask(None, dense_keep, (self.mask.view(torch.uint8), strides))
+        strides, limits = broadcast_strides(self.mask, shape.fitted), common_limits(shape.fitted, self.mask)
+        return BoundMask(None, dense_keep, (self.mask.view(torch.uint8), strides, limits))
+
+    def extents(self, shape: Shape) -> tuple[int, int]:
+        return pair_limits(self.mask)
 
     def twin(self, shape: Shape) -> Twin:
-        mask = self.mask.expand(shape.scores)
-        return lambda batch, head, q_idx, kv_idx: mask[batch, head, q_idx, kv_idx]
+        return lambda *index: lookup(self.mask, *index)
 
 
 MEANINGS.append((torch.Tensor, Dense))

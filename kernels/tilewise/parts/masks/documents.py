@@ -13,6 +13,7 @@ import triton.language as tl
 
 import tilewise_reference.masks as dense
 
+from ..addressing import load_within
 from ..bounds import Bounds
 from ..hints import with_hint
 from ..shape import INTS, Shape, check_dtype, misfits
@@ -22,17 +23,23 @@ from .mask import BoundMask, Mask, Twin
 @triton.jit
 def documents_interval(q_idx, batch, head, args):
     hull_ptr, hull_strides = args[0]  # [batch, q_len, 3]: first key, last key + 1, whole
-    row_ptr = hull_ptr + batch.to(tl.int64) * hull_strides[0] + q_idx.to(tl.int64) * 3
-    return tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2) != 0
+    ptrs = hull_ptr + batch.to(tl.int64) * hull_strides[0] + q_idx.to(tl.int64) * 3
+    first, stop = load_within(ptrs, q_idx, args[3], 0), load_within(ptrs + 1, q_idx, args[3], 0)
+    return first, stop, load_within(ptrs + 2, q_idx, args[3], 0) != 0
 
 
 @triton.jit
 def documents_keep(q_idx, kv_idx, batch, head, args):
     q_ids_ptr, q_strides = args[1]
     kv_ids_ptr, kv_strides = args[2]
-    q_ids = tl.load(q_ids_ptr + batch.to(tl.int64) * q_strides[0] + q_idx.to(tl.int64) * q_strides[1])
-    kv_ids = tl.load(kv_ids_ptr + batch.to(tl.int64) * kv_strides[0] + kv_idx.to(tl.int64) * kv_strides[1])
-    return q_ids == kv_ids
+    q_ptrs = q_ids_ptr + batch.to(tl.int64) * q_strides[0] + q_idx.to(tl.int64) * q_strides[1]
+    kv_ptrs = kv_ids_ptr + batch.to(tl.int64) * kv_strides[0] + kv_idx.to(tl.int64) * kv_strides[1]
+    if len(args[3]) == 0:
+        return tl.load(q_ptrs) == tl.load(kv_ptrs)
+    else:  # a token beyond the ids is of no document
+        has_q, has_kv = q_idx < args[3][0], kv_idx < args[3][1]
+        same = tl.load(q_ptrs, mask=has_q, other=0) == tl.load(kv_ptrs, mask=has_kv, other=0)
+        return same & has_q & has_kv
 
 
 OFFSETS = (
@@ -66,7 +73,8 @@ class Documents(Mask):
         return {"ids": self.ids, "kv_ids": self.kv_ids, "hulls": self.hulls}
 
     def misfits(self, shape: Shape) -> list[str]:
-        lengths = {"ids": (self.ids, shape.q_len), "kv_ids": (self.kv_ids, shape.kv_len)}
+        q_len, kv_len = shape.fitted[2:]
+        lengths = {"ids": (self.ids, q_len), "kv_ids": (self.kv_ids, kv_len)}
         found = [
             misfit
             for name, (ids, length) in lengths.items()
@@ -77,11 +85,16 @@ class Documents(Mask):
         return found
 
     def bind(self, shape: Shape) -> BoundMask:
-        hulls = self.hulls.expand(shape.batch, shape.q_len, 3)
-        q_ids = self.ids.expand(shape.batch, shape.q_len)
-        kv_ids = self.kv_ids.expand(shape.batch, shape.kv_len)
-        args = ((hulls, hulls.stride()), (q_ids, q_ids.stride()), (kv_ids, kv_ids.stride()))
+        q_len, kv_len = shape.fitted[2:]  # of packed sequences, as long as the ids are
+        hulls = self.hulls.expand(shape.batch, q_len, 3)
+        q_ids = self.ids.expand(shape.batch, q_len)
+        kv_ids = self.kv_ids.expand(shape.batch, kv_len)
+        limits = () if shape.packing is None else (q_ids.shape[1], kv_ids.shape[1])
+        args = ((hulls, hulls.stride()), (q_ids, q_ids.stride()), (kv_ids, kv_ids.stride()), limits)
         return BoundMask(documents_interval, documents_keep, args)
+
+    def extents(self, shape: Shape) -> tuple[int, int]:
+        return self.ids.shape[-1], self.kv_ids.shape[-1]
 
     def bounds(self, shape: Shape) -> Bounds:
         first, stop, whole = self.hulls.to("cpu", torch.int64)[:, None].unbind(3)

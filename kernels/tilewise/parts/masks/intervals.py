@@ -9,17 +9,19 @@ import triton.language as tl
 import tilewise_reference.masks as dense
 
 from ..bounds import Bounds, on_host
-from ..shape import INTS, Shape, broadcast_strides, check_dtype, misfits
+from ..addressing import load_within
+from ..shape import ANY, FAR, INTS, Shape, broadcast_strides, check_dtype, common_limits, misfits
 from .lengths import as_index
 from .mask import BoundMask, Mask, Twin
 
 
 @triton.jit
 def rows_interval(q_idx, batch, head, args):
-    start_ptr, start_strides, end_ptr, end_strides = args
+    start_ptr, start_strides, end_ptr, end_strides, limits = args
     b, h, row = batch.to(tl.int64), head.to(tl.int64), q_idx.to(tl.int64)
-    start = tl.load(start_ptr + b * start_strides[0] + h * start_strides[1] + row * start_strides[2])
-    end = tl.load(end_ptr + b * end_strides[0] + h * end_strides[1] + row * end_strides[2])
+    start_ptrs = start_ptr + b * start_strides[0] + h * start_strides[1] + row * start_strides[2]
+    end_ptrs = end_ptr + b * end_strides[0] + h * end_strides[1] + row * end_strides[2]
+    start, end = load_within(start_ptrs, q_idx, limits, 0), load_within(end_ptrs, q_idx, limits, 0)
     return as_index(start), as_index(end), q_idx >= 0
 
 
@@ -42,13 +44,17 @@ class Intervals(Mask):
         return {"start": self.start, "end": self.end}
 
     def misfits(self, shape: Shape) -> list[str]:
-        wanted = shape.scores[:3]
+        wanted = shape.fitted[:3]
         return misfits("start", self.start, wanted) + misfits("end", self.end, wanted)
 
     def bind(self, shape: Shape) -> BoundMask:
-        rows = shape.scores[:3]
+        rows = shape.fitted[:3]
         start, end = broadcast_strides(self.start, rows), broadcast_strides(self.end, rows)
-        return BoundMask(rows_interval, None, (self.start, start, self.end, end))
+        args = (self.start, start, self.end, end, common_limits(rows, self.start, self.end))
+        return BoundMask(rows_interval, None, args)
+
+    def extents(self, shape: Shape) -> tuple[int, int]:
+        return common_limits((shape.batch, shape.q_heads, ANY), self.start, self.end)[0], FAR
 
     def bounds(self, shape: Shape) -> Bounds:
         return Bounds(on_host(self.start), on_host(self.end))

@@ -11,6 +11,7 @@ import triton.language as tl  # noqa: F401 - the interpreter wants it beside a j
 import tilewise_reference.masks as dense
 
 from ..bounds import FIRST_KEY, Bounds
+from ..sequences import key_count
 from ..shape import Shape
 from .lengths import PerBatch, row_length
 from .mask import BoundMask, Twin
@@ -23,8 +24,8 @@ def padding_right_interval(q_idx, batch, head, args):
 
 @triton.jit
 def padding_left_interval(q_idx, batch, head, args):
-    kv_len, length_args = args
-    return q_idx * 0 + (kv_len - row_length(batch, length_args)), q_idx * 0 + kv_len, q_idx >= 0
+    kv_len = key_count(batch, args[0])
+    return q_idx * 0 + (kv_len - row_length(batch, args[1])), q_idx * 0 + kv_len, q_idx >= 0
 
 
 class Padding(PerBatch):
@@ -44,7 +45,7 @@ class Padding(PerBatch):
 
     def bind(self, shape: Shape) -> BoundMask:
         interval = padding_right_interval if self.side == "right" else padding_left_interval
-        return BoundMask(interval, None, (shape.kv_len, self.length_args(shape)))
+        return BoundMask(interval, None, (shape.kv_len_args(), self.length_args(shape)))
 
     def bounds(self, shape: Shape) -> Bounds:
         if self.side == "left":

@@ -9,6 +9,7 @@ import triton.language as tl
 import tilewise_reference.masks as dense
 
 from ..bounds import FIRST_KEY, Bounds, positions
+from ..sequences import row_shift
 from ..shape import Align, Shape, check_align
 from .lengths import PerBatch, row_length
 from .mask import BoundMask, Twin
@@ -16,8 +17,9 @@ from .mask import BoundMask, Twin
 
 @triton.jit
 def prefix_interval(q_idx, batch, head, args):
-    shift, length_args = args
-    return q_idx * 0, tl.maximum(q_idx + shift + 1, row_length(batch, length_args)), q_idx >= 0
+    shift_args, length_args = args
+    position = q_idx + row_shift(batch, shift_args)
+    return q_idx * 0, tl.maximum(position + 1, row_length(batch, length_args)), q_idx >= 0
 
 
 class Prefix(PerBatch):
@@ -32,7 +34,7 @@ class Prefix(PerBatch):
         self.align = align
 
     def bind(self, shape: Shape) -> BoundMask:
-        return BoundMask(prefix_interval, None, (shape.shift(self.align), self.length_args(shape)))
+        return BoundMask(prefix_interval, None, (shape.shift_args(self.align), self.length_args(shape)))
 
     def bounds(self, shape: Shape) -> Bounds:
         return Bounds(FIRST_KEY, torch.maximum(positions(shape, self.align) + 1, self.host_lengths()))

@@ -8,14 +8,16 @@ import triton.language as tl  # noqa: F401 - the interpreter wants it beside a j
 import tilewise_reference.masks as dense
 
 from ..bounds import UNLIMITED, Bounds, positions
+from ..sequences import row_shift
 from ..shape import Align, Shape, check_align
 from .mask import BoundMask, Mask, Twin
 
 
 @triton.jit
 def window_interval(q_idx, batch, head, args):
-    shift, left, right = args
-    return q_idx + shift - left, q_idx + shift + right + 1, q_idx >= 0
+    shift_args, left, right = args
+    position = q_idx + row_shift(batch, shift_args)
+    return position - left, position + right + 1, q_idx >= 0
 
 
 class Window(Mask):
@@ -36,7 +38,7 @@ class Window(Mask):
         self.left, self.right, self.align = left, right, align
 
     def bind(self, shape: Shape) -> BoundMask:
-        return BoundMask(window_interval, None, (shape.shift(self.align), *self.reach()))
+        return BoundMask(window_interval, None, (shape.shift_args(self.align), *self.reach()))
 
     def bounds(self, shape: Shape) -> Bounds:
         (left, right), row = self.reach(), positions(shape, self.align)

@@ -9,20 +9,22 @@ import triton.language as tl
 import tilewise_reference.scores as dense
 
 from ..numerics import widen
+from ..sequences import row_shift
 from ..shape import FLOATS, Align, Shape, broadcast_strides, check_align, check_dtype, misfits
 from .score import BoundScore, Parameter, Score, Twin, padded_sizes
 
 
 @triton.jit
 def alibi_score(s, batch, head, q_idx, kv_idx, args):
-    slopes_ptr, strides, shift = args
+    slopes_ptr, strides, shift_args = args
     slope = tl.load(slopes_ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1])
-    return s - widen(slope) * tl.abs(kv_idx - q_idx - shift).to(tl.float32)
+    distance = kv_idx - q_idx - row_shift(batch, shift_args)
+    return s - widen(slope) * tl.abs(distance).to(tl.float32)
 
 
 @triton.jit
 def alibi_by_slope(s, batch, head, q_idx, kv_idx, args):
-    return -tl.abs(kv_idx - q_idx - args[2]).to(tl.float32)
+    return -tl.abs(kv_idx - q_idx - row_shift(batch, args[2])).to(tl.float32)
 
 
 class ALiBi(Score):
@@ -49,7 +51,7 @@ class ALiBi(Score):
 
     def bind(self, shape: Shape) -> BoundScore:
         strides = broadcast_strides(self.slopes, shape.scores[:2])
-        return BoundScore(alibi_score, (self.slopes, strides, shape.shift(self.align)))
+        return BoundScore(alibi_score, (self.slopes, strides, shape.shift_args(self.align)))
 
     def parameters(self, shape: Shape) -> dict[str, Parameter]:
         return {"slopes": Parameter(alibi_by_slope, padded_sizes(self.slopes[..., None, None]))}

@@ -8,18 +8,19 @@ import triton.language as tl
 
 import tilewise_reference.scores as dense
 
+from ..addressing import load_pairs
 from ..hints import shape_hint, with_hint
 from ..numerics import widen
-from ..shape import FLOATS, Shape, broadcast_strides, check_dtype, misfits
+from ..shape import FLOATS, Shape, broadcast_strides, check_dtype, common_limits, misfits, pair_limits
 from .score import BoundScore, Parameter, Score, Twin, padded_sizes
 
 
 @triton.jit
 def bias_score(s, batch, head, q_idx, kv_idx, args):
-    ptr, strides = args
+    ptr, strides, limits = args
     ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    bias = tl.load(ptr + q_idx.to(tl.int64) * strides[2] + kv_idx.to(tl.int64) * strides[3])
-    return s + widen(bias)
+    ptrs = ptr + q_idx.to(tl.int64) * strides[2] + kv_idx.to(tl.int64) * strides[3]
+    return s + widen(load_pairs(ptrs, q_idx, kv_idx, limits, float("nan")))
 
 
 class Bias(Score):
@@ -43,11 +44,15 @@ class Bias(Score):
     def misfits(self, shape: Shape) -> list[str]:
         return [
             with_hint(misfit, shape_hint("bias", tuple(self.bias.shape), shape))
-            for misfit in misfits("bias", self.bias, shape.scores)
+            for misfit in misfits("bias", self.bias, shape.fitted)
         ]
 
     def bind(self, shape: Shape) -> BoundScore:
-        return BoundScore(bias_score, (self.bias, broadcast_strides(self.bias, shape.scores)))
+        strides, limits = broadcast_strides(self.bias, shape.fitted), common_limits(shape.fitted, self.bias)
+        return BoundScore(bias_score, (self.bias, strides, limits))
+
+    def extents(self, shape: Shape) -> tuple[int, int]:
+        return pair_limits(self.bias)
 
     def parameters(self, shape: Shape) -> dict[str, Parameter]:
         return {"bias": Parameter(None, padded_sizes(self.bias))}

@@ -9,14 +9,16 @@ import triton.language as tl
 import tilewise_reference.scores as dense
 
 from ..numerics import widen
+from ..sequences import row_shift
 from ..shape import FLOATS, Align, Shape, check_align, check_dtype
 from .score import BoundScore, Parameter, Score, Twin
 
 
 @triton.jit
 def relative_score(s, batch, head, q_idx, kv_idx, args):
-    table_ptr, max_distance, shift = args  # [q_heads, 2 · max_distance + 1], by key position - query position
-    distance = tl.minimum(tl.maximum(kv_idx - q_idx - shift, -max_distance), max_distance)
+    table_ptr, max_distance, shift_args = args  # [q_heads, 2 · max_distance + 1], by key position - query position
+    distance = kv_idx - q_idx - row_shift(batch, shift_args)
+    distance = tl.minimum(tl.maximum(distance, -max_distance), max_distance)
     row_ptr = table_ptr + head.to(tl.int64) * (2 * max_distance + 1) + max_distance
     return s + widen(tl.load(row_ptr + distance))
 
@@ -61,10 +63,10 @@ class RelativePosition(Score):
 
     def bind(self, shape: Shape) -> BoundScore:
         by_distance = self.table.index_select(1, self.buckets).contiguous()
-        return BoundScore(relative_score, (by_distance, self.max_distance, shape.shift(self.align)))
+        return BoundScore(relative_score, (by_distance, self.max_distance, shape.shift_args(self.align)))
 
     def parameters(self, shape: Shape) -> dict[str, Parameter]:
-        return {"table": Parameter(None, buckets=self.buckets, shift=shape.shift(self.align))}
+        return {"table": Parameter(None, buckets=self.buckets, shift_args=shape.shift_args(self.align))}
 
     def twin(self, shape: Shape) -> Twin:
         return dense.relative_position(

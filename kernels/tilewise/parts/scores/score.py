@@ -51,13 +51,13 @@ class Parameter(NamedTuple):
 
     sizes: the tensor's along batch, query heads, queries and keys, 1 where pairs share an element; or
     buckets: int32 [2 · max_distance + 1], for a table [q_heads, buckets] read by the distance between key and
-    query; `shift` as in `Shape.shift`.
+    query; `shift_args` as in `Shape.shift_args`.
     """
 
     derivative: Any
     sizes: tuple[int, ...] = ()
     buckets: torch.Tensor | None = None
-    shift: int = 0
+    shift_args: tuple[Any, ...] = (0,)
 
 
 @triton.jit

@@ -74,11 +74,13 @@ class UserScore(Score):
         return BoundScore(self.score, self.args, self.derivative)
 
     def parameters(self, shape: Shape) -> dict[str, Parameter]:
-        sizes = dict(zip(AXES, shape.scores, strict=True))
-        return {
-            f"args[{i}]": Parameter(function, tuple(sizes[axis] if axis in axes else 1 for axis in AXES))
-            for i, axes, function in self._parameters
-        }
+        found = {}
+        for i, axes, function in self._parameters:
+            sizes = dict(zip(AXES, shape.scores, strict=True))
+            if shape.packing is not None:  # along positions inside a sequence, its own
+                sizes |= dict(zip(axes, self.args[i].shape, strict=True))
+            found[f"args[{i}]"] = Parameter(function, tuple(sizes[a] if a in axes else 1 for a in AXES))
+        return found
 
     def no_gradient(self) -> str | None:
         if self.derivative is not None:

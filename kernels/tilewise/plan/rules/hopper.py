@@ -61,6 +61,15 @@ def some_key_is_there(r: Request) -> str | None:
     return None if r.k.shape[2] else "kv_len=0: there is nothing to copy"
 
 
+def rows_are_not_packed(r: Request) -> str | None:
+    if r.packing is None:
+        return None
+    return (
+        "q_offsets pack sequences into one tensor, and the copy engine, which moves whole tiles of rows, "
+        "would read and write across their ends"
+    )
+
+
 def nothing_is_dropped(r: Request) -> str | None:
     return None if r.dropout is None else f"dropout_p={r.dropout.p} must be 0: it has no dropout"
 
@@ -133,6 +142,7 @@ RULES: tuple[Callable[[Request], str | None], ...] = (
     chip_is_hopper,
     dtype_is_16_bits,
     some_key_is_there,
+    rows_are_not_packed,
     nothing_is_dropped,
     masks_leave_no_gaps,
     scores_are_known,

@@ -66,6 +66,22 @@ def flash_hint(r: Request) -> str:
     return FLASH_LAYOUT if fits and k_heads > k_len else ""
 
 
+def offsets_fit(r: Request) -> str | None:
+    """Those of packed sequences: their dtypes and shapes."""
+    return None if r.packing is None else "; ".join(r.packing.misfits()) or None
+
+
+def tokens_agree(r: Request) -> str | None:
+    """One packing for queries and keys means as many of both."""
+    tokens, kv_tokens = r.q.shape[2], r.k.shape[2]
+    if r.packing is None or r.packing.kv_offsets is not None or tokens == kv_tokens:
+        return None
+    return (
+        f"kv_offsets=None says that keys are packed as queries are, but q has {tokens} tokens and k "
+        f"{kv_tokens}: give kv_offsets"
+    )
+
+
 def batches_agree(r: Request) -> str | None:
     q, k, v = r.q.shape[0], r.k.shape[0], r.v.shape[0]
     return None if q == k == v else f"batch sizes q: {q}, k: {k}, v: {v} must be equal"
@@ -95,7 +111,10 @@ def lengths_are_indexable(r: Request) -> str | None:
 
 def grid_is_launchable(r: Request) -> str | None:
     batch, q_heads, q_len, _ = r.q.shape
-    programs = batch * q_heads * ceil_div(q_len, 16)
+    tiles = ceil_div(q_len, 16)
+    if r.packing is not None:
+        tiles = max(q_len, r.k.shape[2]) // 16 + r.shape.batch + 2
+    programs = batch * q_heads * tiles
     if programs < 1 << 31:
         return None
     return f"{batch=} · {q_heads=} · {q_len=} needs {programs} programs, above 2³¹ - 1: split the batch"

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
-from ...kernels.parameters import plan, store_pairs
+from ...kernels.parameters import EACH_PAIR, plan
 from ...kernels.tile import Pass, Tile
 from ...parts.numerics import INTERPRETED, float32_precision
 from ...parts.scores.relative_position import RelativePosition
 from ...parts.scores.score import Parameter
 from ...parts.scores.softcap import Softcap
-from ...parts.shape import Shape, ceil_div
+from ...parts.shape import Shape
 from ...parts.similarity import Normalised
 from ...plan.passes import parameter_slots
 from ...plan.quadratic import holds_every_pair, stored_bytes
@@ -95,15 +95,12 @@ def trained(request: Request) -> Iterator[TrainedParameter]:
 
 
 def as_trained(name: str, parameter: Parameter, tensor: torch.Tensor, shape: Shape) -> TrainedParameter:
-    def sizes(tile: int) -> tuple[int, int, int, int]:
-        return shape.batch, shape.q_heads, ceil_div(shape.q_len, tile), ceil_div(shape.kv_len, tile)
-
     def programs(tile: int) -> int:
-        return math.prod(plan(parameter, tensor, shape, sizes(tile)).own)
+        return math.prod(plan(parameter, tensor, shape, tile).own)
 
     def sums(tile: int) -> tuple[int, bool]:
-        planned = plan(parameter, tensor, shape, sizes(tile))
-        is_gradient = planned.store is store_pairs
+        planned = plan(parameter, tensor, shape, tile)
+        is_gradient = planned.sum is EACH_PAIR
         return math.prod(planned.sums) * (tensor.element_size() if is_gradient else 4), is_gradient
 
     return TrainedParameter(name, tensor.numel() * tensor.element_size(), programs, sums)

@@ -20,7 +20,7 @@ from ...plan.request import Request, make_request, without_drawing
 from ...plan.rules import hopper as hopper_rules
 from ...plan.rules.implementations import implementation_is_known
 from ...plan.tiles import architecture, choose_tile
-from ...pytorch.nested import is_nested, pack
+from ...pytorch.nested import is_nested, unpack
 from ...pytorch.plain import score_bytes
 from ..chips import Chip, chip_of_target, find_chip
 from .as_workload import as_workload, notes
@@ -61,8 +61,7 @@ def explain(
     refuse_unknown("explain", arguments, [*ARGUMENTS, "gpu", "work"])
     return_lse = bool(arguments.pop("return_lse", False))
     if is_nested(q, k, v):
-        given = {name: arguments.pop(name, None) for name in ("mask", "bias", "score")}
-        q, k, v, arguments["mask"], arguments["score"], _ = pack(q, k, v, **given)
+        q, k, v, arguments["packing"] = unpack(q, k, v)
     if work == "training" and isinstance(q, Tensor) and q.is_floating_point():
         q = q.detach().requires_grad_()
     with torch.set_grad_enabled(work == "training"):
