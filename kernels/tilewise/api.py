@@ -21,9 +21,9 @@ from .parts.shape import Shape, misfits
 from .parts.similarity import Cosine
 from .plan.checks import check, violations
 from .plan.implementation import implementation
-from .plan.names import ARGUMENTS, unknown_names
+from .plan.names import ARGUMENTS, OFFSETS, unknown_names
 from .plan.names import refuse_unknown as refuse_unknown  # nn refuses them too
-from .plan.request import Request, make_request, without_drawing
+from .plan.request import Request, as_heads, as_packing, make_request, without_drawing
 from .plan.rules.implementations import implementation_is_known, kernel_can_run
 from .plan.rules.options import dropout_fits
 from .pytorch.dispatch import run_portable
@@ -138,8 +138,11 @@ def answer(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
-    """All reasons why `attention` with the same arguments would raise; an empty list if it would not."""
-    found = unknown_names("attention", arguments)
+    """All reasons why `attention` with the same arguments would raise; an empty list if it would not. With
+    q_offsets: why `packed_attention` would."""
+    is_packed = "q_offsets" in arguments
+    offsets = {name: arguments.pop(name, None) for name in OFFSETS} if is_packed else {}
+    found = unknown_names("packed_attention" if is_packed else "attention", arguments)
     given = {name: value for name, value in arguments.items() if name in ARGUMENTS and name != "return_lse"}
     for name, build in PARTS.items():
         try:
@@ -148,7 +151,10 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
             found.append(str(error))
             del given[name]
     try:
-        if is_nested(q, k, v):
+        if is_packed:
+            q, k, v = as_heads(q, k, v)
+            given["packing"] = as_packing(**offsets)
+        elif is_nested(q, k, v):
             q, k, v, given["packing"] = unpack(q, k, v)
         request = make_request(q, k, v, **without_drawing(q, given))
     except (ValueError, NotImplementedError) as error:

@@ -9,14 +9,12 @@ import torch
 from .api import answer, refuse_unknown
 from .parts.masks.mask import Mask
 from .parts.scores.score import Score
-from .parts.shape import Packing
 from .parts.similarity import Cosine
-from .plan.names import ARGUMENTS
-from .plan.request import make_request
+from .plan.names import PACKED_ARGUMENTS
+from .plan.request import as_heads, as_packing, make_request
 from .pytorch.pieces import offset_errors
 
 Tensor = torch.Tensor
-PACKED_ARGUMENTS = ("q_offsets", "kv_offsets", *ARGUMENTS)
 
 
 @overload
@@ -89,22 +87,6 @@ def packed_attention(
     out, lse = answer(request, return_lse)
     rows = out[0].transpose(0, 1)
     return rows if lse is None else (rows, lse[0])
-
-
-def as_heads(*tensors: Any) -> list[Any]:
-    """[tokens, heads, dim] as [1, heads, tokens, dim]. Raises ValueError for others."""
-    wrong = [
-        f"{name}.shape={tuple(x.shape)}"
-        for name, x in zip("qkv", tensors, strict=True)
-        if isinstance(x, Tensor) and x.dim() != 3
-    ]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)} must have 3 dimensions, [tokens, heads, dim]")
-    return [x.transpose(0, 1)[None] if isinstance(x, Tensor) else x for x in tensors]
-
-
-def as_packing(q_offsets: Any, kv_offsets: Any) -> Packing:
-    return Packing(q_offsets, None if kv_offsets is q_offsets else kv_offsets)
 
 
 def check_offsets(

@@ -13,7 +13,7 @@ import triton.language as tl
 
 import tilewise
 
-from .problem import ALIGNS, FEATURES, KINDS, Feature, Problem, build, feature, judge, of_kind
+from .problem import ALIGNS, FEATURES, KINDS, Feature, Packing, Problem, build, feature, judge, of_kind
 
 __all__ = ["FEATURES", "KINDS", "Feature", "Problem", "build", "judge", "of_kind"]
 
@@ -104,6 +104,42 @@ def no_key(p: Problem) -> None:
 @feature("lengths", "no sequence: batch = 0")
 def no_batch(p: Problem) -> None:
     p.batch = 0
+
+
+def offsets_of(p: Problem, longest: int, before: int = 0) -> torch.Tensor:
+    """Of sequences no longer than `longest`, some of which may have no row."""
+    lengths = [p.rng.choice((longest, p.rng.randint(0, longest), 0)) for _ in range(p.batch)]
+    starts = torch.tensor([before, *lengths], device=p.device).cumsum(0)
+    return starts.to(p.rng.choice((torch.int32, torch.int64)))
+
+
+@feature("rows", "in a tensor of their own: `attention`")
+def dense_rows(p: Problem) -> None:
+    p.packed = None
+
+
+@feature("rows", "packed, queries as keys: `packed_attention`")
+def packed_rows(p: Problem) -> None:
+    p.kv_len, p.batch = p.q_len, max(1, p.batch)
+
+    def pack(p: Problem) -> Packing:
+        offsets = offsets_of(p, p.q_len)
+        tokens = int(offsets[-1])
+        return Packing(offsets, None, (tokens, tokens))
+
+    p.packed = pack
+
+
+@feature("rows", "packed, queries and keys of other lengths, among rows of no sequence")
+def packed_apart(p: Problem) -> None:
+    p.batch = max(1, p.batch)
+
+    def pack(p: Problem) -> Packing:
+        offsets = [offsets_of(p, longest, p.rng.choice((0, 3))) for longest in (p.q_len, p.kv_len)]
+        tokens, kv_tokens = (int(each[-1]) + p.rng.choice((0, 7)) for each in offsets)
+        return Packing(*offsets, (tokens, kv_tokens))
+
+    p.packed = pack
 
 
 @feature("tile", "tiles from the table")

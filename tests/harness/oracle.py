@@ -23,8 +23,9 @@ import torch
 
 import tilewise
 import tilewise_reference
-from tilewise.plan.request import Request, make_request
-from tilewise.pytorch.plain import oracle_arguments
+from tilewise.plan.request import Request, as_heads, as_packing, make_request
+from tilewise.pytorch.pieces import by_sequence
+from tilewise.pytorch.plain import Block, oracle_arguments
 from tilewise_reference.yardstick import allowed_error, difference, largest_difference, pytorch_attention
 
 Tensor = torch.Tensor
@@ -44,9 +45,28 @@ def check(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Te
     for impl in others_asked(q, k, v, **arguments):
         check(q, k, v, **arguments, impl=impl)
     arguments = {"impl": "portable"} | arguments
-    out, lse = tilewise.attention(q, k, v, **arguments, return_lse=True)
-    assert_matches(out, lse, make_request(q, k, v, **arguments))
+    out, lse = call(q, k, v, **arguments)
+    assert_matches(*as_of_request(out, lse, arguments), as_request(q, k, v, **arguments))
     return out, lse
+
+
+def call(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """out and lse of `tilewise.attention`, or, where offsets are given, of `tilewise.packed_attention`."""
+    function = tilewise.packed_attention if "q_offsets" in arguments else tilewise.attention
+    return function(q, k, v, **arguments, return_lse=True)
+
+
+def as_request(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Request:
+    """The request that `call` with the same arguments makes."""
+    if "q_offsets" not in arguments:
+        return make_request(q, k, v, **arguments)
+    offsets = {name: arguments.pop(name, None) for name in ("q_offsets", "kv_offsets")}
+    return make_request(*as_heads(q, k, v), **arguments, packing=as_packing(**offsets))
+
+
+def as_of_request(out: Tensor, lse: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What `call` gave, with the dimensions that its request has."""
+    return (out.transpose(0, 1)[None], lse[None]) if "q_offsets" in arguments else (out, lse)
 
 
 def others_asked(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
@@ -58,11 +78,11 @@ def others_asked(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]
 
 def assert_matches(out: Tensor, lse: Tensor, request: Request) -> None:
     """Assert that out and lse answer the request."""
-    shape, dtype = request.shape, request.q.dtype
+    rows, dtype = request.q.shape[:3], request.q.dtype
     want_out, want_lse = exact(request)
     assert not want_out.isnan().any(), "the float64 oracle itself gives NaN: a query of this test sees NaN"
     assert out.dtype == dtype and lse.dtype == torch.float32
-    assert out.shape == want_out.shape and lse.shape == shape.scores[:3]
+    assert out.shape == want_out.shape and lse.shape == rows
     assert out.device == lse.device == request.q.device
     if out.numel() == 0 and lse.numel() == 0:
         return
@@ -72,9 +92,18 @@ def assert_matches(out: Tensor, lse: Tensor, request: Request) -> None:
 
 
 def exact(request: Request) -> tuple[Tensor, Tensor]:
-    """out and lse of the float64 oracle."""
-    arguments = oracle_arguments(request)
-    return tilewise_reference.attention(request.q, request.k, request.v, **arguments, return_lse=True)
+    """out and lse of the float64 oracle; of packed sequences, one sequence after another."""
+
+    def answer(one: Request, batch: int = 0) -> tuple[Tensor, Tensor]:
+        arguments = oracle_arguments(one, whole(one, batch))
+        return tilewise_reference.attention(one.q, one.k, one.v, **arguments, return_lse=True)
+
+    return answer(request) if request.packing is None else by_sequence(request, answer)
+
+
+def whole(request: Request, batch: int) -> Block:
+    """All of a request that is left of the packed sequence of this number."""
+    return Block(0, request.shape.q_len, 0, request.shape.kv_len, batch)
 
 
 def indices(request: Request) -> list[Tensor]:
@@ -86,17 +115,27 @@ def indices(request: Request) -> list[Tensor]:
 
 
 def kept_pairs(request: Request) -> Tensor:
-    """The pairs that count, [batch, q_heads, q_len, kv_len] bool."""
+    """The pairs that count in a dense request, [batch, q_heads, q_len, kv_len] bool."""
     keep = torch.ones(request.shape.scores, dtype=torch.bool, device=request.q.device)
     for mask in request.masks:
         keep = keep & mask.twin(request.shape)(*indices(request))
     return keep
 
 
+def rows_that_see(request: Request) -> Tensor:
+    """The rows that see a key, [batch, q_heads, q_len] bool; of packed sequences [1, q_heads, tokens]."""
+    lse = exact(request)[1]
+    return lse.isfinite() if request.sink is None else exact(replace(request, sink=None))[1].isfinite()
+
+
 def pytorch(request: Request, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """out [.., in dtype] and lse [.., fp32] as PyTorch's math paths compute them on inputs of that dtype."""
-    q, k, v = (x.to(dtype) for x in (request.q, request.k, request.v))
-    return pytorch_attention(q, k, v, **oracle_arguments(request))
+
+    def answer(one: Request, batch: int = 0) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.to(dtype) for x in (one.q, one.k, one.v))
+        return pytorch_attention(q, k, v, **oracle_arguments(one, whole(one, batch)))
+
+    return answer(request) if request.packing is None else by_sequence(request, answer)
 
 
 def errors_of_pytorch(request: Request, want_out: Tensor, want_lse: Tensor) -> tuple[float, float]:

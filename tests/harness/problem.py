@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 import tilewise
-from tilewise.plan.request import make_request
 
 from .gradients import check_gradients
-from .oracle import check, kept_pairs
+from .oracle import as_request, check, rows_that_see
 from .sanitizer import sanitize
 
 # In the order in which a problem is built: sizes before what must fit them.
@@ -23,6 +22,7 @@ KINDS = {
     "heads": "heads",
     "dims": "dimensions",
     "lengths": "lengths",
+    "rows": "where rows lie",
     "tile": "tiles",
     "layout": "memory layouts",
     "similarity": "similarities",
@@ -44,6 +44,14 @@ def longer(device: torch.device) -> int:
     return 13 if device.type == "cuda" else 1
 
 
+class Packing(NamedTuple):
+    """Offsets, and how many rows the tensors of queries and of keys have."""
+
+    q_offsets: torch.Tensor
+    kv_offsets: torch.Tensor | None
+    tokens: tuple[int, int]
+
+
 @dataclass
 class Problem:
     """One call to `attention` in the making."""
@@ -59,6 +67,8 @@ class Problem:
     head_dim: int = 16
     value_dim: int = 16
     tile: tilewise.tiles.Tile | None = field(default_factory=lambda: tilewise.tiles.Tile(16, 16))
+    packed: Callable[[Problem], Packing] | None = None
+    packing: Packing | None = None  # drawn when it is first asked for
     layout: Callable[[Problem, tuple[int, ...]], torch.Tensor] | None = None
     mask: Any = None
     scores: list[Any] = field(default_factory=list)
@@ -91,22 +101,39 @@ class Problem:
     def add_mask(self, mask: Any) -> None:
         self.mask = mask if self.mask is None else self.mask & mask
 
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k and v in the memory layout asked for."""
+    def rows(self) -> Packing | None:
+        """Where packed sequences lie; None where each has a tensor's row of its own."""
+        if self.packed is not None and self.packing is None:
+            self.packing = self.packed(self)
+        return self.packing
+
+    def tensor(self, heads: int, length: int, dim: int, tokens: int) -> torch.Tensor:
+        """[batch, heads, length, dim], or packed [tokens, heads, dim], in the memory layout asked for."""
         make = self.layout or (lambda problem, shape: problem.randn(*shape, dtype=problem.dtype))
-        q = make(self, (self.batch, self.q_heads, self.q_len, self.head_dim))
-        k = make(self, (self.batch, self.kv_heads, self.kv_len, self.head_dim))
-        v = make(self, (self.batch, self.kv_heads, self.kv_len, self.value_dim))
-        return q, k, v
+        if self.rows() is None:
+            return make(self, (self.batch, heads, length, dim))
+        return make(self, (1, heads, tokens, dim))[0].transpose(0, 1)
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v."""
+        tokens, kv_tokens = (0, 0) if self.rows() is None else self.rows().tokens
+        return (
+            self.tensor(self.q_heads, self.q_len, self.head_dim, tokens),
+            self.tensor(self.kv_heads, self.kv_len, self.head_dim, kv_tokens),
+            self.tensor(self.kv_heads, self.kv_len, self.value_dim, kv_tokens),
+        )
 
     def gradient_of_out(self) -> torch.Tensor:
-        """dO, in the memory layout asked for."""
-        make = self.layout or (lambda problem, shape: problem.randn(*shape, dtype=problem.dtype))
-        return make(self, (self.batch, self.q_heads, self.q_len, self.value_dim))
+        """dO."""
+        tokens = 0 if self.rows() is None else self.rows().tokens[0]
+        return self.tensor(self.q_heads, self.q_len, self.value_dim, tokens)
 
     def keywords(self) -> dict[str, Any]:
-        """The keyword arguments of `attention`."""
-        return {"mask": self.mask, "score": self.scores or None, **self.arguments}
+        """The keyword arguments of `attention`, or of `packed_attention`: then with offsets."""
+        given = {"mask": self.mask, "score": self.scores or None, **self.arguments}
+        if self.rows() is not None:
+            given |= {"q_offsets": self.rows().q_offsets, "kv_offsets": self.rows().kv_offsets}
+        return given
 
 
 class Feature(NamedTuple):
@@ -177,8 +204,8 @@ def run(
 
 def keeps_pairs(p: Problem) -> bool:
     """Whether at least a tenth of the queries see a key, in every head."""
-    keep = kept_pairs(make_request(*p.tensors(), **p.keywords()))
-    return bool((keep.any(3).float().mean((0, 2)) > 0.1).all())
+    sees = rows_that_see(as_request(*p.tensors(), **p.keywords()))
+    return bool((sees.float().mean((0, 2)) > 0.1).all())
 
 
 def lengths(device: torch.device, pair: tuple[int, int]) -> dict[str, int]:

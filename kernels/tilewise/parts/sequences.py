@@ -33,9 +33,8 @@ PROBES = tl.constexpr(128)  # offsets that a search looks at in one step
 @triton.jit
 def edge(offsets_ptr, sequence, batch, tokens):
     """The first row of each `sequence`, in 0..tokens; of batch + 2, tokens."""
-    is_offset = (sequence >= 1) & (sequence <= batch + 1)
-    row = tl.load(offsets_ptr + sequence - 1, mask=is_offset, other=0).to(tl.int64)
-    row = tl.where(sequence > batch + 1, tokens, row)
+    row = tl.load(offsets_ptr + tl.minimum(tl.maximum(sequence - 1, 0), batch)).to(tl.int64)
+    row = tl.where(sequence < 1, 0, tl.where(sequence > batch + 1, tokens, row))
     return tl.minimum(tl.maximum(row, 0), tokens).to(tl.int32)
 
 

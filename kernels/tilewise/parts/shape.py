@@ -40,7 +40,9 @@ class Packing(NamedTuple):
                 given = offsets.dtype if isinstance(offsets, torch.Tensor) else repr(offsets)
                 found.append(f"{name}={given} must be a tensor of dtype torch.int32 or torch.int64")
             elif offsets.dim() != 1 or offsets.shape[0] < 2:
-                found.append(f"{name}.shape={tuple(offsets.shape)} must be [batch + 1], with batch at least 1")
+                found.append(
+                    f"{name}.shape={tuple(offsets.shape)} must be [batch + 1], with batch at least 1"
+                )
         if not found and self.kv_offsets is not None and len(self.kv_offsets) != len(self.q_offsets):
             counts = f"{tuple(self.q_offsets.shape)}, kv_offsets.shape={tuple(self.kv_offsets.shape)}"
             found.append(f"q_offsets.shape={counts} must be equal")
@@ -141,7 +143,10 @@ def broadcast_strides(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[int
     if ANY not in shape:
         return tensor.expand(shape).stride()
     missing = (0,) * (len(shape) - tensor.dim())
-    return (*missing, *(0 if n == 1 else stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)))
+    return (
+        *missing,
+        *(0 if n == 1 else stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)),
+    )
 
 
 def common_limits(shape: tuple[int, ...], *tensors: torch.Tensor) -> tuple[int, ...]:

@@ -86,6 +86,8 @@ ELSEWHERE = {
 # Every argument of `attention` besides q, k and v.
 ARGUMENTS = [name for name in signature(make_request).parameters if name not in ("q", "k", "v", "packing")]
 ARGUMENTS.insert(ARGUMENTS.index("impl"), "return_lse")
+OFFSETS = ("q_offsets", "kv_offsets")
+PACKED_ARGUMENTS = (*OFFSETS, *ARGUMENTS)  # of `packed_attention`
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str] = ARGUMENTS) -> None:

@@ -132,6 +132,22 @@ def make_request(
     return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict, packing)
 
 
+def as_heads(*tensors: Any) -> list[Any]:
+    """[tokens, heads, dim] as [1, heads, tokens, dim]. Raises ValueError for others."""
+    wrong = [
+        f"{name}.shape={tuple(x.shape)}"
+        for name, x in zip("qkv", tensors, strict=True)
+        if isinstance(x, Tensor) and x.dim() != 3
+    ]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} must have 3 dimensions, [tokens, heads, dim]")
+    return [x.transpose(0, 1)[None] if isinstance(x, Tensor) else x for x in tensors]
+
+
+def as_packing(q_offsets: Any, kv_offsets: Any) -> Packing:
+    return Packing(q_offsets, None if kv_offsets is q_offsets else kv_offsets)
+
+
 def without_drawing(q: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `make_request` with a seed that stands in for one to be drawn: drawing would move
     PyTorch's generator on, and looking at a call must not."""

@@ -8,8 +8,8 @@ import triton.language as tl
 
 import tilewise_reference.masks as dense
 
-from ..bounds import Bounds, on_host
 from ..addressing import load_within
+from ..bounds import Bounds, on_host
 from ..shape import ANY, FAR, INTS, Shape, broadcast_strides, check_dtype, common_limits, misfits
 from .lengths import as_index
 from .mask import BoundMask, Mask, Twin
