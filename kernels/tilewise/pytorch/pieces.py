@@ -50,8 +50,8 @@ def check_reach(request: Request, q_len: int, kv_len: int, batch: int) -> None:
         q_reach, kv_reach = part.extents(request.shape)
         if q_len > q_reach or kv_len > kv_reach:
             raise ValueError(
-                f"{part.called()} has tensors for {q_reach} queries and {kv_reach} keys, and sequence {batch} "
-                f"has {q_len} and {kv_len}: of packed sequences they must be as long as the longest"
+                f"{part.called()} has tensors for {q_reach} queries and {kv_reach} keys, and sequence "
+                f"{batch} has {q_len} and {kv_len}: they must be as long as the longest sequence"
             )
 
 
