@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tilewise.plan.passes import parameter_slots
-from tilewise.plan.request import Request, as_heads
+from tilewise.plan.request import Request, as_heads, request_of
 from tilewise.pytorch.encoding import decode, encode
 from tilewise_reference.yardstick import largest_difference
 
@@ -23,7 +23,6 @@ from .oracle import (
     SAMPLES,
     _assert_close,
     as_of_request,
-    as_request,
     assert_matches,
     call,
     exact,
@@ -50,13 +49,13 @@ def check_gradients(
         check_gradients(q, k, v, do, dlse, **arguments, impl=impl)
     arguments = {"impl": "portable"} | arguments
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    names = trained(as_request(q, k, v, **arguments))
+    names = trained(request_of(q, k, v, **arguments))
     others = [tensor.requires_grad_() for tensor in names.values()]
     try:
         out, lse = call(q, k, v, **arguments)
         do = torch.randn_like(out) if do is None else do
         dlse = torch.randn_like(lse) if dlse is None else dlse
-        request = as_request(q, k, v, **arguments)
+        request = request_of(q, k, v, **arguments)
         with torch.no_grad():
             assert_matches(*as_of_request(out, lse, arguments), request)
         got = torch.autograd.grad((out, lse), (q, k, v, *others), (do, dlse))

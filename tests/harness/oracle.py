@@ -23,7 +23,7 @@ import torch
 
 import tilewise
 import tilewise_reference
-from tilewise.plan.request import Request, as_heads, as_packing, make_request
+from tilewise.plan.request import Request, request_of
 from tilewise.pytorch.pieces import by_sequence
 from tilewise.pytorch.plain import Block, oracle_arguments
 from tilewise_reference.yardstick import allowed_error, difference, largest_difference, pytorch_attention
@@ -46,7 +46,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Te
         check(q, k, v, **arguments, impl=impl)
     arguments = {"impl": "portable"} | arguments
     out, lse = call(q, k, v, **arguments)
-    assert_matches(*as_of_request(out, lse, arguments), as_request(q, k, v, **arguments))
+    assert_matches(*as_of_request(out, lse, arguments), request_of(q, k, v, **arguments))
     return out, lse
 
 
@@ -54,14 +54,6 @@ def call(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Ten
     """out and lse of `tilewise.attention`, or, where offsets are given, of `tilewise.packed_attention`."""
     function = tilewise.packed_attention if "q_offsets" in arguments else tilewise.attention
     return function(q, k, v, **arguments, return_lse=True)
-
-
-def as_request(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Request:
-    """The request that `call` with the same arguments makes."""
-    if "q_offsets" not in arguments:
-        return make_request(q, k, v, **arguments)
-    offsets = {name: arguments.pop(name, None) for name in ("q_offsets", "kv_offsets")}
-    return make_request(*as_heads(q, k, v), **arguments, packing=as_packing(**offsets))
 
 
 def as_of_request(out: Tensor, lse: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 import tilewise
+from tilewise.plan.request import request_of
 
 from .gradients import check_gradients
-from .oracle import as_request, check, rows_that_see
+from .oracle import check, rows_that_see
 from .sanitizer import sanitize
 
 # In the order in which a problem is built: sizes before what must fit them.
@@ -204,7 +205,7 @@ def run(
 
 def keeps_pairs(p: Problem) -> bool:
     """Whether at least a tenth of the queries see a key, in every head."""
-    sees = rows_that_see(as_request(*p.tensors(), **p.keywords()))
+    sees = rows_that_see(request_of(*p.tensors(), **p.keywords()))
     return bool((sees.float().mean((0, 2)) > 0.1).all())
 
 

@@ -145,8 +145,19 @@ COMBINATIONS = (
     ("causal", "window", "prefix", "softcap", "alibi", "sink", "cosine_with_temperature"),
     ("documents", "right_padding", "left_padding", "relative_position", "tensor_scale", "dropout"),
     ("bool_mask", "intervals", "user_mask", "user_interval", "user_score", "bias_modifier", "bias"),
+    (
+        "packed_apart",
+        "causal",
+        "window",
+        "alibi",
+        "relative_position",
+        "bias",
+        "documents",
+        "intervals",
+        "sink",
+    ),
     ("causal_top_left", "scattered_documents", "strided_bias", "other_scale"),
-    ("cosine",),
+    ("cosine", "packed_rows", "left_padding", "bool_mask"),
 )
 KINDS_AND_DIMS = (("bf16", (64, 64)), ("fp16", (40, 24)), ("bf16", (20, 80)))
 
@@ -172,7 +183,7 @@ def feature_variants() -> list[Variant]:
 
 def backward_feature_variants() -> list[Variant]:
     """Every feature in the backward and in its parameters' gradients; the last two add nothing new there."""
-    return [feature_variant(features, i, launch_backward) for i, features in enumerate(COMBINATIONS[:3])]
+    return [feature_variant(features, i, launch_backward) for i, features in enumerate(COMBINATIONS[:4])]
 
 
 def backward_variants() -> list[Variant]:

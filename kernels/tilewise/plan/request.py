@@ -148,6 +148,15 @@ def as_packing(q_offsets: Any, kv_offsets: Any) -> Packing:
     return Packing(q_offsets, None if kv_offsets is q_offsets else kv_offsets)
 
 
+def request_of(
+    q: Any, k: Any, v: Any, *, q_offsets: Any = None, kv_offsets: Any = None, **arguments: Any
+) -> Request:
+    """The request of `attention`; where q_offsets are given, of `packed_attention`."""
+    if q_offsets is None:
+        return make_request(q, k, v, **arguments)
+    return make_request(*as_heads(q, k, v), **arguments, packing=as_packing(q_offsets, kv_offsets))
+
+
 def without_drawing(q: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `make_request` with a seed that stands in for one to be drawn: drawing would move
     PyTorch's generator on, and looking at a call must not."""

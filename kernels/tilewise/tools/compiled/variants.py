@@ -23,7 +23,7 @@ from ...parts.scores.relative_position import RelativePosition
 from ...parts.shape import Shape
 from ...plan import tiles
 from ...plan.passes import parameter_slots, run_backward, run_forward
-from ...plan.request import make_request
+from ...plan.request import request_of
 from ...plan.rules import hopper as hopper_rules
 from ..inputs import case_inputs
 from .compiler import Variant
@@ -65,13 +65,14 @@ def float32_precision(precision: str) -> Iterator[None]:
 def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool = False, **given: Any) -> None:
     """What `attention` does on a GPU once a call has passed the checks."""
     with target_tiles():
-        run_forward(make_request(q, k, v, **given), return_lse)
+        run_forward(request_of(q, k, v, **given), return_lse)
 
 
 def launch_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> None:
     """What its backward does, with gradients of everything that has one."""
-    request = make_request(q, k, v, **given)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    request = request_of(q, k, v, **given)
+    q = request.q
+    out = q.new_empty(*q.shape[:3], request.shape.value_dim)
     dlse = q.new_empty(q.shape[:3], dtype=torch.float32)
     slots = {slot for slot, _, _ in parameter_slots(request)}
     needs = [True] * 3 + [slot in slots for slot in range(len(request.other_tensors))]
