@@ -178,7 +178,7 @@ def why_not_hopper(archs: Sequence[str], dtypes: Sequence[str], cases: Sequence[
             return f"it is for fp16 and bf16, and {dtype=}"
     for case in cases:
         q, k, v, given, _ = case_inputs(find_case(case), "meta")
-        for reason in hopper_rules.reasons(make_request(q, k, v, impl="hopper", **given)):
+        for reason in hopper_rules.reasons(request_of(q, k, v, impl="hopper", **given)):
             return f"{case=}: {reason}"
     return None
 
