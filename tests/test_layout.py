@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"kernels", "parts"},
     "pytorch": {"plan", "kernels", "parts"},
     "api": {"pytorch", "plan", "kernels", "parts"},
+    "packed": {"api", "pytorch", "plan", "parts"},
     "nn": {"api", "parts"},
     "demo": {"nn", "api", "parts"},
     SHARED: {"parts"},
@@ -38,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.tune": {SHARED, "pytorch", "plan", "kernels", "parts"},
     "tools.rank": {SHARED, "tools.compiled", "tools.overlap", "tools.tune", "plan", "kernels", "parts"},
     "tools.doctor": {SHARED, "api", "plan", "kernels", "parts", "version"},
-    "": {"api", "nn", "plan", "parts", "tools.explain", "version"},  # `import tilewise`
+    "": {"api", "packed", "nn", "plan", "parts", "tools.explain", "version"},  # `import tilewise`
     "cli": {"demo", "tools.explain", "tools.inspect", "tools.tune", "tools.doctor"},
     "__main__": {"cli"},
 }
