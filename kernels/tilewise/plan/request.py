@@ -141,7 +141,7 @@ def as_heads(*tensors: Any) -> list[Any]:
     ]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} must have 3 dimensions, [tokens, heads, dim]")
-    return [x.transpose(0, 1)[None] if isinstance(x, Tensor) else x for x in tensors]
+    return [x.transpose(0, 1).unsqueeze(0) if isinstance(x, Tensor) else x for x in tensors]
 
 
 def as_packing(q_offsets: Any, kv_offsets: Any) -> Packing:
