@@ -10,8 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import tilewise
 from harness.calls import doubled
-from harness.explained import attend, meta, prose
-from harness.interpreted import set_interpreted
+from harness.explained import attend, leave_interpreter, meta, prose
 from tilewise.plan.implementation import IMPLEMENTATIONS
 from tilewise.pytorch import plain
 from tilewise.tools.chips import find_chip
@@ -19,11 +18,7 @@ from tilewise.tools.chips import find_chip
 
 @pytest.fixture
 def without_interpreter(monkeypatch):
-    """As on a CPU where TRITON_INTERPRET is not set."""
-    set_interpreted(monkeypatch, False)
-    for module in ("explain", "coverage"):
-        monkeypatch.setattr(f"tilewise.tools.explain.{module}.INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    leave_interpreter(monkeypatch)
 
 
 def test_the_interpreter_answers_where_it_is_on(device):

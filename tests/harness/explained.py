@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
+from harness.interpreted import set_interpreted
 from tilewise.tools.explain.command import GROUPS
 
 ALL_CASES = {case.name: case for cases in GROUPS.values() for case in cases}
@@ -17,6 +19,14 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> to
 
 def attend(q_len: int = 4096, heads: int = 16, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> list:
     return [meta(1, heads, q_len, dim, dtype=dtype) for _ in range(3)]
+
+
+def leave_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU where TRITON_INTERPRET is not set."""
+    set_interpreted(monkeypatch, False)
+    for module in ("explain", "coverage"):
+        monkeypatch.setattr(f"tilewise.tools.explain.{module}.INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def prose(found: Any) -> str:

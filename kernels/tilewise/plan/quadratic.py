@@ -53,7 +53,8 @@ def holds_every_pair(part: Mask | Score, tensor: torch.Tensor, shape: Shape) -> 
         return len(stored) >= 2 and stored[-2] > 1 and stored[-1] > 1
     if isinstance(part, LINEAR) or min(shape.q_len, shape.kv_len) <= 1:
         return False
-    # What the dimensions of a user's tensor mean is not known, but their sizes are; it may also be flat.
+    # What the dimensions of a user's tensor mean is not known, but their sizes are; it may also be flat. No
+    # rule knows how long packed sequences are, so of these it is seen where it has the sizes of all tokens.
     needed = 2 if shape.q_len == shape.kv_len else 1
     in_two = stored.count(shape.q_len) >= needed and stored.count(shape.kv_len) >= needed
     return in_two or any([size % (shape.q_len * shape.kv_len) == 0 for size in stored])
@@ -66,8 +67,19 @@ def stored_bytes(tensor: torch.Tensor) -> int:
 
 
 def score_matrix_bytes(shape: Shape) -> int:
-    """Of one score matrix in fp32, as plain PyTorch has several of."""
-    return 4 * math.prod(shape.scores)
+    """Of one score matrix in fp32, as plain PyTorch has several of; of packed sequences those of all of them,
+    at most: as many as if one had all tokens."""
+    sequences = shape.batch if shape.packing is None else 1
+    return 4 * sequences * math.prod(shape.scores[1:])
+
+
+def score_matrix_words(shape: Shape) -> str:
+    """What plain PyTorch may hold, and its size."""
+    size = mebibytes(score_matrix_bytes(shape))
+    if shape.packing is None:
+        return f"a score matrix {shape.scores} in fp32, {size}"
+    tokens = f"{shape.q_len} and {shape.kv_len} tokens"
+    return f"a score matrix in fp32 of each of {shape.batch} packed sequences, of {tokens} up to {size}"
 
 
 def mebibytes(count: int) -> str:

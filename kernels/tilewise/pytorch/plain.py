@@ -23,8 +23,9 @@ The kernel is then a node with PyTorch's formula, differentiable once, like all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -127,9 +128,18 @@ def is_watched() -> bool:
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
-def score_bytes(request: Request, return_lse: bool) -> int:
+def score_bytes(request: Request, return_lse: bool, sequences: Iterable[Shape] = ()) -> int:
     """Bytes of a score matrix, of the few that a call holds at once: of all pairs where a gradient is asked
-    for, else of a block; 0 where the fused kernel answers."""
+    for, else of a block; 0 where the fused kernel answers. sequences: the dense calls that a packed one is
+    made of, whose batches are answered one sequence after the other."""
+    if request.packing is not None:
+        held = [0]
+        for shape in sequences:
+            q = request.q.narrow(2, 0, shape.q_len)
+            k, v = (x.narrow(2, 0, shape.kv_len) for x in (request.k, request.v))
+            alone = score_bytes(replace(request, q=q, k=k, v=v, packing=None), return_lse)
+            held.append(shape.batch * alone if request.needs_gradient else alone)
+        return sum(held) if request.needs_gradient else max(held)
     if fused_is_the_same(request, return_lse):
         return 0
     batch, q_heads, q_len, kv_len = request.shape.scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...parts.hints import nearest, with_hint
 from ...parts.numerics import INTERPRETED
 from ..implementation import IMPLEMENTATIONS, implementation
-from ..quadratic import mebibytes, score_matrix_bytes, stored_pairs
+from ..quadratic import score_matrix_words, stored_pairs
 from ..request import Request
 from . import hopper as hopper_rules
 
@@ -67,10 +67,9 @@ def memory_is_linear(r: Request) -> str | None:
     if not r.strict:
         return None
     if implementation(r) == "torch":
-        size = mebibytes(score_matrix_bytes(r.shape))
         return (
-            f"strict=True, and plain PyTorch (impl={r.impl!r} on {r.q.device.type}) may hold a score matrix "
-            f"{r.shape.scores} in fp32, {size}: use a GPU, or set TRITON_INTERPRET=1 in the environment "
+            f"strict=True, and plain PyTorch (impl={r.impl!r} on {r.q.device.type}) may hold "
+            f"{score_matrix_words(r.shape)}: use a GPU, or set TRITON_INTERPRET=1 in the environment "
             "before tilewise is imported, or leave strict out"
         )
     return stored_pairs(r.plugs, r.shape)

@@ -20,8 +20,8 @@ from ...plan.quadratic import holds_every_pair, stored_bytes
 from ...plan.request import Request
 from ...plan.tiles import arch_choice, architecture, tile_choice
 from ..chips import Chip
-from .coverage import rows_of
-from .workload import Allocation, Extra, TileChoice, TrainedParameter, Workload
+from .parts import parts_of
+from .workload import Allocation, Extra, TileChoice, TrainedParameter, Workload, key_count, row_count
 
 
 def as_workload(
@@ -34,7 +34,7 @@ def as_workload(
     return Workload(
         shape=request.shape,
         chip=chip,
-        rows=rows_of(request.masks, request.shape),
+        parts=parts_of(request.masks, request.shape),
         choose=tile_choices(request.q, request.shape, chip, on_its_gpu),
         element_bytes=request.q.element_size(),
         precision=float32_precision(),
@@ -71,7 +71,15 @@ def extras(request: Request) -> Iterator[Extra]:
             seen.add(id(tensor))
             part = of_parts.get(id(tensor))
             every_pair = part is not None and holds_every_pair(part, tensor, request.shape)
-            yield Extra(name, stored_bytes(tensor), every_pair)
+            pairs = pairs_of(tensor, request.shape) if every_pair else 0
+            yield Extra(name, stored_bytes(tensor), every_pair, pairs)
+
+
+def pairs_of(tensor: torch.Tensor, shape: Shape) -> int:
+    """How many pairs of all batches and heads a tensor with a number for each of them has, or broadcasts to.
+    Of packed sequences it has more than they do: each reads its part of the last two dimensions."""
+    lengths = shape.scores[2:] if shape.packing is None or tensor.dim() < 2 else tensor.shape[-2:]
+    return shape.batch * shape.q_heads * math.prod(lengths)
 
 
 def computed_tensors(request: Request) -> Iterator[Allocation]:
@@ -79,7 +87,7 @@ def computed_tensors(request: Request) -> Iterator[Allocation]:
     shape = request.shape
     for score in request.chain:
         if isinstance(score, Normalised):
-            rows = math.prod(shape.scores[:3]) + shape.batch * shape.kv_heads * shape.kv_len
+            rows = row_count(shape) + key_count(shape)
             yield Allocation("1 / |q| and 1 / |k|", 4 * rows, "during the call")
         elif isinstance(score, RelativePosition):
             distances = shape.q_heads * (2 * score.max_distance + 1)
@@ -116,12 +124,19 @@ def looks_swapped(shape: Shape) -> bool:
 
 def notes(request: Request, work: Workload) -> Iterator[str]:
     """What a reader of the counts must know."""
-    if looks_swapped(work.shape):
+    if looks_swapped(work.shape) and work.shape.packing is not None:
+        yield (
+            f"{work.shape.q_heads} heads of {work.shape.q_len} tokens: if q, k and v are [heads, tokens, "
+            "dim], give transpose(0, 1) of each; packed, tokens come first"
+        )
+    elif looks_swapped(work.shape):
         yield (
             f"{work.shape.q_heads} heads of {work.shape.q_len} queries: if q, k and v are [batch, length, "
             "heads, dim], as FlashAttention has them, give transpose(1, 2) of each; here heads come first"
         )
-    for unknown in work.rows.unknown:
+    if work.parts.assumed:
+        yield "the offsets have no contents here: what is counted is that of sequences of equal length"
+    for unknown in work.parts.unknown:
         yield f"{unknown}; it counts as if every tile were visited and masked, so tiles are upper bounds"
     for name, masks in (("a bool mask", "Dense"), ("a keep function", "UserMask")):
         if any(type(mask).__name__ == masks for mask in request.masks):

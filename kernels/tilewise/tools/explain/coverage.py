@@ -7,7 +7,7 @@ where no mask tells heads apart, for each row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,17 @@ class Coverage:
     def skipped_share(self) -> float:
         return self.skipped / self.total if self.total else 0.0
 
+    def __add__(self, other: Coverage) -> Coverage:
+        return Coverage(
+            self.total + other.total,
+            self.skipped + other.skipped,
+            self.masked + other.masked,
+            self.full + other.full,
+        )
+
+
+NOTHING = Coverage(0, 0, 0, 0)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -60,13 +71,50 @@ class Rows:
         return self.lo.shape[0], self.lo.shape[1]
 
 
-def rows_of(masks: Iterable[Mask], shape: Shape) -> Rows:
+def has_contents(tensor: torch.Tensor) -> bool:
+    """Whether there are numbers behind a tensor, not a shape alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+# A mask's interval in a call of that shape; None if it has none; or why it cannot be evaluated here.
+Interval = Callable[[Mask, Shape], "Bounds | str | None"]
+
+
+def interval_of(mask: Mask, shape: Shape) -> Bounds | str | None:
+    """The interval of a mask in a dense call."""
+    return interval_by(mask, mask.bind(shape), shape, lambda: mask.bounds(shape))
+
+
+def interval_by(
+    mask: Mask,
+    bound: BoundMask,
+    shape: Shape,
+    bounds: Callable[[], Bounds | None],
+    sequences: torch.Tensor | None = None,
+) -> Bounds | str | None:
+    """The same by `bounds`, or where that is None by the device function; sequences: which of a packed call
+    the batch of `shape` is."""
+    name, tensors = type(mask).__name__, list(mask.tensors().values())
+    if bound.interval is None:
+        return None
+    if not all(has_contents(x) for x in tensors):
+        return f"{name}: its tensors have no contents here"
+    found = bounds()
+    if found is not None:
+        return found
+    device = tensors[0].device if tensors else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if INTERPRETED or device.type == "cuda":
+        return evaluate(bound, shape, torch.device("cpu") if INTERPRETED else device, sequences)
+    return f"{name}: its interval is a kernel's function, which cannot run here"
+
+
+def rows_of(masks: Iterable[Mask], shape: Shape, interval: Interval = interval_of) -> Rows:
     """lo ≥ 0, hi ≤ kv_len and whole of every row; hi ≤ lo where a row sees no key."""
     lo, hi = FIRST_KEY.expand(1, 1, shape.q_len), FIRST_KEY.expand(1, 1, shape.q_len) + shape.kv_len
     whole = torch.ones(1, 1, shape.q_len, dtype=torch.bool, device="cpu")
     unknown = []
     for mask in masks:
-        found = interval_of(mask, shape)
+        found = interval(mask, shape)
         if isinstance(found, Bounds):
             lo, hi = torch.maximum(lo, found.lo), torch.minimum(hi, found.hi)
             whole = whole & found.whole
@@ -78,38 +126,21 @@ def rows_of(masks: Iterable[Mask], shape: Shape) -> Rows:
     return Rows(lo.expand(sizes), hi.expand(sizes), whole.expand(sizes), tuple(unknown))
 
 
-def has_contents(tensor: torch.Tensor) -> bool:
-    """Whether there are numbers behind a tensor, not a shape alone."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
-
-
-def interval_of(mask: Mask, shape: Shape) -> Bounds | str | None:
-    """A mask's interval; None if it has none; or why it cannot be evaluated here."""
-    name, tensors, bound = type(mask).__name__, list(mask.tensors().values()), mask.bind(shape)
-    if bound.interval is None:
-        return None
-    if not all(has_contents(x) for x in tensors):
-        return f"{name}: its tensors have no contents here"
-    bounds = mask.bounds(shape)
-    if bounds is not None:
-        return bounds
-    device = tensors[0].device if tensors else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if INTERPRETED or device.type == "cuda":
-        return evaluate(bound, shape, torch.device("cpu") if INTERPRETED else device)
-    return f"{name}: its interval is a kernel's function, which cannot run here"
-
-
 @triton.jit
 def interval_kernel(  # type: ignore[no-untyped-def]
-    found_ptr, q_heads, q_len, args, INTERVAL: tl.constexpr, TILE_Q: tl.constexpr
+    found_ptr, sequences_ptr, q_heads, q_len, args, INTERVAL: tl.constexpr, TILE_Q: tl.constexpr
 ):
-    """lo, hi and whole of a tile of rows, found [batch, q_heads, 3, q_len]."""
+    """lo, hi and whole of a tile of rows, found [batch, q_heads, 3, q_len]. sequences [batch]: those that are
+    asked about; None: 0, 1, ..."""
     q_tiles = tl.cdiv(q_len, TILE_Q)
     program = tl.program_id(0)
     head, batch = program // q_tiles % q_heads, program // q_tiles // q_heads
     q_idx = program % q_tiles * TILE_Q + tl.arange(0, TILE_Q)
     row = tl.minimum(q_idx, q_len - 1)
-    lo, hi, whole = INTERVAL(row, batch, head, args)
+    sequence = batch
+    if sequences_ptr is not None:
+        sequence = tl.load(sequences_ptr + batch)
+    lo, hi, whole = INTERVAL(row, sequence, head, args)
     found_ptr += (batch.to(tl.int64) * q_heads + head) * 3 * q_len
     zeros, valid = row * 0, q_idx < q_len
     tl.store(found_ptr + q_idx, zeros + lo, mask=valid)
@@ -117,14 +148,18 @@ def interval_kernel(  # type: ignore[no-untyped-def]
     tl.store(found_ptr + 2 * q_len + q_idx, zeros + whole.to(tl.int32), mask=valid)
 
 
-def evaluate(bound: BoundMask, shape: Shape, device: torch.device) -> Bounds:
-    """The interval of every row, asked of its device function."""
+def evaluate(
+    bound: BoundMask, shape: Shape, device: torch.device, sequences: torch.Tensor | None = None
+) -> Bounds:
+    """The interval of every row, asked of its device function. sequences: those of a packed call, which
+    `bound` is bound to, that the batch of `shape` is."""
     found = torch.zeros(shape.batch, shape.q_heads, 3, shape.q_len, dtype=torch.int32, device=device)
     if found.numel():
         grid = (ceil_div(shape.q_len, 128) * shape.q_heads * shape.batch,)
         with on_device_of(found):
             interval_kernel[grid](
                 found,
+                None if sequences is None else sequences.to(device, torch.int32),
                 shape.q_heads,
                 shape.q_len,
                 bound.args,
@@ -172,7 +207,7 @@ def ranges_of(rows: Rows, shape: Shape, tile_q: int) -> Ranges:
 def walk_over_keys(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
     """The tiles that the forward and dQ's pass visit: `kv_range` of every tile of rows."""
     if 0 in shape.scores:
-        return Coverage(0, 0, 0, 0)
+        return NOTHING
     ranges = ranges_of(rows, shape, tile_q)
     first = ranges.start // tile_kv
     last = torch.maximum(-(-ranges.stop // tile_kv), first)
@@ -186,7 +221,7 @@ def walk_over_rows(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Cover
     """The tiles that dK's and dV's pass visits: `q_range` of every tile of keys, from the first tile of rows
     that visits it to the last; the first run of those in which every pair counts needs no mask."""
     if 0 in shape.scores:
-        return Coverage(0, 0, 0, 0)
+        return NOTHING
     ranges = ranges_of(rows, shape, tile_q)
     q_tiles, kv_tiles = ceil_div(shape.q_len, tile_q), ceil_div(shape.kv_len, tile_kv)
     full_stop = ranges.full_stop.clone()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -15,8 +14,8 @@ from ...parts.numerics import INTERPRETED
 from ...plan import tiles
 from ...plan.checks import OF_TENSORS, first_violation, violations
 from ...plan.implementation import IMPLEMENTATIONS, implementation
-from ...plan.names import ARGUMENTS, refuse_unknown
-from ...plan.request import Request, make_request, without_drawing
+from ...plan.names import PACKED_ARGUMENTS, refuse_unknown
+from ...plan.request import Request, as_heads, as_packing, make_request, without_drawing
 from ...plan.rules import hopper as hopper_rules
 from ...plan.rules.implementations import implementation_is_known
 from ...plan.tiles import architecture, choose_tile
@@ -25,7 +24,8 @@ from ...pytorch.plain import score_bytes
 from ..chips import Chip, chip_of_target, find_chip
 from .as_workload import as_workload, notes
 from .coverage import has_contents, pairs_that_count
-from .findings import Findings, Work
+from .findings import Findings, Packed, Work
+from .parts import Parts
 from .suggestions import Look, suggestions
 from .text import plain_text
 from .workload import Allocation, Kernel, kernels_of, memory_of
@@ -41,12 +41,23 @@ class Explanation(Findings):
 
 
 def explain(
-    q: Tensor, k: Tensor, v: Tensor, *, gpu: str | None = None, work: Work = "forward", **arguments: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_offsets: Tensor | None = None,
+    kv_offsets: Tensor | None = None,
+    gpu: str | None = None,
+    work: Work = "forward",
+    **arguments: Any,
 ) -> Explanation:
     """What `attention(q, k, v, **arguments)` will do, and what bounds it on a GPU. Runs no attention.
 
-    q, k, v:   as for `attention`. Meta and fake tensors will do: their shapes, strides and dtypes are looked
-               at. With meta ones the other tensors may be anywhere; masks are counted from their contents.
+    q, k, v:   as for `attention`; with offsets, as for `packed_attention`. Meta and fake tensors will do:
+               their shapes, strides and dtypes are looked at. With meta ones the other tensors may be
+               anywhere; masks and offsets are counted from their contents.
+    q_offsets, kv_offsets: those of `packed_attention`, which is then what is explained. They are read, so the
+               host waits for the GPU; without contents they stand for sequences of equal length.
     gpu:       the chip to explain it for: "H200", "A100", "MI300X", ... None: the GPU of q, else the current
                one, else an H200, which the explanation calls assumed.
     work:      "forward", as in inference; "training": with the backward, for gradients of q, k, v and of
@@ -54,13 +65,16 @@ def explain(
     arguments: those of `attention`.
 
     Raises what `attention` raises for arguments that no implementation takes or knows, and ValueError for an
-    unknown gpu or work.
+    unknown gpu or work, and for offsets that decrease or lead out of the tensors.
     """
     if work not in ("forward", "training"):
         raise ValueError(f"{work=} must be 'forward' or 'training'")
-    refuse_unknown("explain", arguments, [*ARGUMENTS, "gpu", "work"])
+    refuse_unknown("explain", arguments, [*PACKED_ARGUMENTS, "gpu", "work"])
     return_lse = bool(arguments.pop("return_lse", False))
-    if is_nested(q, k, v):
+    if q_offsets is not None or kv_offsets is not None:
+        q, k, v = as_heads(q, k, v)
+        arguments["packing"] = as_packing(q_offsets, kv_offsets)
+    elif is_nested(q, k, v):
         q, k, v, arguments["packing"] = unpack(q, k, v)
     if work == "training" and isinstance(q, Tensor) and q.is_floating_point():
         q = q.detach().requires_grad_()
@@ -91,7 +105,8 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
         except NotImplementedError as error:  # no tile fits the chip
             on_a_gpu = [str(error)]
     hopper_could = not not_hopper and not is_hopper and request.impl != "torch"
-    held = score_bytes(request, return_lse) if answers == "torch" else 0
+    of_parts = [part.shape for part in model.parts]
+    held = score_bytes(request, return_lse, of_parts) if answers == "torch" else 0
     others = {name: why_not_this(given, name) for name in IMPLEMENTATIONS if name != answers}
     if "hopper" in others:  # a word on the chip, not on this machine
         others["hopper"] = "; ".join(on_a_gpu or not_hopper) or why_hopper_waits(request, chip)
@@ -107,11 +122,12 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
         no_kernels=on_a_gpu[0] if on_a_gpu else "",
         on_gpu=on_gpu,
         on_gpu_note=on_gpu_note,
-        sizes=shape._asdict(),
+        sizes={name: size for name, size in shape._asdict().items() if name != "packing"},
+        packed=None if shape.packing is None else packed(model.parts),
         dtype=str(request.q.dtype).removeprefix("torch."),
-        pairs=math.prod(shape.scores),
-        pairs_that_count=pairs_that_count(model.rows, shape),
-        exact=not model.rows.unknown,
+        pairs=model.parts.pairs,
+        pairs_that_count=model.parts.counted(pairs_that_count),
+        exact=not model.parts.unknown,
         notes=tuple(notes(request, model)),
         kernels=kernels,
         memory=memory_of(model) if kernels else (),
@@ -119,6 +135,21 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
         if held
         else (),
         suggestions=suggestions(Look(request, model, kernels, hopper_could)) if kernels else (),
+    )
+
+
+def packed(parts: Parts) -> Packed:
+    """The sequences that these are."""
+    shapes = [part.shape for part in parts]
+    lengths = [(shape.q_len, shape.kv_len) for shape in shapes]
+    tokens = [sum(shape.batch * each[i] for shape, each in zip(shapes, lengths, strict=True)) for i in (0, 1)]
+    q_lens, kv_lens = zip(*lengths, strict=True)
+    return Packed(
+        sequences=sum(shape.batch for shape in shapes),
+        tokens=(tokens[0], tokens[1]),
+        shortest=(min(q_lens), min(kv_lens)),
+        longest=(max(q_lens), max(kv_lens)),
+        assumed=parts.assumed,
     )
 
 
@@ -157,7 +188,7 @@ def on_meta(request: Request) -> Request:
 
     changed: dict[str, Any] = {
         name: moved(getattr(request, name))
-        for name in ("q", "k", "v", "scale", "similarity", "sink", "dropout")
+        for name in ("q", "k", "v", "scale", "similarity", "sink", "dropout", "packing")
     }
     for name in ("masks", "scores"):
         changed[name] = tuple(map(part_moved, getattr(request, name)))

@@ -13,6 +13,17 @@ Work = Literal["forward", "training"]
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Sequences that are packed one behind the other, in tokens; each pair is of queries and of keys."""
+
+    sequences: int
+    tokens: tuple[int, int]  # of all sequences; the tensors may have more
+    shortest: tuple[int, int]
+    longest: tuple[int, int]
+    assumed: bool  # the offsets have no contents here, and equal lengths stand in
+
+
+@dataclass(frozen=True)
 class Findings:
     """Counts, bytes and seconds. Times are floors by the chip's datasheet, not forecasts."""
 
@@ -27,7 +38,8 @@ class Findings:
     no_kernels: str  # why no GPU runs this call with the fused kernels; empty if one does
     on_gpu: str  # the implementation that the forward below is of
     on_gpu_note: str  # what to know of that; empty where there is nothing
-    sizes: dict[str, int]
+    sizes: dict[str, int]  # packed: batch counts the sequences, q_len and kv_len the tensors' tokens
+    packed: Packed | None
     dtype: str
     pairs: int  # of query and key, in all batches and heads
     pairs_that_count: int

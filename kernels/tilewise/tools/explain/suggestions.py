@@ -19,9 +19,10 @@ from ...parts.masks.documents import Documents
 from ...parts.masks.user import UserMask
 from ...parts.scores.bias import Bias
 from ...parts.shape import Align, Shape
-from ...plan.quadratic import mebibytes, score_matrix_bytes
+from ...plan.quadratic import mebibytes
 from ...plan.request import Request
-from .coverage import Rows, has_contents, pairs_that_count, rows_of
+from .coverage import has_contents, pairs_that_count
+from .parts import Part, Parts
 from .workload import Kernel, Workload, kernels_of, seconds
 
 WORTH_SAYING = 1.05
@@ -78,15 +79,14 @@ def bool_mask_skips_nothing(look: Look) -> Suggestion | None:
 
 def structure_of(mask: Dense, look: Look) -> Suggestion | None:
     """The structured mask that says the same as this one, or bounds it, if that skips tiles."""
-    shape = look.work.shape
-    hull = rows_of_a_bool_mask(mask.mask.expand(shape.scores))
-    name, bounds = bounding_mask(hull, shape)
-    same = bool(hull.whole.all()) and all(
-        bool((of_hull == of_mask.clamp(0, shape.kv_len)).all())
-        for of_hull, of_mask in ((hull.lo, bounds.lo), (hull.hi, bounds.hi))
-    )
-    others = [part for part in look.request.masks if part is not mask]
-    changed = replace(look.work, rows=intersected(rows_of(others, shape), bounds, whole=same))
+    parts = look.work.parts
+    hulls = [
+        rows_of_a_bool_mask(part.along(mask.mask, "bhqk", False).expand(part.shape.scores)) for part in parts
+    ]
+    name, bounds = bounding_mask(hulls, parts)
+    same = all(map(says_the_same, hulls, bounds, [part.shape for part in parts]))
+    others = parts.with_masks((part for part in look.request.masks if part is not mask), look.work.shape)
+    changed = replace(look.work, parts=others.within(bounds, whole=same))
     if same:
         changed = replace(changed, extras=tuple(x for x in changed.extras if x.name != mask.called("mask")))
     worth = look.factor(changed)
@@ -100,20 +100,29 @@ def structure_of(mask: Dense, look: Look) -> Suggestion | None:
     )
 
 
-def bounding_mask(hull: Bounds, shape: Shape) -> tuple[str, Bounds]:
+def says_the_same(hull: Bounds, bounds: Bounds, shape: Shape) -> bool:
+    """Whether a bool mask of that hull keeps the pairs in these bounds, and no others."""
+    ends = ((hull.lo, bounds.lo), (hull.hi, bounds.hi))
+    return bool(hull.whole.all()) and all(
+        bool((of_hull == of_mask.clamp(0, shape.kv_len)).all()) for of_hull, of_mask in ends
+    )
+
+
+def bounding_mask(hulls: list[Bounds], parts: Parts) -> tuple[str, list[Bounds]]:
     """The simplest structured mask that keeps all that rows keep, and not many pairs more: its name, and its
-    own bounds."""
-    if hull.hi.shape[1:] == (1, 1) and not bool((hull.lo > 0).any()):
-        return "tilewise.Padding(lengths)", hull
-    kept = int((hull.hi - hull.lo).sum())
+    own bounds in each part. hulls: what rows keep there."""
+    if all(hull.hi.shape[1:] == (1, 1) and not bool((hull.lo > 0).any()) for hull in hulls):
+        return "tilewise.Padding(lengths)", hulls
+    kept = sum(int((hull.hi - hull.lo).sum()) for hull in hulls)
     aligns: tuple[Align, Align] = ("bottom_right", "top_left")
     for align in aligns:
-        bounds = Causal(align).bounds(shape)
-        hi = bounds.hi.clamp(0, shape.kv_len)
-        bounded = bool(((hull.hi <= hi) | (hull.hi <= hull.lo)).all())
-        if bounded and int(hi.expand(hull.hi.shape).sum()) <= 1.1 * kept:
+        bounds = [Causal(align).bounds(part.shape) for part in parts]
+        ends = [each.hi.clamp(0, part.shape.kv_len) for each, part in zip(bounds, parts, strict=True)]
+        pairs = list(zip(hulls, ends, strict=True))
+        bounded = all(bool(((hull.hi <= hi) | (hull.hi <= hull.lo)).all()) for hull, hi in pairs)
+        if bounded and sum(int(hi.expand(hull.hi.shape).sum()) for hull, hi in pairs) <= 1.1 * kept:
             return "tilewise.Causal()" if align == "bottom_right" else "tilewise.Causal('top_left')", bounds
-    return "tilewise.Intervals(first key kept, last key kept + 1)", hull
+    return "tilewise.Intervals(first key kept, last key kept + 1)", hulls
 
 
 def rows_of_a_bool_mask(mask: torch.Tensor) -> Bounds:
@@ -137,12 +146,6 @@ def rows_of_a_bool_mask(mask: torch.Tensor) -> Bounds:
     return Bounds(lo, hi, whole)
 
 
-def intersected(rows: Rows, bounds: Bounds, whole: bool) -> Rows:
-    lo, hi = torch.maximum(rows.lo, bounds.lo), torch.minimum(rows.hi, bounds.hi)
-    lo, hi, all_whole = torch.broadcast_tensors(lo, hi, rows.whole & whole)
-    return Rows(lo, hi, all_whole, rows.unknown)
-
-
 def user_mask_without_interval(look: Look) -> Suggestion | None:
     for mask in look.request.masks:
         if isinstance(mask, UserMask) and mask.interval is None:
@@ -154,17 +157,18 @@ def user_mask_without_interval(look: Look) -> Suggestion | None:
 
 
 def documents_in_pieces(look: Look) -> Suggestion | None:
-    shape = look.work.shape
+    parts = look.work.parts
     for mask in look.request.masks:
         if not isinstance(mask, Documents) or not has_contents(mask.hulls):
             continue
         if mask.kv_ids is not mask.ids or bool((mask.hulls[..., 2] != 0).all()):
             continue
+        if not all(have_ids(part, mask.ids) for part in parts):
+            continue
         others = [part for part in look.request.masks if part is not mask]
-        bounds = Documents(mask.ids.sort(-1).values).bounds(shape)
-        worth = look.factor(
-            replace(look.work, rows=intersected(rows_of(others, shape), bounds, whole=not others))
-        )
+        bounds = [Documents(part.along(mask.ids, "bq").sort(-1).values).bounds(part.shape) for part in parts]
+        without = parts.with_masks(others, look.work.shape)
+        worth = look.factor(replace(look.work, parts=without.within(bounds, whole=not others)))
         if worth >= WORTH_SAYING:
             return Suggestion(
                 "documents come in pieces, so that a row visits all keys between its document's first and "
@@ -172,6 +176,11 @@ def documents_in_pieces(look: Look) -> Suggestion | None:
                 worth,
             )
     return None
+
+
+def have_ids(part: Part, ids: torch.Tensor) -> bool:
+    """Whether every token of these sequences has one id, as query and as key."""
+    return part.shape.q_len == part.shape.kv_len <= ids.shape[-1]
 
 
 # ---- Numbers and their layout
@@ -277,14 +286,14 @@ def hopper_is_not_asked(look: Look) -> Suggestion | None:
 
 def few_programs(look: Look) -> Suggestion | None:
     (kernel, *_), chip = look.kernels, look.work.chip
-    if not 0 < kernel.programs < chip.multiprocessors:
+    if not 0 < kernel.busy < chip.multiprocessors:
         return None
     shape = look.work.shape
     each = "a row tile of a head" if shape.q_len > 1 else "a head of a sequence"
     return Suggestion(
-        f"{kernel.programs} programs, one for {each}, leave {chip.multiprocessors - kernel.programs} of "
+        f"{kernel.busy} programs, one for {each}, leave {chip.multiprocessors - kernel.busy} of "
         f"{chip.multiprocessors} multiprocessors idle: more sequences in a call cost little until all work",
-        None if kernel.limits.largest == "memory" else chip.multiprocessors / kernel.programs,
+        None if kernel.limits.largest == "memory" else chip.multiprocessors / kernel.busy,
     )
 
 
@@ -312,15 +321,18 @@ def bias_of_every_pair(look: Look) -> Suggestion | None:
 def tiles_are_wide(look: Look) -> Suggestion | None:
     """Tiles that cover many more pairs than count, as under a window narrower than a tile."""
     (kernel, *_), work = look.kernels, look.work
-    counted = pairs_that_count(work.rows, work.shape)
+    counted = work.parts.counted(pairs_that_count)
     if kernel.tiles is None or not counted or work.shape.q_len < kernel.tile.tile_q:
         return None
     covered = kernel.tiles.visited * kernel.tile.tile_q * kernel.tile.tile_kv / counted
     if covered < 1.5 or kernel.limits.largest == "memory":
         return None
+    how = "`tilewise tune` tries them on your GPU"
+    if work.shape.packing is not None:
+        how = "give them by tilewise.tiles.use: how long packed sequences are chooses no tile"
     return Suggestion(
         f"tiles of {kernel.tile.tile_q} × {kernel.tile.tile_kv} cover {covered:.1f} pairs for each that "
-        "counts: smaller ones waste less (`tilewise tune` tries them on your GPU)"
+        f"counts: smaller ones waste less ({how})"
     )
 
 
@@ -337,9 +349,10 @@ def dropout_has_a_price(look: Look) -> Suggestion | None:
 def plain_pytorch_was_asked_for(look: Look) -> Suggestion | None:
     if look.request.impl != "torch":
         return None
+    matrices = "several score matrices" + (" a sequence, in all" if look.request.packing else "")
+    size = mebibytes(4 * look.work.parts.pairs)  # in fp32
     return Suggestion(
-        "impl='torch' may hold several score matrices of "
-        f"{mebibytes(score_matrix_bytes(look.work.shape))}: leave impl out, and a GPU runs the fused kernel"
+        f"impl='torch' may hold {matrices} of {size}: leave impl out, and a GPU runs the fused kernel"
     )
 
 

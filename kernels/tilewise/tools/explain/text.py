@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .findings import Findings
+from .findings import Findings, Packed
 
 WIDTH = 100
 
@@ -33,11 +33,23 @@ def sections(e: Findings) -> list[Section]:
 def title(e: Findings) -> str:
     """The call in a line."""
     s = e.sizes
+    if e.packed is not None:
+        return packed_title(e, e.packed)
     q = [s["batch"], s["q_heads"], s["q_len"], s["head_dim"]]
     k = [s["batch"], s["kv_heads"], s["kv_len"], s["head_dim"]]
     keys = f"k, v {k}" if s["head_dim"] == s["value_dim"] else f"k {k}, v {[*k[:3], s['value_dim']]}"
     what = "forward" if e.work == "forward" else "forward and backward"
     return f"attention, {what}: q {q}, {keys}, {e.dtype}"
+
+
+def packed_title(e: Findings, packed: Packed) -> str:
+    """The same of tensors [tokens, heads, dim]."""
+    s = e.sizes
+    q, k = [s["q_len"], s["q_heads"], s["head_dim"]], [s["kv_len"], s["kv_heads"], s["head_dim"]]
+    keys = f"k, v {k}" if s["head_dim"] == s["value_dim"] else f"k {k}, v {[*k[:2], s['value_dim']]}"
+    what = "forward" if e.work == "forward" else "forward and backward"
+    sequences = counted(packed.sequences, "packed sequence")
+    return f"attention, {what}: {sequences}, q {q}, {keys}, {e.dtype}"
 
 
 def implementation(e: Findings) -> Section:
@@ -74,6 +86,8 @@ def launches(e: Findings) -> Section:
         f"Tiles{'' if len(origins) == 1 else ' of ' + ', '.join(names)}: {origin}."
         for origin, names in origins.items()
     ]
+    if e.packed is not None:
+        sentences += sequences(e, e.packed)
     rows = [
         (
             kernel.name,
@@ -87,6 +101,34 @@ def launches(e: Findings) -> Section:
     ]
     heading = ("kernel", "tile", "warps", "stages", "programs", "per multiprocessor")
     return Section("Launches", tuple(sentences), heading, tuple(rows))
+
+
+def sequences(e: Findings, packed: Packed) -> list[str]:
+    """How long packed sequences are, and what their ends cost the forward."""
+    queries, keys = zip(packed.shortest, packed.longest, packed.tokens, strict=True)
+    what = "queries" if queries != keys else "tokens"
+    found = f"{counted(packed.sequences, 'packed sequence')} of {lengths(*queries, what)}"
+    if queries != keys:
+        found += f", and {lengths(*keys, 'keys')}"
+    kernel, *_ = e.kernels
+    room = kernel.busy // e.sizes["q_heads"] * kernel.tile.tile_q
+    padding = share(room - packed.tokens[0], room)
+    sentences = [
+        f"{found}.",
+        f"No tile holds rows of two sequences: those of {kernel.name} have {room:,} rows a head for "
+        f"{packed.tokens[0]:,} {what}, {padding} of them padding.",
+    ]
+    if spare := kernel.programs - kernel.busy:
+        sentences.append(
+            f"{spare:,} of {kernel.programs:,} programs of {kernel.name} have no tile: how many there are "
+            "does not depend on the lengths, which only the device reads."
+        )
+    return sentences
+
+
+def lengths(shortest: int, longest: int, tokens: int, what: str) -> str:
+    span = f"{longest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
+    return f"{span} {what} each, {tokens:,} in all"
 
 
 def tiles(e: Findings) -> Section:
@@ -153,10 +195,11 @@ def reason(e: Findings) -> str:
     if e.limit != "programs":
         return e.limit
     kernel = max(e.kernels, key=lambda kernel: kernel.limits.overlapped * kernel.limits.few_programs)
-    of, programs = round(kernel.programs / kernel.waves), kernel.programs
-    padded = ""
-    if kernel.tiles is not None and (rows := e.sizes["q_len"]) < kernel.tile.tile_q:
-        padded = f", on tiles of {kernel.tile.tile_q} rows that hold {rows}"
+    of, programs = round(kernel.busy / kernel.waves), kernel.busy
+    rows, padded = e.sizes["q_len"] if e.packed is None else e.packed.longest[0], ""
+    if kernel.tiles is not None and rows < kernel.tile.tile_q:
+        at_most = "" if e.packed is None else "at most "
+        padded = f", on tiles of {kernel.tile.tile_q} rows that hold {at_most}{rows}"
     return (
         f"how few programs there are: the {programs} of {kernel.name} leave {of - programs} of {of} "
         f"multiprocessors idle (the others are busiest with {kernel.limits.largest}{padded})"
@@ -201,6 +244,10 @@ def duration(seconds: float) -> str:
 
 def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def sentence(text: str) -> str:

@@ -8,14 +8,13 @@ memory      what a call allocates beside its arguments
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...kernels.call import power_of_two_tile
+from ...kernels.call import blocks_of, power_of_two_tile, programs, tile_count
 from ...kernels.hopper.limits import HOPPER_COLUMNS
 from ...kernels.tile import Pass, Tile
-from ...parts.shape import Shape, ceil_div
+from ...parts.shape import Shape
 from ...plan.tiles import square_tile
 from ..chips import Chip
 from .coverage import (
@@ -30,6 +29,7 @@ from .coverage import (
     walk_over_rows,
 )
 from .limits import Limits, limits_of
+from .parts import Parts
 
 TileChoice = Callable[[int, Pass], tuple[Tile, str]]  # of bytes an element and a pass: a tile, and whence
 STATISTIC = 4  # bytes of a number that is kept for each row, in fp32
@@ -42,6 +42,7 @@ class Extra:
     name: str
     stored_bytes: int
     every_pair: bool  # it is read along with the pairs: as much of it as there are tiles visited
+    pairs: int = 0  # then: how many pairs of all batches and heads it has, or broadcasts to
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Workload:
 
     shape: Shape
     chip: Chip
-    rows: Rows
+    parts: Parts  # what masks leave to do
     choose: TileChoice
     element_bytes: int
     precision: str  # "ieee" or "tf32", of fp32 operands
@@ -92,7 +93,8 @@ class Kernel:
     tile: Tile  # of prepare the rows alone
     tile_from: str
     programs: int
-    waves: float  # programs for each multiprocessor
+    busy: int  # programs that have a tile: packed sequences leave some without (sequences.py)
+    waves: float  # of those, for each multiprocessor
     tiles: Coverage | None  # None: it walks over no keys
     flops: int
     executed_flops: int
@@ -123,46 +125,58 @@ def seconds(work: Workload) -> float:
 # ---- Traffic, in bytes
 
 
+def row_count(shape: Shape) -> int:
+    """The rows of all heads of q; packed sequences lie in one tensor."""
+    return blocks_of(shape) * shape.q_heads * shape.q_len
+
+
+def key_count(shape: Shape) -> int:
+    return blocks_of(shape) * shape.kv_heads * shape.kv_len
+
+
 def rows_bytes(work: Workload, columns: int) -> int:
     """Of a tensor [batch, q_heads, q_len, columns] in the call's dtype: q, out and their gradients."""
-    return math.prod(work.shape.scores[:3]) * columns * work.element_bytes
+    return row_count(work.shape) * columns * work.element_bytes
 
 
 def seen_bytes(work: Workload) -> int:
     """Of the keys and values that some row sees."""
     columns = work.shape.head_dim + work.shape.value_dim
-    return keys_that_are_seen(work.rows, work.shape) * columns * work.element_bytes
+    return work.parts.counted(keys_that_are_seen) * columns * work.element_bytes
 
 
 def all_keys_bytes(work: Workload) -> int:
     """Of k and v, or of their gradients."""
-    shape = work.shape
-    columns = shape.head_dim + shape.value_dim
-    return shape.batch * shape.kv_heads * shape.kv_len * columns * work.element_bytes
+    return key_count(work.shape) * (work.shape.head_dim + work.shape.value_dim) * work.element_bytes
 
 
 def statistics_bytes(work: Workload, count: int) -> int:
-    return math.prod(work.shape.scores[:3]) * count * STATISTIC
+    return row_count(work.shape) * count * STATISTIC
 
 
 def extra_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:
     """Of the other tensors; of those with a number for every pair, what the visited tiles cover."""
-    pairs = math.prod(work.shape.scores)
-    share = min(1.0, tiles.visited * tile.tile_q * tile.tile_kv / pairs) if pairs else 0.0
-    sizes = [x.stored_bytes * (share if x.every_pair else 1.0) for x in work.extras]
-    return round(sum(sizes))
+    covered = tiles.visited * tile.tile_q * tile.tile_kv
+
+    def share(x: Extra) -> float:
+        if not x.every_pair:
+            return 1.0
+        return min(1.0, covered / x.pairs) if x.pairs else 0.0
+
+    return round(sum(x.stored_bytes * share(x) for x in work.extras))
 
 
 # ---- Kernels
 
 
 def walk(
-    work: Workload, name: str, tile: tuple[Tile, str], programs: int, tiles: Coverage,
+    work: Workload, name: str, tile: tuple[Tile, str], programs: tuple[int, int], tiles: Coverage,
     dims: tuple[int, int], exponentials: int, moved: int, least_columns: int = 0,
 ) -> Kernel:  # fmt: skip
-    """A kernel that visits tiles of pairs. dims: how many products over head_dim and over value_dim it makes
-    of each; exponentials: of each pair; least_columns: of a tile, however narrow a head is."""
-    shape, (chosen, tile_from) = work.shape, tile
+    """A kernel that visits tiles of pairs. programs: all, and those that have a tile; dims: how many products
+    over head_dim and over value_dim it makes of each; exponentials: of each pair; least_columns: of a tile,
+    however narrow a head is."""
+    shape, (chosen, tile_from), (started, busy) = work.shape, tile, programs
     of_head, of_value = dims
     executed = tiles.visited * chosen.tile_q * chosen.tile_kv
     head_tile, value_tile = (
@@ -172,26 +186,35 @@ def walk(
     flops = 2 * executed * padded
     wanted = of_head * shape.head_dim + of_value * shape.value_dim
     return Kernel(
-        name, chosen, tile_from, programs, programs / work.chip.multiprocessors, tiles,
-        flops=2 * pairs_that_count(work.rows, shape) * wanted,
+        name, chosen, tile_from, started, busy, busy / work.chip.multiprocessors, tiles,
+        flops=2 * work.parts.counted(pairs_that_count) * wanted,
         executed_flops=flops,
         exponentials=exponentials * executed,
         bytes=moved,
         limits=limits_of(
-            work.chip, programs, flops, exponentials * executed, moved, work.element_bytes, work.precision
+            work.chip, busy, flops, exponentials * executed, moved, work.element_bytes, work.precision
         ),
     )  # fmt: skip
 
 
-def rows_programs(work: Workload, tile_q: int) -> int:
-    return ceil_div(work.shape.q_len, tile_q) * work.shape.q_heads * work.shape.batch
+def rows_programs(work: Workload, tile_q: int) -> tuple[int, int]:
+    """The programs that own a tile of rows, as the launch counts them, and those of them that have one."""
+    shape = work.shape
+    busy = work.parts.tiles_of_rows(tile_q) * shape.q_heads
+    return programs(shape, shape.q_len, tile_q, shape.q_heads), busy
+
+
+def keys_programs(work: Workload, tile_kv: int) -> tuple[int, int]:
+    """The same for tiles of keys."""
+    shape = work.shape
+    busy = work.parts.tiles_of_keys(tile_kv) * shape.kv_heads
+    return programs(shape, shape.kv_len, tile_kv, shape.kv_heads), busy
 
 
 def forward(work: Workload) -> Kernel:
     """S = scores(Q Kᵀ), O = P V."""
-    shape = work.shape
     tile, tile_from = work.choose(work.element_bytes, "forward")
-    tiles = walk_over_keys(work.rows, shape, tile.tile_q, tile.tile_kv)
+    tiles = work.parts.covered(walk_over_keys, tile.tile_q, tile.tile_kv)
     return walk(
         work, "forward", (tile, tile_from), rows_programs(work, tile.tile_q), tiles, (1, 1),
         1 + work.of_scores, forward_bytes(work, tiles, tile),
@@ -200,24 +223,23 @@ def forward(work: Workload) -> Kernel:
 
 def hopper_forward(work: Workload) -> Kernel:
     """The same by programs that stay, one on each multiprocessor, and take one tile of rows after another."""
-    shape = work.shape
     tile, tile_from = work.choose(work.element_bytes, "hopper")
-    tiles = hopper_walk(work.rows, shape, tile)
-    programs = min(work.chip.multiprocessors, rows_programs(work, tile.tile_q))
+    tiles = work.parts.covered(hopper_walk, tile.tile_q, tile.tile_kv)
+    staying = min(work.chip.multiprocessors, rows_programs(work, tile.tile_q)[0])
     return walk(
-        work, "hopper forward", (tile, tile_from), programs, tiles, (1, 1),
+        work, "hopper forward", (tile, tile_from), (staying, staying), tiles, (1, 1),
         1 + work.of_scores, forward_bytes(work, tiles, tile), HOPPER_COLUMNS,
     )  # fmt: skip
 
 
-def hopper_walk(rows: Rows, shape: Shape, tile: Tile) -> Coverage:
+def hopper_walk(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
     """As every walk over keys; but a tile of rows that sees no key visits one tile, and masks it out."""
-    found = walk_over_keys(rows, shape, tile.tile_q, tile.tile_kv)
+    found = walk_over_keys(rows, shape, tile_q, tile_kv)
     if 0 in shape.scores:
         return found
-    ranges = ranges_of(rows, shape, tile.tile_q)
+    ranges = ranges_of(rows, shape, tile_q)
     blind = int((ranges.stop <= ranges.start).sum())
-    added = coverage(rows, shape, (tile.tile_q, tile.tile_kv), blind, 0).masked
+    added = coverage(rows, shape, (tile_q, tile_kv), blind, 0).masked
     return Coverage(found.total, found.skipped - added, found.masked + added, found.full)
 
 
@@ -232,12 +254,12 @@ def forward_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:
 def prepare(work: Workload) -> Kernel:
     """delta = Σ_d dO · O, and the range of keys of every tile of rows: no matmul."""
     tile, tile_from = work.choose(work.element_bytes, "dkv")
-    programs = rows_programs(work, tile.tile_q)
-    moved = 2 * rows_bytes(work, work.shape.value_dim) + statistics_bytes(work, 2) + 16 * programs
+    started, busy = rows_programs(work, tile.tile_q)
+    moved = 2 * rows_bytes(work, work.shape.value_dim) + statistics_bytes(work, 2) + 16 * started
     return Kernel(
-        "prepare", tile, tile_from, programs,
-        programs / work.chip.multiprocessors, None, 0, 0, 0, moved,
-        limits_of(work.chip, programs, 0, 0, moved, work.element_bytes, work.precision),
+        "prepare", tile, tile_from, started, busy,
+        busy / work.chip.multiprocessors, None, 0, 0, 0, moved,
+        limits_of(work.chip, busy, 0, 0, moved, work.element_bytes, work.precision),
     )  # fmt: skip
 
 
@@ -250,10 +272,9 @@ def backward_reads(work: Workload, tiles: Coverage, tile: Tile) -> int:
 
 def dq(work: Workload) -> Kernel:
     """S = scores(Q Kᵀ), dP = dO Vᵀ, dQ = dS K."""
-    shape = work.shape
     tile, tile_from = work.choose(work.element_bytes, "dq")
-    tiles = walk_over_keys(work.rows, shape, tile.tile_q, tile.tile_kv)
-    moved = backward_reads(work, tiles, tile) + rows_bytes(work, shape.head_dim)
+    tiles = work.parts.covered(walk_over_keys, tile.tile_q, tile.tile_kv)
+    moved = backward_reads(work, tiles, tile) + rows_bytes(work, work.shape.head_dim)
     return walk(
         work, "dq", (tile, tile_from), rows_programs(work, tile.tile_q), tiles, (2, 1),
         1 + work.of_scores + work.of_derivatives, moved,
@@ -262,13 +283,11 @@ def dq(work: Workload) -> Kernel:
 
 def dkv(work: Workload) -> Kernel:
     """Sᵀ = scores(K Qᵀ), dV = Pᵀ dO, dPᵀ = V dOᵀ, dK = dSᵀ Q."""
-    shape = work.shape
     tile, tile_from = work.choose(work.element_bytes, "dkv")
-    tiles = walk_over_rows(work.rows, shape, tile.tile_q, tile.tile_kv)
-    programs = ceil_div(shape.kv_len, tile.tile_kv) * shape.kv_heads * shape.batch
+    tiles = work.parts.covered(walk_over_rows, tile.tile_q, tile.tile_kv)
     moved = backward_reads(work, tiles, tile) + all_keys_bytes(work)
     return walk(
-        work, "dkv", (tile, tile_from), programs, tiles, (2, 2),
+        work, "dkv", (tile, tile_from), keys_programs(work, tile.tile_kv), tiles, (2, 2),
         1 + work.of_scores + work.of_derivatives, moved,
     )  # fmt: skip
 
@@ -277,11 +296,12 @@ def gradient(work: Workload, parameter: TrainedParameter) -> Kernel:
     """S = scores(Q Kᵀ) and dP = dO Vᵀ once more, and the sum of dS over the pairs that read an element."""
     chosen, tile_from = work.choose(work.element_bytes, "dkv")
     tile = square_tile(chosen)
-    tiles = walk_of_a_parameter(work.rows, work.shape, tile.tile_q)
+    tiles = work.parts.covered(walk_of_a_parameter, tile.tile_q)
+    started = parameter.programs(tile.tile_q)
     moved = backward_reads(work, tiles, tile) + parameter.sums(tile.tile_q)[0]
     return walk(
-        work, f"gradient of {parameter.name}", (tile, tile_from),
-        parameter.programs(tile.tile_q), tiles, (1, 1), 1 + work.of_scores + work.of_derivatives, moved,
+        work, f"gradient of {parameter.name}", (tile, tile_from), (started, started), tiles, (1, 1),
+        1 + work.of_scores + work.of_derivatives, moved,
     )  # fmt: skip
 
 
@@ -297,10 +317,11 @@ def memory_of(work: Workload) -> tuple[Allocation, ...]:
         found.append(Allocation("lse", statistics_bytes(work, 1), kept))
     if work.training:
         tile, _ = work.choose(work.element_bytes, "dkv")
+        ranges = blocks_of(shape) * shape.q_heads * tile_count(shape, shape.q_len, tile.tile_q)
         found += [
             Allocation("row statistics", statistics_bytes(work, 2), "for the backward"),
             Allocation("delta", statistics_bytes(work, 1), "during the backward"),
-            Allocation("ranges", 16 * rows_programs(work, tile.tile_q), "during the backward"),
+            Allocation("ranges", 16 * ranges, "during the backward"),
             Allocation("dq", rows_bytes(work, shape.head_dim), "result"),
             Allocation("dk and dv", all_keys_bytes(work), "result"),
         ]
