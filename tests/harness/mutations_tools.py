@@ -11,9 +11,12 @@ COVERAGE = "kernels/tilewise/tools/explain/coverage.py"
 DOCTOR = "kernels/tilewise/tools/doctor/doctor.py"
 EXPLAIN = "kernels/tilewise/tools/explain/explain.py"
 LIMITS = "kernels/tilewise/tools/explain/limits.py"
+PACKED_PARTS = "kernels/tilewise/tools/explain/parts.py"
 PADDING = "kernels/tilewise/parts/masks/padding.py"
+PLAIN = "kernels/tilewise/pytorch/plain.py"
 QUADRATIC = "kernels/tilewise/plan/quadratic.py"
 SUGGESTIONS = "kernels/tilewise/tools/explain/suggestions.py"
+WORKLOAD = "kernels/tilewise/tools/explain/workload.py"
 WINDOW = "kernels/tilewise/parts/masks/window.py"
 
 
@@ -62,6 +65,32 @@ MUTATIONS = (
              "found.append((lo, hi, hi - lo == count))", "found.append((lo, hi, hi - lo >= count))",
              tests("explain_advice", "advice_is_given_where_it_applies_and_nowhere_else"
                               "[a mask that a causal one bounds]")),
+    Mutation("explain: what a mask says of one sequence taken for another", PACKED_PARTS,
+             "x = x.index_select(axis, self.sequences.to(x.device))",
+             "x = x.narrow(axis, 0, len(self.sequences))",
+             tests("explain_packed", "counts_are_those_of_all_sequences_alone[padding of each]")),
+    Mutation("explain: rows beyond a mask's tensors see keys", PACKED_PARTS,
+             "return Bounds(lo, torch.where(reached, hi, 0), whole)", "return Bounds(lo, hi, whole)",
+             tests("explain_packed", "rows_are_those_of_the_device_function[0-documents]")),
+    Mutation("explain: tokens left over by equal lengths", PACKED_PARTS,
+             "rows // shape.batch + (index < rows % shape.batch)", "rows // shape.batch + 0 * index",
+             tests("explain_packed", "offsets_without_contents_stand_for_equal_lengths")),
+    Mutation("explain: packed programs without a tile not counted", WORKLOAD,
+             "return programs(shape, shape.q_len, tile_q, shape.q_heads), busy", "return busy, busy",
+             tests("explain_packed", "programs_are_the_grids_of_the_launches")),
+    Mutation("explain: packed programs without a tile at work", WORKLOAD,
+             "work.chip, busy, flops, exponentials", "work.chip, started, flops, exponentials",
+             tests("explain_packed_advice", "idle_programs_are_not_counted_as_work")),
+    Mutation("explain: all tokens in every packed sequence", WORKLOAD,
+             "return blocks_of(shape) * shape.q_heads * shape.q_len",
+             "return shape.batch * shape.q_heads * shape.q_len",
+             tests("explain_packed", "memory_is_what_the_launchers_allocate")),
+    Mutation("explain: offsets left where they are", EXPLAIN,
+             '"sink", "dropout", "packing")', '"sink", "dropout")',
+             tests("explain_packed", "meta_tensors_are_counted_by_offsets_that_lie_elsewhere")),
+    Mutation("explain: gradients of one sequence among several", PLAIN,
+             "held.append(shape.batch * alone if", "held.append(alone if",
+             tests("explain_packed_advice", "plain_pytorch_holds_scores_of_one_sequence_or_of_all")),
     Mutation("strict: strides forgotten in what passed", CHECKS,
              "r.strict and tuple([t.stride() for _, t in r.other_tensors])", "r.strict",
              tests("strict", "strides_of_what_passed_are_remembered")),
@@ -69,7 +98,7 @@ MUTATIONS = (
              "stored = [size if stride else 1 for", "stored = [size for",
              tests("strict", "what_is_linear_in_length_is_not[expanded bias]")),
     Mutation("strict: forgotten for nested tensors", API,
-             "return_lse=True, impl=impl, strict=strict,", "return_lse=True, impl=impl,",
+             "*jagged[:3], **given, packing", "*jagged[:3], **given | dict(strict=False), packing",
              tests("strict", "nested_tensors_are_linear_unless_plain_pytorch_answers")),
     Mutation("doctor: NaN passes the self test", DOCTOR,
              "    if error <= limit:", "    if not limit < error < float('inf'):",

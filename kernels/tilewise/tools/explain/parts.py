@@ -7,7 +7,7 @@ they visit in each sequence alone; and sequences that are equally long are a bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +54,7 @@ class Parts:
         self.assumed = assumed  # the offsets have no contents here, and equal lengths stand in
         self._counted: dict[Any, Any] = {}
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Part]:
         return iter(self.parts)
 
     def covered(self, walk: Callable[..., Coverage], *tile: int) -> Coverage:
