@@ -29,6 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pytorch": {"plan", "kernels", "parts"},
     "api": {"pytorch", "plan", "kernels", "parts"},
     "packed": {"api", "pytorch", "plan", "parts"},
+    "cached": {"api", "pytorch", "plan", "parts"},
+    "compat": {"cached", "packed", "api", "parts"},
     "nn": {"api", "parts"},
     "demo": {"nn", "api", "parts"},
     SHARED: {"parts"},
@@ -39,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.tune": {SHARED, "pytorch", "plan", "kernels", "parts"},
     "tools.rank": {SHARED, "tools.compiled", "tools.overlap", "tools.tune", "plan", "kernels", "parts"},
     "tools.doctor": {SHARED, "api", "plan", "kernels", "parts", "version"},
-    "": {"api", "packed", "nn", "plan", "parts", "tools.explain", "version"},  # `import tilewise`
+    "": {"api", "packed", "cached", "compat", "nn", "plan", "parts", "tools.explain", "version"},  # `import tilewise`
     "cli": {"demo", "tools.explain", "tools.inspect", "tools.tune", "tools.doctor"},
     "__main__": {"cli"},
 }

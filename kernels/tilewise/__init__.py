@@ -1,6 +1,6 @@
 """tilewise: fused attention kernels in Triton for PyTorch."""
 
-from . import nn
+from . import compat, nn
 from .api import attention, dropout_mask, scaled_dot_product_attention, why_not
 from .packed import check_offsets, packed_attention
 from .parts.masks.causal import Causal
@@ -43,6 +43,7 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "check_offsets",
+    "compat",
     "dropout_mask",
     "explain",
     "nn",
