@@ -1,13 +1,14 @@
 """The functions of other libraries: their signatures, and what their documentation says."""
 
-import importlib.util
 import inspect
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 import tilewise
 from harness.gradients import assert_gradients_match, trained
+from harness.interpreted import set_interpreted
 from harness.oracle import _assert_close, errors_of_pytorch, exact
 from tilewise import ALiBi, Softcap, compat
 from tilewise.plan.request import Request, make_request
@@ -66,21 +67,10 @@ def test_every_function_has_its_signature_written_here():
 
 @pytest.mark.oldest
 def test_signature_is_that_of_the_installed_pytorch():
-    """Older ones have fewer arguments; one that ours lacks is a drift to look at. 2.10 had is_causal."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        assert version < (2, 10)
-        return
-    from torch.nn.attention import varlen
-
+    """An older one may have fewer arguments; one that ours lacks is a drift to look at."""
     theirs, ours = parameters(varlen.varlen_attn), parameters(compat.varlen_attn)
+    assert theirs == ours[: len(theirs)] and len(theirs) >= 10
     assert varlen.AuxRequest._field_defaults == compat.AuxRequest._field_defaults
-    if version == (2, 10):
-        assert [name for name, *_ in theirs if name not in dict.fromkeys(n for n, *_ in ours)] == [
-            "is_causal"
-        ]
-    else:
-        assert theirs == ours[: len(theirs)]
 
 
 # ---- What FlashAttention's documentation says, pair by pair
@@ -339,7 +329,27 @@ def test_only_the_used_keys_of_each_sequence(window_size, dtype, device):
     assert_same(out, want, (q, k, v))
 
 
-# ---- torch.compile
+# ---- Plain PyTorch, and torch.compile
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_flash_attn_func_in_plain_pytorch(is_compiled, device, monkeypatch, forget_graphs):
+    q, k, v = rows(device, 5, HEADS), rows(device, 8, KV_HEADS), rows(device, 8, KV_HEADS)
+    given = q, k, v, torch.rand(HEADS, device=device), None
+    want = flash(*given)
+    set_interpreted(monkeypatch, False)
+    call = torch.compile(flash, fullgraph=True, backend="aot_eager") if is_compiled else flash
+    assert_same(call(*given), want, (q, k, v))
+
+
+@pytest.mark.parametrize("call", ["flash_varlen", "varlen_with_used"])
+def test_sequences_in_plain_pytorch(call, device, monkeypatch):
+    q, k, v = rows(device, 6, HEADS), rows(device, 6, KV_HEADS), rows(device, 6, KV_HEADS)
+    given = q, k, v, torch.rand(HEADS, device=device), offsets((5, 0, 7), device)
+    want = globals()[call](*given)
+    set_interpreted(monkeypatch, False)
+    assert_same(globals()[call](*given), want, (q, k, v))
 
 
 @pytest.fixture

@@ -18,7 +18,10 @@ NAMES = {
     "attn_mask": ("mask=", "True where the pair counts", "bias="),
     "key_padding_mask": ("tilewise.Padding(lengths)", "[:, None, None, :]"),
     "seqlens": ("tilewise.Padding(lengths)",),
-    "cu_seqlens_q": ("tilewise.Documents(ids)", "torch.jagged"),
+    "cu_seqlens": ("tilewise.packed_attention(q, k, v, q_offsets=", "[tokens, heads, dim]"),
+    "cu_seqlens_q": ("tilewise.packed_attention(q, k, v, q_offsets=", "compat.flash_attn_varlen_func"),
+    "max_seqlen_k": ("leave it out", "tilewise.packed_attention(q, k, v, q_offsets="),
+    "segment_ids": ("tilewise.Documents(ids)", "tilewise.packed_attention(q, k, v, q_offsets="),
     "window_size": ("tilewise.Window(left, right)",),
     "block_mask": ("mask=", "keep(q_idx, kv_idx, batch, head, args)"),
     "score_mod": ("score=", "score(s, batch, head, q_idx, kv_idx, args)"),
@@ -66,6 +69,12 @@ def test_no_name_of_another_library_is_one_of_ours():
     ] == ARGUMENTS
     assert set(ELSEWHERE).isdisjoint(taken)
     assert {*ARGUMENTS} - {*inspect.signature(make_request).parameters} == {"return_lse"}
+
+
+def test_packed_attention_says_what_its_offsets_are_called(device):
+    q, starts = torch.zeros(3, 1, 16, device=device), torch.tensor([0, 3], device=device)
+    with pytest.raises(TypeError, match=r"packed_attention\(\) has no cu_seqlens_k=: .* kv_offsets=\.\.\."):
+        tilewise.packed_attention(q, q, q, q_offsets=starts, cu_seqlens_k=starts)
 
 
 def test_modules_name_what_they_take(device):

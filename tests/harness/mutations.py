@@ -9,6 +9,7 @@ from __future__ import annotations
 from .mutation import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
+from .mutations_compat import MUTATIONS as COMPAT_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
@@ -371,6 +372,7 @@ MUTATIONS = (
              "or any([tensor.requires_grad for _, tensor in self.other_tensors])", "or False",
              tests("transforms", "second_order_raises[eager-bias]")),
     *BACKWARD_MUTATIONS,
+    *COMPAT_MUTATIONS,
     *HOPPER_MUTATIONS,
     *NN_MUTATIONS,
     *TOOLS_MUTATIONS,

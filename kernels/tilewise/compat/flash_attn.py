@@ -1,18 +1,4 @@
-"""The functions of FlashAttention 2.8 (`flash_attn.flash_attn_interface`), with its signatures and semantics.
-
-What all of them mean alike:
-
-dropout_p:         the probability that a pair's weight is set to 0, drawn from PyTorch's generator.
-softmax_scale:     None is 1/√dim.
-causal:            the last query stands at the last key. Rows above the first key see nothing and give 0.
-window_size:       (left, right) around a row's own position, both included; -1 is no limit. causal sets right
-                   to 0.
-softcap:           above 0: scores become softcap · tanh(score / softcap).
-alibi_slopes:      [heads] or [batch, heads]: -slope · |i + seqlen_k - seqlen_q - j| is added to the score of
-                   query i and key j, after the cap.
-deterministic:     nothing changes: results are the same bits in each run.
-return_attn_probs: NotImplementedError, for probabilities are never stored.
-"""
+"""The functions of FlashAttention 2.8 (`flash_attn.flash_attn_interface`), in signatures and semantics."""
 
 from __future__ import annotations
 
@@ -52,7 +38,21 @@ def flash_attn_func(
     return_attn_probs: bool = False,
 ) -> Tensor:
     """Attention of q [batch, length, heads, dim] over k and v [batch, kv_length, kv_heads, dim], where
-    kv_heads divides heads. Returns [batch, length, heads, dim]. The other arguments: the module's."""
+    kv_heads divides heads.
+
+    dropout_p:     the probability that a pair's weight is set to 0, drawn from PyTorch's generator.
+    softmax_scale: None is 1/√dim.
+    causal:        the last query stands at the last key. Rows above the first key see nothing and give 0.
+    window_size:   (left, right) around a row's own position, both included; -1 is no limit. causal sets right
+                   to 0.
+    softcap:       above 0: scores become softcap · tanh(score / softcap).
+    alibi_slopes:  [heads] or [batch, heads]: -slope · |i + kv_length - length - j| is added to the score of
+                   query i and key j, after the cap.
+    deterministic: nothing changes: results are the same bits in each run.
+    return_attn_probs: NotImplementedError, for probabilities are never stored.
+
+    Returns [batch, length, heads, dim].
+    """
     check_layout(ROWS, q=q, k=k, v=v)
     options = as_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
@@ -124,7 +124,8 @@ def flash_attn_varlen_func(
     in k and v [kv_tokens, kv_heads, dim].
 
     cu_seqlens_q, cu_seqlens_k: [batch + 1], where they start, and where the last one ends. max_seqlen_q and
-    max_seqlen_k are not needed. Returns [tokens, heads, dim]. The other arguments: the module's.
+    max_seqlen_k are not needed; block_table: NotImplementedError, keys and values in pages are not built.
+    All else is as in `flash_attn_func`. Returns [tokens, heads, dim].
     """
     refuse_pages(block_table)
     check_layout(TOKENS, q=q, k=k, v=v)

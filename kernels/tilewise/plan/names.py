@@ -26,7 +26,13 @@ PADDED = (
 )
 WINDOW = "give mask=tilewise.Window(left, right), None for no limit; `&` combines it with tilewise.Causal()"
 PACKED = (
-    "give mask=tilewise.Documents(ids), an id a token, or q, k and v as nested tensors of layout torch.jagged"
+    "call tilewise.packed_attention(q, k, v, q_offsets=..., kv_offsets=...), with q, k and v [tokens, heads, "
+    "dim], or tilewise.compat.flash_attn_varlen_func, which has FlashAttention's names"
+)
+LONGEST = "leave it out: tilewise.packed_attention(q, k, v, q_offsets=...) does not need the longest length"
+IDS = (
+    "give mask=tilewise.Documents(ids), an id a token; of offsets, call tilewise.packed_attention(q, k, v, "
+    "q_offsets=...)"
 )
 DROPPED = "give dropout_p=, and 0.0 where nothing is to be dropped"
 SEED = "give dropout_seed=, a tensor of one int64 on q's device"
@@ -56,8 +62,9 @@ ELSEWHERE = {
     "seqused_k": PADDED, "key_value_seq_lengths": PADDED, "query_seq_lengths": PADDED,
     "window_size": WINDOW, "window": WINDOW, "sliding_window": WINDOW, "local_window_size": WINDOW,
     "window_left": WINDOW,
-    "cu_seqlens": PACKED, "cu_seqlens_q": PACKED, "cu_seqlens_k": PACKED, "max_seqlen": PACKED,
-    "max_seqlen_q": PACKED, "max_seqlen_k": PACKED, "document_ids": PACKED, "segment_ids": PACKED,
+    "cu_seqlens": PACKED, "cu_seqlens_q": PACKED, "cu_seqlens_k": PACKED, "cu_seq_q": PACKED,
+    "cu_seq_k": PACKED, "max_seqlen": LONGEST, "max_seqlen_q": LONGEST, "max_seqlen_k": LONGEST,
+    "document_ids": IDS, "segment_ids": IDS,
     "block_mask": RULE, "mask_mod": RULE,
     "score_mod": MODIFIER,
     "dropout": DROPPED, "dropout_rate": DROPPED, "p": DROPPED, "training": DROPPED, "inference": DROPPED,
