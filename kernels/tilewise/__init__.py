@@ -2,6 +2,8 @@
 
 from . import compat, nn
 from .api import attention, dropout_mask, scaled_dot_product_attention, why_not
+from .cached import cached_attention
+from .kernels.append import RotaryTable
 from .packed import check_offsets, packed_attention
 from .parts.masks.causal import Causal
 from .parts.masks.dense import Dense
@@ -35,6 +37,7 @@ __all__ = [
     "Padding",
     "Prefix",
     "RelativePosition",
+    "RotaryTable",
     "Score",
     "Softcap",
     "UserMask",
@@ -42,6 +45,7 @@ __all__ = [
     "Window",
     "alibi_slopes",
     "attention",
+    "cached_attention",
     "check_offsets",
     "compat",
     "dropout_mask",

@@ -76,7 +76,7 @@ def dkv_kernel(
     batch, kv_head, kv_start, where = own_keys(sizes, layout, TILE_KV)
     q_place, kv_place, q_len, kv_len = where
     q_tiles = tl.cdiv(q_len, TILE_Q)
-    range_tiles, range_first = tiles_of(q_rows, layout, TILE_Q), first_tile(q_place, batch, layout, TILE_Q)
+    range_tiles, range_first = tiles_of(q_rows, layout[0], TILE_Q), first_tile(q_place, batch, layout, TILE_Q)
 
     kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
     kv_row = tl.minimum(kv_idx, kv_len - 1)

@@ -28,6 +28,14 @@ class Call(NamedTuple):
     project: Any  # finishes a tile of dQ or dK
     has_gaps: bool
     dropout: tuple[Any, ...]
+    is_grouped: bool = False  # the forward's tiles of rows hold those of all heads of a group
+
+
+class Split(NamedTuple):
+    """The keys of a sequence over `count` programs, `size` of them each; 0: as many as each sequence needs."""
+
+    count: int
+    size: int
 
 
 def power_of_two_tile(dim: int) -> int:
@@ -57,14 +65,9 @@ def tile_count(shape: Shape, rows: int, tile_rows: int) -> int:
     return rows // tile_rows + shape.batch + 2
 
 
-def blocks_of(shape: Shape) -> int:
-    """The first dimension of q, k, v and whatever has a number a row."""
-    return shape.batch if shape.packing is None else 1
-
-
 def programs(shape: Shape, rows: int, tile_rows: int, heads: int) -> int:
     """How many programs there are, if each owns a tile of these rows of one of these heads."""
-    return tile_count(shape, rows, tile_rows) * heads * blocks_of(shape) if rows else 0
+    return tile_count(shape, rows, tile_rows) * heads * shape.blocks if rows else 0
 
 
 def shared_arguments(call: Call) -> dict[str, Any]:

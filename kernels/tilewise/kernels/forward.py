@@ -20,16 +20,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_tile, rows_of, store_tile, tensors_of
+from ..parts.addressing import head_of, keys_of, load_tile, rows_of, store_tile, tensors_of
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, kv_range
 from ..parts.numerics import INTERPRETED, matmul, round_to, widen
 from ..parts.scores.score import apply_scores
 from ..parts.sequences import is_of_a_sequence
 from ..parts.softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
-from .call import Call, on_device_of, programs, shared_arguments
+from .call import Call, Split, on_device_of, programs, shared_arguments
 from .tile import Tile
-from .walk import load_keys, own_rows, step_keys, steps_of
+from .walk import keys_of_split, load_keys, own_group, step_keys, steps_of
 
 
 @triton.jit
@@ -49,6 +49,8 @@ def forward_kernel(
     sum_ptr,
     sink_ptr,  # [q_heads], or None
     sink_stride,
+    split,  # (), or keys of a split and strides of `out` and `lse_ptr` from one to the next
+    IS_GROUPED: tl.constexpr,  # a tile of rows holds those of all heads of a group
     HAS_GAPS: tl.constexpr,  # some key inside a row tile's range may be seen by none of its rows
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
@@ -56,14 +58,17 @@ def forward_kernel(
     pointers, strides, sizes, layout, unit, dropout, mask_args, score_args = call
     queries, keys, values = tensors_of(pointers, strides)
     q_heads, group, q_rows, _kv_rows = sizes
-    batch, head, q_idx, row, where, tile = own_rows(sizes, layout, TILE_Q)
+    batch, head, head_column, kv_head, q_idx, row, where, tile = own_group(
+        sizes, layout, TILE_Q, IS_GROUPED
+    )
     q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
+    lo, hi = keys_of_split(lo, hi, kv_len, split, TILE_KV)
     span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
-    q_head = head_of(queries, q_place, head)
+    q_head = head_of(queries, q_place, head_column)
     q = load_tile(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-    k_head, v_head = head_of(keys, kv_place, head // group), head_of(values, kv_place, head // group)
+    k_head, v_head = keys_of(keys, kv_place, kv_head, layout), keys_of(values, kv_place, kv_head, layout)
     row_max, row_sum, o = softmax_start(TILE_Q, VALUE_TILE)
 
     for IS_CUT in tl.static_range(2):
@@ -74,11 +79,11 @@ def forward_kernel(
 
             # S = scores(Q Kᵀ)
             s = matmul(q, tl.trans(k), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
-            s, _ = apply_scores(s, batch, head, row[:, None], kv_row[None, :], SCORES, score_args)
+            s, _ = apply_scores(s, batch, head_column, row[:, None], kv_row[None, :], SCORES, score_args)
             if IS_CUT:
                 kept = kept_pairs(
-                    row[:, None], kv_idx[None, :], kv_len, lo[:, None], hi[:, None], batch, head, KEEPS,
-                    mask_args,
+                    row[:, None], kv_idx[None, :], kv_len, lo[:, None], hi[:, None], batch, head_column,
+                    KEEPS, mask_args,
                 )  # fmt: skip
                 s = tl.where(kept, s, float("-inf"))
                 if HAS_GAPS:  # 0 · NaN is NaN: the value of a key that no row sees must not enter the sum
@@ -86,15 +91,16 @@ def forward_kernel(
                     v = tl.where(seen[:, None], v, tl.zeros_like(v))
 
             row_max, row_sum, p, rescale = softmax_step(s, row_max, row_sum, unit)
-            p = drop(p, dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, False), dropout)
+            p = drop(p, dropout_keep(batch, head_column, q_idx, kv_start, dropout, TILE_KV, False), dropout)
             # O = O · rescale + P V
             o = matmul(round_to(p, v.dtype), v, o * rescale[:, None], PRECISION)  # [TILE_Q, VALUE_TILE]
 
     if sink_ptr is not None:
         # A sink is the state of one more key of each sequence, whose value is 0.
         tl.static_assert(unit is None, "a sink's logit is in natural units")
-        has_sink = is_of_a_sequence(tile, sizes, layout, TILE_Q)
         sink = widen(tl.load(sink_ptr + head.to(tl.int64) * sink_stride))
+        members = group if IS_GROUPED else 1
+        has_sink = is_of_a_sequence(tile, sizes, layout, members, TILE_Q) & (tl.program_id(1) == 0)
         sink_max = tl.where(has_sink, tl.zeros_like(row_max) + sink, float("-inf"))
         sink_sum = tl.full([TILE_Q], 1.0, tl.float32)
         sink_o = tl.zeros_like(o)
@@ -106,13 +112,17 @@ def forward_kernel(
 
     valid = q_idx < q_len
     rows = rows_of(q_place, head, q_heads, q_rows) + q_idx
+    out_ptr, out_strides = out
+    if len(split) > 0:
+        out_ptr += tl.program_id(1).to(tl.int64) * split[1]
+        lse_ptr += tl.program_id(1).to(tl.int64) * split[2]
     if lse_ptr is not None:
         tl.store(lse_ptr + rows, lse, mask=valid)
     if max_ptr is not None:
         tl.store(max_ptr + rows, row_max, mask=valid)
         tl.store(sum_ptr + rows, sum_log2, mask=valid)
-    o = round_to(o, out[0].dtype.element_ty)
-    store_tile(head_of(out, q_place, head), o, q_idx, valid, VALUE_DIM, VALUE_TILE)
+    o = round_to(o, out_ptr.dtype.element_ty)
+    store_tile(head_of((out_ptr, out_strides), q_place, head_column), o, q_idx, valid, VALUE_DIM, VALUE_TILE)
 
 
 # Triton 3.6.0 cannot translate for AMD a loop with tiles of a bias in flight beside fewer than 64 rows: it
@@ -129,34 +139,57 @@ def stages_in_flight(call: Call, tile: Tile) -> int:
 
 
 def forward_launch(
-    call: Call, out: torch.Tensor, lse: torch.Tensor | None, statistics: torch.Tensor | None, tile: Tile
-) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid and the arguments with which `forward_kernel` answers `call`."""
+    call: Call,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    tile: Tile,
+    split: Split | None = None,
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The grid and the arguments with which `forward_kernel` answers `call`; with splits, out and lse have a
+    first dimension for them."""
     shape = call.shape
     row_max, row_sum = (None, None) if statistics is None else statistics.unbind(0)
     arguments = shared_arguments(call) | dict(
-        out=(out, out.stride()),
+        out=(out, out.stride()[-4:]),
         lse_ptr=lse,
         max_ptr=row_max,
         sum_ptr=row_sum,
         sink_ptr=call.sink,
         sink_stride=0 if call.sink is None else call.sink.stride(0),
+        split=() if split is None or lse is None else (split.size, out.stride(0), lse.stride(0)),
+        IS_GROUPED=call.is_grouped,
         HAS_GAPS=call.has_gaps,
         TILE_Q=tile.tile_q,
         TILE_KV=tile.tile_kv,
         num_warps=tile.num_warps,
         num_stages=stages_in_flight(call, tile),
     )
-    return (programs(shape, shape.q_len, tile.tile_q, shape.q_heads),), arguments
+    grid = rows_programs(call, tile.tile_q)
+    return (grid,) if split is None else (grid, split.count), arguments
+
+
+def rows_programs(call: Call, tile_q: int) -> int:
+    """How many tiles of rows there are."""
+    shape = call.shape
+    if call.is_grouped:
+        return programs(shape, shape.q_len * shape.group, tile_q, shape.kv_heads)
+    return programs(shape, shape.q_len, tile_q, shape.q_heads)
 
 
 def launch_forward(
-    call: Call, out: torch.Tensor, lse: torch.Tensor | None, statistics: torch.Tensor | None, tile: Tile
+    call: Call,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    tile: Tile,
+    split: Split | None = None,
 ) -> None:
     """Fill out [batch, q_heads, q_len, value_dim], lse [batch, q_heads, q_len] and, for the backward,
     statistics [2, batch, q_heads, q_len]: `softmax.softmax_probabilities`; with packed sequences 1 for batch
-    and all tokens for q_len. lse and statistics are fp32 and contiguous."""
-    grid, arguments = forward_launch(call, out, lse, statistics, tile)
+    and all tokens for q_len. lse and statistics are fp32 and contiguous. With splits, out and lse have a
+    first dimension for them, and each is the result of its own keys."""
+    grid, arguments = forward_launch(call, out, lse, statistics, tile, split)
     if grid[0]:
         with on_device_of(out):
             forward_kernel[grid](**arguments)

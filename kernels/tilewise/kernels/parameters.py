@@ -38,7 +38,7 @@ from ..parts.sequences import first_tile, row_shift, sequence_at, tile_of_rows, 
 from ..parts.shape import Shape, ceil_div, next_power_of_two
 from ..parts.softmax import softmax_probabilities
 from .backward import backward_arguments
-from .call import blocks_of, on_device_of, sizes_of, tile_count
+from .call import on_device_of, sizes_of, tile_count
 from .prepare import BackwardCall
 from .tile import Tile
 
@@ -76,7 +76,7 @@ def begin_tile(program, own, pairs, sizes, layout, TILE: tl.constexpr):
     """A tile of rows by its number."""
     head = program // own[2] % own[1]
     block = program // own[2] // own[1]
-    batch, q_tile, where = tile_of_rows(program % own[2], block, sizes, layout, TILE)
+    batch, q_tile, where = tile_of_rows(program % own[2], block, sizes, layout, 1, TILE)
     return (batch, head, q_tile, q_tile * 0), tl.cdiv(where[3], TILE), program
 
 
@@ -205,7 +205,7 @@ def parameter_kernel(
     queries, keys, values = tensors_of(pointers, strides)
     dout, max_ptr, sum_ptr, delta_ptr = rows
     q_heads, group, q_rows, _kv_rows = sizes
-    range_tiles = tiles_of(q_rows, layout, TILE_Q)
+    range_tiles = tiles_of(q_rows, layout[0], TILE_Q)
     begin, steps, number = BEGIN(tl.program_id(0), own, pairs, sizes, layout, TILE_Q)
     total = START(TILE_Q, BUCKETS)
     for step in range(steps):
@@ -264,7 +264,7 @@ def sequence_sums_kernel(sums_ptr, grad_ptr, q_heads, sizes, layout, TILE: tl.co
     batch, head = tl.program_id(0) // q_heads, tl.program_id(0) % q_heads
     q_place, _kv_place, q_len, _kv_len = sequence_at(batch, sizes, layout)
     first = first_tile(q_place, batch, layout, TILE)
-    sums_ptr += head.to(tl.int64) * tiles_of(sizes[2], layout, TILE) + first
+    sums_ptr += head.to(tl.int64) * tiles_of(sizes[2], layout[0], TILE) + first
     total = tl.zeros([128], tl.float32)
     for start in range(0, tl.cdiv(q_len, TILE), 128):
         tile = start + tl.arange(0, 128)
@@ -317,7 +317,7 @@ def plan(parameter: Parameter, tensor: torch.Tensor, shape: Shape, tile: int) ->
         return Plan(ROW, EACH_ROW, (batch, heads, q_tiles, 1), (batch, heads, of_rows, 1), (of_rows, 1))
     if of_keys > 1:
         return Plan(KEY, EACH_KEY, (batch, heads, 1, kv_tiles), (batch, heads, 1, of_keys), (1, of_keys))
-    tiles = (blocks_of(shape), heads, tile_count(shape, shape.q_len, tile))
+    tiles = (shape.blocks, heads, tile_count(shape, shape.q_len, tile))
     if parameter.buckets is not None:
         return Plan(TILE, EACH_BUCKET, (*tiles, 1), (*tiles, tensor.shape[1]), (tensor.shape[1], 1))
     return Plan(TILE, ONE, (*tiles, 1), (*tiles, 1))

@@ -19,7 +19,6 @@ from ..parts.numerics import widen
 from ..parts.sequences import tiles_of
 from .call import (
     Call,
-    blocks_of,
     function_arguments,
     on_device_of,
     power_of_two_tile,
@@ -66,7 +65,7 @@ def prepare_kernel(
     tl.store(delta_ptr + rows, tl.where(row_max == float("-inf"), 0.0, delta), mask=valid)
 
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
-    tiles = tiles_of(q_rows, layout, TILE_Q)
+    tiles = tiles_of(q_rows, layout[0], TILE_Q)
     range_ptr = ranges_ptr + ((q_place[0].to(tl.int64) * q_heads + head) * tiles + tile) * 4
     store_range(range_ptr, lo, hi, whole, kv_len, tl.max(q_idx) >= q_len)
 
@@ -96,7 +95,7 @@ def prepare(
     """Compute delta and the ranges of keys that tiles of tile_q rows visit; statistics are the forward's."""
     shape = call.shape
     row_max, sum_log2 = statistics.unbind(0)
-    tiles = blocks_of(shape), shape.q_heads, tile_count(shape, shape.q_len, tile_q)
+    tiles = shape.blocks, shape.q_heads, tile_count(shape, shape.q_len, tile_q)
     delta = torch.empty_like(row_max)
     ranges = torch.empty(*tiles, 4, dtype=torch.int32, device=out.device)
     backward = BackwardCall(call, out, row_max, sum_log2, do, dlse, delta, ranges, tile_q)

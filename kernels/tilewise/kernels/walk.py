@@ -24,13 +24,35 @@ def own_rows(sizes, layout, TILE_Q: tl.constexpr):
     are asked about valid rows only; where the sequence lies, as sequences.py has it; and the number of the
     tile. The last tiles, the longest under a causal mask, start first."""
     q_heads, _group, q_rows, _kv_rows = sizes
-    tiles = tiles_of(q_rows, layout, TILE_Q)
+    tiles = tiles_of(q_rows, layout[0], TILE_Q)
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
     head = (program // tiles) % q_heads
-    batch, q_tile, where = tile_of_rows(tile, program // tiles // q_heads, sizes, layout, TILE_Q)
+    batch, q_tile, where = tile_of_rows(tile, program // tiles // q_heads, sizes, layout, 1, TILE_Q)
     q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)
     return batch, head, q_idx, valid_rows(q_idx, where[2], where[3], layout), where, tile
+
+
+@triton.jit
+def own_group(sizes, layout, TILE_Q: tl.constexpr, IS_GROUPED: tl.constexpr):
+    """The same for the forward, where a tile may hold the rows of all query heads of a group, so that few
+    rows share the keys they read: then head is [TILE_Q], and row r of the tiles of a sequence is query
+    r div group of the group's head r mod group. Also the head of keys, and head as it broadcasts to a tile."""
+    if IS_GROUPED:
+        q_heads, group, q_rows, _kv_rows = sizes
+        tiles, kv_heads = tiles_of(q_rows * group, layout[0], TILE_Q), q_heads // group
+        program = tl.program_id(0)
+        tile = tiles - 1 - program % tiles
+        kv_head = (program // tiles) % kv_heads
+        block = program // tiles // kv_heads
+        batch, q_tile, where = tile_of_rows(tile, block, sizes, layout, group, TILE_Q)
+        member = q_tile * TILE_Q + tl.arange(0, TILE_Q)
+        head, q_idx = kv_head * group + member % group, member // group
+        row = valid_rows(q_idx, where[2], where[3], layout)
+        return batch, head, head[:, None], kv_head, q_idx, row, where, tile
+    else:
+        batch, head, q_idx, row, where, tile = own_rows(sizes, layout, TILE_Q)
+        return batch, head, head, head // sizes[1], q_idx, row, where, tile
 
 
 @triton.jit
@@ -38,12 +60,25 @@ def own_keys(sizes, layout, TILE_KV: tl.constexpr):
     """batch, head of keys, the first key of the program's tile, and where the sequence lies. The first tiles
     of keys, seen by the most rows under a causal mask, start first."""
     q_heads, group, _q_rows, kv_rows = sizes
-    tiles, kv_heads = tiles_of(kv_rows, layout, TILE_KV), q_heads // group
+    tiles, kv_heads = tiles_of(kv_rows, layout[1], TILE_KV), q_heads // group
     program = tl.program_id(0)
     kv_head = program // tiles % kv_heads
     block = program // tiles // kv_heads
     batch, kv_tile, where = tile_of_keys(program % tiles, block, sizes, layout, TILE_KV)
     return batch, kv_head, kv_tile * TILE_KV, where
+
+
+@triton.jit
+def keys_of_split(lo, hi, kv_len, split, TILE_KV: tl.constexpr):
+    """What a split leaves of the intervals lo..hi: the keys of a sequence are split over the programs of one
+    tile, in pieces of split[0], or, where that is 0, of equal ones for each sequence."""
+    if len(split) == 0:
+        return lo, hi
+    else:
+        equal = tl.cdiv(tl.cdiv(kv_len, tl.num_programs(1)), TILE_KV) * TILE_KV
+        size = tl.where(split[0] == 0, equal, split[0])
+        first = tl.program_id(1) * size
+        return tl.maximum(lo, first), tl.minimum(hi, first + size)
 
 
 @triton.jit

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.append import RotaryTable
+
 STYLES = ("half", "interleaved")
 
 
@@ -83,6 +85,13 @@ class Rotary(nn.Module):
         angles = angles.to(torch.promote_types(q.dtype, torch.float32))
         cos, sin = angles.cos(), angles.sin()
         return self._turn(q, cos, sin), self._turn(k, cos, sin)
+
+    def table(self, positions: int, device: torch.device | str | None = None) -> RotaryTable:
+        """cos and sin of the positions 0 to positions - 1, as `cached_attention` takes them for `rotary`."""
+        if device is None and self.frequencies is not None:
+            device = self.frequencies.device
+        angles = self._angles(torch.arange(positions, device=device))
+        return RotaryTable(angles.cos().float(), angles.sin().float(), self.style == "interleaved")
 
     def _angles(self, positions: Tensor) -> Tensor:
         """positions [...] -> angles [..., rotary_dim / 2] in fp64, within one turn.

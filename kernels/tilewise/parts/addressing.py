@@ -23,6 +23,31 @@ def head_of(x, place, head):
 
 
 @triton.jit
+def keys_of(x, place, head, layout):
+    """The same of keys or values, which may be in pages: then also how a row's page is found."""
+    if len(layout[1]) == 3 and len(layout[1][2]) > 0:
+        ptr, strides = x
+        table_ptr, table_strides, page_size, page_count = layout[1][2]
+        ptr += head.to(tl.int64) * strides[1]
+        table_ptr += place[0].to(tl.int64) * table_strides[0]
+        return ptr, strides[2], strides[3], strides[0], (table_ptr, table_strides[1], page_size, page_count)
+    else:
+        return head_of(x, place, head)
+
+
+@triton.jit
+def page_of(rows, row_mask, pages):
+    """The page of each row of a sequence, [rows]; what the table says is cut to the pages there are."""
+    table_ptr, stride, page_size, page_count = pages
+    ptrs = table_ptr + (rows // page_size).to(tl.int64) * stride
+    if row_mask is None:
+        page = tl.load(ptrs).to(tl.int64)
+    else:
+        page = tl.load(ptrs, mask=row_mask, other=0).to(tl.int64)
+    return tl.minimum(tl.maximum(page, 0), page_count - 1)
+
+
+@triton.jit
 def rows_of(place, head, heads, rows):
     """Where a sequence begins in a dense array [blocks, heads, rows] of one number a row."""
     return (place[0].to(tl.int64) * heads + head) * rows + place[1]
@@ -48,17 +73,23 @@ def load_pairs(ptrs, q_idx, kv_idx, limits, OTHER: tl.constexpr):
 
 
 @triton.jit
-def tile_ptrs(x_head, rows, columns):
+def tile_ptrs(x_head, rows, row_mask, columns):
     """Addresses of rows × columns of a head, [rows, columns]."""
-    ptr, row_stride, dim_stride = x_head
-    return ptr + rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * dim_stride
+    if len(x_head) == 3:
+        ptr, row_stride, dim_stride = x_head
+        return ptr + rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * dim_stride
+    else:
+        ptr, row_stride, dim_stride, page_stride, pages = x_head
+        offsets = page_of(rows, row_mask, pages) * page_stride
+        offsets += (rows % pages[2]).to(tl.int64) * row_stride
+        return ptr + offsets[:, None] + columns.to(tl.int64)[None, :] * dim_stride
 
 
 @triton.jit
 def load_tile(x_head, rows, row_mask, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
     """Rows of a head, [rows, DIM_TILE]; rows outside row_mask (None: all count) and padding columns are 0."""
     columns = tl.arange(0, DIM_TILE)
-    ptrs = tile_ptrs(x_head, rows, columns)
+    ptrs = tile_ptrs(x_head, rows, row_mask, columns)
     if DIM == DIM_TILE and row_mask is None:
         return tl.load(ptrs)
     elif DIM == DIM_TILE:
@@ -83,4 +114,4 @@ def store_tile(x_head, tile, rows, row_mask, DIM: tl.constexpr, DIM_TILE: tl.con
     """Write a tile [rows, DIM_TILE] to rows of a head; rows outside row_mask and padding columns are not."""
     columns = tl.arange(0, DIM_TILE)
     mask = row_mask[:, None] & (columns < DIM)[None, :]
-    tl.store(tile_ptrs(x_head, rows, columns), tile, mask=mask)
+    tl.store(tile_ptrs(x_head, rows, row_mask, columns), tile, mask=mask)

@@ -32,7 +32,8 @@ class Dropout(NamedTuple):
 @triton.jit
 def dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV: tl.constexpr, IS_TRANSPOSED: tl.constexpr):
     """Whether each pair of rows q_idx [TILE_Q] and keys kv_start.. is kept: [TILE_Q, TILE_KV], or the
-    transpose of it; without dropout (), which `drop` does not look at. kv_start is a multiple of 4."""
+    transpose of it; without dropout (), which `drop` does not look at. kv_start is a multiple of 4; head may
+    be one a row, [TILE_Q, 1]."""
     if len(dropout) == 0:
         return ()
     else:

@@ -54,11 +54,29 @@ class Packing(NamedTuple):
         return q_offsets, q_offsets if self.kv_offsets is None else self.kv_offsets.contiguous()
 
 
+class Pages(NamedTuple):
+    """Where the rows of a cache in pages are. table: int32 or int64 [batch, max_pages], the page that holds
+    rows i · page_size to (i + 1) · page_size - 1 of a sequence; count: how many pages there are."""
+
+    table: torch.Tensor
+    page_size: int
+    count: int
+
+
+class Cache(NamedTuple):
+    """Keys and values are those of a cache, of which kv_lens int32 or int64 [batch] rows are filled, on the
+    device; split_size: the keys of one split, None: as the chip has room."""
+
+    kv_lens: torch.Tensor
+    pages: Pages | None = None
+    split_size: int | None = None
+
+
 class Shape(NamedTuple):
     """q [batch, q_heads, q_len, head_dim] against k, v [batch, kv_heads, kv_len, head_dim or value_dim].
 
     With a packing, batch is the number of sequences; q_len and kv_len are the rows of all of them together,
-    which no sequence is longer than.
+    which no sequence is longer than. With a cache, kv_len is its capacity, which no sequence is longer than.
     """
 
     batch: int
@@ -69,6 +87,17 @@ class Shape(NamedTuple):
     head_dim: int
     value_dim: int
     packing: Packing | None = None
+    cache: Cache | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the lengths are those of every sequence."""
+        return self.packing is None and self.cache is None
+
+    @property
+    def blocks(self) -> int:
+        """The first dimension of q, out and whatever has a number a row."""
+        return self.batch if self.packing is None else 1
 
     @property
     def group(self) -> int:
@@ -82,16 +111,26 @@ class Shape(NamedTuple):
 
     @property
     def fitted(self) -> tuple[int, int, int, int]:
-        """What a tensor with an element a pair must broadcast to. Of packed sequences it is read at the
-        positions inside each, so it may have any length, and should have that of the longest."""
-        if self.packing is None:
-            return self.scores
-        return self.batch, self.q_heads, ANY, ANY
+        """What a tensor with an element a pair must broadcast to. Of packed sequences and of a cache it is
+        read at the positions inside each, so it may have any length, and should have that of the longest."""
+        q_len = self.q_len if self.packing is None else ANY
+        return self.batch, self.q_heads, q_len, self.kv_len if self.is_dense else ANY
 
     @property
     def layout(self) -> tuple[Any, ...]:
         """What kernels are told of where sequences lie: sequences.py."""
-        return () if self.packing is None else (*self.packing.offsets(), self.batch)
+        if self.is_dense:
+            return (), ()
+        q_side: tuple[Any, ...] = ()
+        if self.packing is not None:
+            q_offsets, kv_offsets = self.packing.offsets()
+            q_side, kv_side = (q_offsets, self.batch), (kv_offsets, self.batch)
+        if self.cache is None:
+            return q_side, kv_side
+        lens, pages, _ = self.cache
+        if pages is None:
+            return q_side, (lens, lens.stride(0), ())
+        return q_side, (lens, lens.stride(0), (pages.table, pages.table.stride(), *pages[1:]))
 
     def shift(self, align: Align) -> int:
         """Query row i stands at key position i + shift."""
@@ -99,15 +138,15 @@ class Shape(NamedTuple):
 
     def shift_args(self, align: Align) -> tuple[Any, ...]:
         """The same for `sequences.row_shift`: a number, or where each sequence has its own."""
-        if self.packing is None:
+        if self.is_dense:
             return (self.shift(align),)
-        if align == "top_left" or self.packing.kv_offsets is None:
+        if align == "top_left" or (self.cache is None and self.packing.kv_offsets is None):
             return (0,)
         return self.layout, self.q_len, self.kv_len
 
     def kv_len_args(self) -> tuple[Any, ...]:
         """kv_len for `sequences.key_count`."""
-        return (self.kv_len,) if self.packing is None else (self.layout, self.q_len, self.kv_len)
+        return (self.kv_len,) if self.is_dense else (self.layout[1], self.kv_len)
 
 
 def check_align(align: str) -> None:
@@ -150,13 +189,13 @@ def broadcast_strides(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[int
 
 
 def common_limits(shape: tuple[int, ...], *tensors: torch.Tensor) -> tuple[int, ...]:
-    """How far all of these tensors reach along those dimensions of `shape` that have any length; () if there
-    are none. One that is broadcast reaches everywhere. What lies beyond is not there."""
+    """How far all of these tensors reach along queries (and keys, where `shape` has four dimensions); () if
+    `shape` says how long they are. One that is broadcast reaches everywhere. What lies beyond is not there."""
     if ANY not in shape:
         return ()
     padded = [(1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape) for tensor in tensors]
     reach = [min([FAR if n == 1 else n for n in sizes]) for sizes in zip(*padded, strict=True)]
-    return tuple([n for n, full in zip(reach, shape, strict=True) if full == ANY])
+    return tuple(reach[2:])
 
 
 def pair_limits(tensor: torch.Tensor) -> tuple[int, int]:

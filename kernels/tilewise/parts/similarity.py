@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .addressing import rows_of
+from .addressing import page_of, rows_of
 from .described import worded
 from .numerics import round_to, widen
 from .scores.score import BoundScore, Parameter, Score, padded_sizes
@@ -101,8 +101,15 @@ def cosine_score(s, batch, head, q_idx, kv_idx, args):
     q_heads, group, q_rows, kv_rows = sizes
     q_place, kv_place, _q_len, _kv_len = sequence_at(batch, sizes, layout)
     q_first = rows_of(q_place, head, q_heads, q_rows)
-    kv_first = rows_of(kv_place, head // group, q_heads // group, kv_rows)
-    return s * tl.load(q_factor_ptr + q_first + q_idx) * tl.load(k_factor_ptr + kv_first + kv_idx)
+    kv_heads, kv_head = q_heads // group, head // group
+    if len(layout[1]) == 3 and len(layout[1][2]) > 0:
+        table_ptr, table_strides, page_size, page_count = layout[1][2]
+        table_ptr += batch.to(tl.int64) * table_strides[0]
+        page = page_of(kv_idx, None, (table_ptr, table_strides[1], page_size, page_count))
+        k_factors = k_factor_ptr + (page * kv_heads + kv_head) * page_size + kv_idx % page_size
+    else:
+        k_factors = k_factor_ptr + rows_of(kv_place, kv_head, kv_heads, kv_rows) + kv_idx
+    return s * tl.load(q_factor_ptr + q_first + q_idx) * tl.load(k_factors)
 
 
 @triton.jit

@@ -20,5 +20,6 @@ def bind(request: Request) -> Call:
         operand=request.similarity_scores.operand,
         project=request.similarity_scores.project,
         has_gaps=any([mask.has_gaps for mask in request.masks]),
+        is_grouped=request.cache is not None,
         dropout=() if request.dropout is None else request.dropout.args(),
     )

@@ -16,7 +16,7 @@ import torch
 from ..parts.numerics import INTERPRETED
 from ..parts.similarity import Cosine
 from .request import Request
-from .rules import hopper, implementations, options, tensors
+from .rules import cache, hopper, implementations, options, tensors
 
 Rule = Callable[[Request], "str | None"]
 
@@ -30,6 +30,9 @@ OF_TENSORS: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
     (tensors.ranks_are_four, GIVEN),
     (tensors.offsets_fit, ()),
     (tensors.tokens_agree, PACKED),
+    (cache.lengths_fit, PACKED),
+    (cache.pages_fit, PACKED),
+    (cache.split_size_fits, ()),
     (tensors.batches_agree, RANKS),
     (tensors.kv_heads_agree, RANKS),
     (tensors.heads_have_a_whole_ratio, RANKS),
@@ -61,6 +64,7 @@ RULES: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
     (options.dropout_fits, ()),
     (implementations.memory_is_linear, FITTING),
 )
+RULES += ((cache.cache_has_no_gradient, SIZES),)
 RULES += ((implementations.gradients_exist, tuple(rule for rule, _ in RULES)),)
 
 
@@ -99,6 +103,7 @@ def looks(r: Request) -> tuple[Any, ...]:
         temperature if not isinstance(temperature, torch.Tensor) else None, type(r.sink),
         r.impl, None if r.dropout is None else r.dropout.p, bool(INTERPRETED), *of_parts,
         r.packing is not None and (len(r.packing), r.packing.kv_offsets is None),
+        r.cache is not None and (r.cache.split_size, r.cache.pages is not None and r.cache.pages[1:]),
         r.strict and tuple([t.stride() for _, t in r.other_tensors]),
         r.impl == "hopper" and hopper.looks(r),
     )  # fmt: skip

@@ -91,10 +91,12 @@ ELSEWHERE = {
 }  # fmt: skip
 
 # Every argument of `attention` besides q, k and v.
-ARGUMENTS = [name for name in signature(make_request).parameters if name not in ("q", "k", "v", "packing")]
+ARGUMENTS = [name for name in signature(make_request).parameters if name not in ("q", "k", "v", "packing", "cache")]
 ARGUMENTS.insert(ARGUMENTS.index("impl"), "return_lse")
 OFFSETS = ("q_offsets", "kv_offsets")
 PACKED_ARGUMENTS = (*OFFSETS, *ARGUMENTS)  # of `packed_attention`
+CACHE = ("kv_lens", "pages", "q_offsets", "split_size")  # of `cached_attention`, that a request has
+CACHED_ARGUMENTS = (*CACHE, "new_k", "new_v", "rotary", *ARGUMENTS)
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str] = ARGUMENTS) -> None:

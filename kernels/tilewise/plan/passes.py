@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 
 from ..kernels.backward import launch_dkv, launch_dq
-from ..kernels.call import Call
-from ..kernels.forward import launch_forward
+from ..kernels.call import Call, Split
+from ..kernels.combine import launch_combine
+from ..kernels.forward import launch_forward, rows_programs
 from ..kernels.parameters import parameter_gradient
 from ..kernels.prepare import BackwardCall, prepare
-from ..kernels.tile import HopperTile
+from ..kernels.tile import HopperTile, Tile
 from ..parts.scores.score import Parameter
+from ..parts.shape import Cache, ceil_div
 from .bind import bind
 from .implementation import implementation
 from .request import Request
@@ -35,9 +38,41 @@ def run_forward(
     call = bind(request)
     if implementation(request) == "hopper":
         launch_hopper(request, call, out, lse, statistics)
+        return out, lse, statistics
+    tile = choose_tile(q, shape, "forward")
+    split = None if request.cache is None else split_keys(call, request.cache, tile)
+    if split is None:
+        launch_forward(call, out, lse, statistics, tile)
     else:
-        launch_forward(call, out, lse, statistics, choose_tile(q, shape, "forward"))
+        parts = q.new_empty((split.count, *out.shape), dtype=torch.float32)
+        parts_lse = q.new_empty((split.count, *rows), dtype=torch.float32)
+        launch_forward(call, parts, parts_lse, None, tile, split)
+        launch_combine(parts, parts_lse, out, lse)
     return out, lse, statistics
+
+
+PROGRAMS_AT_ONCE = 2  # that a multiprocessor should have for its loads to overlap
+
+
+def split_keys(call: Call, cache: Cache, tile: Tile) -> Split | None:
+    """How the keys of a cache are split over programs: as the caller says, or so that there are enough for
+    the chip; None if in one piece. Lengths are the device's, so that each sequence's own keys are split, and
+    the host knows but the capacity."""
+    capacity = call.shape.kv_len
+    if cache.split_size is not None:
+        return Split(max(1, ceil_div(capacity, cache.split_size)), cache.split_size)
+    programs = max(1, rows_programs(call, tile.tile_q))
+    room = ceil_div(PROGRAMS_AT_ONCE * multiprocessors(call.q.device), programs)
+    count = min(room, capacity // (2 * tile.tile_kv))
+    return Split(count, 0) if count > 1 else None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU. Without one, a few."""
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def launch_hopper(

@@ -11,7 +11,7 @@ from ..parts.dropout import Dropout
 from ..parts.masks.mask import Mask, as_mask
 from ..parts.scores.bias import Bias
 from ..parts.scores.score import Score, as_scores
-from ..parts.shape import Packing, Shape
+from ..parts.shape import Cache, Packing, Pages, Shape
 from ..parts.similarity import Cosine, Similarity, similarity_scores
 
 Tensor = torch.Tensor
@@ -33,7 +33,8 @@ class Request:
     impl: str | None
     dropout: Dropout | None = None
     strict: bool = False
-    packing: Packing | None = None  # then q, k and v are [1, heads, tokens, dim]
+    packing: Packing | None = None  # then q, and without a cache k and v, are [1, heads, tokens, dim]
+    cache: Cache | None = None  # then k and v are [batch, heads, capacity, dim] or [pages, heads, size, dim]
     _shape: Shape | None = field(default=None, init=False)
     _similarity_scores: Similarity | None = field(default=None, init=False)
     _other_tensors: list[tuple[str, torch.Tensor]] | None = field(default=None, init=False)
@@ -44,8 +45,10 @@ class Request:
             (batch, q_heads, q_len, head_dim), (_, kv_heads, kv_len, _) = self.q.shape, self.k.shape
             if self.packing is not None:
                 batch = self.packing.batch
-            value_dim = self.v.shape[3]
-            self._shape = Shape(batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, self.packing)
+            if self.cache is not None and self.cache.pages is not None:
+                kv_len = self.cache.pages.table.shape[1] * self.cache.pages.page_size
+            sizes = (batch, q_heads, kv_heads, q_len, kv_len, head_dim, self.v.shape[3])
+            self._shape = Shape(*sizes, self.packing, self.cache)
         return self._shape
 
     @property
@@ -78,6 +81,9 @@ class Request:
         temperature = self.similarity.temperature if isinstance(self.similarity, Cosine) else None
         seed = None if self.dropout is None else self.dropout.seed
         q_offsets, kv_offsets = (None, None) if self.packing is None else self.packing
+        kv_lens = None if self.cache is None else self.cache.kv_lens
+        pages = None if self.cache is None else self.cache.pages
+        table = None if pages is None else pages.table
         given = (
             ("scale", self.scale),
             ("temperature", temperature),
@@ -85,6 +91,8 @@ class Request:
             ("dropout_seed", seed),
             ("q_offsets", q_offsets),
             ("kv_offsets", kv_offsets),
+            ("kv_lens", kv_lens),
+            ("pages", table),
         )
         found = [(name, value) for name, value in given if isinstance(value, torch.Tensor)]
         for part in self.plugs:
@@ -118,25 +126,27 @@ def make_request(
     impl: str | None = None,
     strict: bool = False,
     packing: Packing | None = None,
+    cache: Cache | None = None,
 ) -> Request:
     """The arguments of `attention` in their final form: masks as a tuple, the bias as the last modifier, q, k
-    and v in autocast's dtype, a seed. With a packing q, k and v are [1, heads, tokens, dim]."""
+    and v in autocast's dtype, a seed. With a packing q, k and v are [1, heads, tokens, dim]; with a cache k and
+    v are it, pages as [pages, heads, page_size, dim]."""
     masks = () if mask is None else as_mask(mask).parts()
     scores = as_scores(score) if bias is None else (*as_scores(score), Bias(bias))
-    if isinstance(q, Tensor) and is_autocast(q.device):
+    if cache is None and isinstance(q, Tensor) and is_autocast(q.device):  # a cache is not copied
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v))
     dropout = None
     if dropout_p != 0 and (dropout_seed is not None or isinstance(q, Tensor)):
         dropout = Dropout(dropout_p, draw_seed(q.device) if dropout_seed is None else dropout_seed)
-    return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict, packing)
+    return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict, packing, cache)
 
 
 def as_heads(*tensors: Any) -> list[Any]:
     """[tokens, heads, dim] as [1, heads, tokens, dim]. Raises ValueError for others."""
     wrong = [
         f"{name}.shape={tuple(x.shape)}"
-        for name, x in zip("qkv", tensors, strict=True)
+        for name, x in zip("qkv", tensors, strict=False)
         if isinstance(x, Tensor) and x.dim() != 3
     ]
     if wrong:
@@ -155,6 +165,37 @@ def request_of(
     if q_offsets is None:
         return make_request(q, k, v, **arguments)
     return make_request(*as_heads(q, k, v), **arguments, packing=as_packing(q_offsets, kv_offsets))
+
+
+def cached_request(
+    q: Any,
+    cache_k: Any,
+    cache_v: Any,
+    *,
+    kv_lens: Any,
+    pages: Any = None,
+    q_offsets: Any = None,
+    split_size: int | None = None,
+    **arguments: Any,
+) -> Request:
+    """The request of `cached_attention`, of what the cache holds already. Raises ValueError for what has not
+    the dimensions to be looked at."""
+    if q_offsets is not None:
+        (q,) = as_heads(q)
+    k, v, cache_pages = cache_k, cache_v, None
+    if pages is not None:
+        if not isinstance(pages, Tensor) or pages.dim() != 2:
+            given = tuple(pages.shape) if isinstance(pages, Tensor) else pages
+            raise ValueError(f"pages={given} must be a tensor [batch, max_pages]")
+        for name, x in (("cache_k", cache_k), ("cache_v", cache_v)):
+            if isinstance(x, Tensor) and x.dim() != 4:
+                wanted = "[pages, page_size, kv_heads, dim]"
+                raise ValueError(f"{name}.shape={tuple(x.shape)} must have 4 dimensions, {wanted}")
+        k, v = (x.transpose(1, 2) if isinstance(x, Tensor) else x for x in (cache_k, cache_v))
+        if isinstance(k, Tensor):
+            cache_pages = Pages(pages, k.shape[2], k.shape[0])
+    packing = None if q_offsets is None else Packing(q_offsets, None)
+    return make_request(q, k, v, **arguments, packing=packing, cache=Cache(kv_lens, cache_pages, split_size))
 
 
 def without_drawing(q: Any, arguments: dict[str, Any]) -> dict[str, Any]:

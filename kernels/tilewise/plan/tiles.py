@@ -19,7 +19,7 @@ from ..kernels.tile import PASSES, HopperTile
 from ..kernels.tile import Pass as Pass
 from ..kernels.tile import Tile as Tile
 from ..parts.numerics import INTERPRETED
-from ..parts.shape import Shape, next_power_of_two
+from ..parts.shape import FAR, Shape, next_power_of_two
 from .tile_table import SHIPPED, Evidence, Key, Row, load
 from .user_tiles import UserTable, read_user_table
 
@@ -105,8 +105,8 @@ def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
     if INTERPRETED:  # its cost is by the operation, hardly by the element
         if work == "hopper":
             return HopperTile(128, length_tile(shape.kv_len, 32), 8, 2)
-        if shape.packing is not None:
-            return Tile(32, 32)
+        if not shape.is_dense:
+            return Tile(length_tile(rows_of_a_tile(shape), 32), 32)
         return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
     dim = widest(shape)
     return cut_tile(device_row(q.device, q.element_size(), dim, work)[0], shape, dim, work)
@@ -174,11 +174,20 @@ def cut_tile(tile: Tile, shape: Shape, dim: int, work: Pass) -> Tile:
     fewer keys where O is wide."""
     if work == "hopper":  # its warpgroups have 64 rows each, whatever q_len is
         return tile
-    if shape.packing is not None:  # nobody here knows how long its sequences are
-        return tile
-    tile_q = length_tile(shape.q_len, tile.tile_q)
+    tile_q = length_tile(rows_of_a_tile(shape), tile.tile_q)
     if tile_q == tile.tile_q or work != "forward":
         return replace(tile, tile_q=tile_q)
     if dim > 128:
         return Tile(tile_q, min(32, tile.tile_kv), tile.num_warps, tile.num_stages)
     return Tile(tile_q, min(64, tile.tile_kv), min(4, tile.num_warps), tile.num_stages)
+
+
+def rows_of_a_tile(shape: Shape) -> int:
+    """How many rows a tile can be filled with, as far as the host knows: all of q_len, with a cache those of
+    all heads of a group. Of packed sequences nobody knows. Where the keys of a cache are split in pieces of a
+    given size, bits must not depend on how many queries come together: as few as there can be."""
+    if shape.cache is not None and shape.cache.split_size is not None:
+        return shape.group
+    if shape.packing is not None:
+        return FAR
+    return shape.q_len if shape.cache is None else shape.q_len * shape.group

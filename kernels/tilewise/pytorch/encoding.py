@@ -26,7 +26,7 @@ from torch._dynamo.variables.functions import TritonKernelVariable
 from triton.runtime.jit import KernelInterface
 
 from ..parts.dropout import Dropout
-from ..parts.shape import Packing
+from ..parts.shape import Cache, Packing, Pages
 from ..parts.similarity import Cosine
 from ..plan.request import Request
 
@@ -103,7 +103,9 @@ def encode(request: Request) -> Encoded:
         similarity, temperature = "cosine with a temperature", similarity.temperature
     seed, p = (None, None) if request.dropout is None else (request.dropout.seed, request.dropout.p)
     packing = None if request.packing is None else tuple(request.packing)
-    for value in (request.scale, temperature, similarity, request.sink, seed, packing, p, request.impl):
+    cache = None if request.cache is None else as_tuples(request.cache)
+    given = (request.scale, temperature, similarity, request.sink, seed, packing, cache, p, request.impl)
+    for value in given:
         _put(value, encoded, words)
     for parts in (request.masks, request.scores):
         words.append(f"({len(parts)}")
@@ -140,13 +142,23 @@ def _put(value: Any, encoded: Encoded, words: list[str]) -> None:
         words.append(f"f:{registered_name(value)}")
 
 
+def as_tuples(cache: Cache) -> tuple[Any, ...]:
+    kv_lens, pages, split_size = cache
+    return kv_lens, None if pages is None else tuple(pages), split_size
+
+
+def from_tuples(given: tuple[Any, ...]) -> Cache:
+    kv_lens, pages, split_size = given
+    return Cache(kv_lens, None if pages is None else Pages(*pages), split_size)
+
+
 def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) -> Request:
     """The request that `encode` was given, but for the plain PyTorch twins of masks and scores."""
     words = iter(encoded.spec.split("\n"))
     tensors, ints, floats = iter(encoded.tensors), iter(encoded.ints), iter(encoded.floats)
     take = lambda: _take(words, tensors, ints, floats)  # noqa: E731
 
-    scale, temperature, similarity, sink, seed, packing, p, impl = (take() for _ in range(8))
+    scale, temperature, similarity, sink, seed, packing, cache, p, impl = (take() for _ in range(9))
     parts: list[tuple[Any, ...]] = []
     for _ in range(2):
         count = int(next(words)[1:])
@@ -163,6 +175,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
         Cosine(temperature) if similarity == "cosine with a temperature" else similarity,
         sink, impl, None if seed is None else Dropout(p, seed),
         packing=None if packing is None else Packing(*packing),
+        cache=None if cache is None else from_tuples(cache),
     )  # fmt: skip
 
 

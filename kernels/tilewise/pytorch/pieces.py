@@ -1,16 +1,16 @@
-"""A packed call as one call a sequence: how plain PyTorch answers it.
+"""A call on packed sequences or a cache as one call a sequence: how plain PyTorch answers it.
 
-The host reads the offsets for it, which waits for a GPU; so here bad ones are found.
+The host reads offsets and lengths for it, which waits for a GPU; so here bad ones are found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
-from ..parts.shape import Packing
+from ..parts.shape import Cache, Packing
 from ..plan.request import Request
 
 Tensor = torch.Tensor
@@ -18,39 +18,92 @@ Answer = Callable[[Request, int], tuple[Tensor, Tensor]]
 
 
 def by_sequence(request: Request, answer: Answer) -> tuple[Tensor, Tensor]:
-    """out [1, q_heads, tokens, value_dim] and lse [1, q_heads, tokens] of a packed request. `answer` is given
+    """out [blocks, q_heads, rows, value_dim] and lse [blocks, q_heads, rows] of a request. `answer` is given
     the request that is left of each sequence, a batch of 1, and the sequence's number. Rows of no sequence
     give 0 and -inf."""
-    packing, shape = request.packing, request.shape
-    assert packing is not None
-    reasons = offset_errors(packing, shape.q_len, shape.kv_len)
-    if reasons:
-        raise ValueError("; ".join(reasons))
-    q_starts, kv_starts = (offsets.tolist() for offsets in packing.offsets())
-    outs, lses = [], []
+    shape = request.shape
+    results = []
+    for batch, one in enumerate(sequences(request)):
+        check_extents(request, one.q.shape[2], one.k.shape[2], batch)
+        results.append(answer(one, batch))
+    if request.packing is None:
+        return join(results, 0, request)
+    before, behind = int(request.packing.q_offsets[0]), shape.q_len - int(request.packing.q_offsets[-1])
+    return join([nothing(request, results, before), *results, nothing(request, results, behind)], 2, request)
+
+
+def join(results: list[tuple[Tensor, Tensor]], axis: int, request: Request) -> tuple[Tensor, Tensor]:
+    if not results:  # a batch of 0
+        sizes = request.q.shape[:3]
+        lse = request.q.new_zeros(sizes, dtype=torch.float32)
+        return lse.new_zeros(*sizes, request.shape.value_dim), lse
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs, dim=axis), torch.cat(lses, dim=axis)
+
+
+def nothing(request: Request, like: list[tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
+    """What rows of no sequence give."""
+    out, lse = like[0]
+    sizes = (1, request.shape.q_heads, rows)
+    return out.new_zeros(*sizes, request.shape.value_dim), lse.new_full(sizes, -torch.inf)
+
+
+def sequences(request: Request) -> Iterator[Request]:
+    """The dense request that is left of each sequence. Raises ValueError for offsets, lengths or pages that
+    lead out of the tensors."""
+    packing, cache, shape = request.packing, request.cache, request.shape
+    q_starts = kv_starts = None
+    if packing is not None:
+        kv_rows = shape.kv_len if cache is None else None
+        reasons = offset_errors(packing, shape.q_len, kv_rows)
+        if reasons:
+            raise ValueError("; ".join(reasons))
+        q_starts, kv_starts = (offsets.tolist() for offsets in packing.offsets())
     for batch in range(shape.batch):
-        q_rows, kv_rows = slice(*q_starts[batch : batch + 2]), slice(*kv_starts[batch : batch + 2])
-        q, k, v = request.q[:, :, q_rows], request.k[:, :, kv_rows], request.v[:, :, kv_rows]
-        check_reach(request, q.shape[2], k.shape[2], batch)
-        out, lse = answer(replace(request, q=q, k=k, v=v, packing=None), batch)
-        outs.append(out)
-        lses.append(lse)
-    before, behind = q_starts[0], shape.q_len - q_starts[-1]
-    zeros = [out.new_zeros(1, shape.q_heads, rows, shape.value_dim) for rows in (before, behind)]
-    nothing = [lse.new_full((1, shape.q_heads, rows), -torch.inf) for rows in (before, behind)]
-    return (
-        torch.cat([zeros[0], *outs, zeros[1]], dim=2),
-        torch.cat([nothing[0], *lses, nothing[1]], dim=2),
-    )
+        if q_starts is None:
+            q = request.q[batch : batch + 1]
+        else:
+            q = request.q[:, :, q_starts[batch] : q_starts[batch + 1]]
+        if cache is not None:
+            k, v = (filled(x, cache, batch, shape.kv_len) for x in (request.k, request.v))
+        else:
+            assert kv_starts is not None
+            k, v = (x[:, :, kv_starts[batch] : kv_starts[batch + 1]] for x in (request.k, request.v))
+        yield replace(request, q=q, k=k, v=v, packing=None, cache=None)
 
 
-def check_reach(request: Request, q_len: int, kv_len: int, batch: int) -> None:
+def filled(x: Tensor, cache: Cache, batch: int, capacity: int) -> Tensor:
+    """What a sequence has in a cache, [1, kv_heads, kv_len, dim]."""
+    length = int(cache.kv_lens[batch])
+    if not 0 <= length <= capacity:
+        raise ValueError(f"kv_lens[{batch}]={length} must be from 0 to the cache's capacity, {capacity}")
+    if cache.pages is None:
+        return x[batch : batch + 1, :, :length]
+    table, size, count = cache.pages
+    pages = table[batch, : -(-length // size)].long()
+    if pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < count:
+        raise ValueError(f"pages[{batch}]={pages.tolist()} must be from 0 to {count - 1}")
+    return x[pages].transpose(0, 1).flatten(1, 2)[None, :, :length]
+
+
+def filled_rows(cache: Cache, batch: int, first: int, count: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rows first .. first + count - 1 of a sequence are in x [blocks, heads, rows, dim]: the block and
+    the row of each that there is room for."""
+    capacity = x.shape[2] if cache.pages is None else cache.pages.table.shape[1] * cache.pages.page_size
+    row = torch.arange(first, max(first, min(first + count, capacity)), device=x.device)
+    if cache.pages is None:
+        return torch.full_like(row, batch), row
+    table, size, _ = cache.pages
+    return table[batch].long()[row // size], row % size
+
+
+def check_extents(request: Request, q_len: int, kv_len: int, batch: int) -> None:
     """Raise ValueError for a mask or score whose tensor is shorter than the sequence."""
     for part in request.plugs:
-        q_reach, kv_reach = part.extents(request.shape)
-        if q_len > q_reach or kv_len > kv_reach:
+        q_extent, kv_extent = part.extents(request.shape)
+        if q_len > q_extent or kv_len > kv_extent:
             raise ValueError(
-                f"{part.called()} has tensors for {q_reach} queries and {kv_reach} keys, and sequence "
+                f"{part.called()} has tensors for {q_extent} queries and {kv_extent} keys, and sequence "
                 f"{batch} has {q_len} and {kv_len}: they must be as long as the longest sequence"
             )
 

@@ -59,7 +59,7 @@ def run_torch(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None
         return fused(request) if fused_is_the_same(request, return_lse) else in_blocks(request, batch)
 
     with torch.autocast(q.device.type, enabled=False) if is_autocast(q.device) else nullcontext():
-        out, lse = answer(request) if request.packing is None else by_sequence(request, answer)
+        out, lse = answer(request) if request.shape.is_dense else by_sequence(request, answer)
     return empty_in_order_of(q, out.shape[3]).copy_(out), lse if return_lse else None
 
 

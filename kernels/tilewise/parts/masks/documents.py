@@ -89,7 +89,7 @@ class Documents(Mask):
         hulls = self.hulls.expand(shape.batch, q_len, 3)
         q_ids = self.ids.expand(shape.batch, q_len)
         kv_ids = self.kv_ids.expand(shape.batch, kv_len)
-        limits = () if shape.packing is None else (q_ids.shape[1], kv_ids.shape[1])
+        limits = () if shape.is_dense else (q_ids.shape[1], kv_ids.shape[1])
         args = ((hulls, hulls.stride()), (q_ids, q_ids.stride()), (kv_ids, kv_ids.stride()), limits)
         return BoundMask(documents_interval, documents_keep, args)
 

@@ -62,6 +62,8 @@ def some_key_is_there(r: Request) -> str | None:
 
 
 def rows_are_not_packed(r: Request) -> str | None:
+    if r.cache is not None:
+        return "a cache ends inside the tensor, where the copy engine, which moves whole tiles, does not stop"
     if r.packing is None:
         return None
     return (

@@ -74,7 +74,9 @@ def offsets_fit(r: Request) -> str | None:
 def tokens_agree(r: Request) -> str | None:
     """One packing for queries and keys means as many of both."""
     tokens, kv_tokens = r.q.shape[2], r.k.shape[2]
-    if r.packing is None or r.packing.kv_offsets is not None or tokens == kv_tokens:
+    if r.packing is None or r.cache is not None:
+        return None
+    if r.packing.kv_offsets is not None or tokens == kv_tokens:
         return None
     return (
         f"kv_offsets=None says that keys are packed as queries are, but q has {tokens} tokens and k "
@@ -84,6 +86,12 @@ def tokens_agree(r: Request) -> str | None:
 
 def batches_agree(r: Request) -> str | None:
     q, k, v = r.q.shape[0], r.k.shape[0], r.v.shape[0]
+    if r.cache is not None:
+        batch, is_paged = r.shape.batch, r.cache.pages is not None
+        if k == v and (is_paged or k == batch):
+            return None
+        counts = f"cache_k: {k}, cache_v: {v}"
+        return f"{counts} pages must be equal" if is_paged else f"batch sizes q: {batch}, {counts} must be equal"
     return None if q == k == v else f"batch sizes q: {q}, k: {k}, v: {v} must be equal"
 
 

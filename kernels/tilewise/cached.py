@@ -1,0 +1,118 @@
+"""The public functions of caches of keys and values."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+
+from .api import answer, refuse_unknown
+from .kernels.append import RotaryTable
+from .parts.masks.mask import Mask
+from .parts.scores.score import Score
+from .parts.similarity import Cosine
+from .plan.checks import check
+from .plan.names import CACHED_ARGUMENTS
+from .plan.request import as_heads, cached_request
+from .plan.rules.cache import new_misfits
+from .pytorch.append import append, turn_queries
+
+Tensor = torch.Tensor
+
+
+@overload
+def cached_attention(
+    q: Tensor, cache_k: Tensor, cache_v: Tensor, *, kv_lens: Tensor, new_k: Tensor | None = None,
+    new_v: Tensor | None = None, pages: Tensor | None = None, q_offsets: Tensor | None = None,
+    rotary: RotaryTable | None = None, split_size: int | None = None, mask: Any = None,
+    bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
+    similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, impl: str | None = None,
+    strict: bool = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def cached_attention(
+    q: Tensor, cache_k: Tensor, cache_v: Tensor, *, kv_lens: Tensor, new_k: Tensor | None = None,
+    new_v: Tensor | None = None, pages: Tensor | None = None, q_offsets: Tensor | None = None,
+    rotary: RotaryTable | None = None, split_size: int | None = None, mask: Any = None,
+    bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
+    similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None, return_lse: Literal[True], impl: str | None = None,
+    strict: bool = False,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def cached_attention(
+    q: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    *,
+    kv_lens: Tensor,
+    new_k: Tensor | None = None,
+    new_v: Tensor | None = None,
+    pages: Tensor | None = None,
+    q_offsets: Tensor | None = None,
+    rotary: RotaryTable | None = None,
+    split_size: int | None = None,
+    mask: Mask | Tensor | Any = None,
+    bias: Tensor | None = None,
+    score: Score | Any = None,
+    scale: float | Tensor | None = None,
+    similarity: str | Cosine = "scaled_dot",
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+    strict: bool = False,
+    **unknown: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over keys and values in a cache, of which each sequence has filled its own part: decoding,
+    one row or a few at a time, and prefilling in pieces alike (split keys: Flash-Decoding; pages:
+    PagedAttention, arXiv 2309.06180).
+
+    q:         [batch, q_heads, q_len, head_dim]; with q_offsets packed, [tokens, q_heads, head_dim].
+    cache_k:   [batch, kv_heads, capacity, head_dim], any strides; with pages [pages, page_size, kv_heads,
+               head_dim].
+    cache_v:   the same with value_dim.
+    kv_lens:   int32 or int64 [batch] on q's device: how many rows of a sequence the cache holds before this
+               call. What lies beyond may hold anything, NaN too.
+    new_k, new_v: [batch, kv_heads, new_len, dim], packed as q is with q_offsets: written into the cache at
+               row kv_lens of each sequence, before they are attended to with the others. The caller counts
+               them: the next call's kv_lens are new_len more. Rows beyond the capacity are not written.
+    pages:     int32 or int64 [batch, max_pages]: the page that holds each page_size rows of a sequence.
+               What stands behind the last page in use may be anything.
+    q_offsets: int32 or int64 [batch + 1]: queries packed as for `packed_attention`.
+    rotary:    `nn.Rotary(...).table(positions)`: turns q and new_k by their positions in the sequence; what
+               is in the cache was turned when it came there.
+    split_size: keys that one program walks, a multiple of 16: with it, the bits of a row depend on nothing
+               but its own sequence, neither on the batch nor on how many queries come in one call. None: as
+               suits the chip.
+
+    All other arguments are those of `attention`. The last query of a sequence stands at its last key, at
+    position kv_lens + new_len - 1 and not at the buffer's end: give Causal() where several come at once.
+    Tensors along keys are read at positions inside the sequence, as in `packed_attention`.
+
+    Returns out, of q's shape with value_dim, and lse [batch, q_heads, q_len], packed [q_heads, tokens], if
+    asked. It has no gradient. The host reads no length; lengths and pages that lead out of the cache are cut
+    to it. Raises as `attention` does.
+    """
+    if unknown:
+        refuse_unknown("cached_attention", unknown, CACHED_ARGUMENTS)
+    request = cached_request(
+        q, cache_k, cache_v, kv_lens=kv_lens, pages=pages, q_offsets=q_offsets, split_size=split_size,
+        mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
+    )  # fmt: skip
+    check(request)
+    for reason in new_misfits(request, new_k, new_v, rotary):
+        raise ValueError(reason)
+    if new_k is not None and new_v is not None:
+        if q_offsets is not None:
+            new_k, new_v = as_heads(new_k, new_v)
+        request = append(request, new_k, new_v, rotary)
+    if rotary is not None:
+        request = turn_queries(request, rotary)
+    out, lse = answer(request, return_lse)
+    if q_offsets is None:
+        return out if lse is None else (out, lse)
+    rows = out[0].transpose(0, 1)
+    return rows if lse is None else (rows, lse[0])

@@ -1,0 +1,77 @@
+"""Split keys: the results of each part of the keys, joined to that of all of them.
+
+Where rows and heads are few, as in decoding, the keys of a row are split over programs. Each writes the o and
+the LSE of its own keys, which is a state of the softmax again, (LSE, 1, o): softmax.py. Their merge, in the
+order of the splits, is the result; a split without a key merges to nothing.
+
+Method: Flash-Decoding (Dao, Haziza, Massa & Sizov 2023), FlashAttention-2 with the keys in parallel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..parts.numerics import round_to
+from ..parts.shape import ceil_div
+from ..parts.softmax import softmax_finish, softmax_merge, softmax_start
+from .call import on_device_of, power_of_two_tile
+
+TILE_ROWS = 16
+
+
+@triton.jit
+def combine_kernel(
+    parts_ptr,  # [splits, rows, value_dim] fp32 contiguous; rows: of all batches and heads
+    parts_lse_ptr,  # [splits, rows]
+    out,  # (pointer, strides of batch, head, row and dim)
+    lse_ptr,  # [rows], or None
+    sizes,  # (splits, rows, q_heads, q_len)
+    VALUE_DIM: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    splits, rows, q_heads, q_len = sizes
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)  # [TILE]
+    column = tl.arange(0, VALUE_TILE)
+    valid = row < rows
+    inside = valid[:, None] & (column < VALUE_DIM)[None, :]
+    row_max, row_sum, o = softmax_start(TILE, VALUE_TILE)
+    part = row.to(tl.int64)
+    for _ in range(splits):
+        lse = tl.load(parts_lse_ptr + part, mask=valid, other=float("-inf"))
+        part_o = tl.load(parts_ptr + part[:, None] * VALUE_DIM + column[None, :], mask=inside, other=0.0)
+        part_sum = tl.where(lse == float("-inf"), 0.0, 1.0)
+        row_max, row_sum, o = softmax_merge(row_max, row_sum, o, lse, part_sum, part_o)
+        part += rows
+    o, lse, _ = softmax_finish(row_max, row_sum, o)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, lse, mask=valid)
+    out_ptr, strides = out
+    batch, head, q_idx = row // (q_heads * q_len), row // q_len % q_heads, row % q_len
+    offsets = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + q_idx.to(tl.int64) * strides[2]
+    ptrs = out_ptr + offsets[:, None] + column.to(tl.int64)[None, :] * strides[3]
+    tl.store(ptrs, round_to(o, out_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_combine(
+    parts: torch.Tensor, parts_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+) -> None:
+    """Fill out [blocks, q_heads, q_len, value_dim] and lse [blocks, q_heads, q_len] from those of each split,
+    [splits, ...] fp32 contiguous."""
+    splits, blocks, q_heads, q_len, value_dim = parts.shape
+    rows = blocks * q_heads * q_len
+    if rows:
+        with on_device_of(out):
+            combine_kernel[(ceil_div(rows, TILE_ROWS),)](
+                parts,
+                parts_lse,
+                (out, out.stride()),
+                lse,
+                (splits, rows, q_heads, q_len),
+                VALUE_DIM=value_dim,
+                VALUE_TILE=power_of_two_tile(value_dim),
+                TILE=TILE_ROWS,
+                enable_fp_fusion=True,
+            )
