@@ -3,7 +3,7 @@
 from . import compat, nn
 from .api import attention, dropout_mask, scaled_dot_product_attention, why_not
 from .cached import cached_attention
-from .kernels.append import RotaryTable
+from .parts.rotary import RotaryTable
 from .packed import check_offsets, packed_attention
 from .parts.masks.causal import Causal
 from .parts.masks.dense import Dense

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 
 from .api import answer, refuse_unknown
-from .kernels.append import RotaryTable
+from .parts.rotary import RotaryTable
 from .parts.masks.mask import Mask
 from .parts.scores.score import Score
 from .parts.similarity import Cosine

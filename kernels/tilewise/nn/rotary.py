@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.append import RotaryTable
+from ..parts.rotary import RotaryTable
 
 STYLES = ("half", "interleaved")
 

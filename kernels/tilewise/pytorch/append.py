@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..kernels.append import RotaryTable, launch_append, launch_turn
+from ..kernels.append import launch_append, launch_turn
+from ..parts.rotary import RotaryTable
 from ..parts.shape import Cache, Packing, Pages
 from ..plan.implementation import implementation
 from ..plan.request import Request

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...kernels.append import RotaryTable
+from ...parts.rotary import RotaryTable
 from ...parts.shape import INTS
 from ..request import Request
 
