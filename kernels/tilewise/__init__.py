@@ -3,7 +3,6 @@
 from . import compat, nn
 from .api import attention, dropout_mask, scaled_dot_product_attention, why_not
 from .cached import cached_attention
-from .parts.rotary import RotaryTable
 from .packed import check_offsets, packed_attention
 from .parts.masks.causal import Causal
 from .parts.masks.dense import Dense
@@ -14,6 +13,7 @@ from .parts.masks.padding import Padding
 from .parts.masks.prefix import Prefix
 from .parts.masks.user import UserMask
 from .parts.masks.window import Window
+from .parts.rotary import RotaryTable
 from .parts.scores.alibi import ALiBi, alibi_slopes
 from .parts.scores.bias import Bias
 from .parts.scores.relative_position import RelativePosition

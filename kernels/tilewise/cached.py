@@ -7,8 +7,8 @@ from typing import Any, Literal, overload
 import torch
 
 from .api import answer, refuse_unknown
-from .parts.rotary import RotaryTable
 from .parts.masks.mask import Mask
+from .parts.rotary import RotaryTable
 from .parts.scores.score import Score
 from .parts.similarity import Cosine
 from .plan.checks import check

@@ -1,6 +1,6 @@
 """New keys and values on their way into a cache, and queries, turned by their positions if so asked.
 
-    cache[b, :, lens[b] + i] = new[b, :, i]
+cache[b, :, lens[b] + i] = new[b, :, i]
 
 """
 
@@ -47,9 +47,7 @@ def append_kernel(
     new_len = tl.where(is_of_a_sequence(number, sizes, layout, 1, TILE), new_len, 0)
     valid = (row < new_len) & (position < capacity)
 
-    k = turned(
-        head_of(new_keys, place, head), row, valid, position, rotary, INTERLEAVED, HEAD_DIM, HEAD_TILE
-    )
+    k = turned(head_of(new_keys, place, head), row, valid, position, rotary, INTERLEAVED, HEAD_DIM, HEAD_TILE)
     k_head = keys_of(keys, kv_place, head, layout)
     store_tile(k_head, round_to(k, keys[0].dtype.element_ty), position, valid, HEAD_DIM, HEAD_TILE)
     v = load_tile(head_of(new_values, place, head), row, valid, VALUE_DIM, VALUE_TILE)
@@ -147,6 +145,4 @@ def rows_shape(x: torch.Tensor, k: torch.Tensor, packing: Packing | None, cache:
     """The rows of x [batch, heads, length, dim], or packed, against a cache: a head of keys for each of x."""
     batch = x.shape[0] if packing is None else packing.batch
     capacity = k.shape[2] if cache.pages is None else cache.pages.table.shape[1] * cache.pages.page_size
-    return Shape(
-        batch, x.shape[1], x.shape[1], x.shape[2], capacity, x.shape[3], x.shape[3], packing, cache
-    )
+    return Shape(batch, x.shape[1], x.shape[1], x.shape[2], capacity, x.shape[3], x.shape[3], packing, cache)

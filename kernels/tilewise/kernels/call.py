@@ -32,9 +32,9 @@ class Call(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The keys of a sequence over `count` programs, `size` of them each; 0: as many as each sequence needs."""
+    """The keys of a sequence over `programs`, `size` of them each; 0: as many as each sequence needs."""
 
-    count: int
+    programs: int
     size: int
 
 

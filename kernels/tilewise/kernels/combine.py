@@ -50,7 +50,9 @@ def combine_kernel(
         tl.store(lse_ptr + row, lse, mask=valid)
     out_ptr, strides = out
     batch, head, q_idx = row // (q_heads * q_len), row // q_len % q_heads, row % q_len
-    offsets = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + q_idx.to(tl.int64) * strides[2]
+    offsets = (
+        batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + q_idx.to(tl.int64) * strides[2]
+    )
     ptrs = out_ptr + offsets[:, None] + column.to(tl.int64)[None, :] * strides[3]
     tl.store(ptrs, round_to(o, out_ptr.dtype.element_ty), mask=inside)
 

@@ -58,9 +58,7 @@ def forward_kernel(
     pointers, strides, sizes, layout, unit, dropout, mask_args, score_args = call
     queries, keys, values = tensors_of(pointers, strides)
     q_heads, group, q_rows, _kv_rows = sizes
-    batch, head, head_column, kv_head, q_idx, row, where, tile = own_group(
-        sizes, layout, TILE_Q, IS_GROUPED
-    )
+    batch, head, head_column, kv_head, q_idx, row, where, tile = own_group(sizes, layout, TILE_Q, IS_GROUPED)
     q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
     lo, hi = keys_of_split(lo, hi, kv_len, split, TILE_KV)
@@ -148,7 +146,6 @@ def forward_launch(
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The grid and the arguments with which `forward_kernel` answers `call`; with splits, out and lse have a
     first dimension for them."""
-    shape = call.shape
     row_max, row_sum = (None, None) if statistics is None else statistics.unbind(0)
     arguments = shared_arguments(call) | dict(
         out=(out, out.stride()[-4:]),
@@ -166,7 +163,7 @@ def forward_launch(
         num_stages=stages_in_flight(call, tile),
     )
     grid = rows_programs(call, tile.tile_q)
-    return (grid,) if split is None else (grid, split.count), arguments
+    return (grid,) if split is None else (grid, split.programs), arguments
 
 
 def rows_programs(call: Call, tile_q: int) -> int:

@@ -91,7 +91,9 @@ ELSEWHERE = {
 }  # fmt: skip
 
 # Every argument of `attention` besides q, k and v.
-ARGUMENTS = [name for name in signature(make_request).parameters if name not in ("q", "k", "v", "packing", "cache")]
+ARGUMENTS = [
+    name for name in signature(make_request).parameters if name not in ("q", "k", "v", "packing", "cache")
+]
 ARGUMENTS.insert(ARGUMENTS.index("impl"), "return_lse")
 OFFSETS = ("q_offsets", "kv_offsets")
 PACKED_ARGUMENTS = (*OFFSETS, *ARGUMENTS)  # of `packed_attention`

@@ -44,8 +44,8 @@ def run_forward(
     if split is None:
         launch_forward(call, out, lse, statistics, tile)
     else:
-        parts = q.new_empty((split.count, *out.shape), dtype=torch.float32)
-        parts_lse = q.new_empty((split.count, *rows), dtype=torch.float32)
+        parts = q.new_empty((split.programs, *out.shape), dtype=torch.float32)
+        parts_lse = q.new_empty((split.programs, *rows), dtype=torch.float32)
         launch_forward(call, parts, parts_lse, None, tile, split)
         launch_combine(parts, parts_lse, out, lse)
     return out, lse, statistics

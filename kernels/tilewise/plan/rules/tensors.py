@@ -91,7 +91,9 @@ def batches_agree(r: Request) -> str | None:
         if k == v and (is_paged or k == batch):
             return None
         counts = f"cache_k: {k}, cache_v: {v}"
-        return f"{counts} pages must be equal" if is_paged else f"batch sizes q: {batch}, {counts} must be equal"
+        return (
+            f"{counts} pages must be equal" if is_paged else f"batch sizes q: {batch}, {counts} must be equal"
+        )
     return None if q == k == v else f"batch sizes q: {q}, k: {k}, v: {v} must be equal"
 
 
