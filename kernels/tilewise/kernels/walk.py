@@ -37,7 +37,7 @@ def own_rows(sizes, layout, TILE_Q: tl.constexpr):
 def own_group(sizes, layout, TILE_Q: tl.constexpr, IS_GROUPED: tl.constexpr):
     """The same for the forward, where a tile may hold the rows of all query heads of a group, so that few
     rows share the keys they read: then head is [TILE_Q], and row r of the tiles of a sequence is query
-    r div group of the group's head r mod group. Also the head of keys, and head as it broadcasts to a tile."""
+    r div group of the group's head r mod group. Also the head of keys, and head as it goes with a tile."""
     if IS_GROUPED:
         q_heads, group, q_rows, _kv_rows = sizes
         tiles, kv_heads = tiles_of(q_rows * group, layout[0], TILE_Q), q_heads // group

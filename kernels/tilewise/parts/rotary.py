@@ -24,7 +24,7 @@ from .numerics import widen
 
 
 class RotaryTable(NamedTuple):
-    """cos and sin [positions, rotary_dim / 2] in fp32 of every position, and whether pairs are interleaved."""
+    """cos and sin [positions, rotary_dim / 2] in fp32, and whether pairs are interleaved."""
 
     cos: torch.Tensor
     sin: torch.Tensor

@@ -56,11 +56,11 @@ class Packing(NamedTuple):
 
 class Pages(NamedTuple):
     """Where the rows of a cache in pages are. table: int32 or int64 [batch, max_pages], the page that holds
-    rows i · page_size to (i + 1) · page_size - 1 of a sequence; count: how many pages there are."""
+    rows i · page_size to (i + 1) · page_size - 1 of a sequence; page_count: how many there are."""
 
     table: torch.Tensor
     page_size: int
-    count: int
+    page_count: int
 
 
 class Cache(NamedTuple):
@@ -140,7 +140,8 @@ class Shape(NamedTuple):
         """The same for `sequences.row_shift`: a number, or where each sequence has its own."""
         if self.is_dense:
             return (self.shift(align),)
-        if align == "top_left" or (self.cache is None and self.packing.kv_offsets is None):
+        alike = self.cache is None and self.packing is not None and self.packing.kv_offsets is None
+        if align == "top_left" or alike:
             return (0,)
         return self.layout, self.q_len, self.kv_len
 
@@ -190,7 +191,7 @@ def broadcast_strides(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[int
 
 def common_limits(shape: tuple[int, ...], *tensors: torch.Tensor) -> tuple[int, ...]:
     """How far all of these tensors reach along queries (and keys, where `shape` has four dimensions); () if
-    `shape` says how long they are. One that is broadcast reaches everywhere. What lies beyond is not there."""
+    `shape` says how long they are. One that is broadcast reaches everywhere. Nothing lies beyond."""
     if ANY not in shape:
         return ()
     padded = [(1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape) for tensor in tensors]

@@ -129,8 +129,8 @@ def make_request(
     cache: Cache | None = None,
 ) -> Request:
     """The arguments of `attention` in their final form: masks as a tuple, the bias as the last modifier, q, k
-    and v in autocast's dtype, a seed. With a packing q, k and v are [1, heads, tokens, dim]; with a cache k and
-    v are it, pages as [pages, heads, page_size, dim]."""
+    and v in autocast's dtype, a seed. With a packing q, k and v are [1, heads, tokens, dim]; with a cache k
+    and v are it, pages as [pages, heads, page_size, dim]."""
     masks = () if mask is None else as_mask(mask).parts()
     scores = as_scores(score) if bias is None else (*as_scores(score), Bias(bias))
     if cache is None and isinstance(q, Tensor) and is_autocast(q.device):  # a cache is not copied

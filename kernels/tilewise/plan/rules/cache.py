@@ -89,6 +89,7 @@ def rotary_misfits(r: Request, rotary: RotaryTable | None) -> Iterator[str]:
     if 2 * pairs > r.shape.head_dim:
         yield f"rotary turns {2 * pairs} dimensions, and head_dim={r.shape.head_dim}"
     if positions < r.shape.kv_len:
-        yield f"rotary has {positions} positions, and the cache room for {r.shape.kv_len}: table({r.shape.kv_len})"
+        room = r.shape.kv_len
+        yield f"rotary has {positions} positions, and the cache room for {room}: give table({room})"
     if rotary.cos.device != r.q.device:
         yield f"rotary is on {rotary.cos.device}, q on {r.q.device}: move it with .to(q.device)"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...kernels.call import blocks_of, power_of_two_tile, programs, tile_count
+from ...kernels.call import power_of_two_tile, programs, tile_count
 from ...kernels.hopper.limits import HOPPER_COLUMNS
 from ...kernels.tile import Pass, Tile
 from ...parts.shape import Shape
@@ -127,11 +127,11 @@ def seconds(work: Workload) -> float:
 
 def row_count(shape: Shape) -> int:
     """The rows of all heads of q; packed sequences lie in one tensor."""
-    return blocks_of(shape) * shape.q_heads * shape.q_len
+    return shape.blocks * shape.q_heads * shape.q_len
 
 
 def key_count(shape: Shape) -> int:
-    return blocks_of(shape) * shape.kv_heads * shape.kv_len
+    return shape.blocks * shape.kv_heads * shape.kv_len
 
 
 def rows_bytes(work: Workload, columns: int) -> int:
@@ -317,7 +317,7 @@ def memory_of(work: Workload) -> tuple[Allocation, ...]:
         found.append(Allocation("lse", statistics_bytes(work, 1), kept))
     if work.training:
         tile, _ = work.choose(work.element_bytes, "dkv")
-        ranges = blocks_of(shape) * shape.q_heads * tile_count(shape, shape.q_len, tile.tile_q)
+        ranges = shape.blocks * shape.q_heads * tile_count(shape, shape.q_len, tile.tile_q)
         found += [
             Allocation("row statistics", statistics_bytes(work, 2), "for the backward"),
             Allocation("delta", statistics_bytes(work, 1), "during the backward"),
