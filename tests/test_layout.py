@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pytorch": {"plan", "kernels", "parts"},
     "api": {"pytorch", "plan", "kernels", "parts"},
     "packed": {"api", "pytorch", "plan", "parts"},
+    "joining": set(),
     "cached": {"api", "pytorch", "plan", "parts"},
     "compat": {"cached", "packed", "api", "parts"},
     "nn": {"api", "parts"},

@@ -3,6 +3,7 @@
 from . import compat, nn
 from .api import attention, dropout_mask, scaled_dot_product_attention, why_not
 from .cached import cached_attention
+from .joining import merge
 from .packed import check_offsets, packed_attention
 from .parts.masks.causal import Causal
 from .parts.masks.dense import Dense
@@ -50,6 +51,7 @@ __all__ = [
     "compat",
     "dropout_mask",
     "explain",
+    "merge",
     "nn",
     "packed_attention",
     "scaled_dot_product_attention",

@@ -132,8 +132,10 @@ def attention(
 def answer(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out, and lse if asked for, of a request: check → choose → call."""
     check(request)
-    run = run_torch if implementation(request) == "torch" else run_portable
-    out, lse = run(request, return_lse)
+    is_plain = implementation(request) == "torch"
+    if torch.compiler.is_compiling() and not request.shape.is_dense:  # the host reads lengths: in an op
+        is_plain = False
+    out, lse = (run_torch if is_plain else run_portable)(request, return_lse)
     return out, lse if return_lse else None
 
 

@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ..plan.implementation import implementation
 from ..plan.passes import empty_in_order_of, run_backward, run_forward
 from .autograd import SECOND_ORDER
 from .encoding import Encoded, decode
+from .plain import run_torch
 
 Tensor = torch.Tensor
 
 library = torch.library.Library("tilewise", "FRAGMENT")
+_key = torch._C.DispatchKey
+AUTOGRAD = torch._C.DispatchKeySet(_key.AutogradCPU)
+for each in (_key.AutogradCUDA, _key.AutogradOther, _key.ADInplaceOrView):
+    AUTOGRAD = AUTOGRAD.add(each)
 REQUEST = "Tensor[] tensors, SymInt[] ints, float[] floats, str spec"  # encoding.py
 library.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {REQUEST}) "
@@ -35,6 +41,9 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], ints: list[int], floats: list[float], spec: str
 ) -> tuple[Tensor, ...]:
     request = decode(q, k, v, Encoded(tensors, ints, floats, spec))
+    if implementation(request) == "torch":
+        out, lse = run_torch(request, return_lse=True)
+        return out, lse, lse.new_zeros((2, *lse.shape))
     return run_forward(request, return_lse=True, for_backward=True)  # type: ignore[return-value]
 
 
@@ -47,8 +56,29 @@ def backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
     tensors: list[Tensor], ints: list[int], floats: list[float], spec: str, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    request = decode(q, k, v, Encoded(tensors, ints, floats, spec))
+    encoded = Encoded(tensors, ints, floats, spec)
+    request = decode(q, k, v, encoded)
+    if implementation(request) == "torch":
+        return plain_gradients(q, k, v, encoded, do, dlse, needs)
     return run_backward(request, out, statistics, do, dlse, needs)
+
+
+def plain_gradients(
+    q: Tensor, k: Tensor, v: Tensor, encoded: Encoded, do: Tensor, dlse: Tensor | None, needs: list[bool]
+) -> list[Tensor]:
+    """PyTorch's own, through the plain path: an op is called where autograd no longer looks, so it is asked
+    to look again."""
+    given = (q, k, v, *encoded.tensors)
+    tensors = [x.detach().requires_grad_(needed) for x, needed in zip(given, needs, strict=True)]
+    included, excluded = (
+        torch._C._dispatch_tls_local_include_set(),
+        torch._C._dispatch_tls_local_exclude_set(),
+    )
+    with torch._C._ForceDispatchKeyGuard(included, excluded - AUTOGRAD), torch.enable_grad():
+        out, lse = run_torch(decode(*tensors[:3], encoded._replace(tensors=tensors[3:])), return_lse=True)
+        results, arrived = ((out,), (do,)) if dlse is None else ((out, lse), (do, dlse))
+        wanted = [x for x, needed in zip(tensors, needs, strict=True) if needed]
+        return list(torch.autograd.grad(results, wanted, arrived, materialize_grads=True))
 
 
 def backward_shapes(
