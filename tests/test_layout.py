@@ -42,17 +42,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.tune": {SHARED, "pytorch", "plan", "kernels", "parts"},
     "tools.rank": {SHARED, "tools.compiled", "tools.overlap", "tools.tune", "plan", "kernels", "parts"},
     "tools.doctor": {SHARED, "api", "plan", "kernels", "parts", "version"},
-    "": {
-        "api",
-        "packed",
-        "cached",
-        "compat",
-        "nn",
-        "plan",
-        "parts",
-        "tools.explain",
-        "version",
-    },  # `import tilewise`
+    # `import tilewise`
+    "": {"api", "packed", "cached", "joining", "compat", "nn", "plan", "parts", "tools.explain", "version"},
     "cli": {"demo", "tools.explain", "tools.inspect", "tools.tune", "tools.doctor"},
     "__main__": {"cli"},
 }

@@ -142,6 +142,16 @@ def packed_apart(p: Problem) -> None:
     p.packed = pack
 
 
+@feature("rows", "in a cache that is filled in part: `cached_attention`, forward alone")
+def cached_rows(p: Problem) -> None:
+    p.page_size = 0
+
+
+@feature("rows", "in a cache of pages of any size: `cached_attention`, forward alone")
+def paged_rows(p: Problem) -> None:
+    p.page_size = p.rng.choice((1, 5, 16, 64))
+
+
 @feature("tile", "tiles from the table")
 def tile_of_the_table(p: Problem) -> None:
     p.tile = None

@@ -51,7 +51,10 @@ def check(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Te
 
 
 def call(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """out and lse of `tilewise.attention`, or, where offsets are given, of `tilewise.packed_attention`."""
+    """out and lse of `tilewise.attention`; where offsets are given, of `tilewise.packed_attention`, and where
+    lengths are, of `tilewise.cached_attention`."""
+    if "kv_lens" in arguments:
+        return tilewise.cached_attention(q, k, v, **arguments, return_lse=True)
     function = tilewise.packed_attention if "q_offsets" in arguments else tilewise.attention
     return function(q, k, v, **arguments, return_lse=True)
 
@@ -90,7 +93,7 @@ def exact(request: Request) -> tuple[Tensor, Tensor]:
         arguments = oracle_arguments(one, whole(one, batch))
         return tilewise_reference.attention(one.q, one.k, one.v, **arguments, return_lse=True)
 
-    return answer(request) if request.packing is None else by_sequence(request, answer)
+    return answer(request) if request.shape.is_dense else by_sequence(request, answer)
 
 
 def whole(request: Request, batch: int) -> Block:
@@ -127,7 +130,7 @@ def pytorch(request: Request, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         q, k, v = (x.to(dtype) for x in (one.q, one.k, one.v))
         return pytorch_attention(q, k, v, **oracle_arguments(one, whole(one, batch)))
 
-    return answer(request) if request.packing is None else by_sequence(request, answer)
+    return answer(request) if request.shape.is_dense else by_sequence(request, answer)
 
 
 def errors_of_pytorch(request: Request, want_out: Tensor, want_lse: Tensor) -> tuple[float, float]:

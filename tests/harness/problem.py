@@ -53,6 +53,13 @@ class Packing(NamedTuple):
     tokens: tuple[int, int]
 
 
+class Cached(NamedTuple):
+    """How many rows of each sequence a cache holds, and the table of its pages, if it is in pages."""
+
+    kv_lens: torch.Tensor
+    pages: torch.Tensor | None
+
+
 @dataclass
 class Problem:
     """One call to `attention` in the making."""
@@ -70,6 +77,8 @@ class Problem:
     tile: tilewise.tiles.Tile | None = field(default_factory=lambda: tilewise.tiles.Tile(16, 16))
     packed: Callable[[Problem], Packing] | None = None
     packing: Packing | None = None  # drawn when it is first asked for
+    page_size: int | None = None  # of a cache; 0: in one piece
+    cache: Cached | None = None
     layout: Callable[[Problem, tuple[int, ...]], torch.Tensor] | None = None
     mask: Any = None
     scores: list[Any] = field(default_factory=list)
@@ -115,8 +124,42 @@ class Problem:
             return make(self, (self.batch, heads, length, dim))
         return make(self, (1, heads, tokens, dim))[0].transpose(0, 1)
 
+    def filled(self) -> Cached | None:
+        """What the cache holds; None where there is none. Its pages lie in any order."""
+        if self.page_size is not None and self.cache is None:
+            lens = self.integers(0, self.kv_len, self.batch)
+            pages = None
+            if self.page_size:
+                each = -(-self.kv_len // self.page_size)
+                pages = torch.tensor(self.rng.sample(range(self.batch * each), self.batch * each))
+                pages = pages.reshape(self.batch, each).to(lens.device, lens.dtype)
+            self.cache = Cached(lens, pages)
+        return self.cache
+
+    def cache_of(self, dim: int) -> torch.Tensor:
+        """A cache of keys or values, NaN behind what is filled."""
+        lens, pages = self.filled()
+        make = self.layout or (lambda problem, shape: problem.randn(*shape, dtype=problem.dtype))
+        if pages is None:
+            x = make(self, (self.batch, self.kv_heads, self.kv_len, dim))
+            rows = [x[b, :, n:] for b, n in enumerate(lens.tolist())]
+        else:
+            x = make(self, (max(1, pages.numel()), self.kv_heads, self.page_size, dim)).transpose(1, 2)
+            rows = [
+                x[page, max(0, n - i * self.page_size) :]
+                for b, n in enumerate(lens.tolist())
+                for i, page in enumerate(pages[b].tolist())
+            ]
+        if all(stride or size == 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            for each in rows:
+                each.fill_(torch.nan)
+        return x
+
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v."""
+        if self.filled() is not None:
+            q = self.tensor(self.q_heads, self.q_len, self.head_dim, 0)
+            return q, self.cache_of(self.head_dim), self.cache_of(self.value_dim)
         tokens, kv_tokens = (0, 0) if self.rows() is None else self.rows().tokens
         return (
             self.tensor(self.q_heads, self.q_len, self.head_dim, tokens),
@@ -130,10 +173,13 @@ class Problem:
         return self.tensor(self.q_heads, self.q_len, self.value_dim, tokens)
 
     def keywords(self) -> dict[str, Any]:
-        """The keyword arguments of `attention`, or of `packed_attention`: then with offsets."""
+        """The keyword arguments of `attention`; of `packed_attention`, then with offsets; or of
+        `cached_attention`, then with lengths."""
         given = {"mask": self.mask, "score": self.scores or None, **self.arguments}
         if self.rows() is not None:
             given |= {"q_offsets": self.rows().q_offsets, "kv_offsets": self.rows().kv_offsets}
+        if self.filled() is not None:
+            given |= {"kv_lens": self.filled().kv_lens, "pages": self.filled().pages}
         return given
 
 
@@ -178,13 +224,13 @@ def build(
 
 def judge(problem: Problem, backward: bool = False) -> dict[str, torch.Tensor]:
     """Compare the kernels with the oracle on this problem, every address checked by the sanitizer; with
-    `backward` all gradients too, for a gradient of out that has the problem's memory layout. Returns the
-    gradients by name."""
+    `backward` all gradients too, for a gradient of out that has the problem's memory layout, but of a cache,
+    which has none. Returns the gradients by name."""
     q, k, v = problem.tensors()
     arguments = problem.keywords()
     forced = contextlib.nullcontext() if problem.tile is None else tilewise.tiles.use(problem.tile)
     with forced, sanitize():
-        if backward:
+        if backward and problem.filled() is None:
             return check_gradients(q, k, v, problem.gradient_of_out(), **arguments)
         check(q, k, v, **arguments)
         return {}

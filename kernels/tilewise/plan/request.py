@@ -161,7 +161,10 @@ def as_packing(q_offsets: Any, kv_offsets: Any) -> Packing:
 def request_of(
     q: Any, k: Any, v: Any, *, q_offsets: Any = None, kv_offsets: Any = None, **arguments: Any
 ) -> Request:
-    """The request of `attention`; where q_offsets are given, of `packed_attention`."""
+    """The request of `attention`; where q_offsets are given, of `packed_attention`, and where kv_lens are, of
+    `cached_attention`."""
+    if arguments.get("kv_lens") is not None:
+        return cached_request(q, k, v, q_offsets=q_offsets, **arguments)
     if q_offsets is None:
         return make_request(q, k, v, **arguments)
     return make_request(*as_heads(q, k, v), **arguments, packing=as_packing(q_offsets, kv_offsets))

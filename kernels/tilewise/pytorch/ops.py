@@ -43,7 +43,8 @@ def forward(
     request = decode(q, k, v, Encoded(tensors, ints, floats, spec))
     if implementation(request) == "torch":
         out, lse = run_torch(request, return_lse=True)
-        return out, lse, lse.new_zeros((2, *lse.shape))
+        statistics = q.new_zeros((2, *q.shape[:3]), dtype=torch.float32)
+        return out, lse, statistics  # type: ignore[return-value]
     return run_forward(request, return_lse=True, for_backward=True)  # type: ignore[return-value]
 
 
@@ -69,16 +70,17 @@ def plain_gradients(
     """PyTorch's own, through the plain path: an op is called where autograd no longer looks, so it is asked
     to look again."""
     given = (q, k, v, *encoded.tensors)
-    tensors = [x.detach().requires_grad_(needed) for x, needed in zip(given, needs, strict=True)]
-    included, excluded = (
-        torch._C._dispatch_tls_local_include_set(),
-        torch._C._dispatch_tls_local_exclude_set(),
-    )
-    with torch._C._ForceDispatchKeyGuard(included, excluded - AUTOGRAD), torch.enable_grad():
-        out, lse = run_torch(decode(*tensors[:3], encoded._replace(tensors=tensors[3:])), return_lse=True)
-        results, arrived = ((out,), (do,)) if dlse is None else ((out, lse), (do, dlse))
-        wanted = [x for x, needed in zip(tensors, needs, strict=True) if needed]
-        return list(torch.autograd.grad(results, wanted, arrived, materialize_grads=True))
+    q, k, v, *others = leaves = [x.detach().requires_grad_(n) for x, n in zip(given, needs, strict=True)]
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set() - AUTOGRAD
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        results = run_torch(decode(q, k, v, encoded._replace(tensors=others)), return_lse=True)
+        pairs = [
+            (x, dx) for x, dx in zip(results, (do, dlse), strict=True) if x is not None and dx is not None
+        ]
+        wanted = [x for x, needed in zip(leaves, needs, strict=True) if needed]
+        outs, arrived = zip(*pairs, strict=True)
+        return list(torch.autograd.grad(outs, wanted, arrived, materialize_grads=True))
 
 
 def backward_shapes(
