@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from ..shape import Shape, tensors_within
+from ..shape import ANY, Shape, tensors_within
 from .score import AXES, MEANINGS, BoundScore, Parameter, Score, Twin
 
 
@@ -59,11 +59,11 @@ class UserScore(Score):
     def misfits(self, shape: Shape) -> list[str]:
         found = []
         for i, axes, _ in self._parameters:
-            wanted = tuple(shape.scores[AXES.index(axis)] for axis in axes)
-            if tuple(self.args[i].shape) != wanted:
-                found.append(
-                    f"args[{i}].shape={tuple(self.args[i].shape)} must be {wanted}, by its axes {axes!r}"
-                )
+            wanted = tuple(shape.fitted[AXES.index(axis)] for axis in axes)
+            given = self.args[i].shape
+            sizes = zip(given, wanted, strict=False)
+            if len(given) != len(wanted) or any(full not in (size, ANY) for size, full in sizes):
+                found.append(f"args[{i}].shape={tuple(given)} must be {wanted}, by its axes {axes!r}")
         return found
 
     def looks(self) -> Any:
