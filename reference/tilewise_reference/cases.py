@@ -1,14 +1,18 @@
 """Attention as real models run it: named shapes with their provenance, for tests, benchmarks and tuning.
 
 ``CASES`` lists models; ``paper_grid`` generates the grid on which FlashAttention's papers report speed;
-``FEATURE_CASES`` are rows of it with one feature each, ``SHORT_CASES`` are shorter than it.
+``FEATURE_CASES`` are rows of it with one feature each, ``SHORT_CASES`` are shorter than it. ``PACKED_CASES``
+pack sequences one behind the other, beside dense cases of the same sizes.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
@@ -39,6 +43,7 @@ class Features(TypedDict, total=False):
     bool_mask: bool  # a dense mask [q_len, kv_len] that keeps half of the pairs, at random
     dropout: float  # the probability that a pair is dropped
     trained: bool  # what is learned besides q, k and v (bias, sink, slopes, ...) gets a gradient
+    lengths: tuple[int, ...]  # packed sequences: how long each is
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,9 @@ class Case:
 
     dtype: the name of a torch dtype. phase: what the model is doing. provenance: the model and the source of
     the numbers. A window without ``causal`` puts the queries at the end of the keys (``"bottom_right"``).
+
+    With ``lengths`` the sequences are packed, q [tokens, q_heads, head_dim]: batch is their number, and q_len
+    and kv_len are the length of the longest.
     """
 
     name: str
@@ -62,6 +70,35 @@ class Case:
     provenance: str
     features: Features = field(default_factory=Features, hash=False)
 
+    def __post_init__(self) -> None:
+        lengths = self.lengths
+        if lengths is None:
+            return
+        longest = max(lengths, default=0)
+        if min(lengths, default=0) < 1 or (self.batch, self.q_len, self.kv_len) != (
+            len(lengths), longest, longest,
+        ):  # fmt: skip
+            raise ValueError(
+                f"{self.name}: {lengths=} must be 1 or more each, as many as batch={self.batch}, the longest "
+                f"as long as q_len={self.q_len} and kv_len={self.kv_len}"
+            )
+
+    @property
+    def lengths(self) -> tuple[int, ...] | None:
+        """Of packed sequences; None where the tensors are dense."""
+        return self.features.get("lengths")
+
+    @property
+    def tokens(self) -> int:
+        """Queries of all sequences."""
+        return self.batch * self.q_len if self.lengths is None else sum(self.lengths)
+
+    def sequence(self, length: int) -> Case:
+        """One packed sequence by itself: a dense case with a batch of 1."""
+        asks = self.features.copy()
+        del asks["lengths"]
+        return replace(self, batch=1, q_len=length, kv_len=length, features=asks)
+
     @property
     def torch_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -70,6 +107,8 @@ class Case:
     def intervals(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys lo[i] <= j < hi[i] that query i sees under causal, window and documents: int64 tensors
         [q_len]. A dense mask counts in full: no kernel can leave out single pairs."""
+        if self.lengths is not None:
+            raise ValueError(f"{self.name} packs sequences, each with intervals of its own: ask sequence()")
         causal, (left, right) = self.features.get("causal"), self.features.get("window", (None, None))
         position = torch.arange(self.q_len) + shift(self.q_len, self.kv_len, causal or "bottom_right")
         lo, hi = torch.zeros_like(position), torch.full_like(position, self.kv_len)
@@ -98,6 +137,12 @@ class Case:
         lo, hi = self.intervals()
         return int((hi - lo).sum())
 
+    def all_pairs(self) -> int:
+        """How many pairs count in all sequences, per head: of packed ones as many as each has by itself."""
+        if self.lengths is None:
+            return self.batch * self.pairs()
+        return sum(count * self.sequence(length).pairs() for length, count in Counter(self.lengths).items())
+
     def flops(self, pass_: Literal["forward", "backward"] = "forward") -> int:
         """Multiplications and additions of the matmuls over the pairs that count.
 
@@ -109,18 +154,13 @@ class Case:
             "forward": self.head_dim + self.value_dim,
             "backward": 3 * self.head_dim + 2 * self.value_dim,
         }
-        return 2 * self.batch * self.q_heads * self.pairs() * per_pair[pass_]
+        return 2 * self.q_heads * self.all_pairs() * per_pair[pass_]
 
     def bytes(self) -> int:
         """The least memory traffic of the forward: each of q, the keys and values that some query sees, the
         bias, the mask, the table, the slopes and the sink read once (all but the mask in ``dtype``), out
         written once."""
-        lo, hi = self.intervals()
-        sees = lo < hi
-        # Neighbouring rows' intervals overlap or touch, so the keys seen by any row are one interval.
-        kv_seen = int(hi[sees].max() - lo[sees].min()) if bool(sees.any()) else 0
-        q_and_out = self.batch * self.q_heads * self.q_len * (self.head_dim + self.value_dim)
-        k_and_v = self.batch * self.kv_heads * kv_seen * (self.head_dim + self.value_dim)
+        rows = self.q_heads * self.tokens + self.kv_heads * self.keys_seen()
         extra = 0.0
         if "bias" in self.features:
             b, h, i, j = self.features["bias"]
@@ -131,7 +171,17 @@ class Case:
             extra += self.q_heads * self.features["relative_position"][0]
         per_head = (self.features.get(name, False) for name in ("sink", "temperature", "alibi"))
         extra += self.q_heads * sum(bool(used) for used in per_head)
-        return round((q_and_out + k_and_v + extra) * self.torch_dtype.itemsize)
+        return round((rows * (self.head_dim + self.value_dim) + extra) * self.torch_dtype.itemsize)
+
+    def keys_seen(self) -> int:
+        """How many keys some query sees, in all sequences."""
+        if self.lengths is not None:
+            counts = Counter(self.lengths).items()
+            return sum(count * self.sequence(length).keys_seen() for length, count in counts)
+        lo, hi = self.intervals()
+        sees = lo < hi
+        # Neighbouring rows' intervals overlap or touch, so the keys seen by any row are one interval.
+        return self.batch * int(hi[sees].max() - lo[sees].min()) if bool(sees.any()) else 0
 
 
 def paper_grid(
@@ -274,10 +324,64 @@ SHORT_CASES: tuple[Case, ...] = tuple(
     for head_dim in (64, 128) for length in (64, 128, 256)
 )  # fmt: skip
 
+# ---- Packed sequences
+
+
+def long_tailed(tokens: int, count: int, sigma: float = 1.2) -> tuple[int, ...]:
+    """So many lengths, `tokens` together: quantiles of a log-normal distribution, short and long mixed."""
+    normal = NormalDist()
+    sizes = [math.exp(sigma * normal.inv_cdf((i + 0.5) / count)) for i in range(count)]
+    lengths = [max(1, round(tokens * size / sum(sizes))) for size in sizes]
+    lengths[-1] += tokens - sum(lengths)
+    step = next(step for step in range(int(0.62 * count), count) if math.gcd(step, count) == 1)
+    return tuple(lengths[i * step % count] for i in range(count))
+
+
+def _packed(
+    model: str, provenance: str, heads: int | tuple[int, int], head_dim: int, kinds: tuple[str, ...],
+    **features: Unpack[Features],
+) -> list[Case]:  # fmt: skip
+    """Of these kinds: "equal", 16k tokens in sequences of 2048; "dense", the same batch without packing;
+    "mixed", 32k tokens in long-tailed lengths."""
+    mixed = long_tailed(32768, 64)
+    of_kind: dict[str, tuple[int, str, tuple[int, ...] | None]] = {
+        "equal": (8, "a training batch of 16k tokens, packed in equal lengths", (2048,) * 8),
+        "dense": (8, "the batch of equal lengths as dense tensors", None),
+        "mixed": (64, f"a packed training batch of 32k tokens, {_MIXED}", mixed),
+    }
+    found = []
+    for kind in kinds:
+        batch, words, lengths = of_kind[kind]
+        asks = features.copy()
+        if lengths is not None:
+            asks["lengths"] = lengths
+        found.append(
+            _case(f"packed-{model}-{kind}", f"{provenance}; {words}", "training", batch=batch, heads=heads,
+                  length=max(lengths or (2048,)), head_dim=head_dim, **asks)
+        )  # fmt: skip
+    return found
+
+
+_MIXED = (
+    "short and long mixed as in instruction tuning without padding (arXiv 2407.09105): quantiles of a "
+    "log-normal distribution, of no particular data set"
+)
+_ALL = ("equal", "dense", "mixed")
+
+PACKED_CASES: tuple[Case, ...] = (
+    *_packed("llama3-8b", _LLAMA_8B, (32, 8), 128, _ALL, causal="bottom_right"),
+    *_packed("llama2-7b", "Llama 2 7B: 32 heads of 128, context 4096 (arXiv 2307.09288; config.json)", 32,
+             128, _ALL, causal="bottom_right"),
+    *_packed("llama3.2-1b", "Llama 3.2 1B: 32 query and 8 key/value heads of 64 (config.json)", (32, 8), 64,
+             _ALL, causal="bottom_right"),
+    *_packed("modernbert-base", "ModernBERT-base, a global layer: 12 heads of 64, context 8192, no padding "
+             "(arXiv 2412.13663; config.json)", 12, 64, ("mixed",)),
+)  # fmt: skip
+
 
 def named_cases(grid_dtype: str = "float16") -> dict[str, Case]:
     """Every case there is, by name; those of the papers' grid in this dtype."""
-    every = (*CASES, *FEATURE_CASES, *SHORT_CASES, *paper_grid(dtype=grid_dtype))
+    every = (*CASES, *FEATURE_CASES, *SHORT_CASES, *PACKED_CASES, *paper_grid(dtype=grid_dtype))
     return {case.name: case for case in every}
 
 

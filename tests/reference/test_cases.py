@@ -6,9 +6,17 @@ import pytest
 import torch
 
 from tilewise_reference import CASES, masks, paper_grid
-from tilewise_reference.cases import FEATURE_CASES, SHORT_CASES, Case, Features, named_cases
+from tilewise_reference.cases import (
+    FEATURE_CASES,
+    PACKED_CASES,
+    SHORT_CASES,
+    Case,
+    Features,
+    long_tailed,
+    named_cases,
+)
 
-ALL = (*CASES, *paper_grid(), *FEATURE_CASES, *SHORT_CASES)
+ALL = (*CASES, *paper_grid(), *FEATURE_CASES, *SHORT_CASES, *PACKED_CASES)
 BY_NAME = {case.name: case for case in CASES}
 SMALL = Case("small", 2, 6, 3, 5, 7, 4, 3, "float16", "prefill", "made up")
 
@@ -132,6 +140,72 @@ def test_documents_by_hand():
 def test_a_dense_mask_counts_in_full_and_is_read_in_bytes():
     case = replace(SMALL, features={"bool_mask": True})
     assert (case.pairs(), case.bytes()) == (5 * 7, SMALL.bytes() + 5 * 7)
+
+
+# ---- Packed sequences
+
+
+def packed(*lengths: int, **features) -> Case:
+    longest = max(lengths)
+    asks = {**features, "lengths": lengths}
+    return replace(SMALL, batch=len(lengths), q_len=longest, kv_len=longest, features=asks)
+
+
+@pytest.mark.parametrize(
+    "features", [{}, {"causal": "bottom_right"}, {"causal": "bottom_right", "window": (2, 0)}]
+)
+def test_packed_sequences_count_as_each_does_by_itself(features):
+    case = packed(5, 1, 9, 5, **features)
+    alone = [replace(SMALL, batch=1, q_len=n, kv_len=n, features=features) for n in (5, 1, 9, 5)]
+    assert [case.sequence(n) for n in case.lengths] == alone
+    assert case.tokens == 20 and case.all_pairs() == sum(one.pairs() for one in alone)
+    for work in ("forward", "backward"):
+        assert case.flops(work) == sum(one.flops(work) for one in alone)
+    assert case.bytes() == sum(one.bytes() for one in alone)
+
+
+def test_packed_sequences_by_hand():
+    # Full: 9 + 49 pairs, 6 heads, 2 · (4 + 3) operations. Causal: 3 · 4 / 2 + 7 · 8 / 2 pairs.
+    assert packed(3, 7).flops() == (9 + 49) * 6 * 14
+    assert packed(3, 7, causal="bottom_right").all_pairs() == 6 + 28
+    # fp16: q and out of 6 heads, k and v of 3, 10 tokens of 4 + 3 numbers; the sinks are there once.
+    assert packed(3, 7).bytes() == 2 * (6 + 3) * 10 * 7
+    assert packed(3, 7, sink=True).bytes() == packed(3, 7).bytes() + 2 * 6
+
+
+def test_equal_packed_sequences_count_as_the_dense_batch_beside_them():
+    named = named_cases()
+    pairs = [(case, named[case.name[:-5] + "dense"]) for case in PACKED_CASES if case.name.endswith("-equal")]
+    assert len(pairs) == 3
+    for case, dense in pairs:
+        assert dense.lengths is None and (case.tokens, case.batch) == (dense.tokens, dense.batch) == (
+            16384,
+            8,
+        )
+        assert dense == replace(case, name=dense.name, provenance=dense.provenance, features=dense.features)
+        assert (case.flops(), case.flops("backward"), case.bytes()) == (
+            dense.flops(), dense.flops("backward"), dense.bytes()
+        )  # fmt: skip
+
+
+def test_mixed_lengths_have_a_long_tail():
+    lengths = long_tailed(32768, 64)
+    assert sum(lengths) == 32768 and len(lengths) == 64 and min(lengths) >= 1
+    ordered = sorted(lengths)
+    assert ordered[32] < 512 / 1.5 and ordered[-1] > 8 * 512 and list(lengths) != ordered
+    assert sum(n * n for n in lengths) < 0.05 * 64 * max(lengths) ** 2
+    assert long_tailed(7, 7) and sum(long_tailed(1000, 7)) == 1000
+
+
+def test_lengths_that_do_not_fit_the_sizes_are_refused():
+    case = packed(3, 7)
+    for wrong in (dict(batch=3), dict(q_len=8), dict(kv_len=3), dict(features={"lengths": (0, 7)})):
+        with pytest.raises(
+            ValueError, match=r"small: lengths=\(.* must be 1 or more each, as many as batch="
+        ):
+            replace(case, **wrong)
+    with pytest.raises(ValueError, match="small packs sequences, each with intervals of its own"):
+        case.pairs()
 
 
 def test_beginner_article():

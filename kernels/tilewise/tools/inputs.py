@@ -1,13 +1,16 @@
-"""The tensors and arguments of a named case: what benchmarks, tuning and `explain` call `attention` with."""
+"""The tensors and arguments of a named case: what benchmarks, tuning and `explain` call `attention` with,
+and `packed_attention` where the case packs sequences."""
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 
 from tilewise_reference import Case
 
+from ..packed import as_heads, as_packing
 from ..parts.masks.causal import Causal
 from ..parts.masks.dense import Dense
 from ..parts.masks.documents import Documents
@@ -23,7 +26,10 @@ Tensor = torch.Tensor
 
 class Inputs(NamedTuple):
     """q [batch, q_heads, q_len, head_dim], k, v [batch, kv_heads, kv_len, ...], the keyword arguments of
-    `attention`, and by name what is learned besides q, k and v: bias, sink, temperature, slopes, table."""
+    `attention`, and by name what is learned besides q, k and v: bias, sink, temperature, slopes, table.
+
+    Where the case packs sequences: q [tokens, q_heads, head_dim], k, v [tokens, kv_heads, ...], and the
+    arguments of `packed_attention`, q_offsets among them."""
 
     q: Tensor
     k: Tensor
@@ -35,12 +41,32 @@ class Inputs(NamedTuple):
         """The tensors that get a gradient, in order: those that require one."""
         return [x for x in (self.q, self.k, self.v, *self.learned.values()) if x.requires_grad]
 
+    def for_request(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """q, k, v and the arguments as `make_request` takes them: packed ones as [1, heads, tokens, dim]."""
+        given = dict(self.arguments)
+        if "q_offsets" not in given:
+            return self.q, self.k, self.v, given
+        given["packing"] = as_packing(given.pop("q_offsets"), None)
+        q, k, v = as_heads(self.q, self.k, self.v)
+        return q, k, v, given
+
+
+# What reads a tensor along queries or keys, or draws anew: no case asks for it of packed sequences.
+NOT_PACKED = ("documents", "bool_mask", "bias", "dropout")
+
+
+def refuse_packed(case: Case, what: str) -> None:
+    """Raise ValueError where the case packs sequences, which `what` does not look at."""
+    if case.lengths is not None:
+        raise ValueError(f"case {case.name} packs sequences of many lengths, and {what} dense tensors alone")
+
 
 def case_inputs(case: Case, device: torch.device | str, seed: int = 0, gradients: bool = False) -> Inputs:
     """Random normal tensors for `case`, the same for the same seed and device; with `gradients`, q, k and v
     require one, and so does what is learned where the case says that it is trained.
 
-    On the device "meta" nothing is drawn, and nothing is stored.
+    On the device "meta" nothing is drawn, and nothing is stored. Raises ValueError for a case that asks of
+    packed sequences what none does here.
     """
     device = torch.device(device)
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
@@ -51,11 +77,20 @@ def case_inputs(case: Case, device: torch.device | str, seed: int = 0, gradients
         x = torch.randn(shape, generator=generator, device=device, dtype=dtype)
         return x.requires_grad_(requires_grad)
 
-    q = normal(case.batch, case.q_heads, case.q_len, case.head_dim)
-    k = normal(case.batch, case.kv_heads, case.kv_len, case.head_dim)
-    v = normal(case.batch, case.kv_heads, case.kv_len, case.value_dim)
     learned: dict[str, Tensor] = {}
     arguments: dict[str, Any] = {}
+    if case.lengths is None:
+        q = normal(case.batch, case.q_heads, case.q_len, case.head_dim)
+        k = normal(case.batch, case.kv_heads, case.kv_len, case.head_dim)
+        v = normal(case.batch, case.kv_heads, case.kv_len, case.value_dim)
+    else:
+        if other := [name for name in NOT_PACKED if asks.get(name)]:
+            raise ValueError(f"case {case.name} packs sequences, which no case does with {', '.join(other)}")
+        q = normal(case.tokens, case.q_heads, case.head_dim)
+        k = normal(case.tokens, case.kv_heads, case.head_dim)
+        v = normal(case.tokens, case.kv_heads, case.value_dim)
+        offsets = torch.tensor([0, *accumulate(case.lengths)], dtype=torch.int32)
+        arguments["q_offsets"] = offsets.to(device)
     masks: list[Mask] = []
     scores: list[Any] = []
     align = asks.get("causal")

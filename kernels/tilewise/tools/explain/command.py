@@ -24,7 +24,7 @@ from tilewise_reference.cases import (
 )
 
 from ...parts.masks.dense import Dense
-from ..inputs import case_inputs
+from ..inputs import case_inputs, refuse_packed
 from .explain import Explanation
 from .explain import explain as explain_call
 from .findings import Work
@@ -150,6 +150,7 @@ def window_of(given: str) -> tuple[int | None, int | None]:
 
 def explain_case(case: Case, gpu: str | None, training: bool, impl: str | None = None) -> Explanation:
     """The explanation of a case, with q, k and v on the device meta: nothing of their size is stored."""
+    refuse_packed(case, "explain counts")
     inputs = case_inputs(case, "meta", gradients=training)
     arguments = dict(inputs.arguments)
     if "documents" in case.features:
