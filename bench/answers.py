@@ -4,6 +4,8 @@ out is looked at on some rows of the case itself: the first, the middle and the 
 sequences, against all keys. So is the gradient of q, a row of which depends on nothing but that row. Those of
 k, v and what is learned are sums over all rows, too many for float64: the same implementation is asked for
 them on a shortened copy of the case (up to 1024 rows of 8 heads, same features), where every element counts.
+
+Packed sequences are held against the oracle one by one, each as a dense call of its own.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from tilewise_reference.yardstick import largest_difference
 from .implementations.base import Implementation, Prepared
 from .judgement import Judgement, Problem, judge
 from .results import Work
+from .sequences import by_sequence, join, shape_of_out, split
 from .shrink import shortened
 
 Tensor = torch.Tensor
 CHUNK = 16  # rows looked at in one place
 HEADS, ROWS = 3, 64  # heads looked at, more where they have few rows: until there are so many rows
+SEQUENCES = 8  # packed ones looked at, from the shortest to the longest
 DROPOUT_SEED = 1234  # of PyTorch's generator, before each call whose dropped pairs are looked for
 
 
@@ -43,18 +47,32 @@ class Place(NamedTuple):
 
 
 def places(case: Case, device: torch.device) -> list[Place]:
-    """Where answers are looked at: first, middle and last of everything."""
-    length = case.q_len
-    if length <= 3 * CHUNK:
-        rows = torch.arange(length, device=device)
-    else:
-        middle = (length - CHUNK) // 2
-        starts = torch.tensor([0, middle, length - CHUNK], device=device)
-        rows = (starts[:, None] + torch.arange(CHUNK, device=device)).flatten()
-    pairs = case.batch * case.q_heads
-    count = min(pairs, max(HEADS, -(-ROWS // max(1, len(rows)))))
+    """Where answers are looked at: first, middle and last of everything; of packed sequences the shortest,
+    the longest and some between."""
+    lengths = case.lengths or (case.q_len,) * case.batch
+    order = sorted(range(case.batch), key=lengths.__getitem__)
+    pairs, most = case.batch * case.q_heads, min(max(lengths, default=0), 3 * CHUNK)
+    count = min(pairs, max(HEADS, -(-ROWS // max(1, most))))
+    if case.lengths is not None:
+        count = min(pairs, max(count, min(case.batch, SEQUENCES)))
     chosen = sorted({round(i * (pairs - 1) / max(1, count - 1)) for i in range(count)})
-    return [Place(i // case.q_heads, i % case.q_heads, rows) for i in chosen]
+    where = [(order[i // case.q_heads], i % case.q_heads) for i in chosen]
+    return [Place(batch, head, rows_of(lengths[batch], device)) for batch, head in where]
+
+
+def rows_of(length: int, device: torch.device) -> Tensor:
+    if length <= 3 * CHUNK:
+        return torch.arange(length, device=device)
+    middle = (length - CHUNK) // 2
+    starts = torch.tensor([0, middle, length - CHUNK], device=device)
+    return (starts[:, None] + torch.arange(CHUNK, device=device)).flatten()
+
+
+def at(case: Case, x: Tensor, place: Place) -> Tensor:
+    """The rows of a place in a tensor of out's or q's layout: [rows, dim]."""
+    if case.lengths is None:
+        return x[place.batch, place.head][place.rows]
+    return split(case, x)[place.batch][0, place.head][place.rows]
 
 
 # ---- The oracle's view of a case, and of some of its rows
@@ -62,6 +80,13 @@ def places(case: Case, device: torch.device) -> list[Place]:
 
 def request_of(inputs: Inputs) -> Request:
     return make_request(inputs.q, inputs.k, inputs.v, **inputs.arguments)
+
+
+def problem_at(case: Case, inputs: Inputs, place: Place, keep: Tensor | None) -> Problem:
+    """What the rows of a place are held against."""
+    if case.lengths is None:
+        return part(request_of(inputs), place, keep)
+    return part(request_of(by_sequence(case, inputs)[place.batch]), place._replace(batch=0), keep)
 
 
 def whole(request: Request, keep: Tensor | None) -> Problem:
@@ -165,17 +190,17 @@ def judge_forward(
     implementation: Implementation, case: Case, inputs: Inputs, prepared: Prepared, work: Work = "forward"
 ) -> Judgement:
     """Hold out against float64 on the rows of `places`."""
-    request, found = request_of(inputs), places(case, inputs.q.device)
+    found = places(case, inputs.q.device)
     torch.manual_seed(DROPOUT_SEED)
     out = prepared.out().detach()
-    wanted = (case.batch, case.q_heads, case.q_len, case.value_dim)
+    wanted = shape_of_out(case)
     if tuple(out.shape) != wanted or out.dtype != inputs.q.dtype:
         given = f"{tuple(out.shape)} of {out.dtype}"
         return Judgement(float("inf"), 0.0, 0.0, f"out is {given}, not {wanted} of {inputs.q.dtype}")
     with torch.no_grad():
-        keeps = _keeps(implementation, case, inputs, work, request, found)
-        problems = [part(request, place, keep) for place, keep in zip(found, keeps, strict=True)]
-        got = torch.cat([out[p.batch, p.head][p.rows] for p in found])
+        keeps = _keeps(implementation, case, inputs, work, found)
+        problems = [problem_at(case, inputs, *each) for each in zip(found, keeps, strict=True)]
+        got = torch.cat([at(case, out, place) for place in found])
         exact = torch.cat([problem.exact()[0, 0] for problem in problems])
         torch_error = 0.0
         for problem in problems:
@@ -188,12 +213,12 @@ def judge_row_gradients(
     case: Case, inputs: Inputs, do: Tensor, dq: Tensor, keeps: list[Tensor | None]
 ) -> Judgement:
     """Hold the gradient of q against float64 on the rows of `places`."""
-    request, found = request_of(inputs), places(case, inputs.q.device)
+    found = places(case, inputs.q.device)
     got, exact, torch_error = [], [], 0.0
     for place, keep in zip(found, keeps, strict=True):
-        problem = _detached(part(request, place, keep))
-        here = do[place.batch, place.head][place.rows][None, None]
-        got.append(dq[place.batch, place.head][place.rows])
+        problem = _detached(problem_at(case, inputs, place, keep))
+        here = at(case, do, place)[None, None]
+        got.append(at(case, dq, place))
         for near in problem.neighbours(len(found) * got[-1].numel()):
             want, have = (_gradient(near, dtype, here) for dtype in (torch.float64, near.q.dtype))
             if near is problem:
@@ -206,7 +231,7 @@ def judge_backward(
     implementation: Implementation, case: Case, inputs: Inputs, prepared: Prepared, work: Work, seed: int = 0
 ) -> Judgement:
     """Hold out and every gradient against float64; the judgement that is closest to its limit."""
-    request, found = request_of(inputs), places(case, inputs.q.device)
+    found = places(case, inputs.q.device)
     judgements = [judge_forward(implementation, case, inputs, prepared, work)]
     do = gradient_of_out(case, inputs, seed)
     torch.manual_seed(DROPOUT_SEED)
@@ -214,7 +239,7 @@ def judge_backward(
     finite = [name for name, x in gradients.items() if not bool(torch.isfinite(x).all())]
     if finite:
         return Judgement(float("inf"), 0.0, 0.0, f"the gradient of {', '.join(finite)} is not finite")
-    keeps = _keeps(implementation, case, inputs, work, request, found)
+    keeps = _keeps(implementation, case, inputs, work, found)
     judgements.append(judge_row_gradients(case, inputs, do, gradients["q"], keeps))
     judgements += judge_all_gradients(implementation, shortened(case), inputs.q.device, work, seed)
     return max(judgements, key=lambda judgement: judgement.excess)
@@ -229,21 +254,35 @@ def judge_all_gradients(
     prepared = implementation.prepare(case, inputs, work)
     torch.manual_seed(DROPOUT_SEED)
     gradients = prepared.gradients(prepared.backward(do)())
-    request, keep = request_of(inputs), None
-    if request.dropout is not None:
-        keep = whole_keep(implementation, case, inputs, work, request)
+    requests, keep = [request_of(piece) for piece in by_sequence(case, inputs)], None
+    if requests[0].dropout is not None:
+        keep = whole_keep(implementation, case, inputs, work, requests[0])
     missing = {"q", "k", "v"} | {n for n, x in inputs.learned.items() if x.requires_grad}
     missing -= gradients.keys()
     if missing:
         return [Judgement(float("inf"), 0.0, 0.0, f"no gradient of {', '.join(sorted(missing))}")]
     wanted: dict[str, Tensor] = {}
     errors = dict.fromkeys(gradients, 0.0)
-    for near in whole(request, keep).neighbours(min(x.numel() for x in gradients.values())):
-        exact, own = (_all_gradients(request, near, keep, do, dtype) for dtype in (torch.float64, None))
+    fewest = min(x.numel() for x in gradients.values())
+    pieces, neighbours = split(case, do), (whole(request, keep).neighbours(fewest) for request in requests)
+    for near in zip(*neighbours, strict=True):
+        each = [*zip(requests, near, pieces, strict=True)]
+        exact, own = (
+            _joined(case, [_all_gradients(r, problem, keep, piece, dtype) for r, problem, piece in each])
+            for dtype in (torch.float64, None)
+        )
         wanted = wanted or exact
         for name in errors:
             errors[name] = max(errors[name], largest_difference(own[name], exact[name]))
     return [judge(f"d{name}", x, wanted[name], errors[name]) for name, x in gradients.items()]
+
+
+def _joined(case: Case, pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The gradients of all sequences: of q, k and v one behind the other, of what is learned their sum."""
+    if case.lengths is None:
+        return pieces[0]
+    of = {name: [piece[name] for piece in pieces] for name in pieces[0]}
+    return {name: join(case, x) if name in ("q", "k", "v") else sum(x[1:], x[0]) for name, x in of.items()}
 
 
 def whole_keep(
@@ -265,12 +304,12 @@ def _keeps(
     case: Case,
     inputs: Inputs,
     work: Work,
-    request: Request,
     found: list[Place],
 ) -> list[Tensor | None]:
-    if request.dropout is None:
+    if "dropout_p" not in inputs.arguments:
         return [None] * len(found)
     if implementation.seeded:
+        request = request_of(inputs)
         return [seeded_keep(request, place) for place in found]
     with torch.enable_grad():
         return list(revealed_keep(implementation, case, inputs, work, found))
@@ -278,9 +317,8 @@ def _keeps(
 
 def gradient_of_out(case: Case, inputs: Inputs, seed: int) -> Tensor:
     """Random, the same for the same seed."""
-    shape = (case.batch, case.q_heads, case.q_len, case.value_dim)
     generator = torch.Generator(inputs.q.device).manual_seed(seed + 1)
-    return torch.randn(shape, generator=generator, device=inputs.q.device, dtype=inputs.q.dtype)
+    return torch.randn(shape_of_out(case), generator=generator, device=inputs.q.device, dtype=inputs.q.dtype)
 
 
 def _detached(problem: Problem) -> Problem:

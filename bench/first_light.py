@@ -4,7 +4,7 @@ The weights are seconds: a stage that needs fewer leaves them to those after it,
 takes as much from all of these. Everything of Hopper's forward waits for its canary (gate.py).
 docs/gpu_run.md says how to read what comes of it.
 
-    FIRST   420 s    a kernel that works at all → the first ratios → every feature → the rest
+    FIRST   420 s    a kernel that works at all → the first ratios → every feature → packed → the rest
     AGAIN   200 s    what failed there or was not reached → tuning → FlexAttention
 """
 
@@ -64,6 +64,10 @@ def some(jobs: Jobs, count: int) -> Jobs:
 
 FEWER, ALL = (4096, 16384), (4096, 8192, 16384)
 WIDTH_128, OTHER_WIDTHS = grid(128, lengths=ALL), grid(64, 256, lengths=FEWER)
+PACKED = measure_jobs(
+    "packed forward", "packed backward", names=(PORTABLE, *RIVALS, "varlen_attn"),
+    only=lambda case: "llama3-8b" in case.name or "llama2-7b-mixed" in case.name,
+)  # fmt: skip
 HOST = measure_jobs("host", names=(PORTABLE, SUSPECT, "sdpa"))
 TESTS = one_after_the_other(
     # The second file asks whether sums depend on their place, which machine code does not show.
@@ -80,16 +84,19 @@ FIRST: tuple[Plan, ...] = (
         "hopper", 25, one_after_the_other(compiled(128, lengths=ALL), some(check_jobs("hopper"), 4)),
         limit=75, beside=14,
     ),
-    Plan("first ratios", 95, some(WIDTH_128, 3), most=4.0, limit=50),
+    Plan("first ratios", 90, some(WIDTH_128, 3), most=4.0, limit=50),
     Plan(
-        "correctness", 95,
-        one_after_the_other(compiled(64, 256, lengths=FEWER), some(check_jobs("correctness"), 4)),
+        "correctness", 90,
+        one_after_the_other(
+            compiled(64, 256, lengths=FEWER), compile_jobs(PACKED), some(check_jobs("correctness"), 4)
+        ),
         limit=90, beside=10,
     ),
-    Plan("other widths and the host", 65, one_after_the_other(some(OTHER_WIDTHS, 4), some(HOST, 1)), most=2.0,
+    Plan("other widths and the host", 60, one_after_the_other(some(OTHER_WIDTHS, 4), some(HOST, 1)), most=2.0,
          limit=50),
+    Plan("packed sequences", 20, some(PACKED, 2), most=1.0, limit=50),
     Plan("tests", 70, TESTS, most=70.0, limit=90, beside=2, measuring=1.0),
-    Plan("ceilings", 20, ceiling_jobs, most=6.0),
+    Plan("ceilings", 15, ceiling_jobs, most=6.0),
 )  # fmt: skip
 
 
@@ -120,6 +127,7 @@ def again(earlier: Results) -> tuple[Plan, ...]:
         rest("first ratios", 20),
         rest("correctness", 12),
         rest("other widths and the host", 8),
+        rest("packed sequences", 6),
         rest("tests", 12),
         Plan("tuning", 40, tuning_jobs, most=10.0, limit=60, measuring=1.0),
         Plan("FlexAttention", 15, some(flex, 1), most=1.5, limit=60),

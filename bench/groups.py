@@ -12,7 +12,15 @@ from dataclasses import replace
 
 import torch
 
-from tilewise_reference.cases import CASES, FEATURE_CASES, SHORT_CASES, Case, Features, paper_grid
+from tilewise_reference.cases import (
+    CASES,
+    FEATURE_CASES,
+    PACKED_CASES,
+    SHORT_CASES,
+    Case,
+    Features,
+    paper_grid,
+)
 
 from .results import Work
 from .shrink import smoke as smoke
@@ -26,6 +34,8 @@ GROUPS: tuple[str, ...] = (
     "short forward",
     "models forward",
     "models backward",
+    "packed forward",
+    "packed backward",
     "features forward",
     "features backward",
     "host",
@@ -34,6 +44,7 @@ GROUPS: tuple[str, ...] = (
 HEAD_DIMS = (128, 64, 256)  # the most used first
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 QUICK_LENGTHS = (1024, 4096, 16384)
+QUICK_PACKED = "packed-llama3-8b-"
 QUICK_MODELS = (
     "llama3-8b-prefill",
     "llama3-8b-decode",
@@ -98,6 +109,7 @@ def comparisons(name: str, quick: bool = False, tiny: bool | None = None) -> lis
 
 def _full(name: str, quick: bool, head_dims: tuple[int, ...]) -> list[Comparison]:
     grid = paper_grid(head_dims, QUICK_LENGTHS if quick else LENGTHS, "bfloat16")
+    packed = [case for case in PACKED_CASES if not quick or case.name.startswith(QUICK_PACKED)]
     models = [case for case in CASES if not quick or case.name in QUICK_MODELS]
     if name == "forward grid":
         return [(case, "forward") for case in grid]
@@ -109,6 +121,10 @@ def _full(name: str, quick: bool, head_dims: tuple[int, ...]) -> list[Comparison
         return [(case, "forward") for case in models]
     if name == "models backward":
         return [(case, "backward") for case in models if case.phase == "training"]
+    if name == "packed forward":
+        return [(case, "forward") for case in packed]
+    if name == "packed backward":
+        return [(case, "backward") for case in packed]
     if name == "features forward":
         return [(case, "forward") for case in FEATURE_CASES]
     if name == "features backward":
@@ -124,6 +140,7 @@ def _distinct(found: Iterable[Comparison]) -> list[Comparison]:
     """Those that differ in more than their names and the number of sequences."""
     kept: dict[str, Comparison] = {}
     for case, work in found:
-        alike = replace(case, name="", provenance="", phase="encoder", batch=1)
+        batch = 1 if case.lengths is None else case.batch
+        alike = replace(case, name="", provenance="", phase="encoder", batch=batch)
         kept.setdefault(repr((alike, work)), (case, work))
     return list(kept.values())

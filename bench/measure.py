@@ -95,7 +95,8 @@ def blank(case: Case, work: Work, group: str, implementation: Implementation) ->
         flops=0 if timed_on_host else case.flops("backward" if work == "backward" else "forward"),
         bytes=case.bytes() if work == "forward" else 0,
         dtype=case.dtype,
-        sizes={name: getattr(case, name) for name in SIZES},
+        sizes={name: getattr(case, name) for name in SIZES}
+        | ({} if case.lengths is None else {"tokens": case.tokens}),
     )
 
 

@@ -59,7 +59,7 @@ class Row:
     peak_bytes: int | None = None  # most memory in use beyond what was there before the call
     sizes: dict[str, int] = field(
         default_factory=dict
-    )  # batch, q_heads, kv_heads, q_len, kv_len, head_dim, ...
+    )  # batch, q_heads, kv_heads, q_len, kv_len, head_dim, ...; tokens, where sequences are packed
 
     @property
     def median(self) -> float | None:

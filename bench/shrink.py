@@ -8,7 +8,8 @@ from tilewise_reference.cases import Case, Features
 
 
 def shrunk(case: Case, *, batch: int, kv_heads: int, group: int, length: int, suffix: str) -> Case:
-    """The case with at most this many sequences, key heads, query heads a key head and rows.
+    """The case with at most this many sequences, key heads, query heads a key head and rows. Of packed
+    sequences one more stays: the shortest, the longest and those between.
 
     Lengths, window and documents shrink in proportion, so that what was masked stays masked; head_dim, dtype
     and features stay. A case that fits already comes back as it is, else `suffix` is added to its name.
@@ -18,7 +19,7 @@ def shrunk(case: Case, *, batch: int, kv_heads: int, group: int, length: int, su
     longest = max(case.q_len, case.kv_len)
     share = min(1.0, length / longest)
     q_len, kv_len = (max(1, round(size * share)) for size in (case.q_len, case.kv_len))
-    sequences = min(case.batch, batch)
+    sequences = min(case.batch, batch + (case.lengths is not None))
     sizes = (sequences, heads, kv, q_len, kv_len)
     if sizes == (case.batch, case.q_heads, case.kv_heads, case.q_len, case.kv_len):
         return case
@@ -32,10 +33,21 @@ def shrunk(case: Case, *, batch: int, kv_heads: int, group: int, length: int, su
         asks["bias"] = (b, h, i, j)
     if "documents" in asks:
         asks["documents"] = min(asks["documents"], max(1, q_len // 4))
+    if case.lengths is not None:
+        asks["lengths"] = tuple(max(1, round(size * share)) for size in some(case.lengths, sequences))
     return replace(
         case, name=case.name + suffix, batch=sequences, q_heads=heads, kv_heads=kv, q_len=q_len,
         kv_len=kv_len, features=asks,
     )  # fmt: skip
+
+
+def some(lengths: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """So many of the lengths, in their order: spread from the shortest to the longest."""
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    last = len(lengths) - 1
+    return tuple(
+        lengths[i] for i in sorted(by_length[last - last * n // max(1, count - 1)] for n in range(count))
+    )
 
 
 def smoke(case: Case) -> Case:

@@ -51,7 +51,13 @@ class Plan:
 FORWARD = measure_jobs("forward grid", order=most_telling)
 BACKWARD = measure_jobs("backward grid", order=most_telling)
 MODELS = measure_jobs(
-    "features forward", "features backward", "models forward", "models backward", "short forward"
+    "features forward",
+    "features backward",
+    "models forward",
+    "models backward",
+    "packed forward",
+    "packed backward",
+    "short forward",
 )
 
 STAGES: tuple[Plan, ...] = (

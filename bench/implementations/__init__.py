@@ -19,6 +19,7 @@ from .host import Compiled, Unlaunched
 from .jax_cudnn import JaxCudnn
 from .ours import Tilewise
 from .sdpa import Sdpa
+from .varlen import Varlen
 from .xformers import XFormers
 
 __all__ = ["IMPLEMENTATIONS", "Implementation", "Prepared", "UnsupportedError", "for_group", "select"]
@@ -29,6 +30,7 @@ _KERNELS: tuple[Implementation, ...] = (
     Sdpa("flash"),
     Sdpa("cudnn"),
     Sdpa("efficient"),
+    Varlen(),
     Flex(),
     Flash2(),
     FlashCute(),
@@ -64,6 +66,7 @@ def for_group(group: str) -> list[Implementation]:
     """Every implementation that a group compares, available here or not."""
     if group == "host":
         return list(_HOST)
-    # Plain PyTorch has nothing to compile at a first call.
-    plain = ("sdpa math", "tilewise torch") if group == "cold start" else ()
-    return [each for each in _KERNELS if each.name not in plain]
+    # Plain PyTorch has nothing to compile at a first call, and varlen_attn is for packed sequences alone.
+    left_out = ["sdpa math", "tilewise torch"] if group == "cold start" else []
+    left_out += [] if group.startswith("packed") else ["varlen_attn"]
+    return [each for each in _KERNELS if each.name not in left_out]

@@ -1,13 +1,14 @@
 """FlashAttention: the package flash_attn 2, and its CuTe kernels, flash_attn.cute.
 
-Both take [batch, length, heads, dim], given contiguous; packed documents go through the functions for
-variable lengths as [tokens, heads, dim].
+Both take [batch, length, heads, dim], given contiguous; packed sequences and documents go through the
+functions for variable lengths as [tokens, heads, dim].
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -61,18 +62,22 @@ class FlashAttention(Implementation):
         raise NotImplementedError
 
     def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
-        documents = "documents" in case.features
-        options, function = self.options(case, inputs), self.function(documents)
+        documents, packed = "documents" in case.features, case.lengths is not None
+        options, function = self.options(case, inputs), self.function(documents or packed)
 
         def native(x: Tensor) -> Tensor:
+            if packed:
+                return x.contiguous()
             x = length_first(x).contiguous()
             return x.flatten(0, 1) if documents else x
 
         def standard(x: Tensor) -> Tensor:
+            if packed:
+                return x
             return length_first(x.unflatten(0, (case.batch, -1)) if documents else x)
 
         q, k, v = (native(x.detach()).requires_grad_(x.requires_grad) for x in inputs[:3])
-        if documents:
+        if documents or packed:
             options |= packing(case, q.device)
         leaves = dict(q=q, k=k, v=v, **{n: x for n, x in inputs.learned.items() if x.requires_grad})
 
@@ -91,7 +96,7 @@ class Flash2(FlashAttention):
         asks = case.features
         if case.head_dim != case.value_dim:
             return f"{self.name} needs head_dim = value_dim, not {case.head_dim} and {case.value_dim}"
-        if asks.get("sink") and (is_backward(work) or "documents" in asks):
+        if asks.get("sink") and (is_backward(work) or "documents" in asks or case.lengths is not None):
             return f"{self.name} has no sink; rescaling by its lse has no derivative"
         if learns(case, work) and asks.get("alibi"):
             return f"{self.name} gives slopes no gradient"
@@ -152,11 +157,18 @@ class FlashCute(FlashAttention):
 
 
 def packing(case: Case, device: torch.device) -> Extra:
-    """Where each document begins, over all sequences of the batch, and the longest one."""
+    """Where each document begins, over all sequences of the batch, and the longest one; or where each packed
+    sequence does."""
+    if case.lengths is not None:
+        offsets = torch.tensor([0, *accumulate(case.lengths)], device=device, dtype=torch.int32)
+        return _packed(offsets, case.q_len)
     first, _ = case.document_bounds()
     starts = torch.unique(first)
     lengths = torch.diff(starts, append=torch.tensor([case.q_len]))
     offsets = torch.cat([starts + b * case.q_len for b in range(case.batch)])
     offsets = torch.cat([offsets, torch.tensor([case.batch * case.q_len])]).to(device, torch.int32)
-    longest = int(lengths.max())
+    return _packed(offsets, int(lengths.max()))
+
+
+def _packed(offsets: Tensor, longest: int) -> Extra:
     return dict(cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest, max_seqlen_k=longest)

@@ -48,7 +48,8 @@ class FlashInfer(Implementation):
     def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
         module: Any = importlib.import_module(self.module)
         device, asks = inputs.q.device, case.features
-        if "documents" in asks:
+        packed = case.lengths is not None
+        if packed or "documents" in asks:
             rows = keys = packing(case, device)["cu_seqlens_q"]
         else:
             count = torch.arange(case.batch + 1, device=device, dtype=torch.int32)
@@ -69,9 +70,12 @@ class FlashInfer(Implementation):
             sm_scale=scale_of(case),
             q_data_type=inputs.q.dtype,
         )
-        q, k, v = (length_first(x.detach()).contiguous().flatten(0, 1) for x in inputs[:3])
+        q, k, v = (x.detach() for x in inputs[:3])
+        q, k, v = (
+            x.contiguous() if packed else length_first(x).contiguous().flatten(0, 1) for x in (q, k, v)
+        )
 
         def standard(x: Tensor) -> Tensor:
-            return length_first(x.unflatten(0, (case.batch, -1)))
+            return x if packed else length_first(x.unflatten(0, (case.batch, -1)))
 
         return Prepared(lambda: wrapper.run(q, k, v), {}, standard)

@@ -1,7 +1,8 @@
 """PyTorch's FlexAttention: torch.compile(flex_attention), with a block mask and score functions.
 
 On a CPU it runs uncompiled and only forward, which checks the set-up and times nothing. A sink is what its
-users make of it: the result times sigmoid(lse - sink), compiled together with the rest.
+users make of it: the result times sigmoid(lse - sink), compiled together with the rest. Packed sequences are
+one long sequence under a block mask of documents.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Flex(Implementation):
 
     def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
         q, k, v = inputs[:3]
+        packed = case.lengths is not None
         on_gpu = q.device.type == "cuda"
         if is_backward(work) and not on_gpu:
             raise UnsupportedError("flex_attention has no backward on a CPU")
@@ -61,7 +63,14 @@ class Flex(Implementation):
         else:
             run = uncompiled(run)
         leaves = {name: x for name, x in dict(q=q, k=k, v=v, **inputs.learned).items() if x.requires_grad}
+        if packed:
+            return Prepared(lambda: run(*map(as_one, (q, k, v)))[0].transpose(0, 1), leaves)
         return Prepared(lambda: run(q, k, v), leaves)
+
+
+def as_one(x: Tensor) -> Tensor:
+    """[tokens, heads, dim] as one sequence [1, heads, tokens, dim]."""
+    return x.transpose(0, 1)[None]
 
 
 def attend(case: Case, inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -106,7 +115,9 @@ def block_mask(case: Case, inputs: Inputs) -> BlockMask | None:
             keep = keep & rule(b, h, i, j)
         return keep
 
-    return create_block_mask(mask_mod, None, None, case.q_len, case.kv_len, device=inputs.q.device)
+    # Queries and keys of packed sequences are as many.
+    q_len, kv_len = (case.q_len, case.kv_len) if case.lengths is None else (case.tokens, case.tokens)
+    return create_block_mask(mask_mod, None, None, q_len, kv_len, device=inputs.q.device)
 
 
 def mask_rules(case: Case, inputs: Inputs) -> list[Rule]:
@@ -123,6 +134,10 @@ def mask_rules(case: Case, inputs: Inputs) -> list[Rule]:
     if "documents" in asks:
         ids = case.document_ids().to(inputs.q.device)
         rules.append(lambda b, h, i, j: ids[i] == ids[j])
+    if case.lengths is not None:
+        lengths = torch.tensor(case.lengths)
+        of = torch.repeat_interleave(torch.arange(case.batch), lengths).to(inputs.q.device)
+        rules.append(lambda b, h, i, j: of[i] == of[j])
     if asks.get("bool_mask"):
         dense = dense_mask(inputs)
         rules.append(lambda b, h, i, j: dense[i, j])

@@ -38,6 +38,7 @@ REASONS = {
     "softcap": "jax.nn.dot_product_attention has no softcap",
     "sink": "jax.nn.dot_product_attention has no sink",
     "dropout": "jax.nn.dot_product_attention has no dropout",
+    "lengths": "jax.nn.dot_product_attention takes padded batches with their lengths, not packed sequences",
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 import tilewise
+from tilewise.plan.checks import violations
+from tilewise.plan.request import make_request
 from tilewise.tools.inputs import Inputs, case_inputs
 from tilewise_reference.cases import Case
 
@@ -25,10 +27,15 @@ class Tilewise(Implementation):
 
     def unsupported(self, case: Case, work: Work) -> str | None:
         inputs = case_inputs(case, "meta", gradients=is_backward(work))
-        q, k, v, arguments, _ = inputs
-        return "; ".join(tilewise.why_not(q, k, v, **arguments, impl=self.impl)) or None
+        q, k, v, given = inputs.for_request()
+        if case.lengths is None:
+            reasons = tilewise.why_not(q, k, v, **given, impl=self.impl)
+        else:
+            reasons = [str(each) for each in violations(make_request(q, k, v, **given, impl=self.impl))]
+        return "; ".join(reasons) or None
 
     def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
         q, k, v, arguments, learned = inputs
         leaves = {name: x for name, x in dict(q=q, k=k, v=v, **learned).items() if x.requires_grad}
-        return Prepared(lambda: tilewise.attention(q, k, v, **arguments, impl=self.impl), leaves)
+        attend = tilewise.attention if case.lengths is None else tilewise.packed_attention
+        return Prepared(lambda: attend(q, k, v, **arguments, impl=self.impl), leaves)

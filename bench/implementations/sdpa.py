@@ -2,6 +2,7 @@
 
 Masks and biases are handed over as attn_mask, made ready outside of what is timed unless something in them is
 learned. The cosine is computed by normalising q and k within the call, for there is no other way to have it.
+Packed sequences are nested tensors: jagged.py.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .base import (
     scale_of,
     written_out,
 )
+from .jagged import jagged_call, why_not_jagged
 
 Tensor = torch.Tensor
 BACKENDS = {
@@ -58,11 +60,32 @@ class Sdpa(Implementation):
 
     def unsupported(self, case: Case, work: Work) -> str | None:
         reason = refusal(case, REASONS)
+        if reason is None and case.lengths is not None:
+            return why_not_jagged(case, self.backend)
         if reason is None and self.backend == "flash" and _others(case):
             return "the flash backend takes no attn_mask, which this case needs"
         return reason
 
     def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
+        if case.lengths is None:
+            attend, extra = self.dense_call(case, inputs, work)
+        else:
+            attend, extra = jagged_call(case, inputs), 0
+
+        def call() -> Tensor:
+            if self.backend is None:
+                return attend()
+            with sdpa_kernel(BACKENDS[self.backend]):
+                return attend()
+
+        with torch.set_grad_enabled(is_backward(work)):
+            _try(call, self.name)
+        learned = dict(zip("qkv", inputs[:3], strict=True)) | inputs.learned
+        leaves = {name: x for name, x in learned.items() if x.requires_grad}
+        return Prepared(call, leaves, extra_bytes=extra)
+
+    def dense_call(self, case: Case, inputs: Inputs, work: Work) -> tuple[Callable[[], Tensor], int]:
+        """The call, and the bytes of what was made ready for it."""
         asks, (q, k, v) = case.features, inputs[:3]
         options: dict[str, Any] = dict(
             scale=scale_of(case), dropout_p=asks.get("dropout", 0.0), enable_gqa=case.q_heads != case.kv_heads
@@ -87,16 +110,7 @@ class Sdpa(Implementation):
             a, b = normalized(q, k, temperature) if cosine else (q, k)
             return F.scaled_dot_product_attention(a, b, v, attn_mask=mask(), **options)
 
-        def call() -> Tensor:
-            if self.backend is None:
-                return attend()
-            with sdpa_kernel(BACKENDS[self.backend]):
-                return attend()
-
-        with torch.set_grad_enabled(is_backward(work)):
-            _try(call, self.name)
-        leaves = {name: x for name, x in dict(q=q, k=k, v=v, **inputs.learned).items() if x.requires_grad}
-        return Prepared(call, leaves, extra_bytes=extra)
+        return attend, extra
 
 
 def _try(call: Callable[[], Any], name: str) -> None:

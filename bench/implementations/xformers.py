@@ -1,6 +1,7 @@
 """xFormers' memory_efficient_attention, which chooses among its own kernels; [batch, length, heads, dim].
 
-Packed documents are one sequence of all tokens, [1, tokens, heads, dim], under its block diagonal mask.
+Packed sequences and documents are one sequence of all tokens, [1, tokens, heads, dim], under its block
+diagonal mask.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class XFormers(Implementation):
             return "xformers has no cosine similarity"
         if case.q_heads != case.kv_heads and is_backward(work):
             return "xformers has no backward for grouped heads"
+        if case.lengths is not None and not _is_packed(case):
+            return "xformers is asked for packed sequences with a causal mask or none, and nothing else"
         if learns(case, work):
             return "xformers is given biases made ready before the call, which get no gradient"
         return refusal(case, REASONS)
@@ -53,10 +56,14 @@ class XFormers(Implementation):
         packed, group = _is_packed(case), case.q_heads // case.kv_heads
 
         def native(x: Tensor) -> Tensor:
+            if case.lengths is not None:
+                return x.contiguous()[None]
             x = length_first(x).contiguous()
             return x.flatten(0, 1)[None] if packed else x
 
         def standard(x: Tensor) -> Tensor:
+            if case.lengths is not None:
+                return x[0]
             return length_first(x[0].unflatten(0, (case.batch, -1)) if packed else x)
 
         q, k, v = (native(x.detach()).requires_grad_(x.requires_grad) for x in inputs[:3])
@@ -76,7 +83,14 @@ class XFormers(Implementation):
 
 def _is_packed(case: Case) -> bool:
     asks = case.features
-    return "documents" in asks and "window" not in asks and not any(asks.get(name) for name in DENSE)
+    blocks = "documents" in asks or case.lengths is not None
+    return blocks and "window" not in asks and not any(asks.get(name) for name in DENSE)
+
+
+def document_lengths(case: Case) -> list[int]:
+    """Of all sequences of the batch."""
+    first, stop = case.document_bounds()
+    return [int(n) for n in (stop - first)[torch.unique(first)]] * case.batch
 
 
 def attn_bias(kinds: Any, case: Case, inputs: Inputs) -> Any:
@@ -84,8 +98,7 @@ def attn_bias(kinds: Any, case: Case, inputs: Inputs) -> Any:
     asks = case.features
     align, window = asks.get("causal"), asks.get("window")
     if _is_packed(case):
-        first, stop = case.document_bounds()
-        lengths = [int(n) for n in (stop - first)[torch.unique(first)]] * case.batch
+        lengths = [*case.lengths] if case.lengths is not None else document_lengths(case)
         blocks = kinds.BlockDiagonalMask.from_seqlens(lengths)
         return blocks if align is None else blocks.make_causal()
     if align is not None and not any(asks.get(name) for name in (*DENSE, "documents")):

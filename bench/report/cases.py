@@ -17,6 +17,8 @@ GROUPS = {
     "short forward": "Forward, on short sequences",
     "models forward": "Forward, as models call it",
     "models backward": "Backward, as models call it",
+    "packed forward": "Forward, on packed sequences",
+    "packed backward": "Backward, on packed sequences",
     "features forward": "Forward, with one feature at a time",
     "features backward": "Backward, with one feature at a time",
     "host": "The host's work in a call",
@@ -38,6 +40,8 @@ HOST = {"plain": "no mask", "causal": "causal mask", "documents-bias": "packed d
 MODELS = {
     "llama3-8b": "Llama 3 8B",
     "llama3-70b": "Llama 3 70B",
+    "llama3.2-1b": "Llama 3.2 1B",
+    "llama2-7b": "Llama 2 7B",
     "qwen3-8b": "Qwen3-8B",
     "qwen3-0.6b": "Qwen3-0.6B",
     "gemma2-2b": "Gemma 2 2B",
@@ -46,6 +50,7 @@ MODELS = {
     "deepseek-v3": "DeepSeek-V3",
     "falcon-7b": "Falcon-7B",
     "bloom-7b1": "BLOOM-7B1",
+    "modernbert-base": "ModernBERT-base",
     "minilm-l6": "MiniLM-L6",
     "vit-l16": "ViT-L/16",
     "swinv2-b": "Swin-v2-B",
@@ -70,6 +75,11 @@ PARTS = {  # what follows a model's name
     "triangle": "triangle attention",
     "article": "one head",
 }
+PACKED = {
+    "equal": "packed in equal lengths",
+    "dense": "equal lengths, not packed",
+    "mixed": "packed in mixed lengths",
+}
 
 
 def group_title(group: str) -> str:
@@ -91,6 +101,9 @@ def kind(name: str) -> str:
         return FEATURES[rest]
     if family == "host" and rest.removesuffix("-training") in HOST:
         return HOST[rest.removesuffix("-training")]
+    model, _, how = rest.rpartition("-")
+    if family == "packed" and model in MODELS and how in PACKED:
+        return f"{MODELS[model]}, {PACKED[how]}"
     for model, words in MODELS.items():
         parts = name.removeprefix(f"{model}-").split("-")
         if name.startswith(f"{model}-") and all(part in PARTS for part in parts):
@@ -117,7 +130,11 @@ def sizes(row: Row, head_dim: bool = True) -> str:
     if q_len is not None and kv_len is not None:
         tokens = _count(kv_len, "token")
         parts.append(tokens if q_len == kv_len else f"{_count(q_len, 'query')} on {_count(kv_len, 'key')}")
-    if "batch" in size:
+    if "tokens" in size:
+        parts[-1] = (
+            f"{_count(size['tokens'], 'token')}, {_count(size['batch'], 'sequence')} of up to {kv_len}"
+        )
+    elif "batch" in size:
         parts.append(f"batch {size['batch']}")
     heads, kv_heads = size.get("q_heads"), size.get("kv_heads")
     if heads is not None:

@@ -35,6 +35,7 @@ LOOKS: dict[str, tuple[str, str, Any]] = {  # colour, marker, dashes
     "sdpa math": ("#999999", "X", ":"),
     "sdpa": ("#2F5D8C", "s", ":"),
     "sdpa, compiled": ("#88B7D8", "s", "--"),
+    "varlen_attn": ("#C2A500", "d", "-"),
     "flex": ("#CC79A7", "P", "-"),
     "flash_attn cute": ("#9B7BC8", "<", "--"),
     "flash_attn": ("#5A3D8A", ">", "-"),

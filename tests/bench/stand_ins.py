@@ -233,10 +233,53 @@ def jax() -> types.ModuleType:
     return module
 
 
+def varlen() -> types.ModuleType:
+    """PyTorch's own, which has no kernel for a CPU."""
+
+    def varlen_attn(
+        query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+        *, return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        assert enable_gqa or query.shape[1] == key.shape[1]
+        left, right = window_size
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return dense(q, k, v, scale, corner(q.shape[1], k.shape[1], False, (left, right)), [])[0]
+
+        return packed(attend)(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+
+    module = types.ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = varlen_attn
+    return module
+
+
+def nested_attention(functional: Any) -> Any:
+    """scaled_dot_product_attention, whose backends for nested tensors that have a causal mask need a GPU."""
+    real = functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        if not query.is_nested:
+            return real(query, key, value, **options)
+        assert query.shape[1] == key.shape[1] == value.shape[1] and options.keys() == {"is_causal", "scale"}
+        causal, scale, offsets = options["is_causal"], options["scale"], query.offsets()
+
+        def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return dense(q, k, v, scale, corner(q.shape[1], k.shape[1], causal, (None, None)), [])[0]
+
+        rows = [x.transpose(1, 2).values() for x in (query, key, value)]
+        longest = query._maybe_max_seqlen
+        out = packed(one)(*rows, offsets, offsets, longest, longest)
+        return torch.nested.nested_tensor_from_jagged(out, offsets).transpose(1, 2)
+
+    return attend
+
+
 MODULES = {
     "flash_attn": flash_attn,
     "flash_attn.cute.interface": flash_attn_cute,
     "flashinfer": flashinfer,
     "xformers.ops": xformers,
     "jax": jax,
+    "torch.nn.attention.varlen": varlen,
 }

@@ -50,7 +50,7 @@ def test_the_first_run_takes_420_seconds_and_asks_the_most_telling_first():
     assert sum(plan.weight for plan in first_light.FIRST) == 420
     assert sum(plan.weight for plan in first_light.again(results())) <= 205
     assert [*PLANS] == ["canary", "hopper", "first ratios", "correctness", "other widths and the host",
-                        "tests", "ceilings"]  # fmt: skip
+                        "packed sequences", "tests", "ceilings"]  # fmt: skip
     canary = PLANS["canary"].jobs(ON_GPU)
     assert len(canary) == 18 and {job.limit for job in canary if job.hopper} == {25.0}
     ratios = PLANS["first ratios"].jobs(ON_GPU)
@@ -71,6 +71,15 @@ def test_the_first_run_takes_420_seconds_and_asks_the_most_telling_first():
         (dim, length) for dim in (64, 256) for length in (4096, 16384)
     }
     assert any(job.arguments[0] == "host" for job in others)
+    packed = PLANS["packed sequences"].jobs(ON_GPU)
+    assert {job.arguments[2] for job in packed} == {"forward", "backward"}
+    assert {job.arguments[1].name for job in packed} == {
+        f"packed-{name}"
+        for name in ("llama3-8b-equal", "llama3-8b-dense", "llama3-8b-mixed", "llama2-7b-mixed")
+    }
+    assert all(job.implementations == (PORTABLE, *rivals, "varlen_attn") for job in packed)
+    ahead = {job.key[1] for job in PLANS["correctness"].jobs(ON_GPU) if job.key[0] == "compiled"}
+    assert {job.key for job in packed} <= ahead
 
 
 def test_what_is_timed_was_compiled_beside_something_that_is_not():
@@ -146,7 +155,7 @@ def test_the_second_run_begins_with_hoppers_canary_and_ends_with_what_there_was_
     plans = {plan.name: plan for plan in first_light.again(done)}
     canary = plans["canary"].jobs(ON_GPU)
     assert len(canary) == 6 and all(job.hopper for job in canary)
-    for name in ("first ratios", "correctness", "other widths and the host", "tests", "ceilings"):
+    for name in PLANS.keys() - {"canary", "hopper"}:
         assert plans[name].jobs(ON_GPU) == [], name
     tuned = [job.name for job in plans["tuning"].jobs(ON_GPU)]
     assert len(tuned) == 8 and tuned[0] == "tuning: forward 16-bit 128"
