@@ -25,6 +25,13 @@ def test_words_of_the_grid_are_those_of_the_rows_sizes():
         words
         == "Llama 3 8B, writing one token, head_dim 128, value_dim 64, 1 query on 64 keys, batch 1, 1 head"
     )
+    sizes = dict(batch=3, q_heads=4, kv_heads=2, q_len=64, kv_len=64, head_dim=128, value_dim=128, tokens=69)
+    words = in_words(sized("packed-llama3-8b-mixed-tiny", **sizes))
+    assert words == (
+        "Llama 3 8B, packed in mixed lengths, head_dim 128, 69 tokens, 3 sequences of up to 64, "
+        "4 heads on 2 key heads"
+    )
+    assert kind("packed-llama3-8b-dense") == "Llama 3 8B, equal lengths, not packed"
     assert in_words(sized("somebody-else")) == "" and kind("llama3-8b-somehow") == "llama3-8b-somehow"
 
 

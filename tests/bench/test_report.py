@@ -246,6 +246,34 @@ def test_goal_of_bandwidth_is_a_share_of_the_datasheets():
     )
 
 
+def packed_row(case: str, seconds: float, implementation: str = "tilewise portable", **changes):
+    flops = {"equal": 8 * 10**12, "dense": 8 * 10**12, "mixed": 3 * 10**12}[case.split("-")[-1]]
+    given = dict(group="packed forward", flops=flops) | changes
+    return row(implementation, seconds, f"packed-{case}", **given)
+
+
+def test_goals_of_packed_sequences_hold_them_against_tilewises_own_dense_and_equal_ones():
+    dense, even = (goal for goal in GOALS if goal.measure == "beside")
+    backward = dict(work="backward", group="packed backward")
+    rows = [
+        packed_row("a-equal", 1.0), packed_row("a-dense", 0.98), packed_row("a-mixed", 0.5),
+        packed_row("a-equal", 4.0, **backward), packed_row("a-dense", 2.0, **backward),
+        packed_row("a-dense", 0.1, "flex"), packed_row("a-equal", 0.1, "flex"),
+        packed_row("b-equal", 1.0), packed_row("b-dense", 0.5, status="wrong"), packed_row("c-mixed", 1.0),
+    ]  # fmt: skip
+    ours = ["tilewise portable"]
+    # 0.98 forward and 0.5 backward; nothing right stands beside b.
+    found = outcome(dense, contests(rows), ours, "NVIDIA H200")
+    assert found.cases == ("packed-a-equal, forward", "packed-a-equal, backward")
+    assert found.value == pytest.approx((0.98 * 0.5) ** 0.5) and dense.verdict(0.98) == "target"
+    # 3e12 in 0.5 s where equal lengths do 8e12 in 1 s.
+    found = outcome(even, contests(rows), ours, "NVIDIA H200")
+    assert found.cases == ("packed-a-mixed, forward",) and found.value == pytest.approx(0.75)
+    lines = {line["goal"]: line for line in lines_of(goal_table(section(rows))) if line["implementation"]}
+    assert (lines[dense.name]["result"], lines[dense.name]["level"]) == ("0.70×", "below floor")
+    assert (lines[even.name]["result"], lines[even.name]["level"]) == ("0.75×", "target")
+
+
 def test_every_goal_speaks_of_a_case_that_exists():
     from bench.groups import GROUPS, comparisons
     from bench.implementations import select

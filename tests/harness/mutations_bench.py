@@ -1,11 +1,16 @@
-"""Planted bugs in what carries out a run: when Hopper's forward may run, what is kept, what is done again."""
+"""Planted bugs in what carries out a run: when Hopper's forward may run, what is kept, what is done again;
+and in what the benchmarks make of packed sequences."""
 
 from __future__ import annotations
 
 from .mutation import Mutation
 
 AGAIN = "bench/again.py"
+ANSWERS = "bench/answers.py"
+CASES = "reference/tilewise_reference/cases.py"
 GATE = "bench/gate.py"
+GOALS = "bench/report/goals.py"
+RIVALS = "bench/implementations"
 RUN = "bench/run.py"
 SCREEN = "bench/report/screen.py"
 STAGES = "bench/stages.py"
@@ -57,5 +62,27 @@ MUTATIONS = (
     Mutation("screen: what was not reached is not told", SCREEN,
              "            missing.append(job)", "            missing.append(job) if mine else None",
              tests("first_light", "the_screen_says_what_was_right_wrong_hung_and_not_reached")),
+    Mutation("packed: equal lengths count once", CASES,
+             "sum(count * self.sequence(length).pairs()", "sum(self.sequence(length).pairs()",
+             ("tests/reference/test_cases.py::test_packed_sequences_count_as_each_does_by_itself",)),
+    Mutation("packed: one sequence is looked at", ANSWERS,
+             "where = [(order[i // case.q_heads],", "where = [(order[0],",
+             tests("packed", "a_wrong_answer_is_wrong_in_every_sequence",
+                   "places_go_from_the_shortest_to_the_longest_sequence")),
+    Mutation("packed: what is learned is the first sequence's", ANSWERS,
+             "else sum(x[1:], x[0])", "else x[0]",
+             tests("packed", "what_all_sequences_learn_is_the_sum_of_what_each_does")),
+    Mutation("packed: nested tensors wait for the GPU", f"{RIVALS}/jagged.py",
+             "max_seqlen=ends[1]", "max_seqlen=None",
+             tests("packed", "nested_tensors_are_given_what_they_would_else_wait_for")),
+    Mutation("packed: flex sees the sequences before", f"{RIVALS}/flex.py",
+             "of[i] == of[j]", "of[i] >= of[j]",
+             tests("packed", "every_rival_is_asked_for_the_same_or_refuses_in_words[flex]")),
+    Mutation("packed: varlen_attn sees the future", f"{RIVALS}/varlen.py",
+             "        right = 0", "        right = None",
+             tests("packed", "every_rival_is_asked_for_the_same_or_refuses_in_words[varlen_attn]")),
+    Mutation("packed: a goal held against itself", GOALS,
+             "+ goal.beside[1]", "+ goal.beside[0]",
+             tests("report", "goals_of_packed_sequences_hold_them_against_tilewises_own_dense_and_equal_ones")),
 )
 # fmt: on

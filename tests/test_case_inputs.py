@@ -1,0 +1,76 @@
+"""Named cases as tensors: what packed ones give, and who takes them or says that they are not for it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tilewise
+from tilewise.plan.checks import violations
+from tilewise.plan.request import make_request
+from tilewise.tools.compiled.variants import case_variants, why_not_hopper
+from tilewise.tools.explain.command import explain_case
+from tilewise.tools.inputs import NOT_PACKED, case_inputs
+from tilewise.tools.tune.plan import choose_cases
+from tilewise_reference.cases import PACKED_CASES, Case, find_case
+
+CPU = torch.device("cpu")
+MIXED = "packed-llama3-8b-mixed"
+
+
+def a_case(**features) -> Case:
+    asks = {"causal": "bottom_right", "lengths": (5, 2, 9), **features}
+    return Case("small", 3, 4, 2, 9, 9, 16, 8, "float32", "training", "made up", asks)
+
+
+def test_packed_sequences_stand_one_behind_the_other():
+    q, k, v, arguments, learned = case_inputs(a_case(sink=True), CPU, gradients=True)
+    assert (q.shape, k.shape, v.shape) == ((16, 4, 16), (16, 2, 16), (16, 2, 8))
+    assert all(x.is_contiguous() and x.requires_grad for x in (q, k, v))
+    assert arguments["q_offsets"].dtype == torch.int32 and arguments["q_offsets"].tolist() == [0, 5, 7, 16]
+    assert arguments.keys() == {"q_offsets", "mask", "sink"} and learned.keys() == {"sink"}
+    out = tilewise.packed_attention(q, k, v, **arguments)
+    for first, stop in ((0, 5), (5, 7), (7, 16)):
+        dense = (x[first:stop].transpose(0, 1)[None] for x in (q, k, v))
+        want = tilewise.attention(*dense, mask=tilewise.Causal(), sink=arguments["sink"])
+        torch.testing.assert_close(out[first:stop], want[0].transpose(0, 1))
+    again = case_inputs(a_case(sink=True), CPU)
+    assert torch.equal(q, again.q) and torch.equal(v, again.v)
+
+
+def test_a_dense_case_has_no_offsets():
+    inputs = case_inputs(find_case("packed-llama3-8b-dense"), "meta")
+    assert inputs.q.shape == (8, 32, 2048, 128) and inputs.arguments.keys() == {"mask"}
+    assert inputs.for_request() == (inputs.q, inputs.k, inputs.v, inputs.arguments)
+
+
+@pytest.mark.parametrize("case", PACKED_CASES, ids=lambda case: case.name)
+def test_every_packed_case_is_a_call_that_the_kernels_take(case):
+    q, k, v, given = case_inputs(case, "meta", gradients=True).for_request()
+    request = make_request(q, k, v, **given, impl="portable")
+    assert [str(violation) for violation in violations(request)] == []
+    assert (request.shape.batch, request.shape.q_len) == (case.batch, case.tokens if case.lengths else 2048)
+
+
+@pytest.mark.parametrize("name", NOT_PACKED)
+def test_what_no_packed_case_asks_for_is_refused(name):
+    value = {"documents": 2, "bias": (1, 4, 9, 9), "dropout": 0.1}.get(name, True)
+    with pytest.raises(ValueError, match=f"case small packs sequences, which no case does with {name}"):
+        case_inputs(a_case(**{name: value}), CPU)
+
+
+def test_tune_and_explain_say_that_they_look_at_dense_tensors():
+    with pytest.raises(
+        ValueError, match=f"case {MIXED} packs sequences .* a row is decided by dense tensors"
+    ):
+        choose_cases([MIXED], None)
+    with pytest.raises(ValueError, match=f"case {MIXED} packs sequences .* explain counts dense tensors"):
+        explain_case(find_case(MIXED), "H200", training=False)
+    dense = find_case("packed-llama3-8b-dense")
+    assert choose_cases([dense.name], None) == [replace(dense)]
+
+
+def test_inspect_compiles_packed_calls_and_none_of_hoppers():
+    assert [each.name for each in case_variants([MIXED], ["forward", "dkv"])] == [MIXED, MIXED]
+    reason = why_not_hopper(["sm_90"], [], [MIXED])
+    assert reason is not None and reason.startswith(f"case='{MIXED}': q_offsets pack sequences")
