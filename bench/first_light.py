@@ -65,7 +65,8 @@ def some(jobs: Jobs, count: int) -> Jobs:
 FEWER, ALL = (4096, 16384), (4096, 8192, 16384)
 WIDTH_128, OTHER_WIDTHS = grid(128, lengths=ALL), grid(64, 256, lengths=FEWER)
 PACKED = measure_jobs(
-    "packed forward", "packed backward", names=(PORTABLE, *RIVALS, "varlen_attn"),
+    "packed forward", "packed backward", order=lambda pair: "mixed" not in pair[0].name,
+    names=(PORTABLE, *RIVALS, "varlen_attn"),
     only=lambda case: "llama3-8b" in case.name or "llama2-7b-mixed" in case.name,
 )  # fmt: skip
 HOST = measure_jobs("host", names=(PORTABLE, SUSPECT, "sdpa"))

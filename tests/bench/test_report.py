@@ -252,7 +252,7 @@ def packed_row(case: str, seconds: float, implementation: str = "tilewise portab
     return row(implementation, seconds, f"packed-{case}", **given)
 
 
-def test_goals_of_packed_sequences_hold_them_against_tilewises_own_dense_and_equal_ones():
+def test_goals_of_packed_sequences_hold_them_against_dense_and_equal_ones():
     dense, even = (goal for goal in GOALS if goal.measure == "beside")
     backward = dict(work="backward", group="packed backward")
     rows = [

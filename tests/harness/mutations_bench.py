@@ -83,6 +83,6 @@ MUTATIONS = (
              tests("packed", "every_rival_is_asked_for_the_same_or_refuses_in_words[varlen_attn]")),
     Mutation("packed: a goal held against itself", GOALS,
              "+ goal.beside[1]", "+ goal.beside[0]",
-             tests("report", "goals_of_packed_sequences_hold_them_against_tilewises_own_dense_and_equal_ones")),
+             tests("report", "goals_of_packed_sequences_hold_them_against_dense_and_equal_ones")),
 )
 # fmt: on
