@@ -7,7 +7,7 @@ import torch
 
 import tilewise
 from tilewise.plan.checks import violations
-from tilewise.plan.request import make_request
+from tilewise.plan.request import request_of
 from tilewise.tools.compiled.variants import case_variants, why_not_hopper
 from tilewise.tools.explain.command import explain_case
 from tilewise.tools.inputs import NOT_PACKED, case_inputs
@@ -41,13 +41,12 @@ def test_packed_sequences_stand_one_behind_the_other():
 def test_a_dense_case_has_no_offsets():
     inputs = case_inputs(find_case("packed-llama3-8b-dense"), "meta")
     assert inputs.q.shape == (8, 32, 2048, 128) and inputs.arguments.keys() == {"mask"}
-    assert inputs.for_request() == (inputs.q, inputs.k, inputs.v, inputs.arguments)
 
 
 @pytest.mark.parametrize("case", PACKED_CASES, ids=lambda case: case.name)
 def test_every_packed_case_is_a_call_that_the_kernels_take(case):
-    q, k, v, given = case_inputs(case, "meta", gradients=True).for_request()
-    request = make_request(q, k, v, **given, impl="portable")
+    q, k, v, given, _ = case_inputs(case, "meta", gradients=True)
+    request = request_of(q, k, v, **given, impl="portable")
     assert [str(violation) for violation in violations(request)] == []
     assert (request.shape.batch, request.shape.q_len) == (case.batch, case.tokens if case.lengths else 2048)
 
@@ -59,13 +58,18 @@ def test_what_no_packed_case_asks_for_is_refused(name):
         case_inputs(a_case(**{name: value}), CPU)
 
 
-def test_tune_and_explain_say_that_they_look_at_dense_tensors():
+def test_explain_counts_each_sequence_of_a_packed_case():
+    case = find_case(MIXED)
+    found = explain_case(case, "H200", training=False)
+    assert found.pairs == sum(n * n for n in case.lengths) * case.q_heads
+    assert found.packed is not None and not found.packed.assumed
+
+
+def test_tune_says_that_it_looks_at_dense_tensors():
     with pytest.raises(
         ValueError, match=f"case {MIXED} packs sequences .* a row is decided by dense tensors"
     ):
         choose_cases([MIXED], None)
-    with pytest.raises(ValueError, match=f"case {MIXED} packs sequences .* explain counts dense tensors"):
-        explain_case(find_case(MIXED), "H200", training=False)
     dense = find_case("packed-llama3-8b-dense")
     assert choose_cases([dense.name], None) == [replace(dense)]
 

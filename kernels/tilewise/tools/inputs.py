@@ -10,7 +10,6 @@ import torch
 
 from tilewise_reference import Case
 
-from ..packed import as_heads, as_packing
 from ..parts.masks.causal import Causal
 from ..parts.masks.dense import Dense
 from ..parts.masks.documents import Documents
@@ -41,15 +40,6 @@ class Inputs(NamedTuple):
         """The tensors that get a gradient, in order: those that require one."""
         return [x for x in (self.q, self.k, self.v, *self.learned.values()) if x.requires_grad]
 
-    def for_request(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """q, k, v and the arguments as `make_request` takes them: packed ones as [1, heads, tokens, dim]."""
-        given = dict(self.arguments)
-        if "q_offsets" not in given:
-            return self.q, self.k, self.v, given
-        given["packing"] = as_packing(given.pop("q_offsets"), None)
-        q, k, v = as_heads(self.q, self.k, self.v)
-        return q, k, v, given
-
 
 # What reads a tensor along queries or keys, or draws anew: no case asks for it of packed sequences.
 NOT_PACKED = ("documents", "bool_mask", "bias", "dropout")
@@ -59,6 +49,11 @@ def refuse_packed(case: Case, what: str) -> None:
     """Raise ValueError where the case packs sequences, which `what` does not look at."""
     if case.lengths is not None:
         raise ValueError(f"case {case.name} packs sequences of many lengths, and {what} dense tensors alone")
+
+
+def packed_offsets(lengths: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """Where sequences of these lengths start, one behind the other, int32 [batch + 1]."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
 def case_inputs(case: Case, device: torch.device | str, seed: int = 0, gradients: bool = False) -> Inputs:
@@ -89,8 +84,7 @@ def case_inputs(case: Case, device: torch.device | str, seed: int = 0, gradients
         q = normal(case.tokens, case.q_heads, case.head_dim)
         k = normal(case.tokens, case.kv_heads, case.head_dim)
         v = normal(case.tokens, case.kv_heads, case.value_dim)
-        offsets = torch.tensor([0, *accumulate(case.lengths)], dtype=torch.int32)
-        arguments["q_offsets"] = offsets.to(device)
+        arguments["q_offsets"] = packed_offsets(case.lengths, device)
     masks: list[Mask] = []
     scores: list[Any] = []
     align = asks.get("causal")

@@ -188,7 +188,7 @@ def case_variants(names: Sequence[str], kernels: Sequence[str]) -> list[Variant]
     found = []
     backward = tuple(f"{name}_kernel" for name in kernels if name not in ("forward", "hopper"))
     for name in names:
-        q, k, v, given = case_inputs(find_case(name), "meta").for_request()
+        q, k, v, given, _ = case_inputs(find_case(name), "meta")
         if "forward" in kernels:
             found.append(Variant(name, functools.partial(launch, q, k, v, return_lse=True, **given)))
         if "hopper" in kernels:

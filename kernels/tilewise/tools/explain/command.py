@@ -24,7 +24,7 @@ from tilewise_reference.cases import (
 )
 
 from ...parts.masks.dense import Dense
-from ..inputs import case_inputs, refuse_packed
+from ..inputs import case_inputs, packed_offsets
 from .explain import Explanation
 from .explain import explain as explain_call
 from .findings import Work
@@ -150,9 +150,10 @@ def window_of(given: str) -> tuple[int | None, int | None]:
 
 def explain_case(case: Case, gpu: str | None, training: bool, impl: str | None = None) -> Explanation:
     """The explanation of a case, with q, k and v on the device meta: nothing of their size is stored."""
-    refuse_packed(case, "explain counts")
     inputs = case_inputs(case, "meta", gradients=training)
     arguments = dict(inputs.arguments)
+    if case.lengths is not None:  # what is visited stands in them
+        arguments["q_offsets"] = packed_offsets(case.lengths, "cpu")
     if "documents" in case.features:
         # What a row sees stands in the ids, so these need contents; without a batch, there is little else.
         structured = {name: value for name, value in case.features.items() if name in INTERVAL_FEATURES}
