@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -16,7 +17,10 @@ import torch
 from filelock import FileLock
 
 import tilewise
+from tilewise.kernels.append import launch_append, launch_turn
 from tilewise.kernels.tile import HopperTile
+from tilewise.parts.rotary import RotaryTable
+from tilewise.parts.shape import Cache, Pages
 from tilewise.tools.compiled.compiler import TARGETS, Compiled, CompileError, Variant, compile_variants
 from tilewise.tools.compiled.variants import (
     DTYPES,
@@ -105,6 +109,7 @@ SHIPPED = (
     "feature_variants",
     "backward_feature_variants",
     "tf32_variants",
+    "cache_variants",
 )
 
 
@@ -191,6 +196,37 @@ def backward_variants() -> list[Variant]:
     dtypes = ("bf16", "fp32")
     found = [backward_variant(dtype, dim, "causal") for dtype in dtypes for dim in DIMS]
     return [*found, backward_variant("bf16", 128, "full")]
+
+
+def cache_variants() -> list[Variant]:
+    """Decoding from a cache, in one piece and in pages, split and merged, and what writes into it."""
+
+    def decode(dim: int, page_size: int | None, q_len: int, **given: Any) -> None:
+        q = torch.empty(2, 32, q_len, dim, dtype=torch.bfloat16, device="meta")
+        kv_lens = torch.empty(2, dtype=torch.int32, device="meta")
+        cache = torch.empty(2, 8, 4096, dim, dtype=torch.bfloat16, device="meta")
+        pages = None
+        if page_size is not None:
+            cache = torch.empty(64, page_size, 8, dim, dtype=torch.bfloat16, device="meta")
+            pages = torch.empty(2, 4096 // page_size, dtype=torch.int32, device="meta")
+        launch(q, cache, cache, return_lse=True, kv_lens=kv_lens, pages=pages, **given)
+
+    def write() -> None:
+        new = torch.empty(2, 8, 3, 80, dtype=torch.bfloat16, device="meta")
+        pool = torch.empty(64, 8, 16, 80, dtype=torch.bfloat16, device="meta")
+        cos = torch.empty(1024, 32, device="meta")
+        table = torch.empty(2, 64, dtype=torch.int32, device="meta")
+        cache = Cache(torch.empty(2, dtype=torch.int32, device="meta"), Pages(table, 16, 64))
+        rotary = RotaryTable(cos, cos)
+        launch_append(new, new, pool, pool, None, cache, rotary)
+        launch_turn(new, new, pool, None, cache, rotary._replace(is_interleaved=True))
+
+    return [
+        *(Variant(f"bf16 {dim} decode", functools.partial(decode, dim, None, 1)) for dim in (64, 128, 256)),
+        Variant("bf16 128 decode, pages of 16, split", functools.partial(decode, 128, 16, 1, split_size=512)),
+        Variant("bf16 128 prefill", functools.partial(decode, 128, 64, 512, mask=tilewise.Causal())),
+        Variant("bf16 80 append and turn", write),
+    ]
 
 
 def tf32_variants() -> list[Variant]:

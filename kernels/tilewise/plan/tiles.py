@@ -174,6 +174,8 @@ def cut_tile(tile: Tile, shape: Shape, dim: int, work: Pass) -> Tile:
     fewer keys where O is wide."""
     if work == "hopper":  # its warpgroups have 64 rows each, whatever q_len is
         return tile
+    if shape.cache is not None:  # rows of a group and keys in pages have addresses of their own to keep
+        tile = replace(tile, tile_kv=min(64, tile.tile_kv))
     tile_q = length_tile(rows_of_a_tile(shape), tile.tile_q)
     if tile_q == tile.tile_q or work != "forward":
         return replace(tile, tile_q=tile_q)

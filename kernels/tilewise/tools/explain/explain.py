@@ -122,7 +122,7 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
         no_kernels=on_a_gpu[0] if on_a_gpu else "",
         on_gpu=on_gpu,
         on_gpu_note=on_gpu_note,
-        sizes={name: size for name, size in shape._asdict().items() if name != "packing"},
+        sizes={name: size for name, size in shape._asdict().items() if isinstance(size, int)},
         packed=None if shape.packing is None else packed(model.parts),
         dtype=str(request.q.dtype).removeprefix("torch."),
         pairs=model.parts.pairs,
