@@ -107,8 +107,9 @@ def no_batch(p: Problem) -> None:
 
 
 def offsets_of(p: Problem, longest: int, before: int = 0) -> torch.Tensor:
-    """Of sequences no longer than `longest`, some of which may have no row."""
+    """Of sequences no longer than `longest`, which one is; some of the others may have no row."""
     lengths = [p.rng.choice((longest, p.rng.randint(0, longest), 0)) for _ in range(p.batch)]
+    lengths[p.rng.randrange(p.batch)] = longest
     starts = torch.tensor([before, *lengths], device=p.device).cumsum(0)
     return starts.to(p.rng.choice((torch.int32, torch.int64)))
 
