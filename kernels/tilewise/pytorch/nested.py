@@ -40,7 +40,7 @@ def unpack(q: Any, k: Any, v: Any) -> Jagged:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_jagged(name, x)
     if not same_offsets(k.offsets(), v.offsets()):
-        raise ValueError(with_hint("k and v must have the same offsets", offsets_hint("k", k, v)))
+        raise ValueError(with_hint("k and v must have the same offsets", offsets_hint(k, v)))
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"batch sizes q: {q.shape[0]}, k: {k.shape[0]}, v: {v.shape[0]} must be equal")
     kv_offsets = None if same_offsets(q.offsets(), k.offsets()) else k.offsets()
@@ -53,14 +53,13 @@ def same_offsets(a: Tensor, b: Tensor) -> bool:
     return a is b or a.data_ptr() == b.data_ptr()
 
 
-def offsets_hint(name: str, x: Any, other: Any) -> str:
-    """How x and k or v come to one packing. Reads the offsets, so it is for a call that fails anyway."""
-    a, b = x.offsets(), other.offsets()
-    of = "k" if name == "q" else "v"
-    make = f"torch.nested.nested_tensor_from_jagged(values, {name}.offsets())"
+def offsets_hint(k: Any, v: Any) -> str:
+    """How k and v come to one packing. Reads the offsets, so it is for a call that fails anyway."""
+    a, b = k.offsets(), v.offsets()
+    make = "make v with torch.nested.nested_tensor_from_jagged(values, k.offsets())"
     if a.shape == b.shape and bool((a.cpu() == b.cpu()).all()):
-        return f"theirs are equal in value, but not one and the same tensor: make {of} with {make}"
-    return f"make {of} with {make}" if name == "k" else ""
+        return f"theirs are equal in value, but not one and the same tensor: {make}"
+    return make
 
 
 def check_jagged(name: str, x: Any) -> None:
@@ -75,7 +74,9 @@ def check_jagged(name: str, x: Any) -> None:
             f"{name}.shape={tuple(x.shape)} must be [batch, heads, *, dim], with the lengths that differ in "
             "dimension 2: transpose(1, 2) a tensor [batch, *, heads, dim]"
         )
-    if x.lengths() is not None:
+    if x.lengths() is not None:  # contiguous() would do, but has no gradient in PyTorch 2.13
         raise NotImplementedError(
-            f"{name} has holes between its sequences; make it contiguous with contiguous()"
+            f"{name} has holes between its sequences, as torch.nested.narrow leaves them: make "
+            "torch.nested.as_nested_tensor([*x.unbind()], layout=torch.jagged) of the tensor x that q, k and "
+            "v are made of"
         )
