@@ -384,7 +384,8 @@ MUTATIONS = (
              tests("dropout", "seed_requires_no_gradient_and_a_bias_beside_it_has_its_own")),
     # ---- Nested tensors
     Mutation("nested: keys where the queries are", NESTED,
-             "kv_offsets = None if same_offsets(q.offsets(), k.offsets()) else k.offsets()", "kv_offsets = None",
+             "kv_offsets = None if same_offsets(q.offsets(), k.offsets()) else k.offsets()",
+             "kv_offsets = None",
              tests("nested", "each_sequence_gets_what_it_gets_alone[plain]")),
     Mutation("nested: holes taken for rows", NESTED,
              "if x.lengths() is not None:", "if x.lengths() is not None and x.dim() != 4:",
