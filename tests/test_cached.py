@@ -12,6 +12,9 @@ from harness.oracle import check
 from harness.sanitizer import sanitize
 from tilewise import ALiBi, Causal, Padding, RelativePosition, Softcap, Window
 from tilewise.nn import Rotary
+from tilewise.parts.shape import Cache as Filled
+from tilewise.parts.shape import Shape
+from tilewise.plan.tiles import gpu_tile
 
 Q_HEADS, KV_HEADS, DIM, VALUE_DIM, CAPACITY = 4, 2, 16, 24, 64
 LENS = (5, 0, 40)
@@ -321,6 +324,10 @@ MISTAKES = {
         dict(new_k=randn(3, KV_HEADS, 1, DIM), new_v=randn(3, KV_HEADS, 2, VALUE_DIM)),
         r"new_v.shape=\(3, 2, 2, 24\) must be \[3, 2, 1, 24\]",
     ),
+    "new trained": (
+        dict(new_k=randn(3, KV_HEADS, 1, DIM).requires_grad_(), new_v=randn(3, KV_HEADS, 1, VALUE_DIM)),
+        "new_k requires a gradient, and a cache keeps none",
+    ),
     "rotary": (dict(rotary=Rotary(DIM)), "rotary=.* must be what Rotary.table"),
     "short table": (dict(rotary=Rotary(DIM).table(10)), r"rotary has 10 positions.*give table\(64\)"),
     "gradient": (
@@ -341,9 +348,9 @@ def test_mistakes_say_what_is_wrong_and_change_nothing(name, device):
     before = cache.k.clone()
     given = dict(kv_lens=cache.lens)
     for argument, x in changed.items():
-        given[argument] = x.detach().to(device) if isinstance(x, torch.Tensor) else x
-    if name == "gradient":
-        given["sink"].requires_grad_()
+        given[argument] = x
+        if isinstance(x, torch.Tensor):
+            given[argument] = x.detach().to(device).requires_grad_(x.requires_grad)
     with pytest.raises((ValueError, TypeError)) as raised:
         tilewise.cached_attention(q, cache.k, cache.v, **given)
     assert re.search(words, str(raised.value)), raised.value
@@ -354,3 +361,28 @@ def test_a_half_precision_cache(device):
     cache, (q, _, _) = Cache(device, 16), new_rows(device, 3)
     half = [x.to(torch.bfloat16) for x in (q, cache.k, cache.v)]
     check(*half, **cache.given(), mask=Causal())
+
+
+def test_bits_of_a_window_do_not_depend_on_other_rows(device):
+    """Some tiles of keys count in full for one row alone, and not for all rows of its tile."""
+    k, v = (randn(1, KV_HEADS, 200, DIM, seed=seed).to(device) for seed in (6, 7))
+    q, lens = randn(1, Q_HEADS, 40, DIM, seed=5).to(device), torch.tensor([200], device=device)
+
+    def run(rows, count):
+        return tilewise.cached_attention(
+            q[:, :, rows], k, v, kv_lens=torch.full_like(lens, count), mask=Window(120, 0), split_size=256,
+            impl="portable",
+        )  # fmt: skip
+
+    at_once = run(slice(0, 40), 200)
+    for row in (0, 1, 17, 38, 39):
+        assert torch.equal(run(slice(row, row + 1), 161 + row), at_once[:, :, row : row + 1]), row
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_tiles_of_given_splits_do_not_depend_on_the_queries(arch):
+    def tile(q_len, batch):
+        lens = torch.empty(batch, dtype=torch.int32, device="meta")
+        return gpu_tile(arch, 2, Shape(batch, 8, 2, q_len, 4096, 64, 64, None, Filled(lens, None, 512)))
+
+    assert tile(1, 1) == tile(300, 1) == tile(5, 64)

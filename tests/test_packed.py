@@ -12,6 +12,9 @@ from harness.features import checkered_by_offset
 from harness.oracle import check
 from harness.sanitizer import sanitize
 from tilewise import ALiBi, Bias, Causal, Documents, Intervals, Padding, RelativePosition, UserScore, Window
+from tilewise.kernels.tile import PASSES
+from tilewise.parts.shape import Packing, Shape
+from tilewise.plan.tiles import gpu_tile
 
 LENGTHS, KV_LENGTHS = (5, 0, 17, 20), (3, 2, 20, 30)
 TOKENS = sum(LENGTHS)
@@ -373,3 +376,20 @@ def test_user_parameters_along_positions(device):
             out = tilewise.packed_attention(q, k, v, q_offsets=starts, score=score, impl=impl)
             results.append(torch.autograd.grad(out, number, out.detach().sign())[0])
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_cosines_of_packed_rows(device):
+    q, k, v = (x.detach() for x in inputs(device))
+    check(q, k, v, q_offsets=offsets(LENGTHS, device), similarity="cosine", mask=Causal())
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_tiles_do_not_depend_on_what_else_is_packed(arch):
+    """Nor on how much: the bits of a sequence are those of its tiles."""
+
+    def tiles(tokens, batch):
+        starts = torch.empty(batch + 1, dtype=torch.int32, device="meta")
+        shape = Shape(batch, 4, 2, tokens, tokens, 64, 64, Packing(starts, None))
+        return [gpu_tile(arch, 2, shape, work) for work in PASSES]
+
+    assert tiles(3, 1) == tiles(3, 200) == tiles(100_000, 7)

@@ -82,7 +82,7 @@ MUTATIONS = (
              "work.chip, busy, flops, exponentials", "work.chip, started, flops, exponentials",
              tests("explain_packed_advice", "idle_programs_are_not_counted_as_work")),
     Mutation("explain: all tokens in every packed sequence", WORKLOAD,
-             "return blocks_of(shape) * shape.q_heads * shape.q_len",
+             "return shape.blocks * shape.q_heads * shape.q_len",
              "return shape.batch * shape.q_heads * shape.q_len",
              tests("explain_packed", "memory_is_what_the_launchers_allocate")),
     Mutation("explain: offsets left where they are", EXPLAIN,

@@ -61,7 +61,7 @@ def forward_kernel(
     batch, head, head_column, kv_head, q_idx, row, where, tile = own_group(sizes, layout, TILE_Q, IS_GROUPED)
     q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
-    lo, hi = keys_of_split(lo, hi, kv_len, split, TILE_KV)
+    lo, hi, whole = keys_of_split(lo, hi, whole, kv_len, split, TILE_KV)
     span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
     q_head = head_of(queries, q_place, head_column)

@@ -69,16 +69,18 @@ def own_keys(sizes, layout, TILE_KV: tl.constexpr):
 
 
 @triton.jit
-def keys_of_split(lo, hi, kv_len, split, TILE_KV: tl.constexpr):
+def keys_of_split(lo, hi, whole, kv_len, split, TILE_KV: tl.constexpr):
     """What a split leaves of the intervals lo..hi: the keys of a sequence are split over the programs of one
-    tile, in pieces of split[0], or, where that is 0, of equal ones for each sequence."""
+    tile, in pieces of split[0], or, where that is 0, of equal ones for each sequence. Pieces of a given size
+    promise bits that do not depend on what other rows are in a tile, so no tile goes before others there
+    because all of its pairs count."""
     if len(split) == 0:
-        return lo, hi
+        return lo, hi, whole
     else:
         equal = tl.cdiv(tl.cdiv(kv_len, tl.num_programs(1)), TILE_KV) * TILE_KV
         size = tl.where(split[0] == 0, equal, split[0])
         first = tl.program_id(1) * size
-        return tl.maximum(lo, first), tl.minimum(hi, first + size)
+        return tl.maximum(lo, first), tl.minimum(hi, first + size), whole & (split[0] == 0)
 
 
 @triton.jit
