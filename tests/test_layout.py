@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "joining": set(),
     "cached": {"api", "pytorch", "plan", "parts"},
     "compat": {"cached", "packed", "api", "parts"},
-    "nn": {"api", "parts"},
+    "nn": {"cached", "api", "parts"},
     "demo": {"nn", "api", "parts"},
     SHARED: {"parts"},
     "tools.overlap": {SHARED},
