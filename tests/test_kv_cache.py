@@ -251,7 +251,7 @@ def test_full_pages_lose_nothing(device):
     before, free = [cache.batch([each]) for each in (a, b, c)], cache.free_pages
     pools = cache.k.nan_to_num(), cache.v.nan_to_num()
     # A copy of the page that a and b share, a page for b, and one for c: two are free.
-    said = r"3 pages are needed and 2 of 4 are free: free\(\) a sequence"
+    said = r"pages needed: 3, free: 2 of 4; free\(\) a sequence"
     rows = [torch.randn(8, heads, DIM, device=device) for heads in (HEADS, KV_HEADS)]
     with pytest.raises(CacheFull, match=said):
         cache.attend([c, b], rows[0], rows[1], rows[1][..., :VALUE_DIM], new_lens=[3, 5], impl="torch")

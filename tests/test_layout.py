@@ -116,7 +116,14 @@ def test_the_table_itself_has_no_way_up():
 
 @pytest.mark.parametrize(
     "package",
-    [PACKAGE, REFERENCE, ROOT / "bench", ROOT / "tests/harness", ROOT / "examples/train_gpt"],
+    [
+        PACKAGE,
+        REFERENCE,
+        ROOT / "bench",
+        ROOT / "tests/harness",
+        ROOT / "examples/train_gpt",
+        ROOT / "examples/generate",
+    ],
     ids=lambda package: package.name,
 )
 def test_no_two_files_import_each_other(package):

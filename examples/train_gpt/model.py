@@ -9,6 +9,8 @@ logits = norm(x) · tokensᵀ                                   the head is the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from tilewise import Causal
 from tilewise.nn import AttentionCore, SelfAttention
 
 from .settings import Settings
+
+Attend = Callable[..., Tensor]  # q, k, v [batch, heads, length, head_dim], mask= -> the same as q
 
 
 class SdpaCore(AttentionCore):
@@ -66,8 +70,16 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(settings.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), mask=Causal()))
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """attend: what computes attention between heads in place of the core, as one that keeps keys and
+        values does."""
+        normed = self.attention_norm(x)
+        if attend is None:
+            attended = self.attention(normed, mask=Causal())
+        else:
+            heads = attend(*self.attention.project(normed), mask=Causal())
+            attended = self.attention.out(heads.transpose(1, 2).flatten(2))
+        x = x + self.dropout(attended)
         return x + self.dropout(self.down(F.gelu(self.up(self.mlp_norm(x)))))
 
 
@@ -84,10 +96,14 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(settings, core, impl) for _ in range(settings.layers)])
         self.norm = nn.LayerNorm(settings.width)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.dropout(self.tokens(ids) + self.positions.weight[: ids.shape[1]])
-        for block in self.blocks:
-            x = block(x)
+    def forward(
+        self, ids: Tensor, positions: Tensor | None = None, attends: Sequence[Attend] | None = None
+    ) -> Tensor:
+        """positions: where the characters stand, of ids' shape, if not at 0, 1, ...; attends: one a block."""
+        at = self.positions.weight[: ids.shape[1]] if positions is None else self.positions(positions)
+        x = self.dropout(self.tokens(ids) + at)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if attends is None else attends[i])
         return F.linear(self.norm(x), self.tokens.weight)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:

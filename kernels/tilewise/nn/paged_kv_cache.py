@@ -118,8 +118,8 @@ class PagedKVCache:
         needed = missing + len(shared)
         if needed > len(self._free):
             raise CacheFull(
-                f"{needed} pages are needed and {len(self._free)} of {len(self._users)} are free: free() a "
-                "sequence, or make the cache with more pages"
+                f"pages needed: {needed}, free: {len(self._free)} of {len(self._users)}; free() a sequence, "
+                "or make the cache with more pages"
             )
         self._unshare(shared)
         for sequence, end in wanted.items():
