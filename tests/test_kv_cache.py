@@ -1,5 +1,7 @@
 """`nn.KVCache` and `nn.PagedKVCache`: whatever comes in whichever pieces, as dense attention has it."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -310,6 +312,48 @@ def test_layers_share_a_table(impl, device):
         step.attend(*junk, impl="torch")
     with pytest.raises(ValueError, match="layer=2 must be from 0 to 1"):
         broken.attend(*junk, layer=2)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 5])
+def test_whatever_comes_goes_and_forks(page_size, device):
+    """Random calls, against a plain list of rows for each sequence; a cache that is often full."""
+    draw = random.Random(page_size)
+    cache = PagedKVCache(8, page_size, 1, 1, device=device)
+    rows, full, forked = {}, 0, 0
+    for _ in range(150):
+        what = draw.choice(["allocate", "append", "append", "append", "fork", "free"])
+        if what == "allocate" and len(rows) < 4:
+            rows[cache.allocate()] = []
+        elif what == "fork" and rows and len(rows) < 4:
+            parent = draw.choice(list(rows))
+            length = draw.randint(0, len(rows[parent]))
+            rows[cache.fork(parent, length)] = rows[parent][:length]
+            forked += length % page_size > 0
+        elif what == "free" and rows:
+            gone = draw.choice(list(rows))
+            cache.free(gone)
+            del rows[gone]
+        elif what == "append" and rows:
+            chosen = draw.sample(list(rows), draw.randint(1, len(rows)))
+            counts = [draw.randint(0, 4) for _ in chosen]
+            new = torch.randn(sum(counts), 1, 1, device=device)
+            try:
+                cache.attend(chosen, new, new, -new, new_lens=counts, impl="torch")
+            except CacheFull:
+                full += 1
+            else:
+                for each, part in zip(chosen, new.flatten().split(counts), strict=True):
+                    rows[each] = rows[each] + part.tolist()
+        used = set()
+        for each, wanted in rows.items():
+            lens, pages = cache.batch([each])
+            assert lens.tolist() == [len(wanted)]
+            pages = pages[0, : -(-len(wanted) // page_size)].long()
+            used |= set(pages.tolist())
+            for pool, sign in ((cache.k, 1), (cache.v, -1)):
+                assert (sign * pool[0, pages].flatten()[: len(wanted)]).tolist() == wanted
+        assert cache.free_pages == 8 - len(used)
+    assert full and (forked or page_size == 1)
 
 
 def test_mistakes_with_sequences(device):
