@@ -39,6 +39,12 @@ SIGNATURES = {
     "flash_attn_varlen_func": f"q, k, v, {OFFSETS_2_8}, {OPTIONS_2_8}, block_table=None",
     "flash_attn_varlen_kvpacked_func": f"q, kv, {OFFSETS_2_8}, {OPTIONS_2_8}",
     "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {OPTIONS_2_8}",
+    "flash_attn_with_kvcache": (
+        "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+        "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
+        "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
+        "return_softmax_lse=False"
+    ),
     # PyTorch 2.12 and 2.13; 2.11 ends with window_size
     "varlen_attn": (
         "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, "

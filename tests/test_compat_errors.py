@@ -42,15 +42,17 @@ WRONG = [
     ("flash_attn_varlen_func", SEQUENCES, dict(cu_seqlens_k=[0, 7]), ValueError, (
         "cu_seqlens_q.shape=(3,)", "cu_seqlens_k.shape=(2,)")),
     ("flash_attn_varlen_func", SEQUENCES, dict(q=Q), ValueError, ("q.shape=", "[tokens, heads, dim]")),
-    ("flash_attn_varlen_func", SEQUENCES, dict(block_table=[0]), NotImplementedError, (
-        "block_table", "pages", "[tokens, heads, dim]")),
+    ("flash_attn_varlen_func", SEQUENCES, dict(block_table=[0]), ValueError, (
+        "k.shape=(7, 2, 8)", "[pages, page_size, heads, dim]")),
     ("varlen_attn", TORCH, dict(window_size=(1, 2, 3)), ValueError, ("window_size=(1, 2, 3)",)),
     ("varlen_attn", TORCH, dict(cu_seq_k=None), ValueError, ("cu_seq_k=None",)),
     ("varlen_attn", TORCH, dict(cu_seq_q=0.5), ValueError, ("cu_seq_q=0.5", "torch.int32")),
     ("varlen_attn", TORCH, dict(seqused_k=[4]), ValueError, ("seqused_k.shape=(1,)", "[batch]")),
     ("varlen_attn", TORCH, dict(seqused_k=0.5), ValueError, ("seqused_k=0.5", "torch.int32")),
     ("varlen_attn", TORCH, dict(seqused_k=[4, 3], cu_seq_k=None), ValueError, ("cu_seq_k=None",)),
-    ("varlen_attn", TORCH, dict(block_table=[0]), NotImplementedError, ("block_table", "pages")),
+    ("varlen_attn", TORCH, dict(block_table=[0]), ValueError, ("key.shape=(7, 4, 8)", "[pages, page_size")),
+    ("varlen_attn", TORCH, dict(block_table=[0], key=(2, 8, 4, 8), value=(2, 8, 4, 8)), ValueError, (
+        "seqused_k=None", "torch.int32")),
     ("varlen_attn", TORCH, dict(query=(5, 8, 8)), ValueError, ("8 heads", "enable_gqa=True")),
     ("varlen_attn", TORCH, dict(query=(5, 6, 8), enable_gqa=True), ValueError, ("6 heads", "multiple of 4")),
     ("varlen_attn", TORCH, dict(key=(7, 4, 6)), ValueError, ("head_dim of query: 8, key: 6",)),

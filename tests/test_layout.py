@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packed": {"api", "pytorch", "plan", "parts"},
     "joining": set(),
     "cached": {"api", "pytorch", "plan", "parts"},
-    "compat": {"cached", "packed", "api", "parts"},
+    "compat": {"cached", "packed", "api", "pytorch", "plan", "parts"},
     "nn": {"cached", "api", "parts"},
     "demo": {"nn", "api", "parts"},
     SHARED: {"parts"},

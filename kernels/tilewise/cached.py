@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -13,7 +14,7 @@ from .parts.scores.score import Score
 from .parts.similarity import Cosine
 from .plan.checks import check
 from .plan.names import CACHED_ARGUMENTS
-from .plan.request import as_heads, cached_request
+from .plan.request import Request, as_heads, cached_request
 from .plan.rules.cache import new_misfits
 from .pytorch.append import append, turn_queries
 
@@ -102,17 +103,30 @@ def cached_attention(
         mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
         dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
     )  # fmt: skip
-    check(request)
-    for reason in new_misfits(request, new_k, new_v, rotary):
-        raise ValueError(reason)
-    if new_k is not None and new_v is not None:
-        if q_offsets is not None:
-            new_k, new_v = as_heads(new_k, new_v)
-        request = append(request, new_k, new_v, rotary)
-    if rotary is not None:
-        request = turn_queries(request, rotary)
-    out, lse = answer(request, return_lse)
+    out, lse = attend(request, new_k, new_v, rotary, return_lse)
     if q_offsets is None:
         return out if lse is None else (out, lse)
     rows = out[0].transpose(0, 1)
     return rows if lse is None else (rows, lse[0])
+
+
+def attend(
+    request: Request,
+    new_k: Tensor | None,
+    new_v: Tensor | None,
+    rotary: RotaryTable | None,
+    return_lse: bool,
+    turn: Callable[[Request, RotaryTable], Request] = turn_queries,
+) -> tuple[Tensor, Tensor | None]:
+    """out, and lse if asked for, of a request of what the cache holds, once new_k and new_v are in it. turn:
+    how rotary turns the queries then."""
+    check(request)
+    for reason in new_misfits(request, new_k, new_v, rotary):
+        raise ValueError(reason)
+    if new_k is not None and new_v is not None:
+        if request.packing is not None:
+            new_k, new_v = as_heads(new_k, new_v)
+        request = append(request, new_k, new_v, rotary)
+    if rotary is not None:
+        request = turn(request, rotary)
+    return answer(request, return_lse)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutation import Mutation, tests
 
 FLASH_ATTN = "kernels/tilewise/compat/flash_attn.py"
+KVCACHE = "kernels/tilewise/compat/kvcache.py"
 SHARED = "kernels/tilewise/compat/shared.py"
 VARLEN = "kernels/tilewise/compat/varlen.py"
 
@@ -28,6 +29,18 @@ MUTATIONS = (
     Mutation("compat: rows behind the last sequence taken for a mistake", SHARED,
              "kv_offsets = kv_offsets[:]", "pass",
              tests("compat", "one_tensor_of_offsets_for_tensors_with_different_rows_behind")),
+    Mutation("compat: queries turned apart though none is hidden from another", KVCACHE,
+             'options["mask"] is None)', "False)",
+             tests("compat_cache", "rotary_positions[{}-2-5-True]")),
+    Mutation("compat: queries that stand at the last key turned by it", KVCACHE,
+             "cache=Cache(starts + rows.shape[2])", "cache=request.cache",
+             tests("compat_cache", "rotary_positions[{'causal': True}-2-5-True]")),
+    Mutation("compat: every sequence in its own row of the cache", KVCACHE,
+             "return index[:, None]", "return torch.arange(batch, device=index.device)[:, None]",
+             tests("compat_cache", "a_row_of_the_caches_batch_for_each_sequence")),
+    Mutation("compat: pages as long as the longest sequence", FLASH_ATTN,
+             "cu_k.diff(), block_table", "cu_k.diff().amax().expand(len(cu_k) - 1), block_table",
+             tests("compat_cache", "varlen_over_pages[plain]")),
     Mutation("compat: errors in words that the caller does not know", SHARED,
              "name.sub(lambda found: words[found[0]], str(error))", "str(error)",
              tests("compat_errors", "plain_pytorch_names_the_offsets_that_lead_outside")),

@@ -12,7 +12,17 @@ from ..parts.scores.alibi import ALiBi
 from ..parts.scores.score import Score
 from ..parts.scores.softcap import Softcap
 from ..parts.shape import FLOATS, check_dtype
-from .shared import Words, check_heads, check_layout, in_words, packed, refuse_pages, window_mask
+from .shared import (
+    PAGES,
+    Words,
+    check_heads,
+    check_integers,
+    check_layout,
+    in_words,
+    packed,
+    paged,
+    window_mask,
+)
 
 Tensor = torch.Tensor
 ROWS, TOKENS = ("batch", "length", "heads", "dim"), ("tokens", "heads", "dim")
@@ -22,6 +32,10 @@ QKV_ROWS, QKV_TOKENS = ("batch", "length", 3, "heads", "dim"), ("tokens", 3, "he
 DENSE_WORDS = {"scale": "softmax_scale", "slopes": "alibi_slopes"}
 PACKED_WORDS = DENSE_WORDS | {"q_offsets": "cu_seqlens_q", "kv_offsets": "cu_seqlens_k"}
 QKV_WORDS = DENSE_WORDS | {"q_offsets": "cu_seqlens"}
+PAGED_WORDS = DENSE_WORDS | {
+    "q_offsets": "cu_seqlens_q", "kv_lens": "cu_seqlens_k", "pages": "block_table",
+    "cache_k": "k", "cache_v": "v",
+}  # fmt: skip
 
 
 def flash_attn_func(
@@ -124,14 +138,16 @@ def flash_attn_varlen_func(
     in k and v [kv_tokens, kv_heads, dim].
 
     cu_seqlens_q, cu_seqlens_k: [batch + 1], where they start, and where the last one ends. max_seqlen_q and
-    max_seqlen_k are not needed; block_table: NotImplementedError, keys and values in pages are not built.
-    All else is as in `flash_attn_func`. Returns [tokens, heads, dim].
+    max_seqlen_k are not needed. block_table: [batch, max_pages], then k and v are pages [pages, page_size,
+    kv_heads, dim] that it names in the order of each sequence's keys, cu_seqlens_k gives their lengths alone,
+    and there is no gradient. All else is as in `flash_attn_func`. Returns [tokens, heads, dim].
     """
-    refuse_pages(block_table)
-    check_layout(TOKENS, q=q, k=k, v=v)
     options = as_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
     )
+    if block_table is not None:
+        return varlen_paged(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, options)
+    check_layout(TOKENS, q=q, k=k, v=v)
     return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, PACKED_WORDS, options)
 
 
@@ -196,6 +212,20 @@ def varlen(
 ) -> Tensor:
     check_heads(q, k, 1, TOKENS)
     out: Tensor = packed(q, k, v, cu_q, cu_k, words, **options)
+    return out
+
+
+def varlen_paged(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, block_table: Any, options: dict[str, Any]
+) -> Tensor:
+    check_layout(TOKENS, q=q)
+    check_layout(PAGES, k=k, v=v)
+    check_heads(q, k, -2, TOKENS)
+    check_integers(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    if len(cu_q) != len(cu_k):
+        raise ValueError(f"cu_seqlens_q has {len(cu_q)} offsets and cu_seqlens_k {len(cu_k)}: must be equal")
+    check_layout((len(cu_q) - 1, "max_pages"), block_table=block_table)
+    out: Tensor = paged(q, k, v, cu_q, cu_k.diff(), block_table, PAGED_WORDS, **options)
     return out
 
 

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
+from ..cached import cached_attention
 from ..packed import packed_attention
 from ..parts.bounds import UNLIMITED
 from ..parts.masks.causal import Causal
 from ..parts.masks.mask import Mask
 from ..parts.masks.window import Window
+from ..parts.shape import INTS
 
 Tensor = torch.Tensor
 Words = Mapping[str, str]  # an argument's name here, and the caller's
+PAGES = ("pages", "page_size", "heads", "dim")
 
 
 def check_layout(layout: tuple[str | int, ...], **tensors: Any) -> None:
@@ -53,12 +56,13 @@ def window_mask(window_size: Any, causal: bool = False) -> Mask | None:
     return Window(left, right)
 
 
-def refuse_pages(block_table: Tensor | None) -> None:
-    """Where keys and values in pages would be read."""
-    if block_table is not None:
-        raise NotImplementedError(
-            "block_table: keys and values in pages are not built: give them as [tokens, heads, dim] instead"
-        )
+def check_integers(**tensors: Any) -> None:
+    """Raise ValueError unless each is a tensor of integers with one dimension."""
+    for name, given in tensors.items():
+        if not isinstance(given, Tensor) or given.dtype not in INTS or given.dim() != 1:
+            raise ValueError(
+                f"{name}={given!r} must be a tensor of one dimension, torch.int32 or torch.int64"
+            )
 
 
 def in_words(words: Words, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
@@ -78,3 +82,11 @@ def packed(
     if kv_offsets is q_offsets and q.shape[0] != k.shape[0]:
         kv_offsets = kv_offsets[:]
     return in_words(words, packed_attention, q, k, v, q_offsets=q_offsets, kv_offsets=kv_offsets, **options)
+
+
+def paged(
+    q: Tensor, k: Tensor, v: Tensor, q_offsets: Any, kv_lens: Any, pages: Any, words: Words, **options: Any
+) -> Any:
+    """`cached_attention` of packed queries over pages [pages, page_size, kv_heads, dim]. No gradient."""
+    given = dict(q_offsets=q_offsets, kv_lens=kv_lens, pages=pages)
+    return in_words(words, cached_attention, q, k, v, **given, **options)

@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from ..parts.shape import INTS
-from .shared import check_heads, check_layout, packed, refuse_pages, window_mask
+from .shared import PAGES, check_heads, check_integers, check_layout, packed, paged, window_mask
 
 Tensor = torch.Tensor
 TOKENS = ("tokens", "heads", "dim")
 WORDS = {"q": "query", "k": "key", "v": "value", "q_offsets": "cu_seq_q", "kv_offsets": "cu_seq_k"}
+PAGED_WORDS = {
+    "q": "query", "cache_k": "key", "cache_v": "value", "k": "key", "v": "value", "q_offsets": "cu_seq_q",
+    "kv_lens": "seqused_k", "pages": "block_table",
+}  # fmt: skip
 
 
 class AuxRequest(NamedTuple):
@@ -49,35 +52,36 @@ def varlen_attn(
     enable_gqa:  kv_heads may be a divisor of heads.
     seqused_k:   int32 or int64 [batch]: only so many of each sequence's keys are there, the first ones. The
                  last query stands at the last of them.
-    block_table: NotImplementedError, keys and values in pages are not built.
+    block_table: int32 or int64 [batch, max_pages]: key and value are pages [pages, page_size, kv_heads, dim]
+                 that it names in the order of each sequence's keys, of which seqused_k says how many there
+                 are; cu_seq_k is not needed then, and there is no gradient.
 
     Returns [tokens, heads, dim].
     """
-    refuse_pages(block_table)
-    check_layout(TOKENS, query=query, key=key, value=value)
-    heads, kv_heads = query.shape[1], key.shape[1]
+    check_layout(TOKENS, query=query)
+    check_layout(TOKENS if block_table is None else PAGES, key=key, value=value)
+    heads, kv_heads = query.shape[1], key.shape[-2]
     if heads != kv_heads and not enable_gqa:
         raise ValueError(f"query has {heads} heads and key {kv_heads}: grouped heads want enable_gqa=True")
-    check_heads(query, key, 1, TOKENS)
-    mask = window_mask(window_size)
+    check_heads(query, key, -2, TOKENS)
+    with_lse = return_aux is not None and return_aux.lse
+    options = dict(mask=window_mask(window_size), scale=scale, return_lse=with_lse)
+    result: Tensor | tuple[Tensor, Tensor]
+    if block_table is not None:
+        check_integers(cu_seq_q=cu_seq_q, seqused_k=seqused_k)
+        result = paged(query, key, value, cu_seq_q, seqused_k, block_table, PAGED_WORDS, **options)
+        return result
     if seqused_k is not None:
         cu_seq_q, cu_seq_k = with_unused_apart(cu_seq_q, cu_seq_k, seqused_k)
     elif cu_seq_k is None:
         raise ValueError("cu_seq_k=None goes with block_table alone: give the offsets of the keys")
-    with_lse = return_aux is not None and return_aux.lse
-    result: Tensor | tuple[Tensor, Tensor] = packed(
-        query, key, value, cu_seq_q, cu_seq_k, WORDS, mask=mask, scale=scale, return_lse=with_lse
-    )
+    result = packed(query, key, value, cu_seq_q, cu_seq_k, WORDS, **options)
     return result
 
 
 def with_unused_apart(cu_seq_q: Tensor, cu_seq_k: Tensor | None, seqused_k: Tensor) -> tuple[Tensor, Tensor]:
     """Offsets of twice as many sequences: behind each, one without queries that has the keys not used."""
-    for name, given in (("cu_seq_q", cu_seq_q), ("cu_seq_k", cu_seq_k), ("seqused_k", seqused_k)):
-        if not isinstance(given, Tensor) or given.dtype not in INTS or given.dim() != 1:
-            raise ValueError(
-                f"{name}={given!r} must be a tensor of one dimension, torch.int32 or torch.int64"
-            )
+    check_integers(cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, seqused_k=seqused_k)
     assert cu_seq_k is not None
     if not len(cu_seq_q) == len(cu_seq_k) == len(seqused_k) + 1:
         raise ValueError(

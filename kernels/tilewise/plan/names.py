@@ -52,7 +52,10 @@ LAYOUT = (
 IMPL = "give impl=, one of 'portable', 'hopper' and 'torch', or leave it out"
 LSE = "give return_lse=True"
 SINK = "give sink=, a logit a head"
-UNBUILT = "it is not built here"
+CACHED = (
+    "call tilewise.cached_attention(q, cache_k, cache_v, kv_lens=..., pages=...), or "
+    "tilewise.compat.flash_attn_with_kvcache, which has FlashAttention's names"
+)
 
 ELSEWHERE = {
     "is_causal": CAUSAL, "causal": CAUSAL, "use_causal_mask": CAUSAL, "causal_mask": CAUSAL,
@@ -84,7 +87,7 @@ ELSEWHERE = {
     "deterministic": SAME_BITS,
     "layout": LAYOUT, "tensor_layout": LAYOUT, "qkv_format": LAYOUT, "batch_first": LAYOUT,
     "backend": IMPL, "implementation": IMPL, "op": IMPL, "attn_implementation": IMPL,
-    "block_table": UNBUILT, "page_table": UNBUILT, "k_cache": UNBUILT, "v_cache": UNBUILT,
+    "block_table": CACHED, "page_table": CACHED, "k_cache": CACHED, "v_cache": CACHED,
     "query": "the tensors are called q, k and v", "key": "the tensors are called q, k and v",
     "value": "the tensors are called q, k and v",
     "kernel_options": "leave it out; tilewise.tiles.use(tilewise.tiles.Tile(...)) chooses tiles by hand",

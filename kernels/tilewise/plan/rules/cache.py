@@ -52,6 +52,10 @@ def cache_has_no_gradient(r: Request) -> str | None:
     named = [*r.qkv().items(), *r.other_tensors]
     name = next(name for name, tensor in named if tensor.requires_grad)
     name = {"k": "cache_k", "v": "cache_v"}.get(name, name)
+    return no_gradient(name)
+
+
+def no_gradient(name: str) -> str:
     return (
         f"{name} requires a gradient, and cached_attention has none: use torch.no_grad(), or attention or "
         "packed_attention to train"
@@ -79,6 +83,8 @@ def new_misfits(r: Request, new_k: Any, new_v: Any, rotary: RotaryTable | None) 
             yield f"{name} requires a gradient, and a cache keeps none: detach() it, or use torch.no_grad()"
         if new.dtype != cache.dtype or new.device != cache.device:
             yield f"{name} is {new.dtype} on {new.device}, the cache {cache.dtype} on {cache.device}"
+        if new.requires_grad and torch.is_grad_enabled():
+            yield no_gradient(name)
 
 
 def rotary_misfits(r: Request, rotary: RotaryTable | None) -> Iterator[str]:
