@@ -21,9 +21,10 @@ from .parts.shape import Shape, misfits
 from .parts.similarity import Cosine
 from .plan.checks import check, violations
 from .plan.implementation import implementation
-from .plan.names import ARGUMENTS, OFFSETS, unknown_names
+from .plan.names import ARGUMENTS, CACHED_ARGUMENTS, NEW, OFFSETS, unknown_names
 from .plan.names import refuse_unknown as refuse_unknown  # nn refuses them too
-from .plan.request import Request, as_heads, as_packing, make_request, without_drawing
+from .plan.request import Request, as_heads, as_packing, cached_request, make_request, without_drawing
+from .plan.rules.cache import new_misfits
 from .plan.rules.implementations import implementation_is_known, kernel_can_run
 from .plan.rules.options import dropout_fits
 from .pytorch.dispatch import run_portable
@@ -141,17 +142,14 @@ def answer(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
     """All reasons why `attention` with the same arguments would raise; an empty list if it would not. With
-    q_offsets: why `packed_attention` would."""
+    q_offsets: why `packed_attention` would; with kv_lens, and caches for k and v: why `cached_attention`."""
+    if "kv_lens" in arguments:
+        return why_not_cached(q, k, v, arguments)
     is_packed = "q_offsets" in arguments
     offsets = {name: arguments.pop(name, None) for name in OFFSETS} if is_packed else {}
     found = unknown_names("packed_attention" if is_packed else "attention", arguments)
     given = {name: value for name, value in arguments.items() if name in ARGUMENTS and name != "return_lse"}
-    for name, build in PARTS.items():
-        try:
-            build(given.get(name))
-        except (ValueError, NotImplementedError) as error:  # the others are judged without it
-            found.append(str(error))
-            del given[name]
+    found += unbuildable(given)
     try:
         if is_packed:
             q, k, v = as_heads(q, k, v)
@@ -162,6 +160,33 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
     except (ValueError, NotImplementedError) as error:
         return list(dict.fromkeys([*found, str(error)]))
     return found + [str(violation) for violation in violations(request)]
+
+
+def why_not_cached(q: Tensor, cache_k: Tensor, cache_v: Tensor, arguments: dict[str, Any]) -> list[str]:
+    """The same of `cached_attention`; what is to be written into the cache is judged if all else is right."""
+    found = unknown_names("cached_attention", arguments, CACHED_ARGUMENTS)
+    known = {name: value for name, value in arguments.items() if name in CACHED_ARGUMENTS}
+    new_k, new_v, rotary = (known.pop(name, None) for name in NEW)
+    known.pop("return_lse", None)
+    found += unbuildable(known)
+    try:
+        request = cached_request(q, cache_k, cache_v, **without_drawing(q, known))
+    except (ValueError, NotImplementedError) as error:
+        return list(dict.fromkeys([*found, str(error)]))
+    against = [str(violation) for violation in violations(request)]
+    return found + (against or list(new_misfits(request, new_k, new_v, rotary)))
+
+
+def unbuildable(given: dict[str, Any]) -> list[str]:
+    """Why masks, scores and biases cannot be built; those are taken out, so that the rest is judged."""
+    found = []
+    for name, build in PARTS.items():
+        try:
+            build(given.get(name))
+        except (ValueError, NotImplementedError) as error:
+            found.append(str(error))
+            del given[name]
+    return found
 
 
 def dropout_mask(

@@ -7,7 +7,7 @@ import triton
 
 import tilewise
 from tilewise.plan.passes import run_backward, run_forward
-from tilewise.plan.request import request_of
+from tilewise.plan.request import cached_request, request_of
 
 
 @triton.jit
@@ -47,7 +47,8 @@ class Counted:
             mask=counter if mask is None else counter & mask,
             score=tilewise.UserScore(count_steps, (self.visits,), derivative=one),
         )
-        self.request = request_of(q, k, k, **self.arguments, impl="portable")
+        build = cached_request if "kv_lens" in arguments else request_of
+        self.request = build(q, k, k, **self.arguments, impl="portable")
 
     def steps(self, run):
         self.visits.zero_(), self.asked.zero_()

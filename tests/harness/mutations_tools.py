@@ -15,12 +15,14 @@ PACKED_PARTS = "kernels/tilewise/tools/explain/parts.py"
 PADDING = "kernels/tilewise/parts/masks/padding.py"
 PLAIN = "kernels/tilewise/pytorch/plain.py"
 QUADRATIC = "kernels/tilewise/plan/quadratic.py"
+SPLITS = "kernels/tilewise/tools/explain/splits.py"
 SUGGESTIONS = "kernels/tilewise/tools/explain/suggestions.py"
 WORKLOAD = "kernels/tilewise/tools/explain/workload.py"
 WINDOW = "kernels/tilewise/parts/masks/window.py"
 
 
 OF_THE_DEVICE = "bounds_are_those_of_the_device_function"
+CACHED_STEPS = "counts_are_the_steps_of_the_kernel"
 STEPS = "counts_are_the_steps_of_the_kernels"
 
 # fmt: off
@@ -86,11 +88,25 @@ MUTATIONS = (
              "return shape.batch * shape.q_heads * shape.q_len",
              tests("explain_packed", "memory_is_what_the_launchers_allocate")),
     Mutation("explain: offsets left where they are", EXPLAIN,
-             '"sink", "dropout", "packing")', '"sink", "dropout")',
+             '"dropout", "packing", "cache")', '"dropout", "cache")',
              tests("explain_packed", "meta_tensors_are_counted_by_offsets_that_lie_elsewhere")),
     Mutation("explain: gradients of one sequence among several", PLAIN,
              "held.append(shape.batch * alone if", "held.append(alone if",
              tests("explain_packed_advice", "plain_pytorch_holds_scores_of_one_sequence_or_of_all")),
+    Mutation("explain: rows of a group's heads one head behind the other", SPLITS,
+             "(shape.kv_heads, shape.group)).transpose(2, 3)", "(shape.kv_heads, shape.group))",
+             tests("explain_cached", f"{CACHED_STEPS}[of each head-a few-None]")),
+    Mutation("explain: splits that end inside a tile of keys", SPLITS,
+             "split.size or ceil_div(ceil_div(kv_len, split.programs), tile_kv) * tile_kv",
+             "split.size or ceil_div(kv_len, split.programs)",
+             tests("explain_cached", f"{CACHED_STEPS}[no mask-decoding-None]")),
+    Mutation("explain: keys split as on another chip", WORKLOAD,
+             "return split_keys(self.shape, tile, self.chip.multiprocessors)",
+             "return split_keys(self.shape, tile, 132)",
+             tests("explain_cached", "a_chip_with_enough_programs_splits_nothing")),
+    Mutation("explain: splits that write the result too", WORKLOAD,
+             "moved += split_bytes(work, split) - written", "moved += split_bytes(work, split)",
+             tests("explain_cached", "bytes_and_memory[decoding-False]")),
     Mutation("strict: strides forgotten in what passed", CHECKS,
              "r.strict and tuple([t.stride() for _, t in r.other_tensors])", "r.strict",
              tests("strict", "strides_of_what_passed_are_remembered")),

@@ -26,6 +26,7 @@ from ..parts.intervals import intersect_intervals, kept_pairs, kv_range
 from ..parts.numerics import INTERPRETED, matmul, round_to, widen
 from ..parts.scores.score import apply_scores
 from ..parts.sequences import is_of_a_sequence
+from ..parts.shape import Shape
 from ..parts.softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
 from .call import Call, Split, on_device_of, programs, shared_arguments
 from .tile import Tile
@@ -162,14 +163,13 @@ def forward_launch(
         num_warps=tile.num_warps,
         num_stages=stages_in_flight(call, tile),
     )
-    grid = rows_programs(call, tile.tile_q)
+    grid = rows_programs(call.shape, call.is_grouped, tile.tile_q)
     return (grid,) if split is None else (grid, split.programs), arguments
 
 
-def rows_programs(call: Call, tile_q: int) -> int:
-    """How many tiles of rows there are."""
-    shape = call.shape
-    if call.is_grouped:
+def rows_programs(shape: Shape, is_grouped: bool, tile_q: int) -> int:
+    """How many tiles of rows there are; is_grouped: one holds those of all heads of a group."""
+    if is_grouped:
         return programs(shape, shape.q_len * shape.group, tile_q, shape.kv_heads)
     return programs(shape, shape.q_len, tile_q, shape.q_heads)
 

@@ -101,7 +101,8 @@ ARGUMENTS.insert(ARGUMENTS.index("impl"), "return_lse")
 OFFSETS = ("q_offsets", "kv_offsets")
 PACKED_ARGUMENTS = (*OFFSETS, *ARGUMENTS)  # of `packed_attention`
 CACHE = ("kv_lens", "pages", "q_offsets", "split_size")  # of `cached_attention`, that a request has
-CACHED_ARGUMENTS = (*CACHE, "new_k", "new_v", "rotary", *ARGUMENTS)
+NEW = ("new_k", "new_v", "rotary")  # that it writes into the cache first
+CACHED_ARGUMENTS = (*CACHE, *NEW, *ARGUMENTS)
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str] = ARGUMENTS) -> None:

@@ -15,7 +15,7 @@ from ..kernels.parameters import parameter_gradient
 from ..kernels.prepare import BackwardCall, prepare
 from ..kernels.tile import HopperTile, Tile
 from ..parts.scores.score import Parameter
-from ..parts.shape import Cache, ceil_div
+from ..parts.shape import Shape, ceil_div
 from .bind import bind
 from .implementation import implementation
 from .request import Request
@@ -40,7 +40,7 @@ def run_forward(
         launch_hopper(request, call, out, lse, statistics)
         return out, lse, statistics
     tile = choose_tile(q, shape, "forward")
-    split = None if request.cache is None else split_keys(call, request.cache, tile)
+    split = split_keys(shape, tile, multiprocessors(q.device))
     if split is None:
         launch_forward(call, out, lse, statistics, tile)
     else:
@@ -56,15 +56,17 @@ def run_forward(
 PROGRAMS_AT_ONCE = 2  # that a multiprocessor should have for its loads to overlap
 
 
-def split_keys(call: Call, cache: Cache, tile: Tile) -> Split | None:
+def split_keys(shape: Shape, tile: Tile, processors: int) -> Split | None:
     """How the keys of a cache are split over programs: as the caller says, or so that there are enough for
-    the chip; None if in one piece. Lengths are the device's, so that each sequence's own keys are split, and
-    the host knows but the capacity."""
-    capacity = call.shape.kv_len
+    a chip of so many multiprocessors; None if in one piece, or no cache. Lengths are the device's, so that
+    each sequence's own keys are split, and the host knows but the capacity."""
+    cache, capacity = shape.cache, shape.kv_len
+    if cache is None:
+        return None
     if cache.split_size is not None:
         return Split(max(1, ceil_div(capacity, cache.split_size)), cache.split_size)
-    programs = max(1, rows_programs(call, tile.tile_q))
-    room = ceil_div(PROGRAMS_AT_ONCE * multiprocessors(call.q.device), programs)
+    programs = max(1, rows_programs(shape, True, tile.tile_q))
+    room = ceil_div(PROGRAMS_AT_ONCE * processors, programs)
     count = min(room, capacity // (2 * tile.tile_kv))
     return Split(count, 0) if count > 1 else None
 

@@ -130,8 +130,16 @@ def is_watched() -> bool:
 
 def score_bytes(request: Request, return_lse: bool, sequences: Iterable[Shape] = ()) -> int:
     """Bytes of a score matrix, of the few that a call holds at once: of all pairs where a gradient is asked
-    for, else of a block; 0 where the fused kernel answers. sequences: the dense calls that a packed one is
-    made of, whose batches are answered one sequence after the other."""
+    for, else of a block; 0 where the fused kernel answers. sequences: the dense calls that one of packed
+    sequences or of a cache is made of, whose batches are answered one sequence after the other."""
+    if request.cache is not None:
+        held = [0]
+        for shape in sequences:
+            q = request.q[:1].narrow(2, 0, shape.q_len)
+            k, v = (x[:1, :, :1].expand(-1, -1, shape.kv_len, -1) for x in (request.k, request.v))
+            one = replace(request, q=q, k=k, v=v, packing=None, cache=None)
+            held.append(score_bytes(one, return_lse))
+        return max(held)
     if request.packing is not None:
         held = [0]
         for shape in sequences:

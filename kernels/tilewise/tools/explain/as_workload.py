@@ -20,8 +20,9 @@ from ...plan.quadratic import holds_every_pair, stored_bytes
 from ...plan.request import Request
 from ...plan.tiles import arch_choice, architecture, tile_choice
 from ..chips import Chip
+from .coverage import has_contents
 from .parts import parts_of
-from .workload import Allocation, Extra, TileChoice, TrainedParameter, Workload, key_count, row_count
+from .workload import Allocation, Extra, TileChoice, TrainedParameter, Workload, row_count
 
 
 def as_workload(
@@ -77,8 +78,8 @@ def extras(request: Request) -> Iterator[Extra]:
 
 def pairs_of(tensor: torch.Tensor, shape: Shape) -> int:
     """How many pairs of all batches and heads a tensor with a number for each of them has, or broadcasts to.
-    Of packed sequences it has more than they do: each reads its part of the last two dimensions."""
-    lengths = shape.scores[2:] if shape.packing is None or tensor.dim() < 2 else tensor.shape[-2:]
+    Of packed sequences and of a cache it has more than they do: each reads its part of the last two."""
+    lengths = shape.scores[2:] if shape.is_dense or tensor.dim() < 2 else tensor.shape[-2:]
     return shape.batch * shape.q_heads * math.prod(lengths)
 
 
@@ -87,7 +88,7 @@ def computed_tensors(request: Request) -> Iterator[Allocation]:
     shape = request.shape
     for score in request.chain:
         if isinstance(score, Normalised):
-            rows = row_count(shape) + key_count(shape)
+            rows = row_count(shape) + math.prod(request.k.shape[:3])
             yield Allocation("1 / |q| and 1 / |k|", 4 * rows, "during the call")
         elif isinstance(score, RelativePosition):
             distances = shape.q_heads * (2 * score.max_distance + 1)
@@ -136,6 +137,8 @@ def notes(request: Request, work: Workload) -> Iterator[str]:
         )
     if work.parts.assumed:
         yield "the offsets have no contents here: what is counted is that of sequences of equal length"
+    if request.cache is not None and not has_contents(request.cache.kv_lens):
+        yield "the lengths have no contents here: every sequence counts as one that fills its cache"
     for unknown in work.parts.unknown:
         yield f"{unknown}; it counts as if every tile were visited and masked, so tiles are upper bounds"
     for name, masks in (("a bool mask", "Dense"), ("a keep function", "UserMask")):
@@ -143,7 +146,9 @@ def notes(request: Request, work: Workload) -> Iterator[str]:
             yield f"{name} may leave out more pairs than are counted here; no tile is saved by that"
     if any(type(score).__name__ == "UserScore" for score in request.scores):
         yield "what a UserScore computes is not in the exponentials or FLOPs"
-    if not work.training and (
-        request.q.requires_grad or any(t.requires_grad for _, t in request.other_tensors)
+    if (
+        not work.training
+        and request.cache is None
+        and (request.q.requires_grad or any(t.requires_grad for _, t in request.other_tensors))
     ):
         yield 'inputs require a gradient: work="training" explains the backward too'

@@ -11,12 +11,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ...parts.numerics import INTERPRETED
+from ...parts.shape import Cache, ceil_div
 from ...plan import tiles
 from ...plan.checks import OF_TENSORS, first_violation, violations
 from ...plan.implementation import IMPLEMENTATIONS, implementation
-from ...plan.names import PACKED_ARGUMENTS, refuse_unknown
-from ...plan.request import Request, as_heads, as_packing, make_request, without_drawing
+from ...plan.names import CACHED_ARGUMENTS, NEW, PACKED_ARGUMENTS, refuse_unknown
+from ...plan.request import Request, as_heads, as_packing, cached_request, make_request, without_drawing
 from ...plan.rules import hopper as hopper_rules
+from ...plan.rules.cache import new_misfits
 from ...plan.rules.implementations import implementation_is_known
 from ...plan.tiles import architecture, choose_tile
 from ...pytorch.nested import is_nested, unpack
@@ -24,11 +26,12 @@ from ...pytorch.plain import score_bytes
 from ..chips import Chip, chip_of_target, find_chip
 from .as_workload import as_workload, notes
 from .coverage import has_contents, pairs_that_count
-from .findings import Findings, Packed, Work
+from .findings import Cached, Findings, Packed, Work
 from .parts import Parts
+from .splits import split_of
 from .suggestions import Look, suggestions
 from .text import plain_text
-from .workload import Allocation, Kernel, kernels_of, memory_of
+from .workload import Allocation, Kernel, Workload, kernels_of, memory_of
 
 Tensor = torch.Tensor
 
@@ -47,6 +50,9 @@ def explain(
     *,
     q_offsets: Tensor | None = None,
     kv_offsets: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    pages: Tensor | None = None,
+    split_size: int | None = None,
     gpu: str | None = None,
     work: Work = "forward",
     **arguments: Any,
@@ -58,6 +64,9 @@ def explain(
                anywhere; masks and offsets are counted from their contents.
     q_offsets, kv_offsets: those of `packed_attention`, which is then what is explained. They are read, so the
                host waits for the GPU; without contents they stand for sequences of equal length.
+    kv_lens, pages, split_size: those of `cached_attention`, which is then what is explained, with the caches
+               for k and v. kv_lens is read too; without contents every sequence fills its part of the cache.
+               new_k, new_v and rotary may be given, but what they add is not counted.
     gpu:       the chip to explain it for: "H200", "A100", "MI300X", ... None: the GPU of q, else the current
                one, else an H200, which the explanation calls assumed.
     work:      "forward", as in inference; "training": with the backward, for gradients of q, k, v and of
@@ -69,8 +78,17 @@ def explain(
     """
     if work not in ("forward", "training"):
         raise ValueError(f"{work=} must be 'forward' or 'training'")
-    refuse_unknown("explain", arguments, [*PACKED_ARGUMENTS, "gpu", "work"])
+    refuse_unknown("explain", arguments, [*PACKED_ARGUMENTS, *CACHED_ARGUMENTS, "gpu", "work"])
     return_lse = bool(arguments.pop("return_lse", False))
+    if kv_lens is not None:
+        if kv_offsets is not None:
+            refuse_unknown("cached_attention", ["kv_offsets"], CACHED_ARGUMENTS)
+        return explain_cached(
+            q, k, v, gpu, work, return_lse,
+            dict(kv_lens=kv_lens, pages=pages, q_offsets=q_offsets, split_size=split_size, **arguments),
+        )  # fmt: skip
+    if pages is not None or split_size is not None or {*NEW} & {*arguments}:
+        raise ValueError(f"pages, split_size, {', '.join(NEW)} go with kv_lens, as in cached_attention")
     if q_offsets is not None or kv_offsets is not None:
         q, k, v = as_heads(q, k, v)
         arguments["packing"] = as_packing(q_offsets, kv_offsets)
@@ -82,6 +100,23 @@ def explain(
         request = make_request(q, k, v, **without_drawing(q, arguments))
         with unset_fake_temporarily():
             return explain_request(request, gpu, work, return_lse)
+
+
+def explain_cached(
+    q: Tensor, k: Tensor, v: Tensor, gpu: str | None, work: Work, return_lse: bool, arguments: dict[str, Any]
+) -> Explanation:
+    if work == "training":
+        raise ValueError("cached_attention has no gradient: explain it with work='forward'")
+    new = [arguments.pop(name, None) for name in NEW]
+    with torch.no_grad():
+        request = cached_request(q, k, v, **without_drawing(q, arguments))
+        with unset_fake_temporarily():
+            found = explain_request(request, gpu, work, return_lse)
+    for reason in new_misfits(request, *new):
+        raise ValueError(reason)
+    if all(x is None for x in new):
+        return found
+    return replace(found, notes=(*found.notes, "what new_k, new_v and rotary add is not counted"))
 
 
 def explain_request(request: Request, gpu: str | None, work: Work, return_lse: bool) -> Explanation:
@@ -124,6 +159,7 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
         on_gpu_note=on_gpu_note,
         sizes={name: size for name, size in shape._asdict().items() if isinstance(size, int)},
         packed=None if shape.packing is None else packed(model.parts),
+        cached=None if shape.cache is None else cached(model, shape.cache),
         dtype=str(request.q.dtype).removeprefix("torch."),
         pairs=model.parts.pairs,
         pairs_that_count=model.parts.counted(pairs_that_count),
@@ -150,6 +186,33 @@ def packed(parts: Parts) -> Packed:
         shortest=(min(q_lens), min(kv_lens)),
         longest=(max(q_lens), max(kv_lens)),
         assumed=parts.assumed,
+    )
+
+
+def cached(model: Workload, cache: Cache) -> Cached:
+    """The cache that the model's parts are of."""
+    shapes, split = [part.shape for part in model.parts], model.split()
+    lengths = [shape.kv_len for shape in shapes]
+    tile, _ = model.choose(model.element_bytes, "forward")
+    size = None if cache.pages is None else cache.pages.page_size
+    return Cached(
+        sequences=model.shape.batch,
+        capacity=model.shape.kv_len,
+        keys=sum(shape.batch * shape.kv_len for shape in shapes),
+        shortest=min(lengths, default=0),
+        longest=max(lengths, default=0),
+        assumed=not has_contents(cache.kv_lens),
+        page_size=size,
+        pages=None if cache.pages is None else cache.pages.page_count,
+        pages_in_use=None
+        if size is None
+        else sum(shape.batch * ceil_div(shape.kv_len, size) for shape in shapes),
+        rows=max((shape.q_len * shape.group for shape in shapes), default=0),
+        splits=1 if split is None else split.programs,
+        split_keys=max(
+            (min(shape.shape.kv_len, split_of(shape, split, tile.tile_kv)[0]) for shape in model.parts),
+            default=0,
+        ),
     )
 
 
@@ -188,7 +251,7 @@ def on_meta(request: Request) -> Request:
 
     changed: dict[str, Any] = {
         name: moved(getattr(request, name))
-        for name in ("q", "k", "v", "scale", "similarity", "sink", "dropout", "packing")
+        for name in ("q", "k", "v", "scale", "similarity", "sink", "dropout", "packing", "cache")
     }
     for name in ("masks", "scores"):
         changed[name] = tuple(map(part_moved, getattr(request, name)))

@@ -24,6 +24,24 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Cached:
+    """A cache, as the call finds it: what it appends is not counted."""
+
+    sequences: int
+    capacity: int  # keys of a sequence that there is room for
+    keys: int  # of all sequences
+    shortest: int
+    longest: int
+    assumed: bool  # kv_lens has no contents here, and the capacity stands in
+    page_size: int | None  # None: not in pages
+    pages: int | None
+    pages_in_use: int | None  # by each sequence, so that one they share counts for each
+    rows: int  # of the longest sequence's queries, for all heads of a group: what its tiles are filled with
+    splits: int  # programs that the keys of a sequence are split over
+    split_keys: int  # the most that one of them has
+
+
+@dataclass(frozen=True)
 class Findings:
     """Counts, bytes and seconds. Times are floors by the chip's datasheet, not forecasts."""
 
@@ -39,7 +57,9 @@ class Findings:
     on_gpu: str  # the implementation that the forward below is of
     on_gpu_note: str  # what to know of that; empty where there is nothing
     sizes: dict[str, int]  # packed: batch counts the sequences, q_len and kv_len the tensors' tokens
+    # of a cache: kv_len is its capacity
     packed: Packed | None
+    cached: Cached | None
     dtype: str
     pairs: int  # of query and key, in all batches and heads
     pairs_that_count: int

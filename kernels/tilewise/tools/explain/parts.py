@@ -1,4 +1,5 @@
-"""Which dense calls is a call made of? One; or, of packed sequences, one for each pair of lengths they have.
+"""Which dense calls is a call made of? One; or, of packed sequences or of a cache, one for each pair of
+lengths that sequences have.
 
 No tile holds rows or keys of two sequences, so what the kernels visit in a packed call is the sum of what
 they visit in each sequence alone; and sequences that are equally long are a batch.
@@ -51,7 +52,7 @@ class Parts:
 
     def __init__(self, parts: Iterable[Part], assumed: bool = False) -> None:
         self.parts = tuple(parts)
-        self.assumed = assumed  # the offsets have no contents here, and equal lengths stand in
+        self.assumed = assumed  # offsets have no contents here, and equal lengths stand in
         self._counted: dict[Any, Any] = {}
 
     def __iter__(self) -> Iterator[Part]:
@@ -105,20 +106,36 @@ def parts_of(masks: Iterable[Mask], shape: Shape) -> Parts:
     """The dense calls of a call of this shape. Raises ValueError for offsets that decrease or lead out of the
     tensors."""
     masks = tuple(masks)
-    if shape.packing is None:
+    if shape.is_dense:
         return Parts([Part(shape, rows_of(masks, shape))])
-    lengths, assumed = lengths_of(shape.packing, shape)
+    lengths, assumed = lengths_of(shape)
     pairs, which = lengths.unique(dim=0, return_inverse=True)
     found = []
     for i, (q_len, kv_len) in enumerate(pairs.tolist()):
         sequences = (which == i).nonzero()[:, 0]
-        alone = shape._replace(batch=len(sequences), q_len=q_len, kv_len=kv_len, packing=None)
+        alone = shape._replace(batch=len(sequences), q_len=q_len, kv_len=kv_len, packing=None, cache=None)
         found.append(masked(Part(alone, rows_of((), alone), sequences), masks, shape))
     return Parts(found, assumed)
 
 
-def lengths_of(packing: Packing, shape: Shape) -> tuple[torch.Tensor, bool]:
-    """q_len and kv_len of each sequence, [batch, 2] on the CPU, and whether they are assumed."""
+def lengths_of(shape: Shape) -> tuple[torch.Tensor, bool]:
+    """q_len and kv_len of each sequence, [batch, 2] on the CPU, and whether those of packed ones are assumed.
+    Of a cache whose lengths have no contents each sequence fills its part."""
+    if shape.cache is None:
+        assert shape.packing is not None
+        return packed_lengths(shape.packing, shape)
+    kv_lens = torch.full((shape.batch,), shape.kv_len, device="cpu")
+    if has_contents(shape.cache.kv_lens):
+        kv_lens = shape.cache.kv_lens.to("cpu", torch.int64).clamp(0, shape.kv_len)
+    if shape.packing is None:
+        return torch.stack([torch.full_like(kv_lens, shape.q_len), kv_lens], 1), False
+    lengths, assumed = packed_lengths(
+        Packing(shape.packing.q_offsets, None), shape._replace(kv_len=shape.q_len)
+    )
+    return torch.stack([lengths[:, 0], kv_lens], 1), assumed
+
+
+def packed_lengths(packing: Packing, shape: Shape) -> tuple[torch.Tensor, bool]:
     of_keys = packing.q_offsets if packing.kv_offsets is None else packing.kv_offsets
     if not (has_contents(packing.q_offsets) and has_contents(of_keys)):
         index = torch.arange(shape.batch, device="cpu")

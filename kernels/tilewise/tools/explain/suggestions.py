@@ -290,6 +290,8 @@ def few_programs(look: Look) -> Suggestion | None:
         return None
     shape = look.work.shape
     each = "a row tile of a head" if shape.q_len > 1 else "a head of a sequence"
+    if shape.cache is not None:
+        each = "a row tile of a head of keys, and a split of these"
     return Suggestion(
         f"{kernel.busy} programs, one for {each}, leave {chip.multiprocessors - kernel.busy} of "
         f"{chip.multiprocessors} multiprocessors idle: more sequences in a call cost little until all work",

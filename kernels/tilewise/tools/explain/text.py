@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .findings import Findings, Packed
+from .findings import Cached, Findings, Packed
 
 WIDTH = 100
 
@@ -33,6 +33,8 @@ def sections(e: Findings) -> list[Section]:
 def title(e: Findings) -> str:
     """The call in a line."""
     s = e.sizes
+    if e.cached is not None:
+        return cached_title(e, e.cached)
     if e.packed is not None:
         return packed_title(e, e.packed)
     q = [s["batch"], s["q_heads"], s["q_len"], s["head_dim"]]
@@ -40,6 +42,24 @@ def title(e: Findings) -> str:
     keys = f"k, v {k}" if s["head_dim"] == s["value_dim"] else f"k {k}, v {[*k[:3], s['value_dim']]}"
     what = "forward" if e.work == "forward" else "forward and backward"
     return f"attention, {what}: q {q}, {keys}, {e.dtype}"
+
+
+def cached_title(e: Findings, cached: Cached) -> str:
+    """The same of a cache; of packed queries q is [tokens, heads, dim]."""
+    s = e.sizes
+    q = (
+        [s["q_heads"], s["q_len"], s["head_dim"]]
+        if e.packed is None
+        else [s["q_len"], s["q_heads"], s["head_dim"]]
+    )
+    batch = [s["batch"]] if e.packed is None else []
+    k = [s["batch"], s["kv_heads"], s["kv_len"], s["head_dim"]]
+    if cached.page_size is not None:
+        k = [cached.pages or 0, cached.page_size, s["kv_heads"], s["head_dim"]]
+    same = s["head_dim"] == s["value_dim"]
+    keys = f"cache_k, cache_v {k}" if same else f"cache_k {k}, cache_v {[*k[:3], s['value_dim']]}"
+    sequences = counted(cached.sequences, "sequence")
+    return f"cached attention, forward: {sequences}, q {batch + q}, {keys}, {e.dtype}"
 
 
 def packed_title(e: Findings, packed: Packed) -> str:
@@ -86,7 +106,9 @@ def launches(e: Findings) -> Section:
         f"Tiles{'' if len(origins) == 1 else ' of ' + ', '.join(names)}: {origin}."
         for origin, names in origins.items()
     ]
-    if e.packed is not None:
+    if e.cached is not None:
+        sentences += cache(e, e.cached)
+    elif e.packed is not None:
         sentences += sequences(e, e.packed)
     rows = [
         (
@@ -124,6 +146,37 @@ def sequences(e: Findings, packed: Packed) -> list[str]:
             "does not depend on the lengths, which only the device reads."
         )
     return sentences
+
+
+def cache(e: Findings, cached: Cached) -> list[str]:
+    """How full a cache is, and how programs share rows and keys."""
+    kernel, *_ = e.kernels
+    group = e.sizes["q_heads"] // e.sizes["kv_heads"]
+    span = lengths(cached.shortest, cached.longest, cached.keys, "keys")
+    found = [f"{counted(cached.sequences, 'sequence')} of {span}, and room for {cached.capacity:,} each."]
+    if cached.page_size is not None:
+        found.append(
+            f"Pages of {counted(cached.page_size, 'row')}: {cached.pages_in_use:,} in use, of "
+            f"{cached.pages:,} that the cache has."
+        )
+    up_to = "" if e.packed is None else "up to "
+    found.append(
+        f"A tile has {kernel.tile.tile_q} rows, for {up_to}{cached.rows:,} that a sequence has in the "
+        f"{counted(group, 'head')} of a group; what is left of its last tile is padding."
+    )
+    if cached.splits == 1:
+        found.append("A sequence's keys are in one piece.")
+    else:
+        found.append(
+            f"A sequence's keys are split over {cached.splits:,} programs, at most {cached.split_keys:,} "
+            "keys each; combine joins what they find."
+        )
+    if spare := kernel.programs - kernel.busy:
+        found.append(
+            f"{spare:,} of {kernel.programs:,} programs of {kernel.name} have no rows or no keys: how many "
+            "there are does not depend on the lengths, which only the device reads."
+        )
+    return found
 
 
 def lengths(shortest: int, longest: int, tokens: int, what: str) -> str:
@@ -197,6 +250,8 @@ def reason(e: Findings) -> str:
     kernel = max(e.kernels, key=lambda kernel: kernel.limits.overlapped * kernel.limits.few_programs)
     of, programs = round(kernel.busy / kernel.waves), kernel.busy
     rows, padded = e.sizes["q_len"] if e.packed is None else e.packed.longest[0], ""
+    if e.cached is not None:
+        rows = e.cached.rows
     if kernel.tiles is not None and rows < kernel.tile.tile_q:
         at_most = "" if e.packed is None else "at most "
         padded = f", on tiles of {kernel.tile.tile_q} rows that hold {at_most}{rows}"

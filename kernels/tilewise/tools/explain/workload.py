@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...kernels.call import power_of_two_tile, programs, tile_count
+from ...kernels.call import Split, power_of_two_tile, programs, tile_count
+from ...kernels.combine import TILE_ROWS as COMBINED_ROWS
+from ...kernels.forward import rows_programs as programs_over_rows
 from ...kernels.hopper.limits import HOPPER_COLUMNS
 from ...kernels.tile import Pass, Tile
-from ...parts.shape import Shape
+from ...parts.shape import Shape, ceil_div
+from ...plan.passes import split_keys
 from ...plan.tiles import square_tile
 from ..chips import Chip
 from .coverage import (
@@ -30,6 +33,7 @@ from .coverage import (
 )
 from .limits import Limits, limits_of
 from .parts import Parts
+from .splits import busy_programs, split_walk
 
 TileChoice = Callable[[int, Pass], tuple[Tile, str]]  # of bytes an element and a pass: a tile, and whence
 STATISTIC = 4  # bytes of a number that is kept for each row, in fp32
@@ -84,6 +88,11 @@ class Workload:
     of_derivatives: int = 0
     is_hopper: bool = False  # the forward is Hopper's
 
+    def split(self) -> Split | None:
+        """How the keys of a cache are split over programs."""
+        tile, _ = self.choose(self.element_bytes, "forward")
+        return split_keys(self.shape, tile, self.chip.multiprocessors)
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -93,7 +102,7 @@ class Kernel:
     tile: Tile  # of prepare the rows alone
     tile_from: str
     programs: int
-    busy: int  # programs that have a tile: packed sequences leave some without (sequences.py)
+    busy: int  # programs with rows and keys: packed sequences (sequences.py) and splits leave some without
     waves: float  # of those, for each multiprocessor
     tiles: Coverage | None  # None: it walks over no keys
     flops: int
@@ -111,6 +120,8 @@ class Kernel:
 def kernels_of(work: Workload) -> tuple[Kernel, ...]:
     """The launches of a call, in order."""
     kernels = [hopper_forward(work) if work.is_hopper else forward(work)]
+    if (split := work.split()) is not None:
+        kernels.append(combine(work, split))
     if work.training:
         kernels += [prepare(work), dq(work), dkv(work)]
         kernels += [gradient(work, parameter) for parameter in work.parameters]
@@ -214,11 +225,46 @@ def keys_programs(work: Workload, tile_kv: int) -> tuple[int, int]:
 def forward(work: Workload) -> Kernel:
     """S = scores(Q Kᵀ), O = P V."""
     tile, tile_from = work.choose(work.element_bytes, "forward")
+    if work.shape.cache is not None:
+        return cached_forward(work, tile, tile_from)
     tiles = work.parts.covered(walk_over_keys, tile.tile_q, tile.tile_kv)
     return walk(
         work, "forward", (tile, tile_from), rows_programs(work, tile.tile_q), tiles, (1, 1),
         1 + work.of_scores, forward_bytes(work, tiles, tile),
     )  # fmt: skip
+
+
+def cached_forward(work: Workload, tile: Tile, tile_from: str) -> Kernel:
+    """The same over a cache. With splits each writes an O of its own, in fp32, and the LSE of its rows."""
+    shape, split = work.shape, work.split()
+    tiles = split_walk(work.parts, split, tile)
+    started = programs_over_rows(shape, True, tile.tile_q) * (1 if split is None else split.programs)
+    moved = forward_bytes(work, tiles, tile)
+    if split is not None:
+        written = rows_bytes(work, shape.value_dim) + statistics_bytes(work, int(work.return_lse))
+        moved += split_bytes(work, split) - written
+    return walk(
+        work, "forward", (tile, tile_from), (started, busy_programs(work.parts, split, tile)), tiles, (1, 1),
+        1 + work.of_scores, moved,
+    )  # fmt: skip
+
+
+def combine(work: Workload, split: Split) -> Kernel:
+    """The merge of all splits: no matmul, and two exponentials for each split of a row."""
+    rows = row_count(work.shape)
+    programs, exponentials = ceil_div(rows, COMBINED_ROWS), 2 * split.programs * rows
+    moved = split_bytes(work, split) + rows_bytes(work, work.shape.value_dim)
+    moved += statistics_bytes(work, int(work.return_lse))
+    return Kernel(
+        "combine", Tile(COMBINED_ROWS, COMBINED_ROWS), "the kernel's own", programs, programs,
+        programs / work.chip.multiprocessors, None, 0, 0, exponentials, moved,
+        limits_of(work.chip, programs, 0, exponentials, moved, work.element_bytes, work.precision),
+    )  # fmt: skip
+
+
+def split_bytes(work: Workload, split: Split) -> int:
+    """Of O and LSE of every split."""
+    return split.programs * row_count(work.shape) * (work.shape.value_dim + 1) * STATISTIC
 
 
 def hopper_forward(work: Workload) -> Kernel:
@@ -315,6 +361,12 @@ def memory_of(work: Workload) -> tuple[Allocation, ...]:
     if work.return_lse or work.training:
         kept = "result" if work.return_lse else "for the backward"
         found.append(Allocation("lse", statistics_bytes(work, 1), kept))
+    if (split := work.split()) is not None:
+        of_splits = split.programs * statistics_bytes(work, 1)
+        found += [
+            Allocation("out of each split", of_splits * shape.value_dim, "during the call"),
+            Allocation("lse of each split", of_splits, "during the call"),
+        ]
     if work.training:
         tile, _ = work.choose(work.element_bytes, "dkv")
         ranges = shape.blocks * shape.q_heads * tile_count(shape, shape.q_len, tile.tile_q)
