@@ -118,13 +118,11 @@ def test_work_is_that_of_all_sequences_alone(layout):
     given, arguments = call(layout)
     mask = tilewise.Causal()
     found = tilewise.explain(*given, **arguments, mask=mask, split_size=32, gpu="H200")
-    alone = [
-        tilewise.explain(
-            *(meta(1, *sizes, dtype=torch.float32) for sizes in (
-                (Q_HEADS, q_len, DIM), (KV_HEADS, kv_len, DIM), (KV_HEADS, kv_len, VALUE_DIM))), mask=mask, gpu="H200",
-        )
-        for q_len, kv_len in zip(q_lengths(layout), LENGTHS, strict=True)
-    ]  # fmt: skip
+    alone = []
+    for q_len, kv_len in zip(q_lengths(layout), LENGTHS, strict=True):
+        sizes = ((Q_HEADS, q_len, DIM), (KV_HEADS, kv_len, DIM), (KV_HEADS, kv_len, VALUE_DIM))
+        one = [meta(1, *each, dtype=torch.float32) for each in sizes]
+        alone.append(tilewise.explain(*one, mask=mask, gpu="H200"))
     assert found.pairs_that_count == sum(e.pairs_that_count for e in alone)
     assert found.pairs == sum(e.pairs for e in alone) and found.flops == sum(e.flops for e in alone)
     assert found.kernels[0].flops == sum(e.kernels[0].flops for e in alone)
