@@ -19,6 +19,13 @@ def small_tiles():
         yield
 
 
+@pytest.fixture
+def forget_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 # ---- What FlashAttention's documentation says of one sequence
 
 
@@ -230,6 +237,22 @@ def test_plain_pytorch_does_the_same(paged, device, monkeypatch):
         results.append((out, k.nan_to_num(7), v.nan_to_num(7)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_a_graph_writes_into_the_cache_too(device, forget_graphs):
+    caches, angle = Caches(device), torch.rand(CAPACITY, 4, device=device)
+    q, new = torch.randn(3, 2, HEADS, DIM, device=device), torch.randn(3, NEW, KV_HEADS, DIM, device=device)
+    results = []
+    for call in (written_to, torch.compile(written_to, fullgraph=True, backend="aot_eager")):
+        k, v = caches.k.clone(), caches.v.clone()
+        out = call(q, k, v, new, angle, caches.lens)
+        results.append((out, k.nan_to_num(7), v.nan_to_num(7)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def written_to(q, k_cache, v_cache, new, angle, lens):
+    return compat.flash_attn_with_kvcache(q, k_cache, v_cache, new, 2 * new, angle.cos(), angle.sin(), lens)
 
 
 # ---- What is refused

@@ -230,6 +230,18 @@ def test_what_is_appended_is_not_counted():
         tilewise.explain(*given, **arguments, new_k=new["new_k"])
 
 
+def test_a_chip_that_no_tile_fits_splits_nothing(monkeypatch):
+    def nothing_fits(*_):
+        raise NotImplementedError("too little shared memory")
+
+    monkeypatch.setattr("tilewise.tools.explain.as_workload.arch_choice", nothing_fits)
+    given, arguments = call("a few")
+    found = tilewise.explain(*given, **arguments, gpu="H200")
+    assert not found.kernels and found.no_kernels == "too little shared memory"
+    assert (found.cached.splits, found.cached.split_keys, found.cached.keys) == (1, 120, 269)
+    assert "No kernel on an H200: too little shared memory" in prose(found)
+
+
 def test_plain_pytorch_holds_the_scores_of_one_sequence(monkeypatch):
     leave_interpreter(monkeypatch)
     for layout in LAYOUTS:

@@ -159,7 +159,7 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
         on_gpu_note=on_gpu_note,
         sizes={name: size for name, size in shape._asdict().items() if isinstance(size, int)},
         packed=None if shape.packing is None else packed(model.parts),
-        cached=None if shape.cache is None else cached(model, shape.cache),
+        cached=None if shape.cache is None else cached(model, shape.cache, bool(kernels)),
         dtype=str(request.q.dtype).removeprefix("torch."),
         pairs=model.parts.pairs,
         pairs_that_count=model.parts.counted(pairs_that_count),
@@ -189,11 +189,15 @@ def packed(parts: Parts) -> Packed:
     )
 
 
-def cached(model: Workload, cache: Cache) -> Cached:
-    """The cache that the model's parts are of."""
-    shapes, split = [part.shape for part in model.parts], model.split()
+def cached(model: Workload, cache: Cache, has_kernels: bool) -> Cached:
+    """The cache that the model's parts are of. Without kernels nothing is split."""
+    shapes = [part.shape for part in model.parts]
     lengths = [shape.kv_len for shape in shapes]
-    tile, _ = model.choose(model.element_bytes, "forward")
+    split, split_keys = None, max(lengths, default=0)
+    if has_kernels and (split := model.split()) is not None:
+        tile, _ = model.choose(model.element_bytes, "forward")
+        longest = [split_of(part, split, tile.tile_kv)[0] for part in model.parts]
+        split_keys = min(split_keys, max(longest, default=0))
     size = None if cache.pages is None else cache.pages.page_size
     return Cached(
         sequences=model.shape.batch,
@@ -204,15 +208,10 @@ def cached(model: Workload, cache: Cache) -> Cached:
         assumed=not has_contents(cache.kv_lens),
         page_size=size,
         pages=None if cache.pages is None else cache.pages.page_count,
-        pages_in_use=None
-        if size is None
-        else sum(shape.batch * ceil_div(shape.kv_len, size) for shape in shapes),
+        pages_in_use=size and sum(shape.batch * ceil_div(shape.kv_len, size) for shape in shapes),
         rows=max((shape.q_len * shape.group for shape in shapes), default=0),
         splits=1 if split is None else split.programs,
-        split_keys=max(
-            (min(shape.shape.kv_len, split_of(shape, split, tile.tile_kv)[0]) for shape in model.parts),
-            default=0,
-        ),
+        split_keys=split_keys,
     )
 
 

@@ -47,19 +47,16 @@ def title(e: Findings) -> str:
 def cached_title(e: Findings, cached: Cached) -> str:
     """The same of a cache; of packed queries q is [tokens, heads, dim]."""
     s = e.sizes
-    q = (
-        [s["q_heads"], s["q_len"], s["head_dim"]]
-        if e.packed is None
-        else [s["q_len"], s["q_heads"], s["head_dim"]]
-    )
-    batch = [s["batch"]] if e.packed is None else []
+    q = [s["batch"], s["q_heads"], s["q_len"], s["head_dim"]]
+    if e.packed is not None:
+        q = [s["q_len"], s["q_heads"], s["head_dim"]]
     k = [s["batch"], s["kv_heads"], s["kv_len"], s["head_dim"]]
     if cached.page_size is not None:
         k = [cached.pages or 0, cached.page_size, s["kv_heads"], s["head_dim"]]
     same = s["head_dim"] == s["value_dim"]
     keys = f"cache_k, cache_v {k}" if same else f"cache_k {k}, cache_v {[*k[:3], s['value_dim']]}"
     sequences = counted(cached.sequences, "sequence")
-    return f"cached attention, forward: {sequences}, q {batch + q}, {keys}, {e.dtype}"
+    return f"cached attention, forward: {sequences}, q {q}, {keys}, {e.dtype}"
 
 
 def packed_title(e: Findings, packed: Packed) -> str:
