@@ -300,6 +300,13 @@ def test_errors_name_the_argument(changes, error, said, device, nothing_runs):
         compat.flash_attn_with_kvcache(**given_for(device) | made)
 
 
+@pytest.mark.parametrize("name", ["block_table", "page_table", "k_cache", "v_cache"])
+def test_names_of_caches_elsewhere_lead_to_cached_attention(name):
+    x = torch.zeros(1, 1, 1, 16)
+    (reason,) = tilewise.why_not(x, x, x, **{name: x})
+    assert "call tilewise.cached_attention" in reason and "compat.flash_attn_with_kvcache" in reason
+
+
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "k", "v"])
 def test_a_gradient_is_refused_before_anything_is_written(name, device):
     given = given_for(device)
