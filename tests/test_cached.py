@@ -326,7 +326,7 @@ MISTAKES = {
     ),
     "new trained": (
         dict(new_k=randn(3, KV_HEADS, 1, DIM).requires_grad_(), new_v=randn(3, KV_HEADS, 1, VALUE_DIM)),
-        "new_k requires a gradient, and a cache keeps none",
+        "new_k requires a gradient, and cached_attention has none",
     ),
     "rotary": (dict(rotary=Rotary(DIM)), "rotary=.* must be what Rotary.table"),
     "short table": (dict(rotary=Rotary(DIM).table(10)), r"rotary has 10 positions.*give table\(64\)"),
