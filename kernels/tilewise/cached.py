@@ -84,9 +84,9 @@ def cached_attention(
     q_offsets: int32 or int64 [batch + 1]: queries packed as for `packed_attention`.
     rotary:    `nn.Rotary(...).table(positions)`: turns q and new_k by their positions in the sequence; what
                is in the cache was turned when it came there.
-    split_size: keys that one program walks, a multiple of 16: with it, the bits of a row depend on nothing
-               but its own sequence, neither on the batch nor on how many queries come in one call. None: as
-               suits the chip.
+    split_size: keys that one program walks, a multiple of 16: with it, the bits of a row that the kernels
+               compute depend on nothing but its own sequence, neither on the batch nor on how many queries
+               come in one call. None: as suits the chip.
 
     All other arguments are those of `attention`. The last query of a sequence stands at its last key, at
     position kv_lens + new_len - 1 and not at the buffer's end: give Causal() where several come at once.
