@@ -5,7 +5,7 @@ key. The four arguments are int64 index tensors that broadcast together; ``atten
 [B,1,1,1], [1,Hq,1,1], [1,1,Nq,1] and [1,1,1,Nk].
 
 ``align`` says where the queries stand among the keys: query i is at key position i + kv_len - q_len
-(``"bottom_right"``) or at i (``"top_left"``).
+(``"bottom_right"``), at i (``"top_left"``) or at i + align (an int, or an int tensor [B]).
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .positions import Align, lookup, shift
+from .positions import Align, at, lookup, shift
 
 MaskFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def causal(q_len: int, kv_len: int, align: Align = "bottom_right") -> MaskFn:
+def causal(q_len: int, kv_len: int, align: Align | None = "bottom_right") -> MaskFn:
     """A query sees the key at its own position and every key before it."""
     offset = shift(q_len, kv_len, align)
 
     def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return kv_idx <= q_idx + offset
+        return kv_idx <= q_idx + at(offset, batch)
 
     return mask
 
 
 def window(
-    left: int | None, right: int | None, q_len: int, kv_len: int, align: Align = "bottom_right"
+    left: int | None, right: int | None, q_len: int, kv_len: int, align: Align | None = "bottom_right"
 ) -> MaskFn:
     """A query sees ``left`` keys before its own position, that position, and ``right`` keys after it.
 
@@ -44,7 +44,8 @@ def window(
     offset = shift(q_len, kv_len, align)
 
     def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        distance = kv_idx - (q_idx + offset)  # negative before the query's position, positive after it
+        position = q_idx + at(offset, batch)
+        distance = kv_idx - position  # negative before the query's position, positive after it
         keep = torch.ones_like(distance, dtype=torch.bool)
         if left is not None:
             keep = keep & (distance >= -left)
@@ -55,7 +56,7 @@ def window(
     return mask
 
 
-def prefix(lengths: int | Tensor, q_len: int, kv_len: int, align: Align = "bottom_right") -> MaskFn:
+def prefix(lengths: int | Tensor, q_len: int, kv_len: int, align: Align | None = "bottom_right") -> MaskFn:
     """Every query sees the first ``lengths`` keys; the rest are causal (prefix language model, Raffel et
     al. 2019, arXiv 1910.10683).
 
@@ -65,7 +66,7 @@ def prefix(lengths: int | Tensor, q_len: int, kv_len: int, align: Align = "botto
     table = torch.as_tensor(lengths)
 
     def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (kv_idx < lookup(table.to(batch.device), batch)) | (kv_idx <= q_idx + offset)
+        return (kv_idx < lookup(table.to(batch.device), batch)) | (kv_idx <= q_idx + at(offset, batch))
 
     return mask
 

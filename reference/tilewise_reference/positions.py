@@ -7,20 +7,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Align = Literal["bottom_right", "top_left"]
+Align = Literal["bottom_right", "top_left"] | int | Tensor
 
 
-def shift(q_len: int, kv_len: int, align: Align) -> int:
+def shift(q_len: int, kv_len: int, align: Align | None) -> int | Tensor:
     """Key position of query 0: query i stands at key position i + shift.
 
-    ``"bottom_right"`` puts the last query at the last key (new tokens after a cache), ``"top_left"`` the
-    first query at the first key (PyTorch's ``is_causal=True``). Raises ValueError for any other name.
+    ``"bottom_right"`` and None put the last query at the last key (new tokens after a cache), ``"top_left"``
+    the first query at the first key (PyTorch's ``is_causal=True``). An int, or an int tensor [B], is that key
+    position itself. Raises ValueError for any other name.
     """
+    if align is None or isinstance(align, (int, Tensor)):
+        return kv_len - q_len if align is None else align
     if align == "bottom_right":
         return kv_len - q_len
     if align == "top_left":
         return 0
     raise ValueError(f"{align=} must be 'bottom_right' or 'top_left'")
+
+
+def at(offset: int | Tensor, batch: Tensor) -> int | Tensor:
+    """The shift of each sequence of ``batch``."""
+    return lookup(offset.to(batch.device), batch) if isinstance(offset, Tensor) else offset
 
 
 def lookup(table: Tensor, *index: Tensor) -> Tensor:

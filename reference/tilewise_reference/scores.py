@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .positions import Align, expand, lookup, shift
+from .positions import Align, at, expand, lookup, shift
 
 ScoreFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 ParameterFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -66,7 +66,7 @@ def softcap(cap: float) -> Score:
     return Score(score, derivative)
 
 
-def alibi(slopes: Tensor, q_len: int, kv_len: int, align: Align = "bottom_right") -> Score:
+def alibi(slopes: Tensor, q_len: int, kv_len: int, align: Align | None = "bottom_right") -> Score:
     """s -> s - slope * |distance|: attention with linear biases (Press et al. 2021, arXiv 2108.12409).
 
     slopes: [Hq] or [B, Hq].
@@ -74,12 +74,12 @@ def alibi(slopes: Tensor, q_len: int, kv_len: int, align: Align = "bottom_right"
     offset = shift(q_len, kv_len, align)
 
     def score(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        distance = (kv_idx - (q_idx + offset)).abs()
+        distance = (kv_idx - (q_idx + at(offset, batch))).abs()
         return s - lookup(slopes.to(s.dtype), batch, head) * distance
 
     # dslope = -Σ_ij ds_ij · |distance_ij|
     def gradient(ds: Tensor, s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        distance = (kv_idx - (q_idx + offset)).abs()
+        distance = (kv_idx - (q_idx + at(offset, batch))).abs()
         return -(ds * distance).sum(dim=(2, 3)).sum_to_size(slopes.shape)
 
     return Score(score, _one, (Parameter(slopes, gradient),))
@@ -91,7 +91,7 @@ def relative_position(
     kv_len: int,
     max_distance: int = 128,
     bidirectional: bool = True,
-    align: Align = "bottom_right",
+    align: Align | None = "bottom_right",
 ) -> Score:
     """s -> s + table[head, bucket(distance)]: the relative position bias of T5 (arXiv 1910.10683).
 
@@ -100,14 +100,15 @@ def relative_position(
     offset = shift(q_len, kv_len, align)
 
     def score(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        distance = kv_idx - (q_idx + offset)
+        distance = kv_idx - (q_idx + at(offset, batch))
         return s + table.to(s.dtype)[head, t5_bucket(distance, table.shape[1], max_distance, bidirectional)]
 
     # dtable[h, n] = Σ ds_bhij over the batch and the pairs whose bucket is n
     def gradient(ds: Tensor, s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        bucket = t5_bucket(kv_idx - (q_idx + offset), table.shape[1], max_distance, bidirectional)
+        bucket = t5_bucket(kv_idx - (q_idx + at(offset, batch)), table.shape[1], max_distance, bidirectional)
         zero = ds.new_zeros(table.shape)
-        return zero.index_put((head, bucket), ds.sum(dim=0, keepdim=True), accumulate=True)
+        summed = ds.sum_to_size(bucket.shape[0], *ds.shape[1:])  # sequences that share their buckets
+        return zero.index_put((head, bucket), summed, accumulate=True)
 
     return Score(score, _one, (Parameter(table, gradient),))
 

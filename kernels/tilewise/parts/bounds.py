@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .shape import Align, Shape
+from .shape import POSITIONS, Align, Shape
 
 UNLIMITED = 1 << 30  # further than any sequence is long
 FIRST_KEY = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -23,8 +23,11 @@ class Bounds(NamedTuple):
 
 
 def positions(shape: Shape, align: Align) -> torch.Tensor:
-    """The key position at which each row stands, [q_len]."""
-    return torch.arange(shape.q_len, device="cpu") + shape.shift(align)
+    """The key position at which each row stands; [q_len], or where sequences differ [batch, 1, q_len]."""
+    rows, shift = torch.arange(shape.q_len, device="cpu"), shape.shift(align)
+    if isinstance(shift, torch.Tensor):
+        return rows + on_host(shift).clamp(-POSITIONS, POSITIONS)[..., None, None]
+    return rows + shift
 
 
 def on_host(x: int | torch.Tensor) -> torch.Tensor:

@@ -183,6 +183,9 @@ def row_shift(batch, shift_args):
     """Row i of this sequence stands at key position i + shift; shift_args: `Shape.shift_args`."""
     if len(shift_args) == 1:
         return shift_args[0]
+    elif len(shift_args) == 2:
+        shift = tl.load(shift_args[0] + batch.to(tl.int64) * shift_args[1])
+        return tl.minimum(tl.maximum(shift, -(1 << 29)), 1 << 29).to(tl.int32)  # shape.POSITIONS
     else:
         layout, q_rows, kv_rows = shift_args
         _q_place, q_len = rows_at(layout[0], batch, q_rows)

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-Align = Literal["bottom_right", "top_left"]
+Align = Literal["bottom_right", "top_left"] | int | torch.Tensor | None  # aligned.py
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -15,6 +15,7 @@ INTS = (torch.int32, torch.int64)
 
 ANY = -1  # a length that only the device knows
 FAR = 1 << 30  # further than any sequence is long
+POSITIONS = 1 << 29  # query 0 stands at most so far from key 0, so that sums of positions fit 32 bits
 
 
 class Packing(NamedTuple):
@@ -132,13 +133,17 @@ class Shape(NamedTuple):
             return q_side, (lens, lens.stride(0), ())
         return q_side, (lens, lens.stride(0), (pages.table, pages.table.stride(), *pages[1:]))
 
-    def shift(self, align: Align) -> int:
-        """Query row i stands at key position i + shift."""
-        return self.kv_len - self.q_len if align == "bottom_right" else 0
+    def shift(self, align: Align) -> int | torch.Tensor:
+        """Query row i of a sequence of these lengths stands at key position i + shift."""
+        if align is None or isinstance(align, str):
+            return 0 if align == "top_left" else self.kv_len - self.q_len
+        return align
 
     def shift_args(self, align: Align) -> tuple[Any, ...]:
         """The same for `sequences.row_shift`: a number, or where each sequence has its own."""
-        if self.is_dense:
+        if isinstance(align, torch.Tensor):
+            return align, broadcast_strides(align, (self.batch,))[0]
+        if self.is_dense or isinstance(align, int):
             return (self.shift(align),)
         alike = self.cache is None and self.packing is not None and self.packing.kv_offsets is None
         if align == "top_left" or alike:
@@ -148,11 +153,6 @@ class Shape(NamedTuple):
     def kv_len_args(self) -> tuple[Any, ...]:
         """kv_len for `sequences.key_count`."""
         return (self.kv_len,) if self.is_dense else (self.layout[1], self.kv_len)
-
-
-def check_align(align: str) -> None:
-    if align not in ("bottom_right", "top_left"):
-        raise ValueError(f"{align=} must be 'bottom_right' or 'top_left'")
 
 
 def check_dtype(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

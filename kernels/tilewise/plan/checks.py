@@ -46,6 +46,7 @@ OF_TENSORS: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
     (tensors.devices_agree, GIVEN),
 )
 TENSORS = tuple(rule for rule, _ in OF_TENSORS)
+FITTING_PARTS = (*SIZES, options.masks_and_scores_fit)
 FITTING = (*TENSORS, options.masks_and_scores_fit, implementations.implementation_is_known)
 # Each rule with those that it relies on: it is asked only where none of these is broken.
 RULES: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
@@ -57,6 +58,7 @@ RULES: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
     (options.parameters_are_floating, ()),
     (options.other_devices_agree, GIVEN),
     (options.masks_and_scores_fit, SIZES),
+    (options.corners_are_clear, FITTING_PARTS),
     (implementations.implementation_is_known, ()),
     (implementations.kernel_can_run, KNOWN),
     (implementations.hopper_can_answer, FITTING),

@@ -90,11 +90,14 @@ def causal_of(request: Request) -> bool | None:
     mask = masks[0]
     if len(masks) > 1 or not isinstance(mask, Causal):
         return None
+    first = shape.shift(mask.align)  # the key position of query 0
+    if isinstance(first, Tensor):
+        return None
     if torch.compiler.is_compiling():  # a graph for lengths to come must not compare them
-        if not statically_known_true(shape.q_len == shape.kv_len):
+        if isinstance(mask.align, int) or not statically_known_true(shape.q_len == shape.kv_len):
             return None
-    elif mask.align == "bottom_right" and shape.q_len != shape.kv_len:
-        return False if shape.q_len == 1 else None
+    elif first != 0:
+        return False if first >= shape.kv_len - 1 else None
     return True if request.scale is None or request.scale > 0 else None
 
 

@@ -7,6 +7,8 @@ found once, on the device, when the mask is made.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ import tilewise_reference.masks as dense
 from ..addressing import load_within
 from ..bounds import Bounds
 from ..hints import with_hint
-from ..shape import INTS, Shape, check_dtype, misfits
+from ..shape import INTS, Packing, Shape, check_dtype, misfits
 from .mask import BoundMask, Mask, Twin
 
 
@@ -42,10 +44,8 @@ def documents_keep(q_idx, kv_idx, batch, head, args):
         return same & has_q & has_kv
 
 
-OFFSETS = (
-    "an id a token; of offsets such as cu_seqlens, give "
-    "torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())"
-)
+OFFSETS = "an id a token; of offsets such as cu_seqlens, give Documents.from_offsets(cu_seqlens, q_len=q_len)"
+NO_DOCUMENT = (-1, -2)  # the ids of queries and of keys before the first offset or behind the last
 
 
 class Documents(Mask):
@@ -56,9 +56,10 @@ class Documents(Mask):
     """
 
     has_gaps = True
-    FIELDS = ("ids", "kv_ids", "hulls")
+    FIELDS = ("ids", "kv_ids", "hulls", "are_alike")
 
     def __init__(self, ids: torch.Tensor, kv_ids: torch.Tensor | None = None) -> None:
+        self.are_alike = kv_ids is None or kv_ids is ids  # query i and key i are one token
         kv_ids = ids if kv_ids is None else kv_ids
         for name, tensor in (("ids", ids), ("kv_ids", kv_ids)):
             check_dtype(name, tensor, INTS)
@@ -68,6 +69,40 @@ class Documents(Mask):
             raise ValueError(f"{ids.device=} and {kv_ids.device=} must be the same")
         self.ids, self.kv_ids = ids, kv_ids
         self.hulls = document_hulls(torch.atleast_2d(ids), torch.atleast_2d(kv_ids))
+
+    @classmethod
+    def from_offsets(
+        cls,
+        q_offsets: torch.Tensor,
+        kv_offsets: torch.Tensor | None = None,
+        *,
+        q_len: int,
+        kv_len: int | None = None,
+    ) -> Documents:
+        """One document a sequence of `packed_attention`: the queries q_offsets[i] to q_offsets[i + 1] - 1 see
+        the keys kv_offsets[i] to kv_offsets[i + 1] - 1. Rows of no sequence see nothing.
+
+        q_offsets: int32 or int64 [batch + 1], which do not decrease (elsewhere called cu_seqlens).
+        kv_offsets: the same for the keys; `q_offsets` when None. q_len, kv_len: the rows of q and of k,
+        kv_len as many as q_len when None. The host reads no offset.
+        """
+        if wrong := Packing(q_offsets, kv_offsets).misfits():
+            raise ValueError("; ".join(wrong))
+        are_alike = kv_offsets is None or kv_offsets is q_offsets
+        kv_len = q_len if kv_len is None else kv_len
+        of_keys = q_offsets if kv_offsets is None else kv_offsets
+        ids = (
+            ids_of(offsets, length, missing)
+            for offsets, length, missing in zip(
+                (q_offsets, of_keys), (q_len, kv_len), NO_DOCUMENT, strict=True
+            )
+        )
+        found = cls(*ids)
+        found.are_alike = are_alike and kv_len == q_len
+        return found
+
+    def looks(self) -> Any:
+        return super().looks(), self.are_alike
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"ids": self.ids, "kv_ids": self.kv_ids, "hulls": self.hulls}
@@ -102,6 +137,14 @@ class Documents(Mask):
 
     def twin(self, shape: Shape) -> Twin:
         return dense.documents(self.ids, self.kv_ids)
+
+
+def ids_of(offsets: torch.Tensor, length: int, missing: int) -> torch.Tensor:
+    """The number of the sequence that each of `length` rows is in, [length]; `missing` for a row of none. No
+    host synchronisation."""
+    rows = torch.arange(length, dtype=offsets.dtype, device=offsets.device)
+    found = torch.searchsorted(offsets.contiguous(), rows, right=True) - 1
+    return torch.where((found >= 0) & (found < offsets.shape[0] - 1), found, missing)
 
 
 def document_hulls(ids: torch.Tensor, kv_ids: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -42,6 +42,9 @@ class Padding(PerBatch):
             raise ValueError(f"{side=} must be 'right' or 'left'")
         super().__init__("kv_lens", kv_lens)
         self.side = side
+
+    def looks(self) -> Any:
+        return super().looks(), self.side
 
     def bind(self, shape: Shape) -> BoundMask:
         interval = padding_right_interval if self.side == "right" else padding_left_interval

@@ -8,9 +8,10 @@ import triton.language as tl
 
 import tilewise_reference.masks as dense
 
+from ..aligned import Aligned, check_align
 from ..bounds import FIRST_KEY, Bounds, positions
 from ..sequences import row_shift
-from ..shape import Align, Shape, check_align
+from ..shape import Align, Shape
 from .lengths import PerBatch, row_length
 from .mask import BoundMask, Twin
 
@@ -22,13 +23,13 @@ def prefix_interval(q_idx, batch, head, args):
     return q_idx * 0, tl.maximum(position + 1, row_length(batch, length_args)), q_idx >= 0
 
 
-class Prefix(PerBatch):
+class Prefix(Aligned, PerBatch):
     """Every query sees the first `lengths` keys; the rest are causal (prefix language model, T5,
     arXiv 1910.10683). lengths: an int, or an int32 or int64 tensor [batch]. `align` as in Causal."""
 
     FIELDS = ("name", "lengths", "align")
 
-    def __init__(self, lengths: int | torch.Tensor, align: Align = "bottom_right") -> None:
+    def __init__(self, lengths: int | torch.Tensor, align: Align = None) -> None:
         check_align(align)
         super().__init__("lengths", lengths)
         self.align = align

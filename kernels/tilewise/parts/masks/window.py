@@ -7,9 +7,10 @@ import triton.language as tl  # noqa: F401 - the interpreter wants it beside a j
 
 import tilewise_reference.masks as dense
 
+from ..aligned import Aligned, check_align
 from ..bounds import UNLIMITED, Bounds, positions
 from ..sequences import row_shift
-from ..shape import Align, Shape, check_align
+from ..shape import Align, Shape
 from .mask import BoundMask, Mask, Twin
 
 
@@ -20,7 +21,7 @@ def window_interval(q_idx, batch, head, args):
     return position - left, position + right + 1, q_idx >= 0
 
 
-class Window(Mask):
+class Window(Aligned, Mask):
     """A query sees `left` keys before its own position, that position, and `right` keys after it.
 
     None sets no limit on that side; Window(w - 1, 0) is a causal window of w keys. Source: Longformer
@@ -29,13 +30,16 @@ class Window(Mask):
 
     FIELDS = ("left", "right", "align")
 
-    def __init__(self, left: int | None, right: int | None, align: Align = "bottom_right") -> None:
+    def __init__(self, left: int | None, right: int | None, align: Align = None) -> None:
         check_align(align)
         for name, size in (("left", left), ("right", right)):
             if size is not None and not (isinstance(size, int) and 0 <= size < UNLIMITED):
                 wanted = f"None (no limit) or an int from 0 to {UNLIMITED - 1}"
                 raise ValueError(f"{name}={size!r} must be {wanted}")
         self.left, self.right, self.align = left, right, align
+
+    def follows_the_default(self) -> bool:
+        return self.align is None and (self.left, self.right) != (None, None)
 
     def bind(self, shape: Shape) -> BoundMask:
         return BoundMask(window_interval, None, (shape.shift_args(self.align), *self.reach()))

@@ -8,9 +8,10 @@ import triton.language as tl
 
 import tilewise_reference.scores as dense
 
+from ..aligned import Aligned, check_align
 from ..numerics import widen
 from ..sequences import row_shift
-from ..shape import FLOATS, Align, Shape, broadcast_strides, check_align, check_dtype, misfits
+from ..shape import FLOATS, Align, Shape, broadcast_strides, check_dtype, misfits
 from .score import BoundScore, Parameter, Score, Twin, padded_sizes
 
 
@@ -27,7 +28,7 @@ def alibi_by_slope(s, batch, head, q_idx, kv_idx, args):
     return -tl.abs(kv_idx - q_idx - row_shift(batch, args[2])).to(tl.float32)
 
 
-class ALiBi(Score):
+class ALiBi(Aligned, Score):
     """s becomes s - slope · |key position - query position| (arXiv 2108.12409).
 
     slopes: tensor [q_heads] or [batch, q_heads]; `alibi_slopes(q_heads)` gives the paper's.
@@ -36,7 +37,7 @@ class ALiBi(Score):
 
     FIELDS = ("slopes", "align")
 
-    def __init__(self, slopes: torch.Tensor, align: Align = "bottom_right") -> None:
+    def __init__(self, slopes: torch.Tensor, align: Align = None) -> None:
         check_align(align)
         if isinstance(slopes, int):
             raise ValueError(f"{slopes=} must be a tensor [q_heads]: ALiBi(tilewise.alibi_slopes({slopes}))")
@@ -44,10 +45,10 @@ class ALiBi(Score):
         self.slopes, self.align = slopes, align
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"slopes": self.slopes}
+        return {"slopes": self.slopes, **super().tensors()}
 
     def misfits(self, shape: Shape) -> list[str]:
-        return misfits("slopes", self.slopes, shape.scores[:2])
+        return misfits("slopes", self.slopes, shape.scores[:2]) + super().misfits(shape)
 
     def bind(self, shape: Shape) -> BoundScore:
         strides = broadcast_strides(self.slopes, shape.scores[:2])

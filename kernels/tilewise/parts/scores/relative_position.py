@@ -8,9 +8,10 @@ import triton.language as tl
 
 import tilewise_reference.scores as dense
 
+from ..aligned import Aligned, check_align
 from ..numerics import widen
 from ..sequences import row_shift
-from ..shape import FLOATS, Align, Shape, check_align, check_dtype
+from ..shape import FLOATS, Align, Shape, check_dtype
 from .score import BoundScore, Parameter, Score, Twin
 
 
@@ -24,7 +25,7 @@ def relative_score(s, batch, head, q_idx, kv_idx, args):
     return s + widen(tl.load(row_ptr + distance))
 
 
-class RelativePosition(Score):
+class RelativePosition(Aligned, Score):
     """s becomes s + table[head, bucket(key position - query position)], with the buckets of T5
     (arXiv 1910.10683): one a distance when near, logarithmic up to max_distance, one for all beyond.
 
@@ -39,7 +40,7 @@ class RelativePosition(Score):
         table: torch.Tensor,
         max_distance: int = 128,
         bidirectional: bool = True,
-        align: Align = "bottom_right",
+        align: Align = None,
     ) -> None:
         check_align(align)
         check_dtype("table", table, FLOATS)
@@ -53,14 +54,14 @@ class RelativePosition(Score):
         self.buckets = buckets.to(table.device, torch.int32)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"table": self.table, "buckets": self.buckets}
+        return {"table": self.table, **super().tensors(), "buckets": self.buckets}
 
     def misfits(self, shape: Shape) -> list[str]:
-        if self.table.shape[0] == shape.q_heads:
-            return []
-        return [
-            f"table.shape={tuple(self.table.shape)} must be [{shape.q_heads}, buckets], a row a query head"
-        ]
+        found = super().misfits(shape)
+        if self.table.shape[0] != shape.q_heads:
+            given = tuple(self.table.shape)
+            found.append(f"table.shape={given} must be [{shape.q_heads}, buckets], a row a query head")
+        return found
 
     def bind(self, shape: Shape) -> BoundScore:
         by_distance = self.table.index_select(1, self.buckets).contiguous()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...parts.aligned import Aligned
 from ...parts.hints import nearest, with_hint
+from ...parts.masks.documents import Documents
+from ...parts.masks.padding import Padding
 from ...parts.shape import FLOATS
 from ...parts.similarity import Cosine
 from ..request import Request
@@ -77,6 +80,30 @@ def other_devices_agree(r: Request) -> str | None:
 
 def masks_and_scores_fit(r: Request) -> str | None:
     return "; ".join(f"{p.called()}: {why}" for p in r.plugs for why in p.misfits(r.shape)) or None
+
+
+def corners_are_clear(r: Request) -> str | None:
+    """Where a sequence's last key need not be the last key there is, a part that counts positions must say
+    which it means. Packed sequences and those of a cache have lengths, and corners, of their own."""
+    parts = [p for p in r.plugs if isinstance(p, Aligned) and p.follows_the_default()]
+    if not r.shape.is_dense or not parts:
+        return None
+    named = " and ".join([p.called() for p in parts])
+    q_len, kv_len = r.shape.q_len, r.shape.kv_len
+    for mask in r.masks:
+        if isinstance(mask, Padding) and mask.side == "right" and q_len != kv_len:
+            return (
+                f"{named} beside Padding, with {q_len=} and {kv_len=}: the last query may stand at the last "
+                "real key, which is align=kv_lens - q_len, or at the last of all, which is "
+                "align='bottom_right'; say which"
+            )
+        if isinstance(mask, Documents) and not mask.are_alike:
+            return (
+                f"{named} beside Documents with kv_ids: the last query of a document may stand at its last "
+                "key, which is what packed_attention does, or the last of all at the last of all, which is "
+                "align='bottom_right'; or give the key position of query 0 as align"
+            )
+    return None
 
 
 def dropout_fits(r: Request) -> str | None:
