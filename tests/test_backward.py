@@ -42,7 +42,8 @@ def test_mask(device, mask, pair):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_interval_masks_at_once(device, dtype):
     p = build(device, random.Random(1), [dtype], **(SMALL | lengths(device, (33, 45))))
-    p.mask = Causal() & Window(25, 3) & tilewise.Prefix(p.kv_len // 3) & Padding(p.kv_len - 4)
+    p.mask = Causal("bottom_right") & Window(25, 3, "bottom_right") & Padding(p.kv_len - 4)
+    p.mask = p.mask & tilewise.Prefix(p.kv_len // 3, "bottom_right")
     judge(p, backward=True)
 
 
@@ -73,7 +74,7 @@ def test_everything_at_once(device, dtype):
     p.scores = [Softcap(3.0), *p.scores, Bias(p.randn(2, 1, 17, 20))]
     p.mask = (
         Padding(p.integers(9, 20, 2))
-        & Causal()
+        & Causal("bottom_right")
         & tilewise.Documents(p.integers(0, 1, 17), p.integers(0, 1, 20))
     )
     p.arguments = {

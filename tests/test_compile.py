@@ -90,7 +90,7 @@ CASES = {
         ),
         Case(
             "documents",
-            lambda t: dict(mask=tilewise.Documents(t["ids"], t["kv_ids"]) & tilewise.Causal()),
+            lambda t: dict(mask=tilewise.Documents(t["ids"], t["kv_ids"]) & tilewise.Causal("bottom_right")),
             lambda q_len, kv_len: {"ids": integers(1, BATCH, q_len), "kv_ids": integers(1, kv_len)},
         ),
         Case(

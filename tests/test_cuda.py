@@ -67,7 +67,9 @@ def test_a_captured_step_answers_new_data(kind):
 
     def arguments() -> dict:
         if kind == "masks made inside":
-            return dict(mask=tilewise.Causal() & tilewise.Padding(lengths) & tilewise.Documents(*ids))
+            return dict(
+                mask=tilewise.Causal(lengths - 300) & tilewise.Padding(lengths) & tilewise.Documents(*ids)
+            )
         if kind == "trained scores":
             return dict(score=[tilewise.ALiBi(slopes), table], bias=bias)
         return dict(dropout_p=0.3, dropout_seed=seed) if kind == "seeded dropout" else {}
@@ -168,13 +170,15 @@ def test_tensors_on_the_second_gpu(current):
         leaves = qkv(device=torch.device("cuda", 1))
         slopes = torch.rand(4, device="cuda:1").requires_grad_()
         lengths = torch.tensor([400, 99], device="cuda:1")
-        arguments = dict(mask=tilewise.Padding(lengths), score=tilewise.ALiBi(slopes), dropout_p=0.1)
+        arguments = dict(
+            mask=tilewise.Padding(lengths), score=tilewise.ALiBi(slopes, lengths - 300), dropout_p=0.1
+        )
         out, lse = tilewise.attention(*leaves, **arguments, return_lse=True)
         grads = torch.autograd.grad((out.sum(), lse.sum()), (*leaves, slopes))
         assert {x.device for x in (out, lse, *grads)} == {torch.device("cuda", 1)}
         assert torch.cuda.current_device() == current
         assert all(x.isfinite().all() and x.any() for x in (out, *grads))
-        plain = dict(mask=tilewise.Padding(lengths), score=tilewise.ALiBi(slopes.detach()))
+        plain = dict(mask=tilewise.Padding(lengths), score=tilewise.ALiBi(slopes.detach(), lengths - 300))
         check_gradients(*[x.detach() for x in leaves], **plain)
 
 
@@ -239,7 +243,11 @@ def test_no_synchronisation_where_masks_are_made_and_seeds_drawn(no_synchronisat
     kv_ids = torch.randint(0, 3, (2, 400), device=DEVICE)
 
     def step():
-        mask = tilewise.Padding(lengths) & tilewise.Prefix(lengths) & tilewise.Intervals(start, start + 40)
+        mask = (
+            tilewise.Padding(lengths)
+            & tilewise.Prefix(lengths, lengths - 300)
+            & tilewise.Intervals(start, start + 40)
+        )
         mask = mask & tilewise.Documents(ids, kv_ids) & (kv_ids[:, None, None] > 0)
         tilewise.attention(q, k, v, mask=mask, dropout_p=0.1).sum().backward()
 
@@ -369,8 +377,8 @@ def test_compiled_by_inductor(mode):
     lengths = torch.tensor([400, 123], device=DEVICE)
 
     def attend(q, k, v, lengths, slopes):
-        mask = tilewise.Causal() & tilewise.Padding(lengths)
-        return tilewise.attention(q, k, v, mask=mask, score=tilewise.ALiBi(slopes))
+        mask = tilewise.Causal(lengths - 300) & tilewise.Padding(lengths)
+        return tilewise.attention(q, k, v, mask=mask, score=tilewise.ALiBi(slopes, "bottom_right"))
 
     compiled = torch.compile(attend, fullgraph=True, mode=mode)
     for _ in range(5):

@@ -176,7 +176,7 @@ def masks_with_unseen_keys(device: torch.device) -> dict[str, tuple[tilewise.Mas
         "between intervals": (Intervals(start, start + 5), 19),
         "empty intervals": (Intervals(start, start), 19),
         "a function": (UserMask(listed_keep, (listed,), twin=listed_twin), 19),
-        "several": (Padding(lengths) & columns & Intervals(start, start + 9) & Causal(), 19),
+        "several": (Padding(lengths) & columns & Intervals(start, start + 9) & Causal("bottom_right"), 19),
         "more queries than keys": (Causal() & Padding(41, side="left"), 60),
     }
 
@@ -226,7 +226,7 @@ def test_nan_in_sight_shows(qkv, place):
     """Hiding what is out of sight must not hide what a query does see."""
     tensors = dict(zip(("query", "key", "value"), qkv(), strict=True))
     tensors[place][0, 1, 7, 3] = torch.nan
-    out = tilewise.attention(*tensors.values(), mask=Padding(40) & Causal())
+    out = tilewise.attention(*tensors.values(), mask=Padding(40) & Causal("bottom_right"))
     rows = out[0, 1].isnan().any(-1)
     assert rows[7] and rows.all() == (place != "query")
     assert out[1].isfinite().all() and out[0, 0].isfinite().all()

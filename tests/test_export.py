@@ -16,7 +16,8 @@ class Attend(torch.nn.Module):
         self.sink = torch.nn.Parameter(torch.tensor([0.5, -0.5]))
 
     def forward(self, q, k, v, lengths):
-        mask = tilewise.Causal() & tilewise.Padding(lengths) & tilewise.Window(3, None)
+        last = lengths - q.shape[2]  # the last query stands at the last real key
+        mask = tilewise.Causal(last) & tilewise.Padding(lengths) & tilewise.Window(3, None, last)
         return tilewise.attention(
             q, k, v, mask=mask, score=tilewise.Softcap(2.0), sink=self.sink, impl="portable", return_lse=True
         )

@@ -55,7 +55,8 @@ def test_pair_of_masks(device, mask, other):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_interval_masks_at_once(device, dtype):
     p = build(device, random.Random(1), [dtype, "grouped_heads"], **lengths(device, (33, 45)))
-    p.mask = Causal() & Window(25, 3) & Prefix(p.kv_len // 3) & Padding(p.kv_len - 4)
+    p.mask = Causal("bottom_right") & Window(25, 3, "bottom_right") & Padding(p.kv_len - 4)
+    p.mask = p.mask & Prefix(p.kv_len // 3, "bottom_right")
     judge(p)
 
 

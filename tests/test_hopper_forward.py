@@ -158,7 +158,7 @@ def test_what_no_query_sees_does_not_matter(device, side, value):
     "mask, seen",
     [
         (Causal("top_left"), (0, 30)), (Window(5, 2), (65, 100)), (Prefix(10) & Causal("top_left"), (0, 30)),
-        (Padding(63) & Window(None, 0), (0, 63)), (Padding(90) & Padding(60, "left"), (40, 90)),
+        (Padding(63) & Window(None, 0, 70), (0, 63)), (Padding(90) & Padding(60, "left"), (40, 90)),
         (Padding(31), (0, 31)), (Padding(1), (0, 1)),
     ],
 )  # fmt: skip

@@ -30,9 +30,9 @@ def good(device: torch.device) -> dict[str, Any]:
     lengths = torch.tensor([3, 7], device=device)
     return dict(
         q=q, k=k, v=torch.zeros_like(k), impl="hopper", sink=torch.zeros(Q_HEADS, device=device),
-        mask=tilewise.Causal("top_left") & tilewise.Window(3, 1) & tilewise.Padding(lengths),
-        score=[tilewise.Softcap(30.0), tilewise.ALiBi(torch.ones(Q_HEADS, device=device))], scale=2.0,
-        bias=torch.zeros(Q_LEN, KV_LEN, device=device), similarity="cosine",
+        mask=tilewise.Causal("top_left") & tilewise.Window(3, 1, "bottom_right") & tilewise.Padding(lengths),
+        score=[tilewise.Softcap(30.0), tilewise.ALiBi(torch.ones(Q_HEADS, device=device), "top_left")],
+        scale=2.0, bias=torch.zeros(Q_LEN, KV_LEN, device=device), similarity="cosine",
     )  # fmt: skip
 
 
@@ -58,8 +58,8 @@ REFUSED = [
         dropout_p=0.5, dropout_seed=torch.zeros(1, dtype=torch.int64, device=d),
     )),
     ("masks_leave_no_gaps", ("Documents", "Causal, Window, Prefix, Padding"), lambda d: dict(
-        mask=tilewise.Causal() & tilewise.Documents(torch.zeros(Q_LEN, dtype=torch.int32, device=d),
-                                                    torch.zeros(KV_LEN, dtype=torch.int32, device=d)),
+        mask=tilewise.Causal(2) & tilewise.Documents(torch.zeros(Q_LEN, dtype=torch.int32, device=d),
+                                                     torch.zeros(KV_LEN, dtype=torch.int32, device=d)),
     )),
     ("masks_leave_no_gaps", ("Dense",), lambda d: dict(
         mask=torch.ones(Q_LEN, KV_LEN, dtype=torch.bool, device=d),

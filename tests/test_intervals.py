@@ -197,7 +197,7 @@ MASKS = {
         ints(*[1] * 20, *[2] * 12).to(d), ints(*[0] * 16, *[1] * 10, *[2] * 38).to(d)
     ),
     "rows": lambda d: tilewise.Intervals(torch.arange(32, device=d) // 2, torch.arange(32, device=d) + 5),
-    "a combination": lambda d: tilewise.Causal() & tilewise.Window(40, None) & tilewise.Padding(50),
+    "a combination": lambda d: tilewise.Causal(-4) & tilewise.Window(40, None, 30) & tilewise.Padding(50),
 }
 
 

@@ -51,9 +51,9 @@ def assert_same_bits(got, want) -> None:
 def everything(device) -> dict[str, Any]:
     """A call in which every part of the kernel has work."""
     return dict(
-        mask=tilewise.Causal() & tilewise.Documents(torch.arange(Q_LEN, device=device) // 7,
-                                                    torch.arange(KV_LEN, device=device) // 11),
-        score=[tilewise.Softcap(3.0), tilewise.ALiBi(tilewise.alibi_slopes(Q_HEADS, device))],
+        mask=tilewise.Causal("bottom_right") & tilewise.Documents(torch.arange(Q_LEN, device=device) // 7,
+                                                                  torch.arange(KV_LEN, device=device) // 11),
+        score=[tilewise.Softcap(3.0), tilewise.ALiBi(tilewise.alibi_slopes(Q_HEADS, device), "bottom_right")],
         bias=torch.randn(Q_HEADS, 1, KV_LEN, device=device),
         similarity="cosine",
         sink=torch.randn(Q_HEADS, device=device),

@@ -97,12 +97,13 @@ def test_every_tensor_may_be_strided(device):
     q, k, v = (strided(torch.randn(2, 2, n, 20), 2) for n in (19, 35, 35))
     ids = strided(torch.tensor([3, 1, 1, 2, 2] * 7), 3)
     start = strided(torch.randint(0, 15, (2, 1, 19)), 2)
+    stood = strided(torch.tensor([11, 16]), 3)
     kept, read = strided(torch.tensor([30, 35]), 2), strided(torch.tensor([3, 30], dtype=torch.int32), 3)
-    mask = Documents(ids[:19], ids) & Intervals(start, start + 15) & Padding(kept) & Prefix(read)
+    mask = Documents(ids[:19], ids) & Intervals(start, start + 15) & Padding(kept) & Prefix(read, stood)
     mask = mask & strided(torch.rand(35) > 0.2, 2)
     score = [
-        tilewise.ALiBi(strided(torch.randn(2), 3)),
-        tilewise.RelativePosition(strided(torch.randn(2, 8), 2), 12),
+        tilewise.ALiBi(strided(torch.randn(2), 3), "bottom_right"),
+        tilewise.RelativePosition(strided(torch.randn(2, 8), 2), 12, align=stood),
     ]
     bias, sink = strided(torch.randn(2, 1, 19, 35), 3), strided(torch.randn(2), 2)
     with tilewise.tiles.use(Tile(16, 16)):

@@ -75,8 +75,8 @@ REFUSED = {
 ALLOWED = {
     "nothing": lambda: dict(),
     "structured masks": lambda: dict(
-        mask=tilewise.Causal()
-        & tilewise.Window(3, 0)
+        mask=tilewise.Causal("bottom_right")
+        & tilewise.Window(3, 0, "bottom_right")
         & tilewise.Padding(torch.tensor([7, 3]))
         & tilewise.Intervals(torch.zeros(BATCH, Q_HEADS, Q_LEN, dtype=torch.int32), torch.full((Q_LEN,), 6))
     ),

@@ -75,8 +75,8 @@ def all_at_once(device: torch.device) -> Arguments:
         scale=trained(device),
     )
     return dict(
-        mask=tilewise.Causal() & tilewise.Padding(ints(device, 7, 3)),
-        score=[tilewise.ALiBi(tensors["slopes"]), tilewise.Softcap(2.0)],
+        mask=tilewise.Causal(ints(device, 2, -2)) & tilewise.Padding(ints(device, 7, 3)),
+        score=[tilewise.ALiBi(tensors["slopes"], ints(device, 2, -2)), tilewise.Softcap(2.0)],
         similarity=tilewise.Cosine(tensors["temperature"]),
         **{name: tensors[name] for name in ("bias", "sink", "scale")},
     ), tensors

@@ -13,7 +13,7 @@ import triton.language as tl
 
 import tilewise
 
-from .problem import ALIGNS, FEATURES, KINDS, Feature, Packing, Problem, build, feature, judge, of_kind
+from .problem import FEATURES, KINDS, Feature, Packing, Problem, build, feature, judge, of_kind
 
 __all__ = ["FEATURES", "KINDS", "Feature", "Problem", "build", "judge", "of_kind"]
 
@@ -318,14 +318,14 @@ def alibi(p: Problem) -> None:
     slopes = tilewise.alibi_slopes(p.q_heads, p.device)
     if p.rng.random() < 0.5:
         slopes = p.randn(p.batch, p.q_heads, dtype=any_float(p))
-    p.scores.append(tilewise.ALiBi(slopes, p.rng.choice(ALIGNS)))
+    p.scores.append(tilewise.ALiBi(slopes, p.align()))
 
 
 @feature("score", "`RelativePosition` (T5 buckets)")
 def relative_position(p: Problem) -> None:
     buckets, max_distance = p.rng.choice(((8, 12), (32, 128), (12, 7)))
     table = p.randn(p.q_heads, buckets, dtype=any_float(p))
-    bidirectional, align = p.rng.random() < 0.5, p.rng.choice(ALIGNS)
+    bidirectional, align = p.rng.random() < 0.5, p.align()
     p.scores.append(tilewise.RelativePosition(table, max_distance, bidirectional, align))
 
 
@@ -402,7 +402,7 @@ def block_keep_twin(batch, head, q_idx, kv_idx, size):
 
 @feature("mask", "`Causal`, bottom right")
 def causal(p: Problem) -> None:
-    p.add_mask(tilewise.Causal())
+    p.add_mask(tilewise.Causal(p.corner()))
 
 
 @feature("mask", "`Causal`, top left")
@@ -410,15 +410,22 @@ def causal_top_left(p: Problem) -> None:
     p.add_mask(tilewise.Causal("top_left"))
 
 
+@feature("mask", "`Causal` from a key position, for all sequences or one for each")
+def causal_from_a_position(p: Problem) -> None:
+    low, high = -p.q_len // 2, p.kv_len + 1
+    number = p.rng.random() < 0.3
+    p.add_mask(tilewise.Causal(p.rng.randint(low, high) if number else p.integers(low, high, p.batch)))
+
+
 @feature("mask", "`Window`")
 def window(p: Problem) -> None:
     left, right = p.rng.choice(((9, 0), (0, 0), (3, 20), (None, 4), (7, None), (None, None)))
-    p.add_mask(tilewise.Window(left, right, p.rng.choice(ALIGNS)))
+    p.add_mask(tilewise.Window(left, right, p.align()))
 
 
 @feature("mask", "`Prefix`")
 def prefix(p: Problem) -> None:
-    p.add_mask(tilewise.Prefix(p.length_or_lengths(), p.rng.choice(ALIGNS)))
+    p.add_mask(tilewise.Prefix(p.length_or_lengths(), p.align()))
 
 
 @feature("mask", "`Documents` in one piece")

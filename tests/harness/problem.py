@@ -103,6 +103,19 @@ class Problem:
             return self.rng.randint(0, self.kv_len)
         return self.integers(0, self.kv_len, self.batch)
 
+    def corner(self) -> Any:
+        """The corner of the last query and key, said in so many words where it would not be clear."""
+        return None if self.packed is not None else "bottom_right"
+
+    def align(self) -> Any:
+        """A corner, or the key position of query 0, for all sequences or one for each; before the first key
+        and behind the last one too."""
+        kind = self.rng.randrange(3)
+        if kind == 0:
+            return self.rng.choice((self.corner(), *ALIGNS))
+        low, high = -self.q_len // 2 - 1, self.kv_len + 2
+        return self.rng.randint(low, high) if kind == 1 else self.integers(low, high, self.batch)
+
     def broadcast(self, *shape: int) -> tuple[int, ...]:
         """The shape with some dimensions replaced by 1, and perhaps without its first ones."""
         sizes = [1 if self.rng.random() < 0.4 else size for size in shape]
