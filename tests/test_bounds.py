@@ -57,12 +57,21 @@ def random_ints(rng: random.Random, shape: Shape, most: int) -> torch.Tensor:
     return drawn.int() if rng.random() < 0.5 else drawn
 
 
+def random_align(rng: random.Random, shape: Shape) -> str | int | torch.Tensor:
+    """A corner, or where query 0 stands: a number, or one a sequence, some of them far outside."""
+    if rng.random() < 0.4:
+        return rng.choice((*ALIGNS, rng.randint(-50, 70)))
+    sizes = [rng.randint(-50, 70) for _ in range(shape.batch)]
+    sizes[0] = rng.choice((sizes[0], 1 << 29))
+    return torch.tensor(sizes if rng.random() < 0.8 else sizes[:1])
+
+
 MASKS = {
-    "causal": lambda r, s: tilewise.Causal(r.choice(ALIGNS)),
+    "causal": lambda r, s: tilewise.Causal(random_align(r, s)),
     "window": lambda r, s: tilewise.Window(
-        r.choice((None, 0, 7, 50)), r.choice((None, 0, 3)), align=r.choice(ALIGNS)
+        r.choice((None, 0, 7, 50)), r.choice((None, 0, 3)), align=random_align(r, s)
     ),
-    "prefix": lambda r, s: tilewise.Prefix(random_lengths(r, s), align=r.choice(ALIGNS)),
+    "prefix": lambda r, s: tilewise.Prefix(random_lengths(r, s), align=random_align(r, s)),
     "padding": lambda r, s: tilewise.Padding(random_lengths(r, s), side=r.choice(("left", "right"))),
     "intervals": lambda r, s: tilewise.Intervals(random_ints(r, s, s.kv_len), random_ints(r, s, s.kv_len)),
     "documents": lambda r, s: tilewise.Documents(

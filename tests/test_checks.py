@@ -31,6 +31,10 @@ from tilewise.plan import checks
 from tilewise.plan.request import make_request
 
 
+def ids_of_both(device: torch.device) -> list[torch.Tensor]:
+    return [torch.zeros(n, dtype=torch.int32, device=device) for n in (5, 7)]
+
+
 class Broken(NamedTuple):
     """One way to break a rule: the words its message must contain, and what changes in a good call."""
 
@@ -120,6 +124,16 @@ CASES = [
     ),
     Broken(
         "masks_and_scores_fit", ("Bias", "bias.shape=(3, 5, 7)", "(2, 4, 5, 7)"), dict(bias=zeros(3, 5, 7))
+    ),
+    Broken(
+        "corners_are_clear",
+        ("Causal beside Padding", "q_len=5", "kv_len=7", "align=kv_lens - q_len", "align='bottom_right'"),
+        dict(mask=lambda d: tilewise.Causal() & tilewise.Padding(torch.tensor([7, 3], device=d))),
+    ),
+    Broken(
+        "corners_are_clear",
+        ("Window beside Documents", "kv_ids", "packed_attention", "align='bottom_right'"),
+        dict(mask=lambda d: tilewise.Window(3, 0) & tilewise.Documents(*ids_of_both(d))),
     ),
     Broken("implementation_is_known", ("impl='cuda'", "'portable'", "'torch'"), dict(impl="cuda")),
     Broken(

@@ -179,7 +179,7 @@ OTHER_SHAPES = {
     "bias of the keys": (dict(bias=zeros(2, 7)), ("bias[:, None, None, :]",)),
     "offsets": (
         dict(mask=lambda d: tilewise.Documents(torch.tensor([0, 2, 5], device=d))),
-        ("ids.shape=(3,)", "cu_seqlens", "repeat_interleave"),
+        ("ids.shape=(3,)", "cu_seqlens", "Documents.from_offsets(cu_seqlens, q_len=q_len)"),
     ),
     "heads side by side": (
         dict(q=zeros(2, 5, 768)), ("q.shape=(2, 5, 768)", "q.unflatten(-1, (heads, dim)).transpose(1, 2)"),

@@ -24,6 +24,8 @@ IDS = torch.arange(5)
 WITHOUT_TENSORS = [
     "Causal()",
     "Causal(align='top_left')",
+    "Causal(align='bottom_right')",
+    "Causal(align=-3)",
     "Window(3, 0)",
     "Window(None, 2, align='top_left')",
     "Prefix(3)",
@@ -35,6 +37,8 @@ WITHOUT_TENSORS = [
 WITH_TENSORS = {
     "Padding(tensor[2])": lambda: Padding(torch.tensor([1, 2])),
     "Prefix(tensor[2], align='top_left')": lambda: Prefix(torch.tensor([1, 2]), "top_left"),
+    "Causal(align=tensor[2])": lambda: Causal(torch.tensor([1, 2])),
+    "ALiBi(tensor[4], align=tensor[1])": lambda: ALiBi(torch.ones(4), torch.tensor([1])),
     "Documents(tensor[5])": lambda: Documents(IDS),
     "Documents(tensor[5], kv_ids=tensor[5])": lambda: Documents(IDS, IDS + 1),
     "Intervals(tensor[5], tensor[5])": lambda: tilewise.Intervals(IDS, IDS + 1),

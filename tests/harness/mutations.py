@@ -12,6 +12,7 @@ from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
 from .mutations_compat import MUTATIONS as COMPAT_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
+from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 
@@ -200,11 +201,11 @@ MUTATIONS = (
              tests("forward", "mask[scattered_documents-(37, 37)]")),
     # ---- Masks
     Mutation("causal: diagonal left out", CAUSAL,
-             "row_shift(batch, args[0]) + 1, q_idx",
-             "row_shift(batch, args[0]), q_idx",
+             "q_idx + row_shift(batch, args[0]) + 1, q_idx >= 0",
+             "q_idx + row_shift(batch, args[0]), q_idx >= 0",
              tests("forward", "mask[causal-(37, 37)]")),
     Mutation("causal: corners exchanged", SHAPE,
-             'if align == "bottom_right" else 0', 'if align != "bottom_right" else 0',
+             'return 0 if align == "top_left" else', 'return 0 if align != "top_left" else',
              tests("forward", "mask[causal-(19, 45)]")),
     Mutation("window: one key too few on the left", WINDOW,
              "return position - left, position", "return position - left + 1, position",
@@ -242,7 +243,7 @@ MUTATIONS = (
              "tl.exp2(tl.abs(x) * (-2.0 * LOG2E))", "tl.exp2(tl.abs(x) * -2.0)",
              tests("numerics", "tanh")),
     Mutation("alibi: distance from the wrong corner", ALIBI,
-             "kv_idx - q_idx - row_shift(batch, shift_args)", "kv_idx - q_idx",
+             "distance = kv_idx - q_idx - row_shift(batch, shift_args)", "distance = kv_idx - q_idx",
              tests("shapes", "every_tensor_may_be_strided")),
     Mutation("relative position: table read one off", RELATIVE_POSITION,
              "head.to(tl.int64) * (2 * max_distance + 1) + max_distance",
@@ -315,7 +316,7 @@ MUTATIONS = (
              "if causal and shape.kv_len > shape.q_len:", "if False:",
              tests("plain_fused", "the_fused_kernel_answers[causal, more keys-torch.float32]")),
     Mutation("plain: causal of the wrong corner handed over", PLAIN,
-             'mask.align == "bottom_right" and shape.q_len != shape.kv_len', "False",
+             "elif first != 0:", "elif False:",
              tests("plain_fused", "the_definition_answers[causal, a cache]")),
     Mutation("plain: rows with gaps handed over", PLAIN,
              "return x if x.stride(3) == 1 else x.contiguous()", "return x",
@@ -380,6 +381,7 @@ MUTATIONS = (
     *COMPAT_MUTATIONS,
     *HOPPER_MUTATIONS,
     *NN_MUTATIONS,
+    *POSITIONS_MUTATIONS,
     *ROWS_MUTATIONS,
     *TOOLS_MUTATIONS,
     *BENCH_MUTATIONS,

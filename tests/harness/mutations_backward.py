@@ -237,8 +237,7 @@ MUTATIONS = (
              "return tuple(tensor.shape) + (1,) * (4 - tensor.dim())",
              tests("backward_parameters", "bias_of_lower_rank[(17, 20)]")),
     Mutation("alibi: sign of the slopes' gradient", ALIBI,
-             "return -tl.abs(kv_idx - q_idx - row_shift(batch, args[2]))",
-             "return tl.abs(kv_idx - q_idx - row_shift(batch, args[2]))",
+             "return -tl.abs(kv_idx - q_idx", "return tl.abs(kv_idx - q_idx",
              tests("backward_parameters", "slopes[top_left-(2,)]")),
     Mutation("alibi: slopes' gradient from the wrong corner", ALIBI,
              "return -tl.abs(kv_idx - q_idx - row_shift(batch, args[2]))", "return -tl.abs(kv_idx - q_idx)",
@@ -254,7 +253,7 @@ MUTATIONS = (
              "distance = distance",
              tests("backward_parameters", "table[near-False-bottom_right-(37, 19)]")),
     Mutation("table: gradient from the wrong corner", RELATIVE_POSITION,
-             "shift_args=shape.shift_args(self.align))}", "shift_args=(0,))}",
+             "buckets=self.buckets, shift_args=shape.shift_args(self.align)", "buckets=self.buckets",
              tests("backward_parameters", "table[near-True-bottom_right-(37, 19)]")),
     # ---- Sink
     Mutation("sink: sign of the gradient", PASSES,

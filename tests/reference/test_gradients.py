@@ -147,6 +147,24 @@ def test_autograd_for_each_feature_and_each_two(features):
         check(draw, options_of(draw, features))
 
 
+AT = torch.tensor([3, -1])
+POSITIONED = {
+    "slopes": lambda d: {"score": [scores.alibi(d.randn(d.q_heads), *d.lengths, AT)]},
+    "slopes of a number": lambda d: {"score": [scores.alibi(d.randn(2, d.q_heads), *d.lengths, -2)]},
+    "table": lambda d: {"score": [scores.relative_position(d.randn(d.q_heads, 8), *d.lengths, 6, align=AT)]},
+    "masks": lambda d: {
+        "mask": [masks.causal(*d.lengths, AT + 2), masks.window(4, 1, *d.lengths, AT)],
+        "bias": d.randn(d.q_heads, *d.lengths),
+    },
+}
+
+
+@pytest.mark.parametrize("name", POSITIONED)
+def test_positions_of_each_sequence(name):
+    draw = Draw(6, 2, 5, 7)
+    check(draw, POSITIONED[name](draw))
+
+
 EVERYTHING = ["dense mask", "bias first", "alibi", "table", "softcap", "square", "bias", "scale", "cosine",
               "sink", "dropout"]  # fmt: skip
 

@@ -120,6 +120,10 @@ class TestRelativePosition:
         assert got[0, 1].tolist() == [[2.5, 1.5, 4.5], [2.5, 2.5, 1.5]]
         got = apply(scores.relative_position(table, 2, 3, 8, align="top_left"), zeros(2, 3, heads=2))
         assert got[0, 0].tolist() == [[10.0, 40.0, 40.0], [20.0, 10.0, 40.0]]
+        at = torch.tensor([1, 0])  # as at the bottom right, and as at the top left
+        got = apply(scores.relative_position(table, 2, 3, 8, align=at), zeros(2, 3, heads=2, batch=2))
+        assert got[0, 0].tolist() == [[20.0, 10.0, 40.0], [20.0, 20.0, 10.0]]
+        assert got[1, 0].tolist() == [[10.0, 40.0, 40.0], [20.0, 10.0, 40.0]]
 
     def test_one_way_score_by_hand(self):
         # 4 buckets, one way: 0, 1 exact; 2 from distance 2, 3 from 2 · √4 = 4 (max_distance 8); after: 0.
