@@ -94,6 +94,16 @@ def test_lengths_around_its_tiles(device, q_len, kv_len):
         check(q, k, v, mask=mask, **HOPPER)
 
 
+def test_positions_of_each_sequence(device):
+    """Three rows over keys of which 20, 77 and 100 are there, and one that begins before the first key."""
+    q = torch.randn(4, 2, 3, 16, device=device).bfloat16()
+    k, v = torch.randn(2, 4, 1, 100, 16, device=device).bfloat16()
+    lens = torch.tensor([20, 77, 100, 2], device=device)
+    for mask in (Causal(lens - 3), Window(30, 0, lens - 3), Prefix(5, lens - 3)):
+        slopes = torch.randn(2, device=device)
+        check(q, k, v, mask=mask & Padding(lens), score=tilewise.ALiBi(slopes, lens - 3), **HOPPER)
+
+
 TILES = {
     "three warpgroups": HopperTile(192, 32, 12, 2),
     "one stage": HopperTile(128, 16, 8, 1),
