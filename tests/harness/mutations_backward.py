@@ -16,6 +16,7 @@ INTERVALS = "kernels/tilewise/parts/intervals.py"
 NESTED = "kernels/tilewise/pytorch/nested.py"
 OPS = "kernels/tilewise/pytorch/ops.py"
 PARAMETERS = "kernels/tilewise/kernels/parameters.py"
+PARAMETER_WALKS = "kernels/tilewise/kernels/parameter_walks.py"
 PASSES = "kernels/tilewise/plan/passes.py"
 PLAIN = "kernels/tilewise/pytorch/plain.py"
 PREPARE = "kernels/tilewise/kernels/prepare.py"
@@ -207,13 +208,13 @@ MUTATIONS = (
              "tl.where((tl.sum(tl.abs(dx), 1) > 0.0)[:, None], widen(x), 0.0)", "widen(x)",
              tests("gradient_data", f"{UNSEEN}_through_scores[left padding-cosine]")),
     # ---- Parameters
-    Mutation("parameters: bias not summed over heads", PARAMETERS,
-             "(pairs[0] // own[0]) * (pairs[1] // own[1]), program", "pairs[0] // own[0], program",
+    Mutation("parameters: bias not summed over heads", PARAMETER_WALKS,
+             "(pairs[0] // own[0]) * (pairs[1] // own[1])", "pairs[0] // own[0]",
              tests("backward_parameters", "bias_of_lower_rank[(17, 20)]")),
-    Mutation("parameters: steps over all heads of a bias a head", PARAMETERS,
+    Mutation("parameters: steps over all heads of a bias a head", PARAMETER_WALKS,
              "steps_of_heads = pairs[1] // own[1]", "steps_of_heads = pairs[1]",
              tests("backward_parameters", "bias_that_broadcasts[hqk]")),
-    Mutation("parameters: sums of rows over the rows", PARAMETERS,
+    Mutation("parameters: sums of rows over the rows", PARAMETER_WALKS,
              "tl.store(ptrs, tl.sum(total, 1), mask=row < sizes[0])",
              "tl.store(ptrs, tl.sum(total, 0), mask=row < sizes[0])",
              tests("backward_parameters", "bias_of_lower_rank[(17, 1)]")),
@@ -242,13 +243,13 @@ MUTATIONS = (
     Mutation("alibi: slopes' gradient from the wrong corner", ALIBI,
              "return -tl.abs(kv_idx - q_idx - row_shift(batch, args[2]))", "return -tl.abs(kv_idx - q_idx)",
              tests("backward_parameters", "slopes[bottom_right-()]")),
-    Mutation("table: the last bucket of a tile left out", PARAMETERS,
+    Mutation("table: the last bucket of a tile left out", PARAMETER_WALKS,
              "range(tl.min(bucket), tl.max(bucket) + 1)", "range(tl.min(bucket), tl.max(bucket))",
              NEAR_TABLE),
     Mutation("table: sums of one head for all", PARAMETERS,
              "total = grad.sum((0, 2))", "total = grad.sum((0, 2))[:1].expand(tensor.shape)",
              NEAR_TABLE),
-    Mutation("table: distances not cut at the largest", PARAMETERS,
+    Mutation("table: distances not cut at the largest", PARAMETER_WALKS,
              "distance = tl.minimum(tl.maximum(distance, -max_distance), max_distance)",
              "distance = distance",
              tests("backward_parameters", "table[near-False-bottom_right-(37, 19)]")),

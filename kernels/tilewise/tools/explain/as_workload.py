@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...kernels.parameters import EACH_PAIR, plan
+from ...kernels.parameter_walks import EACH_PAIR, plan
 from ...kernels.tile import Pass, Tile
 from ...parts.numerics import INTERPRETED, float32_precision
 from ...parts.scores.relative_position import RelativePosition
