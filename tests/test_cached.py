@@ -253,7 +253,11 @@ def test_bad_lengths_and_pages_touch_nothing_outside(device):
     with sanitize():
         out = tilewise.cached_attention(q, cache.k, cache.v, **cache.given(), **given, impl="portable")
     assert out.isfinite().all()
-    for lens, table in (((-5, 2**40, 3), cache.pages), (LENS, torch.full_like(cache.pages, 99))):
+    for lens, table in (
+        ((-5, 100, 3), cache.pages),
+        ((-5, 2**40, 3), cache.pages),
+        (LENS, torch.full_like(cache.pages, 99)),
+    ):
         bad = dict(kv_lens=torch.tensor(lens, device=device), pages=table)
         with sanitize(races=False):
             tilewise.cached_attention(q, cache.k, cache.v, **bad, impl="portable")
@@ -375,7 +379,7 @@ def test_bits_of_a_window_do_not_depend_on_other_rows(device):
         )  # fmt: skip
 
     at_once = run(slice(0, 40), 200)
-    for row in (0, 1, 17, 38, 39):
+    for row in (0, 24, 25, 26, 30, 39):
         assert torch.equal(run(slice(row, row + 1), 161 + row), at_once[:, :, row : row + 1]), row
 
 

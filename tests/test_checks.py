@@ -28,7 +28,7 @@ from harness.calls import (
 from harness.interpreted import set_interpreted
 from tilewise.parts.bounds import UNLIMITED
 from tilewise.plan import checks
-from tilewise.plan.request import make_request
+from tilewise.plan.request import request_of
 
 
 def ids_of_both(device: torch.device) -> list[torch.Tensor]:
@@ -46,6 +46,15 @@ class Broken(NamedTuple):
     def arguments(self, device: torch.device) -> dict[str, Any]:
         made = {name: make(device) if callable(make) else make for name, make in self.changes.items()}
         return good(device) | made
+
+
+def attend(q: Any, k: Any, v: Any, **arguments: Any) -> Any:
+    """The public function that takes these arguments."""
+    if "kv_lens" in arguments:
+        return tilewise.cached_attention(q, k, v, **arguments)
+    return (tilewise.packed_attention if "q_offsets" in arguments else tilewise.attention)(
+        q, k, v, **arguments
+    )
 
 
 def cosine(*shape: int, **options: Any) -> Callable[[torch.device], tilewise.Cosine]:
@@ -72,6 +81,8 @@ def fake(shape: tuple[int, ...], device: str) -> torch.Tensor:
 
 SPARSE = lambda device: torch.eye(3, device=device).to_sparse()  # noqa: E731
 # On any device, so that arguments made here agree with it.
+PACKED = BARE | dict(q=zeros(9, 4, 8), k=zeros(9, 2, 8), v=zeros(9, 2, 8))
+CACHED = BARE | dict(kv_lens=zeros(2, **INT))
 TRAINED = dict(q=zeros(*Q, requires_grad=True), impl="portable")
 CASES = [
     Broken("tensors_are_given", ("q", "list", "torch.Tensor"), dict(q=[[1.0]])),
@@ -79,6 +90,24 @@ CASES = [
     Broken("tensors_are_given", ("k.layout=torch.sparse_coo", "torch.strided"), dict(k=SPARSE)),
     Broken("ranks_are_four", ("k.shape=(7, 8)", "4 dimensions", "[batch, heads"), dict(k=zeros(7, 8))),
     Broken("ranks_are_four", ("q.shape=(1, 2, 4, 5, 8)", "4 dimensions"), dict(q=zeros(1, 2, 4, 5, 8))),
+    Broken("offsets_fit", ("q_offsets.shape=(1,)", "[batch + 1]"), PACKED | dict(q_offsets=zeros(1, **INT))),
+    Broken(
+        "tokens_agree",
+        ("kv_offsets=None", "q has 9 tokens and k 7", "give kv_offsets"),
+        PACKED | dict(k=zeros(7, 2, 8), v=zeros(7, 2, 8), q_offsets=zeros(3, **INT)),
+    ),
+    Broken("lengths_fit", ("kv_lens.shape=(3,)", "[batch] = [2]"), CACHED | dict(kv_lens=zeros(3, **INT))),
+    Broken(
+        "pages_fit",
+        ("pages.shape=(3, 4)", "2 for batch"),
+        CACHED | dict(k=zeros(5, 16, 2, 8), v=zeros(5, 16, 2, 8), pages=zeros(3, 4, **INT)),
+    ),
+    Broken("split_size_fits", ("split_size=20", "multiple of 16"), CACHED | dict(split_size=20)),
+    Broken(
+        "cache_has_no_gradient",
+        ("q requires a gradient", "cached_attention has none", "no_grad"),
+        CACHED | dict(q=zeros(*Q, requires_grad=True), impl="portable"),
+    ),
     Broken("batches_agree", ("q: 2", "k: 3", "v: 2", "equal"), sizes(k=(3, *K[1:]))),
     Broken("kv_heads_agree", ("k: 2", "v: 4", "equal"), sizes(v=(BATCH, 4, KV_LEN, DIM))),
     Broken("heads_have_a_whole_ratio", ("q_heads=3", "multiple", "kv_heads=2"), sizes((2, 3, 5, 8))),
@@ -217,12 +246,12 @@ def test_a_broken_rule_raises_and_says_why(case, device, nothing_runs, monkeypat
         set_interpreted(monkeypatch, case.interpreted)
     arguments = case.arguments(device)
     reasons = tilewise.why_not(**arguments)
-    reason = RULES[case.rule](make_request(**arguments))
+    reason = RULES[case.rule](request_of(**arguments))
     assert reason in reasons, f"{case.rule} did not speak up; why_not says {reasons}"
     for word in case.words:
         assert word in reason, f"{word!r} is missing in: {reason}"
     with pytest.raises(ValueError) as raised:
-        tilewise.attention(**arguments)
+        attend(**arguments)
     assert str(raised.value) == reasons[0]
 
 
@@ -235,10 +264,10 @@ def test_a_call_that_looks_like_one_that_passed_is_judged_again(case, device, no
     """What passed is remembered by what rules look at: nothing that breaks a rule may look like it."""
     if case.interpreted is not None:
         set_interpreted(monkeypatch, case.interpreted)
-    checks.check(make_request(**good(device)))
+    checks.check(request_of(**good(device)))
     for _ in range(2):
         with pytest.raises(ValueError):
-            checks.check(make_request(**case.arguments(device)))
+            checks.check(request_of(**case.arguments(device)))
 
 
 def test_rules_never_read_a_tensor():

@@ -11,7 +11,7 @@ import tilewise
 from harness.features import FEATURES, KINDS, build, of_kind
 from tilewise.parts.dropout import Dropout
 from tilewise.parts.similarity import Cosine
-from tilewise.plan.request import make_request
+from tilewise.plan.request import make_request, request_of
 from tilewise.pytorch import encoding
 from tilewise.pytorch.encoding import decode, encode, registered_name
 
@@ -33,10 +33,10 @@ def shifted_score(s, batch, head, q_idx, kv_idx, args):
     return s + args[0]
 
 
-def request_of(features, device, **arguments):
+def drawn_request(features, device, **arguments):
     rng = random.Random(str(features))
     problem = build(device, rng, features, q_len=5, kv_len=7)
-    return make_request(*problem.tensors(), **problem.keywords(), **arguments)
+    return request_of(*problem.tensors(), **problem.keywords(), **arguments)
 
 
 def same(a, b) -> bool:
@@ -69,14 +69,14 @@ def assert_round_trip(request) -> None:
 
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=str)
 def test_every_feature(feature, device):
-    assert_round_trip(request_of([feature], device))
+    assert_round_trip(drawn_request([feature], device))
 
 
 def test_every_pair_of_features_that_arguments_come_from(device):
     kinds = ("similarity", "scale", "score", "bias", "sink", "dropout", "mask")
     features = [feature for kind in kinds for feature in of_kind(kind)]
     for pair in itertools.combinations(features, 2):
-        assert_round_trip(request_of(pair, device))
+        assert_round_trip(drawn_request(pair, device))
 
 
 def test_features_of_every_kind_at_once(device):
@@ -84,14 +84,14 @@ def test_features_of_every_kind_at_once(device):
     for _ in range(100):
         chosen = [rng.choice(of_kind(kind)) for kind in KINDS]
         chosen += [rng.choice(of_kind(kind)) for kind in ("mask", "mask", "score")]
-        assert_round_trip(request_of(chosen, device))
+        assert_round_trip(drawn_request(chosen, device))
 
 
 def test_every_class_lists_its_attributes(device):
     """Of each Mask and Score of tilewise, by objects that the features make."""
     seen = {tilewise.Dense: None}
     for feature in (*of_kind("mask"), *of_kind("score"), *of_kind("bias")):
-        for part in request_of([feature], device).plugs:
+        for part in drawn_request([feature], device).plugs:
             seen[type(part)] = part
             assert set(part.FIELDS) == vars(part).keys() - NOT_ENCODED, type(part)
     exported = [getattr(tilewise, name) for name in tilewise.__all__]
@@ -187,7 +187,7 @@ def test_two_functions_of_one_name_get_two_names(device, monkeypatch):
 
 
 def test_the_registry_does_not_grow_with_calls(device):
-    requests = [request_of([feature], device) for feature in of_kind("mask")]
+    requests = [drawn_request([feature], device) for feature in of_kind("mask")]
     for request in requests:
         encode(request)
     size = len(encoding._registry)

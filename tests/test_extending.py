@@ -20,7 +20,7 @@ from bench.implementations import IMPLEMENTATIONS
 from bench.report.style import LOOKS
 from harness.features import build, of_kind
 from harness.oracle import kept_pairs
-from harness.problem import Problem, make_request
+from harness.problem import Problem, request_of
 from harness.variants import COMBINATIONS
 from tests.bench.stand_ins import MODULES
 
@@ -70,7 +70,7 @@ def made(kind: str) -> dict[str, list[tuple[object, Problem]]]:
     """The masks or scores that the features make, by class, each with its problem."""
     found: dict[str, list[tuple[object, Problem]]] = {}
     for problem in problems(kind):
-        request = make_request(*problem.tensors(), **problem.keywords())
+        request = request_of(*problem.tensors(), **problem.keywords())
         for part in request.masks if kind == "mask" else request.scores:
             found.setdefault(type(part).__name__, []).append((part, problem))
     return found
@@ -140,7 +140,7 @@ def test_it_has_its_specification(name):
 @pytest.mark.parametrize("name", sorted(MASKS))
 def test_a_mask_says_on_the_host_what_its_interval_says(name):
     for mask, problem in objects(name):
-        request = make_request(*problem.tensors(), mask=mask)
+        request = request_of(*problem.tensors(), mask=mask)
         bounds = mask.bounds(request.shape)
         if bounds is None:
             no_interval = mask.bind(request.shape).interval is None or name == "UserMask"
@@ -160,7 +160,7 @@ def test_a_mask_without_gaps_leaves_none(name):
     for mask, problem in objects(name):
         if mask.has_gaps:
             continue
-        keep = kept_pairs(make_request(*problem.tensors(), mask=mask))
+        keep = kept_pairs(request_of(*problem.tensors(), mask=mask))
         for first in range(problem.q_len):
             for last in range(first + 1, problem.q_len + 1):
                 seen = keep[:, :, first:last].any(2).int()
@@ -177,7 +177,7 @@ def test_junk_in_keys_that_a_mask_hides_is_tried(name):
 @pytest.mark.parametrize("name", sorted(SCORES))
 def test_a_score_has_its_derivatives(name):
     for score, problem in objects(name):
-        shape = make_request(*problem.tensors(), score=score).shape
+        shape = request_of(*problem.tensors(), score=score).shape
         indices = torch.meshgrid(*(torch.arange(size) for size in shape.scores), indexing="ij")
         s = torch.randn(shape.scores, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         s.requires_grad_()

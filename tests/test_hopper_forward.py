@@ -31,6 +31,7 @@ REFUSED = {
     "float32", "no_key", "dropout", "user_score",
     "documents", "scattered_documents", "intervals", "bool_mask", "user_mask", "user_interval",
     "sliced_layout", "expanded_layout", "inner_strided_layout",
+    "packed_rows", "packed_apart", "cached_rows", "paged_rows",
 }  # fmt: skip
 # Refused or not: it depends on which numbers are drawn.
 DRAWN = {"mixed_layout", "odd_dims", "value_dim_differs"}

@@ -13,7 +13,7 @@ from tilewise.kernels import room
 from tilewise.kernels.tile import HopperTile
 from tilewise.plan import checks, tiles
 from tilewise.plan.implementation import implementation
-from tilewise.plan.request import make_request
+from tilewise.plan.request import make_request, request_of
 from tilewise.plan.rules import hopper as rules
 from tilewise.plan.tile_table import Evidence
 
@@ -54,6 +54,10 @@ REFUSED = [
     ("some_key_is_there", ("kv_len=0",), lambda d: dict(
         k=halves(BATCH, KV_HEADS, 0, DIM, device=d), v=halves(BATCH, KV_HEADS, 0, DIM, device=d), bias=None,
     )),
+    ("rows_are_not_packed", ("q_offsets pack sequences", "across their ends"), lambda d: dict(
+        q=halves(9, Q_HEADS, DIM, device=d), k=halves(9, KV_HEADS, DIM, device=d),
+        v=halves(9, KV_HEADS, DIM, device=d), bias=None, q_offsets=torch.tensor([0, 4, 9], device=d),
+    )),
     ("nothing_is_dropped", ("dropout_p=0.5", "must be 0"), lambda d: dict(
         dropout_p=0.5, dropout_seed=torch.zeros(1, dtype=torch.int64, device=d),
     )),
@@ -91,13 +95,14 @@ REFUSED = [
 def test_what_is_refused_says_why(rule, words, change, device, monkeypatch):
     monkeypatch.setattr("tilewise.plan.passes.launch_hopper", None)  # nothing runs
     arguments = good(device) | change(device)
-    reason = getattr(rules, rule)(make_request(**arguments))
+    reason = getattr(rules, rule)(request_of(**arguments))
     assert reason is not None and all(word in reason for word in words), reason
     listed = tilewise.why_not(**arguments)
     assert len(listed) == 1 and listed[0].startswith("impl='hopper': ") and reason in listed[0]
     assert "impl=None" in listed[0]
+    attend = tilewise.packed_attention if "q_offsets" in arguments else tilewise.attention
     with pytest.raises(ValueError, match="impl='hopper'"):
-        tilewise.attention(**arguments)
+        attend(**arguments)
     # The portable kernel takes it.
     assert tilewise.why_not(**arguments | dict(impl="portable")) == []
 

@@ -119,9 +119,9 @@ def test_intervals_intersect(has_keep, device):
     kv_len, shape = 40, (2, 3, ROWS)
     a_lo, b_lo = torch.randint(-9, 30, (2, *shape), dtype=torch.int32, device=device)
     a_hi, b_hi = torch.randint(10, 60, (2, *shape), dtype=torch.int32, device=device)
-    args = tuple((lo, lo.stride(), hi, hi.stride()) for lo, hi in ((a_lo, a_hi), (b_lo, b_hi)))
+    args = tuple((lo, lo.stride(), hi, hi.stride(), ()) for lo, hi in ((a_lo, a_hi), (b_lo, b_hi)))
     intervals = (rows_interval, rows_interval, causal_interval) + (None,) * has_keep
-    args += ((20,),) + ((),) * has_keep
+    args += (((20,),),) + ((),) * has_keep
     found = torch.zeros(2, 3, 3, ROWS, dtype=torch.int32, device=device)
     intersect_kernel[(6,)](kv_len, args, found, INTERVALS=intervals, ROWS=ROWS)
 

@@ -65,7 +65,8 @@ def test_a_block_holds_as_many_scores_as_it_may(block, rows, monkeypatch):
 def test_a_block_has_the_keys_that_its_rows_may_see(mask, blocks, monkeypatch):
     rows_a_block(monkeypatch, 2)
     q, k, v = tensors(q_len=Q_LEN, kv_len=KV_LEN)
-    assert list(plain.blocks(tilewise.api.make_request(q, k, v, mask=mask))) == blocks
+    found = plain.blocks(tilewise.api.make_request(q, k, v, mask=mask))
+    assert [block[:4] for block in found] == blocks
 
 
 def test_rows_that_see_no_key_in_blocks_of_their_own(monkeypatch):

@@ -161,7 +161,7 @@ COMBINATIONS = (
         "intervals",
         "sink",
     ),
-    ("causal_top_left", "scattered_documents", "strided_bias", "other_scale"),
+    ("causal_top_left", "causal_from_a_position", "scattered_documents", "strided_bias", "other_scale"),
     ("cosine", "packed_rows", "left_padding", "bool_mask", "sink"),
 )
 KINDS_AND_DIMS = (("bf16", (64, 64)), ("fp16", (40, 24)), ("bf16", (20, 80)))

@@ -28,6 +28,7 @@ from triton.runtime.jit import KernelInterface
 from ..parts.dropout import Dropout
 from ..parts.shape import Cache, Packing, Pages
 from ..parts.similarity import Cosine
+from ..plan.implementation import implementation
 from ..plan.request import Request
 
 _registry: dict[str, Any] = {}
@@ -113,6 +114,9 @@ def encode(request: Request) -> Encoded:
             words.append(f"f:{registered_name(type(part))}")
             for name in part.FIELDS:
                 _put(getattr(part, name), encoded, words)
+    if implementation(request) == "torch":  # nobody else asks a user's function for its twin
+        for part in request.plugs:
+            _put(getattr(part, "_twin", None), encoded, words)
     return encoded._replace(spec="\n".join(words))
 
 
@@ -153,7 +157,8 @@ def from_tuples(given: tuple[Any, ...]) -> Cache:
 
 
 def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) -> Request:
-    """The request that `encode` was given, but for the plain PyTorch twins of masks and scores."""
+    """The request that `encode` was given; with the twins of the user's functions where plain PyTorch answers
+    it."""
     words = iter(encoded.spec.split("\n"))
     tensors, ints, floats = iter(encoded.tensors), iter(encoded.ints), iter(encoded.floats)
     take = lambda: _take(words, tensors, ints, floats)  # noqa: E731
@@ -170,6 +175,9 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
                 setattr(part, name, take())
             found.append(part)
         parts.append(tuple(found))
+    for part, word in zip((*parts[0], *parts[1]), words, strict=False):
+        if word != "N":
+            part._twin = registered(word[2:])
     return Request(
         q, k, v, parts[0], parts[1], scale,
         Cosine(temperature) if similarity == "cosine with a temperature" else similarity,

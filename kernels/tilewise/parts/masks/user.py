@@ -23,7 +23,7 @@ class UserMask(Mask):
     """
 
     has_gaps = True
-    FIELDS = ("keep", "args", "interval", "_twin")
+    FIELDS = ("keep", "args", "interval")
 
     def __init__(
         self, keep: Any, args: tuple[Any, ...] = (), *, interval: Any = None, twin: Twin | None = None

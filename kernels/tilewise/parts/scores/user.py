@@ -25,7 +25,7 @@ class UserScore(Score):
         (so "h" for [q_heads]; "" for a tensor without dimensions); derivative is ∂score/∂element.
     """
 
-    FIELDS = ("score", "args", "derivative", "_parameters", "_twin")
+    FIELDS = ("score", "args", "derivative", "_parameters")
 
     def __init__(
         self,
