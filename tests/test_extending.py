@@ -231,12 +231,20 @@ def test_a_rival_has_its_look_and_its_stand_in(name):
     )
 
 
+# Where a rival is held to float64 through its stand-in: in dense calls, or, if it takes no other, packed ones.
+JUDGED = {
+    "test_implementations.py": r"^WITH_LIBRARY = (\(.*?\))$",
+    "test_packed.py": r"^TAKEN = (\{.*?\})",
+}
+
+
 @pytest.mark.parametrize("name", [name for name, each in IMPLEMENTATIONS.items() if each.module])
 def test_a_rival_with_a_library_is_judged(name):
-    judged = (ROOT / "tests" / "bench" / "test_implementations.py").read_text(encoding="utf-8")
-    (listed,) = re.findall(r"^WITH_LIBRARY = (\(.*?\))$", judged, re.M | re.S)
-    is_listed = name in ast.literal_eval(listed)
-    assert is_listed, f"add {name!r} to WITH_LIBRARY in tests/bench/test_implementations.py"
+    listed: list[str] = []
+    for file, names in JUDGED.items():
+        (found,) = re.findall(names, (ROOT / "tests" / "bench" / file).read_text("utf-8"), re.M | re.S)
+        listed += ast.literal_eval(found)
+    assert name in listed, f"add {name!r} to WITH_LIBRARY in tests/bench/test_implementations.py"
 
 
 @pytest.mark.parametrize("name", [each for each in IMPLEMENTATIONS if not each.startswith("tilewise")])
