@@ -231,7 +231,7 @@ def test_a_rival_has_its_look_and_its_stand_in(name):
     )
 
 
-# Where a rival is held to float64 through its stand-in: in dense calls, or, if it takes no other, packed ones.
+# Where a rival is held to float64 through its stand-in: in dense calls, or in packed ones alone.
 JUDGED = {
     "test_implementations.py": r"^WITH_LIBRARY = (\(.*?\))$",
     "test_packed.py": r"^TAKEN = (\{.*?\})",
