@@ -1,4 +1,4 @@
-"""Named cases as tensors: what packed ones give, and who takes them or says that they are not for it."""
+"""Named cases as tensors: what packed ones and caches give, and who takes them or says why not."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from tilewise.tools.compiled.variants import case_variants, why_not_hopper
 from tilewise.tools.explain.command import explain_case
 from tilewise.tools.inputs import NOT_PACKED, case_inputs
 from tilewise.tools.tune.plan import choose_cases
-from tilewise_reference.cases import PACKED_CASES, Case, find_case
+from tilewise_reference.cases import CACHED_CASES, PACKED_CASES, Case, find_case
 
 CPU = torch.device("cpu")
 MIXED = "packed-llama3-8b-mixed"
@@ -78,3 +78,68 @@ def test_inspect_compiles_packed_calls_and_none_of_hoppers():
     assert [each.name for each in case_variants([MIXED], ["forward", "dkv"])] == [MIXED, MIXED]
     reason = why_not_hopper(["sm_90"], [], [MIXED])
     assert reason is not None and reason.startswith(f"case='{MIXED}': q_offsets pack sequences")
+
+
+# ---- Keys and values in a cache
+
+
+def cached(**features) -> Case:
+    asks = {"causal": "bottom_right", "cache": (5, 12, 9), **features}
+    return Case("small", 3, 4, 2, 2, 12, 16, 8, "float32", "prefill", "made up", asks)
+
+
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_a_cache_holds_what_each_sequence_fills(page_size):
+    case = cached(**({} if page_size is None else {"page_size": page_size}))
+    q, k, v, arguments, learned = case_inputs(case, CPU)
+    assert q.shape == (3, 4, 2, 16) and not learned and not any(x.requires_grad for x in (q, k, v))
+    assert arguments["kv_lens"].dtype == torch.int32 and arguments["kv_lens"].tolist() == [5, 12, 9]
+    if page_size is None:
+        assert (k.shape, v.shape) == ((3, 2, 12, 16), (3, 2, 12, 8)) and "pages" not in arguments
+    else:
+        pages = arguments["pages"]
+        assert (k.shape, v.shape) == ((8, 4, 2, 16), (8, 4, 2, 8)) and pages.dtype == torch.int32
+        used = [n for row, count in zip(pages.tolist(), (2, 3, 3), strict=True) for n in row[:count]]
+        assert sorted(used) == [*range(8)] != used
+    out = tilewise.cached_attention(q, k, v, **arguments)
+    for i, rows in enumerate(case.cache):
+        if page_size is None:
+            own = [x[i : i + 1, :, :rows] for x in (k, v)]
+        else:
+            own = [x[arguments["pages"][i].long()].flatten(0, 1)[:rows].transpose(0, 1)[None] for x in (k, v)]
+        want = tilewise.attention(q[i : i + 1], *own, mask=tilewise.Causal())
+        torch.testing.assert_close(out[i : i + 1], want)
+    again = case_inputs(case, CPU)
+    assert torch.equal(k, again.k) and torch.equal(v, again.v)
+
+
+@pytest.mark.parametrize("case", CACHED_CASES, ids=lambda case: case.name)
+def test_every_cached_case_is_a_call_that_the_kernels_take(case):
+    q, k, v, given, _ = case_inputs(case, "meta")
+    assert tilewise.why_not(q, k, v, **given, impl="portable") == []
+
+
+def test_what_a_cache_has_not_is_refused():
+    with pytest.raises(ValueError, match="small has a cache, which no case does with alibi, sink"):
+        case_inputs(cached(sink=True, alibi=True), CPU)
+    with pytest.raises(ValueError, match="small has a cache, and cached_attention has no gradient"):
+        case_inputs(cached(), CPU, gradients=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["cached-llama3-8b-decode-32xmixed", "cached-llama3-8b-decode-32xmixed-pages16"]
+)
+def test_explain_counts_what_each_sequence_of_a_cache_fills(name):
+    case = find_case(name)
+    found = explain_case(case, "H200", training=False)
+    assert found.pairs == sum(case.cache) * case.q_heads and found.cached is not None
+    with pytest.raises(ValueError, match="no gradient"):
+        explain_case(case, "H200", training=True)
+
+
+def test_tune_says_that_it_looks_at_no_cache():
+    name = CACHED_CASES[0].name
+    with pytest.raises(
+        ValueError, match=f"case {name} reads keys and values of a cache, and a row is decided by"
+    ):
+        choose_cases([name], None)

@@ -2,11 +2,12 @@
 
 from . import cases, dropout, masks, online, scores, yardstick
 from .attention import attention
-from .cases import CASES, FEATURE_CASES, PACKED_CASES, SHORT_CASES, Case, paper_grid
+from .cases import CACHED_CASES, CASES, FEATURE_CASES, PACKED_CASES, SHORT_CASES, Case, paper_grid
 from .dropout import dropout_keep
 from .gradients import Gradients, gradients
 
 __all__ = [
+    "CACHED_CASES",
     "CASES",
     "FEATURE_CASES",
     "PACKED_CASES",

@@ -7,7 +7,7 @@ from .mutation import Mutation
 
 AGAIN = "bench/again.py"
 ANSWERS = "bench/answers.py"
-CASES = "reference/tilewise_reference/cases.py"
+CASES = "reference/tilewise_reference/case.py"
 GATE = "bench/gate.py"
 GOALS = "bench/report/goals.py"
 RIVALS = "bench/implementations"

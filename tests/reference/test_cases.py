@@ -7,6 +7,7 @@ import torch
 
 from tilewise_reference import CASES, masks, paper_grid
 from tilewise_reference.cases import (
+    CACHED_CASES,
     FEATURE_CASES,
     PACKED_CASES,
     SHORT_CASES,
@@ -16,7 +17,7 @@ from tilewise_reference.cases import (
     named_cases,
 )
 
-ALL = (*CASES, *paper_grid(), *FEATURE_CASES, *SHORT_CASES, *PACKED_CASES)
+ALL = (*CASES, *paper_grid(), *FEATURE_CASES, *SHORT_CASES, *PACKED_CASES, *CACHED_CASES)
 BY_NAME = {case.name: case for case in CASES}
 SMALL = Case("small", 2, 6, 3, 5, 7, 4, 3, "float16", "prefill", "made up")
 
@@ -197,6 +198,50 @@ def test_mixed_lengths_have_a_long_tail():
     assert long_tailed(7, 7) and sum(long_tailed(1000, 7)) == 1000
 
 
+@pytest.mark.parametrize("page_size", [None, 4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_cache_counts_what_each_sequence_fills(causal, page_size):
+    asks: Features = {"cache": (9, 4, 9), **({"causal": "bottom_right"} if causal else {})}
+    if page_size:
+        asks["page_size"] = page_size
+    case = replace(SMALL, batch=3, q_len=2, kv_len=9, features=asks)
+    pairs = (8 + 9) + (3 + 4) + (8 + 9) if causal else 2 * (9 + 4 + 9)
+    assert case.all_pairs() == pairs and case.tokens == 6
+    assert case.flops() == 6 * pairs * 2 * (4 + 3)
+    # q and out of 6 heads, the filled keys and values of 3, once for both queries and for a group of heads.
+    assert case.bytes() == 2 * (6 * 6 + 3 * 22) * (4 + 3)
+    one = case.sequence(4)
+    assert (one.batch, one.q_len, one.kv_len) == (1, 2, 4) and one.features.keys() <= {"causal"}
+
+
+def test_a_decoding_case_by_hand():
+    named = named_cases()
+    case = named["cached-llama3-8b-decode-8x32k"]
+    # 8 sequences of 32768 rows in 8 heads of 128, keys and values in two bytes: 2^30; q and out beside them.
+    assert case.bytes() == 2**30 + 2 * 8 * 32 * 128 * 2
+    for one in CACHED_CASES:
+        if one.page_size is not None:
+            beside = named[one.name.removesuffix(f"-pages{one.page_size}")]
+            assert (beside.bytes(), beside.flops()) == (one.bytes(), one.flops()) and beside.page_size is None
+    assert sum(case.page_size is None for case in CACHED_CASES) == len(CACHED_CASES) / 3 == 9
+    assert sum(case.bytes() >= 256e6 and case.q_len == 1 for case in CACHED_CASES) == 12
+
+
+def test_caches_that_do_not_fit_the_sizes_are_refused():
+    case = replace(SMALL, q_len=2, kv_len=7, features={"cache": (7, 3)})
+    for wrong in (
+        dict(batch=3),
+        dict(q_len=4),
+        dict(kv_len=8),
+        dict(features={"cache": (7, 3), "lengths": (7, 3)}),
+    ):
+        with pytest.raises(ValueError, match=r"small: (cache|lengths)="):
+            replace(case, **wrong)
+    for features in ({"page_size": 4}, {"cache": (7, 3), "page_size": 0}):
+        with pytest.raises(ValueError, match=r"page_size=\d must be 1 or more, of a cache"):
+            replace(case, features=features)
+
+
 def test_lengths_that_do_not_fit_the_sizes_are_refused():
     case = packed(3, 7)
     for wrong in (dict(batch=3), dict(q_len=8), dict(kv_len=3), dict(features={"lengths": (0, 7)})):
@@ -204,7 +249,7 @@ def test_lengths_that_do_not_fit_the_sizes_are_refused():
             ValueError, match=r"small: lengths=\(.* must be 1 or more each, as many as batch="
         ):
             replace(case, **wrong)
-    with pytest.raises(ValueError, match="small packs sequences, each with intervals of its own"):
+    with pytest.raises(ValueError, match="small has sequences, each with intervals of its own"):
         case.pairs()
 
 

@@ -1,12 +1,14 @@
 """The tensors and arguments of a named case: what benchmarks, tuning and `explain` call `attention` with,
-and `packed_attention` where the case packs sequences."""
+`packed_attention` where the case packs sequences, and `cached_attention` where it has a cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from tilewise_reference import Case
 
@@ -28,7 +30,10 @@ class Inputs(NamedTuple):
     `attention`, and by name what is learned besides q, k and v: bias, sink, temperature, slopes, table.
 
     Where the case packs sequences: q [tokens, q_heads, head_dim], k, v [tokens, kv_heads, ...], and the
-    arguments of `packed_attention`, q_offsets among them."""
+    arguments of `packed_attention`, q_offsets among them.
+
+    Where it has a cache: that for k and v, [batch, kv_heads, kv_len, ...] or [pages, page_size, kv_heads,
+    ...], and the arguments of `cached_attention`, kv_lens among them."""
 
     q: Tensor
     k: Tensor
@@ -43,12 +48,15 @@ class Inputs(NamedTuple):
 
 # What reads a tensor along queries or keys, or draws anew: no case asks for it of packed sequences.
 NOT_PACKED = ("documents", "bool_mask", "bias", "dropout")
+WITH_CACHE = ("cache", "page_size", "causal", "window", "softcap", "scale")  # no case asks for more of one
 
 
-def refuse_packed(case: Case, what: str) -> None:
-    """Raise ValueError where the case packs sequences, which `what` does not look at."""
+def refuse_sequences(case: Case, what: str) -> None:
+    """Raise ValueError where the case packs sequences or has a cache, which `what` does not look at."""
     if case.lengths is not None:
         raise ValueError(f"case {case.name} packs sequences of many lengths, and {what} dense tensors alone")
+    if case.cache is not None:
+        raise ValueError(f"case {case.name} reads keys and values of a cache, and {what} dense tensors alone")
 
 
 def packed_offsets(lengths: tuple[int, ...], device: torch.device | str) -> Tensor:
@@ -56,12 +64,37 @@ def packed_offsets(lengths: tuple[int, ...], device: torch.device | str) -> Tens
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
+def cached_inputs(
+    case: Case, device: torch.device, normal: Callable[..., Tensor], generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """q, the cache, and which of its rows are whose: the pages of all sequences stand in it in no order.
+
+    What lies beyond a sequence's rows is random too.
+    """
+    assert case.cache is not None
+    if other := sorted({*case.features} - {*WITH_CACHE}):
+        raise ValueError(f"case {case.name} has a cache, which no case does with {', '.join(other)}")
+    q = normal(case.batch, case.q_heads, case.q_len, case.head_dim)
+    if q.requires_grad:
+        raise ValueError(f"case {case.name} has a cache, and cached_attention has no gradient")
+    arguments: dict[str, Any] = {"kv_lens": torch.tensor(case.cache, dtype=torch.int32).to(device)}
+    size = case.page_size
+    if size is None:
+        shape: tuple[int, ...] = (case.batch, case.kv_heads, case.kv_len)
+    else:
+        used = [-(-rows // size) for rows in case.cache]
+        order = torch.randperm(sum(used), generator=generator, device=device).to(torch.int32)
+        arguments["pages"] = pad_sequence(order.split(used), batch_first=True)
+        shape = (sum(used), size, case.kv_heads)
+    return q, normal(*shape, case.head_dim), normal(*shape, case.value_dim), arguments
+
+
 def case_inputs(case: Case, device: torch.device | str, seed: int = 0, gradients: bool = False) -> Inputs:
     """Random normal tensors for `case`, the same for the same seed and device; with `gradients`, q, k and v
     require one, and so does what is learned where the case says that it is trained.
 
     On the device "meta" nothing is drawn, and nothing is stored. Raises ValueError for a case that asks of
-    packed sequences what none does here.
+    packed sequences or of a cache what none does here, and for gradients of a cache, which has none.
     """
     device = torch.device(device)
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
@@ -74,7 +107,9 @@ def case_inputs(case: Case, device: torch.device | str, seed: int = 0, gradients
 
     learned: dict[str, Tensor] = {}
     arguments: dict[str, Any] = {}
-    if case.lengths is None:
+    if case.cache is not None:
+        q, k, v, arguments = cached_inputs(case, device, normal, generator)
+    elif case.lengths is None:
         q = normal(case.batch, case.q_heads, case.q_len, case.head_dim)
         k = normal(case.batch, case.kv_heads, case.kv_len, case.head_dim)
         v = normal(case.batch, case.kv_heads, case.kv_len, case.value_dim)

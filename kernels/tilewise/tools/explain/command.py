@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import Annotated, Any, cast
 
+import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tilewise_reference.cases import (
+    CACHED_CASES,
     CASES,
     FEATURE_CASES,
     SHORT_CASES,
@@ -36,6 +38,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "models": CASES,
     "features": FEATURE_CASES,
     "short sequences": SHORT_CASES,
+    "keys and values in a cache": CACHED_CASES,
     "the papers' grid": tuple(paper_grid()),
 }
 
@@ -154,6 +157,8 @@ def explain_case(case: Case, gpu: str | None, training: bool, impl: str | None =
     arguments = dict(inputs.arguments)
     if case.lengths is not None:  # what is visited stands in them
         arguments["q_offsets"] = packed_offsets(case.lengths, "cpu")
+    if case.cache is not None:
+        arguments["kv_lens"] = torch.tensor(case.cache, dtype=torch.int32)
     if "documents" in case.features:
         # What a row sees stands in the ids, so these need contents; without a batch, there is little else.
         structured = {name: value for name, value in case.features.items() if name in INTERVAL_FEATURES}

@@ -16,7 +16,7 @@ from ...plan.request import make_request
 from ...plan.rules import hopper as hopper_rules
 from ...plan.tile_table import DIMS, Key
 from ...plan.tiles import length_tile, table_tile, user_table
-from ..inputs import case_inputs, refuse_packed
+from ..inputs import case_inputs, refuse_sequences
 from .candidates import candidates, nearest_first
 
 DEFAULT_LENGTH = 4096
@@ -37,8 +37,8 @@ class Job(NamedTuple):
 def choose_cases(names: Sequence[str], dtype: str | None) -> list[Case]:
     """The cases of these names, or the default ones; with `dtype` in that.
 
-    Raises ValueError for a name that nobody knows, and for a case that is too short to decide a row or packs
-    sequences.
+    Raises ValueError for a name that nobody knows, and for a case that is too short to decide a row, packs
+    sequences or has a cache.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} must be one of {', '.join(DTYPES)}")
@@ -50,7 +50,7 @@ def choose_cases(names: Sequence[str], dtype: str | None) -> list[Case]:
         return chosen
     cases = [find_case(name, dtype_of_grid) for name in dict.fromkeys(names)]
     for case in cases:
-        refuse_packed(case, "a row is decided by")
+        refuse_sequences(case, "a row is decided by")
         if case.q_len < FEWEST_QUERIES:
             raise ValueError(
                 f"--case {case.name}: it has {case.q_len} queries, and calls with so few get a part of a "
