@@ -5,7 +5,7 @@ sequences, against all keys. So is the gradient of q, a row of which depends on 
 k, v and what is learned are sums over all rows, too many for float64: the same implementation is asked for
 them on a shortened copy of the case (up to 1024 rows of 8 heads, same features), where every element counts.
 
-Packed sequences are held against the oracle one by one, each as a dense call of its own.
+Packed sequences and those in a cache are held against the oracle one by one, each as a dense call of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tilewise_reference.yardstick import largest_difference
 from .implementations.base import Implementation, Prepared
 from .judgement import Judgement, Problem, judge
 from .results import Work
-from .sequences import by_sequence, join, shape_of_out, split
+from .sequences import by_sequence, in_cache, join, shape_of_out, split
 from .shrink import shortened
 
 Tensor = torch.Tensor
@@ -47,13 +47,13 @@ class Place(NamedTuple):
 
 
 def places(case: Case, device: torch.device) -> list[Place]:
-    """Where answers are looked at: first, middle and last of everything; of packed sequences the shortest,
-    the longest and some between."""
+    """Where answers are looked at: first, middle and last of everything; of packed sequences and those in a
+    cache the shortest, the longest and some between."""
     lengths = case.lengths or (case.q_len,) * case.batch
-    order = sorted(range(case.batch), key=lengths.__getitem__)
+    order = sorted(range(case.batch), key=(case.cache or lengths).__getitem__)
     pairs, most = case.batch * case.q_heads, min(max(lengths, default=0), 3 * CHUNK)
     count = min(pairs, max(HEADS, -(-ROWS // max(1, most))))
-    if case.lengths is not None:
+    if case.sequences is not None:
         count = min(pairs, max(count, min(case.batch, SEQUENCES)))
     chosen = sorted({round(i * (pairs - 1) / max(1, count - 1)) for i in range(count)})
     where = [(order[i // case.q_heads], i % case.q_heads) for i in chosen]
@@ -84,6 +84,8 @@ def request_of(inputs: Inputs) -> Request:
 
 def problem_at(case: Case, inputs: Inputs, place: Place, keep: Tensor | None) -> Problem:
     """What the rows of a place are held against."""
+    if case.cache is not None:
+        return part(request_of(in_cache(case, inputs, place.batch)), place._replace(batch=0), keep)
     if case.lengths is None:
         return part(request_of(inputs), place, keep)
     return part(request_of(by_sequence(case, inputs)[place.batch]), place._replace(batch=0), keep)

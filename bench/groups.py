@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from tilewise_reference.cases import (
+    CACHED_CASES,
     CASES,
     FEATURE_CASES,
     PACKED_CASES,
@@ -36,6 +37,7 @@ GROUPS: tuple[str, ...] = (
     "models backward",
     "packed forward",
     "packed backward",
+    "decode",
     "features forward",
     "features backward",
     "host",
@@ -45,6 +47,7 @@ HEAD_DIMS = (128, 64, 256)  # the most used first
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 QUICK_LENGTHS = (1024, 4096, 16384)
 QUICK_PACKED = "packed-llama3-8b-"
+QUICK_CACHED = ("cached-llama3-8b-", "cached-narrow-decode-1x128k")
 QUICK_MODELS = (
     "llama3-8b-prefill",
     "llama3-8b-decode",
@@ -110,6 +113,7 @@ def comparisons(name: str, quick: bool = False, tiny: bool | None = None) -> lis
 def _full(name: str, quick: bool, head_dims: tuple[int, ...]) -> list[Comparison]:
     grid = paper_grid(head_dims, QUICK_LENGTHS if quick else LENGTHS, "bfloat16")
     packed = [case for case in PACKED_CASES if not quick or case.name.startswith(QUICK_PACKED)]
+    cached = [case for case in CACHED_CASES if not quick or case.name.startswith(QUICK_CACHED)]
     models = [case for case in CASES if not quick or case.name in QUICK_MODELS]
     if name == "forward grid":
         return [(case, "forward") for case in grid]
@@ -125,6 +129,8 @@ def _full(name: str, quick: bool, head_dims: tuple[int, ...]) -> list[Comparison
         return [(case, "forward") for case in packed]
     if name == "packed backward":
         return [(case, "backward") for case in packed]
+    if name == "decode":
+        return [(case, "forward") for case in cached]
     if name == "features forward":
         return [(case, "forward") for case in FEATURE_CASES]
     if name == "features backward":
@@ -140,7 +146,7 @@ def _distinct(found: Iterable[Comparison]) -> list[Comparison]:
     """Those that differ in more than their names and the number of sequences."""
     kept: dict[str, Comparison] = {}
     for case, work in found:
-        batch = 1 if case.lengths is None else case.batch
+        batch = 1 if case.sequences is None else case.batch
         alike = replace(case, name="", provenance="", phase="encoder", batch=batch)
         kept.setdefault(repr((alike, work)), (case, work))
     return list(kept.values())

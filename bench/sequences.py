@@ -1,4 +1,5 @@
-"""What is a packed case to whoever knows dense tensors alone, as the oracle does? Its sequences, one by one.
+"""What is a packed case, or one with a cache, to whoever knows dense tensors alone, as the oracle does? Its
+sequences, one by one.
 
 A dense case is one piece, which is all of it.
 """
@@ -34,6 +35,21 @@ def by_sequence(case: Case, inputs: Inputs) -> list[Inputs]:
     given = {name: value for name, value in inputs.arguments.items() if name != "q_offsets"}
     pieces = (split(case, x) for x in inputs[:3])
     return [Inputs(q, k, v, given, inputs.learned) for q, k, v in zip(*pieces, strict=True)]
+
+
+def in_cache(case: Case, inputs: Inputs, sequence: int) -> Inputs:
+    """The dense inputs of one sequence: its queries, and what the cache holds of it."""
+    assert case.cache is not None
+    rows, which = case.cache[sequence], slice(sequence, sequence + 1)
+    given = {name: x for name, x in inputs.arguments.items() if name not in ("kv_lens", "pages")}
+
+    def own(x: Tensor) -> Tensor:
+        if case.page_size is None:
+            return x[which, :, :rows]
+        used = inputs.arguments["pages"][sequence, : -(-rows // case.page_size)]
+        return x[used.long()].flatten(0, 1)[:rows].transpose(0, 1)[None]
+
+    return Inputs(inputs.q[which], own(inputs.k), own(inputs.v), given, inputs.learned)
 
 
 def shape_of_out(case: Case) -> tuple[int, ...]:

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 from tilewise_reference.cases import Case, Features
 
+FEW = 4  # queries on a cache that are not made fewer: several are another call than one
+
 
 def shrunk(case: Case, *, batch: int, kv_heads: int, group: int, length: int, suffix: str) -> Case:
     """The case with at most this many sequences, key heads, query heads a key head and rows. Of packed
-    sequences one more stays: the shortest, the longest and those between.
+    sequences, and of those in a cache, one more stays: the shortest, the longest and those between.
 
     Lengths, window and documents shrink in proportion, so that what was masked stays masked; head_dim, dtype
     and features stay. A case that fits already comes back as it is, else `suffix` is added to its name.
@@ -19,7 +21,9 @@ def shrunk(case: Case, *, batch: int, kv_heads: int, group: int, length: int, su
     longest = max(case.q_len, case.kv_len)
     share = min(1.0, length / longest)
     q_len, kv_len = (max(1, round(size * share)) for size in (case.q_len, case.kv_len))
-    sequences = min(case.batch, batch + (case.lengths is not None))
+    if case.cache is not None:
+        q_len = max(q_len, min(case.q_len, FEW))
+    sequences = min(case.batch, batch + (case.sequences is not None))
     sizes = (sequences, heads, kv, q_len, kv_len)
     if sizes == (case.batch, case.q_heads, case.kv_heads, case.q_len, case.kv_len):
         return case
@@ -35,6 +39,8 @@ def shrunk(case: Case, *, batch: int, kv_heads: int, group: int, length: int, su
         asks["documents"] = min(asks["documents"], max(1, q_len // 4))
     if case.lengths is not None:
         asks["lengths"] = tuple(max(1, round(size * share)) for size in some(case.lengths, sequences))
+    if case.cache is not None:
+        asks["cache"] = tuple(max(q_len, round(size * share)) for size in some(case.cache, sequences))
     return replace(
         case, name=case.name + suffix, batch=sequences, q_heads=heads, kv_heads=kv, q_len=q_len,
         kv_len=kv_len, features=asks,

@@ -18,10 +18,12 @@ from tilewise_reference.cases import Case
 
 from ..results import Work
 from .base import Implementation, Prepared, is_backward, is_cosine, learns, length_first, refusal, scale_of
+from .caches import why_no_cache
 
 Tensor = torch.Tensor
 Extra = dict[str, Any]
 
+PAGE = 256  # rows that a page of flash_attn 2's must be a multiple of
 REASONS = {
     "bool_mask": "takes no dense mask",
     "bias": "takes no additive bias",
@@ -33,6 +35,7 @@ class FlashAttention(Implementation):
     """What the two packages have in common."""
 
     reasons: dict[str, str] = REASONS
+    no_cache: tuple[str, ...] = ()  # what `why_no_cache` says to pages and to lengths
 
     def unsupported(self, case: Case, work: Work) -> str | None:
         if case.dtype not in ("float16", "bfloat16"):
@@ -42,6 +45,8 @@ class FlashAttention(Implementation):
         asked = refusal(case, self.reasons)
         if asked:
             return f"{self.name} {asked}"
+        if reason := why_no_cache(case, work, self.name, *self.no_cache):
+            return reason
         if "documents" in case.features and case.q_len != case.kv_len:
             return f"{self.name}: documents need q_len = kv_len"
         if case.features.get("causal") == "top_left" and case.q_len != case.kv_len:
@@ -88,6 +93,8 @@ class FlashAttention(Implementation):
 
 
 class Flash2(FlashAttention):
+    """A cache is read by flash_attn_with_kvcache."""
+
     name = "flash_attn 2"
     module = "flash_attn"
     # The lse that it returns has no derivative, so that a sink stands outside of its backward.
@@ -100,6 +107,8 @@ class Flash2(FlashAttention):
             return f"{self.name} has no sink; rescaling by its lse has no derivative"
         if learns(case, work) and asks.get("alibi"):
             return f"{self.name} gives slopes no gradient"
+        if (case.page_size or 0) % PAGE:
+            return f"{self.name} takes pages of a multiple of {PAGE} rows, not of {case.page_size}"
         return super().unsupported(case, work)
 
     def options(self, case: Case, inputs: Inputs) -> Extra:
@@ -122,9 +131,32 @@ class Flash2(FlashAttention):
         share = torch.sigmoid(lse - inputs.learned["sink"].float()[:, None])
         return (out * share.transpose(1, 2)[..., None]).to(out.dtype)
 
+    def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
+        return super().prepare(case, inputs, work) if case.cache is None else self.cached_call(case, inputs)
+
+    def cached_call(self, case: Case, inputs: Inputs) -> Prepared:
+        function: Callable[..., Tensor] = importlib.import_module(self.module).flash_attn_with_kvcache
+        options = self.options(case, inputs)
+        for name in ("dropout_p", "return_attn_probs"):
+            del options[name]
+        q, k, v = inputs[:3]
+        q = length_first(q).contiguous()
+        if case.page_size is None:
+            k, v = (length_first(x).contiguous() for x in (k, v))
+        else:
+            options["block_table"] = inputs.arguments["pages"]
+        lengths = inputs.arguments["kv_lens"]
+        return Prepared(lambda: function(q, k, v, cache_seqlens=lengths, **options), standard=length_first)
+
 
 class FlashCute(FlashAttention):
+    """A cache that every sequence fills is a dense call."""
+
     name = "flash_attn cute"
+    no_cache = (
+        "flash_attn cute is not asked for pages, which not all of its versions take",
+        "flash_attn cute is not asked for the lengths of a cache, which not all of its versions take",
+    )
     module = "flash_attn.cute.interface"
     reasons = REASONS | {"dropout": "has no dropout", "alibi": "has no ALiBi but as a CuTe function"}
 

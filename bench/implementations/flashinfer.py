@@ -1,8 +1,13 @@
-"""FlashInfer: its prefill over ragged batches, [tokens, heads, dim]; it has no backward."""
+"""FlashInfer: its prefill over ragged batches, [tokens, heads, dim]; it has no backward.
+
+A cache goes through its wrappers for pages, of decode where a sequence has one query: a contiguous one as
+pages that follow each other, so that its keys can be split as those of any other.
+"""
 
 from __future__ import annotations
 
 import importlib
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +20,8 @@ from .base import Implementation, Prepared, is_backward, is_cosine, length_first
 from .flash import packing
 
 Tensor = torch.Tensor
+PAGE = 64  # rows of the pages that a contiguous cache is taken for
+GROUP = 4  # query heads a key head from which its documentation advises tensor cores for decode
 WORKSPACE = 256 << 20  # bytes; its documentation asks for 128 MB at least
 
 REASONS = {
@@ -43,9 +50,44 @@ class FlashInfer(Implementation):
             return "flashinfer's window is causal"
         if asks.get("causal") == "top_left" and case.q_len != case.kv_len:
             return "flashinfer aligns causal masks to the bottom right"
+        if case.cache is not None and case.head_dim != case.value_dim:
+            return "flashinfer's caches have head_dim = value_dim"
         return refusal(case, REASONS)
 
+    def cached_call(self, case: Case, inputs: Inputs) -> Prepared:
+        module: Any = importlib.import_module(self.module)
+        assert case.cache is not None
+        asks, q = case.features, inputs.q
+        k, v, size, pages = in_pages(case, inputs)
+        used = [-(-length // size) for length in case.cache]
+        indices = torch.cat([row[:count] for row, count in zip(pages, used, strict=True)])
+        ends = torch.tensor([0, *accumulate(used)], dtype=torch.int32)
+        last = torch.tensor([(length - 1) % size + 1 for length in case.cache], dtype=torch.int32)
+        which = (ends.to(q.device), indices, last.to(q.device))
+        heads = (case.q_heads, case.kv_heads, case.head_dim, size)
+        left, _ = asks.get("window", (None, None))
+        options: dict[str, Any] = dict(
+            window_left=-1 if left is None else left, logits_soft_cap=asks.get("softcap"),
+            sm_scale=scale_of(case), q_data_type=q.dtype,
+        )  # fmt: skip
+        workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=q.device)
+        if case.q_len == 1:
+            cores = case.q_heads // case.kv_heads >= GROUP
+            wrapper = module.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=cores)
+            wrapper.plan(*which, *heads, **options)
+        else:
+            count = torch.arange(case.batch + 1, device=q.device, dtype=torch.int32)
+            wrapper = module.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+            wrapper.plan(count * case.q_len, *which, *heads, causal="causal" in asks, **options)
+        rows = length_first(q).contiguous().flatten(0, 1)
+        return Prepared(
+            lambda: wrapper.run(rows, (k, v)),
+            standard=lambda x: length_first(x.unflatten(0, (case.batch, -1))),
+        )
+
     def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
+        if case.cache is not None:
+            return self.cached_call(case, inputs)
         module: Any = importlib.import_module(self.module)
         device, asks = inputs.q.device, case.features
         packed = case.lengths is not None
@@ -79,3 +121,16 @@ class FlashInfer(Implementation):
             return x if packed else length_first(x.unflatten(0, (case.batch, -1)))
 
         return Prepared(lambda: wrapper.run(q, k, v), {}, standard)
+
+
+def in_pages(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, int, Tensor]:
+    """The cache as [pages, page_size, kv_heads, dim], the page_size, and which pages are whose."""
+    k, v = inputs.k, inputs.v
+    if case.page_size is not None:
+        return k, v, case.page_size, inputs.arguments["pages"]
+    pages = -(-case.kv_len // PAGE)
+    room = pages * PAGE - case.kv_len
+    k, v = (torch.nn.functional.pad(length_first(x), (0, 0, 0, 0, 0, room)) for x in (k, v))
+    k, v = (x.contiguous().flatten(0, 1).unflatten(0, (-1, PAGE)) for x in (k, v))
+    which = torch.arange(case.batch * pages, device=k.device, dtype=torch.int32)
+    return k, v, PAGE, which.view(case.batch, pages)

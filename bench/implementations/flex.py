@@ -2,7 +2,7 @@
 
 On a CPU it runs uncompiled and only forward, which checks the set-up and times nothing. A sink is what its
 users make of it: the result times sigmoid(lse - sink), compiled together with the rest. Packed sequences are
-one long sequence under a block mask of documents.
+one long sequence under a block mask of documents, a contiguous cache is dense, under a mask of lengths.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .base import (
     relative_buckets,
     scale_of,
 )
+from .caches import is_even, why_no_cache
 
 Tensor = torch.Tensor
 Rule = Callable[..., Tensor]
@@ -42,7 +43,9 @@ class Flex(Implementation):
     needs_gpu = False
 
     def unsupported(self, case: Case, work: Work) -> str | None:
-        return refusal(case, {"dropout": "flex_attention has no dropout"})
+        return refusal(case, {"dropout": "flex_attention has no dropout"}) or why_no_cache(
+            case, work, self.name, pages="flex_attention's own pages are an experiment, and are not asked for"
+        )
 
     def unavailable(self, device: torch.device) -> str | None:
         return None
@@ -117,11 +120,14 @@ def block_mask(case: Case, inputs: Inputs) -> BlockMask | None:
 
     # Queries and keys of packed sequences are as many.
     q_len, kv_len = (case.q_len, case.kv_len) if case.lengths is None else (case.tokens, case.tokens)
-    return create_block_mask(mask_mod, None, None, q_len, kv_len, device=inputs.q.device)
+    batch = None if is_even(case) else case.batch
+    return create_block_mask(mask_mod, batch, None, q_len, kv_len, device=inputs.q.device)
 
 
 def mask_rules(case: Case, inputs: Inputs) -> list[Rule]:
     asks = case.features
+    if not is_even(case):
+        return filled_rules(case, inputs)
     moved = case.kv_len - case.q_len if asks.get("causal", "bottom_right") == "bottom_right" else 0
     left, right = asks.get("window", (None, None))
     rules: list[Rule] = []
@@ -141,6 +147,20 @@ def mask_rules(case: Case, inputs: Inputs) -> list[Rule]:
     if asks.get("bool_mask"):
         dense = dense_mask(inputs)
         rules.append(lambda b, h, i, j: dense[i, j])
+    return rules
+
+
+def filled_rules(case: Case, inputs: Inputs) -> list[Rule]:
+    """Of sequences that fill a cache to lengths that differ."""
+    asks, lengths, q_len = case.features, inputs.arguments["kv_lens"], case.q_len
+    left, right = asks.get("window", (None, None))
+    rules: list[Rule] = [lambda b, h, i, j: j < lengths[b]]
+    if "causal" in asks:
+        rules.append(lambda b, h, i, j: j <= i + lengths[b] - q_len)
+    if left is not None:
+        rules.append(lambda b, h, i, j: j >= i + lengths[b] - q_len - left)
+    if right is not None:
+        rules.append(lambda b, h, i, j: j <= i + lengths[b] - q_len + right)
     return rules
 
 

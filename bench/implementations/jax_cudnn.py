@@ -38,6 +38,7 @@ REASONS = {
     "softcap": "jax.nn.dot_product_attention has no softcap",
     "sink": "jax.nn.dot_product_attention has no sink",
     "dropout": "jax.nn.dot_product_attention has no dropout",
+    "cache": "jax.nn.dot_product_attention is set up here for dense tensors, not for a cache",
     "lengths": "jax.nn.dot_product_attention takes padded batches with their lengths, not packed sequences",
 }
 

@@ -2,7 +2,7 @@
 
 Masks and biases are handed over as attn_mask, made ready outside of what is timed unless something in them is
 learned. The cosine is computed by normalising q and k within the call, for there is no other way to have it.
-Packed sequences are nested tensors: jagged.py.
+Packed sequences are nested tensors: jagged.py. A contiguous cache is a dense call.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .base import (
     scale_of,
     written_out,
 )
+from .caches import filled, is_even, why_no_cache
 from .jagged import jagged_call, why_not_jagged
 
 Tensor = torch.Tensor
@@ -48,6 +49,7 @@ REASONS = {
     "softcap": "scaled_dot_product_attention has no softcap, and an attn_mask cannot say it",
     "sink": "scaled_dot_product_attention has no sink, and returns no lse to add one with",
 }
+NO_MASK = "the flash backend takes no attn_mask, which this case needs"
 ADDED = ("bias", "alibi", "relative_position")  # scores that add to s, in an attn_mask
 
 
@@ -59,11 +61,14 @@ class Sdpa(Implementation):
         self.needs_gpu = backend not in (None, "math")
 
     def unsupported(self, case: Case, work: Work) -> str | None:
-        reason = refusal(case, REASONS)
+        reason = refusal(case, REASONS) or why_no_cache(
+            case, work, self.name, pages="scaled_dot_product_attention takes no pages",
+            lengths=NO_MASK if self.backend == "flash" else "",
+        )  # fmt: skip
         if reason is None and case.lengths is not None:
             return why_not_jagged(case, self.backend)
         if reason is None and self.backend == "flash" and _others(case):
-            return "the flash backend takes no attn_mask, which this case needs"
+            return NO_MASK
         return reason
 
     def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
@@ -92,7 +97,11 @@ class Sdpa(Implementation):
         )
         mask: Callable[[], Any] = lambda: None  # noqa: E731
         extra = 0
-        if _is_triangle(case):
+        if not is_even(case):
+            made = filled(case, inputs)
+            mask = lambda: made  # noqa: E731
+            extra = written_out(made, inputs)
+        elif _is_triangle(case):
             options["is_causal"] = True
         elif _is_lower_right(case) and self.backend in ("flash", "efficient"):
             lower_right = causal_lower_right(case.q_len, case.kv_len)
@@ -101,9 +110,9 @@ class Sdpa(Implementation):
             mask = lambda: attn_mask(case, inputs)  # noqa: E731
         else:
             with torch.no_grad():
-                made = attn_mask(case, inputs)
-            mask = lambda: made  # noqa: E731
-            extra = written_out(made, inputs)
+                ready = attn_mask(case, inputs)
+            mask = lambda: ready  # noqa: E731
+            extra = written_out(ready, inputs)
         cosine, temperature = is_cosine(case), inputs.learned.get("temperature")
 
         def attend() -> Tensor:

@@ -39,6 +39,8 @@ class Varlen(Implementation):
         return set() if cannot_import(self.module) else {*inspect.signature(self.function()).parameters}
 
     def unsupported(self, case: Case, work: Work) -> str | None:
+        if case.cache is not None:
+            return "varlen_attn is set up here for packed sequences, not for a cache"
         if case.lengths is None:
             return "varlen_attn is for packed sequences; sdpa flash runs the same kernels on dense tensors"
         if case.dtype not in ("float16", "bfloat16"):

@@ -32,6 +32,7 @@ Tensor = torch.Tensor
 REASONS = {
     "softcap": "xformers has no softcap",
     "sink": "xformers has no sink",
+    "cache": "xformers takes a cache as padded keys under masks of their own, which are not set up here",
 }
 DENSE = ("bias", "alibi", "relative_position", "bool_mask")
 

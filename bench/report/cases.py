@@ -19,6 +19,7 @@ GROUPS = {
     "models backward": "Backward, as models call it",
     "packed forward": "Forward, on packed sequences",
     "packed backward": "Backward, on packed sequences",
+    "decode": "Forward, on keys and values in a cache",
     "features forward": "Forward, with one feature at a time",
     "features backward": "Backward, with one feature at a time",
     "host": "The host's work in a call",
@@ -39,6 +40,7 @@ FEATURES = {
 HOST = {"plain": "no mask", "causal": "causal mask", "documents-bias": "packed documents and a bias"}
 MODELS = {
     "llama3-8b": "Llama 3 8B",
+    "narrow": "4 key heads",
     "llama3-70b": "Llama 3 70B",
     "llama3.2-1b": "Llama 3.2 1B",
     "llama2-7b": "Llama 2 7B",
@@ -80,6 +82,11 @@ PACKED = {
     "dense": "equal lengths, not packed",
     "mixed": "packed in mixed lengths",
 }
+CACHED = {
+    "decode": "one row on a cache",
+    "speculative": "some rows on a cache",
+    "chunk": "a chunk of rows on a cache",
+}
 
 
 def group_title(group: str) -> str:
@@ -104,6 +111,11 @@ def kind(name: str) -> str:
     model, _, how = rest.rpartition("-")
     if family == "packed" and model in MODELS and how in PACKED:
         return f"{MODELS[model]}, {PACKED[how]}"
+    if cached := re.fullmatch(r"cached-(.+)-([a-z]+)-\d+x(\d+k|mixed)(?:-pages(\d+))?", name):
+        model, how, length, page = cached.groups()
+        if model in MODELS and how in CACHED:
+            more = [", mixed lengths"] * (length == "mixed") + [f", pages of {page}"] * bool(page)
+            return f"{MODELS[model]}, {CACHED[how]}{''.join(more)}"
     for model, words in MODELS.items():
         parts = name.removeprefix(f"{model}-").split("-")
         if name.startswith(f"{model}-") and all(part in PARTS for part in parts):

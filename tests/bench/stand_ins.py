@@ -79,7 +79,32 @@ def flash_attn() -> types.ModuleType:
         out, lse = dense(q, k, v, softmax_scale, corner(q_len, kv_len, causal, window_size), score, **options)
         return (out, lse.detach(), None) if return_attn_probs else out
 
+    def flash_attn_with_kvcache(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
+        rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None,
+        cache_seqlens: Tensor | None = None, cache_batch_idx: Tensor | None = None,
+        cache_leftpad: Tensor | None = None, block_table: Tensor | None = None,
+        softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0, rotary_interleaved: bool = True, alibi_slopes: Tensor | None = None,
+        num_splits: int = 0, return_softmax_lse: bool = False,
+    ) -> Tensor:  # fmt: skip
+        assert cache_seqlens is not None and cache_seqlens.dtype == torch.int32
+        assert k_cache.stride(-1) == v_cache.stride(-1) == 1
+        if block_table is not None:
+            assert block_table.dtype == torch.int32 and k_cache.shape[1] % 256 == 0
+            k_cache, v_cache = (x[block_table.long()].flatten(1, 2) for x in (k_cache, v_cache))
+        assert k_cache.shape[0] == q.shape[0]
+        rows = enumerate(cache_seqlens.tolist())
+        return torch.cat([
+            flash_attn_func(
+                q[i : i + 1], k_cache[i : i + 1, :n].contiguous(), v_cache[i : i + 1, :n].contiguous(), 0.0,
+                softmax_scale, causal, window_size, softcap, alibi_slopes,
+            )
+            for i, n in rows
+        ])  # fmt: skip
+
     module = types.ModuleType("flash_attn")
+    module.flash_attn_with_kvcache = flash_attn_with_kvcache
     module.flash_attn_func = flash_attn_func
     module.flash_attn_varlen_func = packed(flash_attn_func)
     return module
@@ -129,7 +154,70 @@ def flashinfer() -> types.ModuleType:
             assert (q.shape[1], k.shape[1], q.shape[2]) == self.sizes and q.dim() == 3
             return self.attend(q, k, v, *self.bounds, 1 << 30, 1 << 30)
 
+    class Paged:
+        """What its two wrappers for pages have in common."""
+
+        def __init__(
+            self, float_workspace_buffer: Tensor, kv_layout: str = "NHD", use_tensor_cores: bool = False
+        ) -> None:
+            assert float_workspace_buffer.dtype == torch.uint8 and kv_layout == "NHD"
+
+        def laid_out(
+            self, qo_indptr: Tensor, indptr: Tensor, indices: Tensor, last_page_len: Tensor,
+            num_qo_heads: int, num_kv_heads: int, head_dim: int, page_size: int, causal: bool,
+            window_left: int = -1, logits_soft_cap: float | None = None, sm_scale: float | None = None,
+            q_data_type: Any = "float16",
+        ) -> None:  # fmt: skip
+            assert all(x.dtype == torch.int32 for x in (qo_indptr, indptr, indices, last_page_len))
+            assert (
+                int(indptr[-1]) == len(indices)
+                and 1 <= last_page_len.min() <= last_page_len.max() <= page_size
+            )
+            assert isinstance(q_data_type, torch.dtype)
+            self.sizes, score = (num_qo_heads, num_kv_heads, head_dim, page_size), []
+            if logits_soft_cap:
+                score = [scores.softcap(logits_soft_cap)]
+
+            def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                outs = []
+                for i, last in enumerate(last_page_len.tolist()):
+                    mine = indices[indptr[i] : indptr[i + 1]].long()
+                    rows = (len(mine) - 1) * page_size + last
+                    own = [x[mine].flatten(0, 1)[None, :rows] for x in (k, v)]
+                    here = q[None, qo_indptr[i] : qo_indptr[i + 1]]
+                    mask = corner(here.shape[1], rows, causal, (window_left, -1))
+                    outs.append(dense(here, *own, sm_scale, mask, score)[0][0])
+                return torch.cat(outs)
+
+            self.attend = run
+
+        def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor]) -> Tensor:
+            k, v = paged_kv_cache
+            assert (q.shape[1], k.shape[2], q.shape[2], k.shape[1]) == self.sizes and q.dim() == 3
+            return self.attend(q, k, v)
+
+    class BatchDecodeWithPagedKVCacheWrapper(Paged):
+        def plan(
+            self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, num_qo_heads: int,
+            num_kv_heads: int, head_dim: int, page_size: int, **options: Any,
+        ) -> None:  # fmt: skip
+            one_each = torch.arange(len(last_page_len) + 1, dtype=torch.int32)
+            sizes = (num_qo_heads, num_kv_heads, head_dim, page_size)
+            self.laid_out(one_each, indptr, indices, last_page_len, *sizes, causal=False, **options)
+
+    class BatchPrefillWithPagedKVCacheWrapper(Paged):
+        def plan(
+            self, qo_indptr: Tensor, paged_kv_indptr: Tensor, paged_kv_indices: Tensor,
+            paged_kv_last_page_len: Tensor, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int,
+            page_size: int, *, causal: bool = False, **options: Any,
+        ) -> None:  # fmt: skip
+            pages = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+            sizes = (num_qo_heads, num_kv_heads, head_dim_qk, page_size)
+            self.laid_out(qo_indptr, *pages, *sizes, causal=causal, **options)
+
     module = types.ModuleType("flashinfer")
+    module.BatchDecodeWithPagedKVCacheWrapper = BatchDecodeWithPagedKVCacheWrapper
+    module.BatchPrefillWithPagedKVCacheWrapper = BatchPrefillWithPagedKVCacheWrapper
     module.BatchPrefillWithRaggedKVCacheWrapper = BatchPrefillWithRaggedKVCacheWrapper
     return module
 

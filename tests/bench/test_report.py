@@ -252,8 +252,25 @@ def packed_row(case: str, seconds: float, implementation: str = "tilewise portab
     return row(implementation, seconds, f"packed-{case}", **given)
 
 
+def test_goals_of_pages_hold_them_against_the_same_cache_without():
+    of_64, of_16, *_ = (goal for goal in GOALS if goal.measure == "beside")
+    given = dict(group="decode", flops=10**9, bytes=10**9, sizes={"q_len": 1})
+    rows = [
+        row("tilewise portable", seconds, f"cached-a{kind}", **given)
+        for kind, seconds in (("", 1.0), ("-pages64", 1.25), ("-pages16", 2.0))
+    ]
+    rows.append(row("tilewise portable", 1.0, "cached-b-pages64", **given))  # nothing beside it
+    ours = ["tilewise portable"]
+    for goal, value, kind in ((of_64, 0.8, "-pages64"), (of_16, 0.5, "-pages16")):
+        found = outcome(goal, contests(rows), ours, "NVIDIA H200")
+        assert found.cases == (f"cached-a{kind}, forward",) and found.value == pytest.approx(value)
+    assert (of_64.verdict(1.0), of_64.verdict(0.91), of_16.verdict(0.91)) == ("stretch", "floor", "target")
+    (bandwidth,) = (goal for goal in GOALS if goal.measure == "bandwidth")
+    assert outcome(bandwidth, contests(rows), ours, "NVIDIA H200").cases == ("cached-a, forward",)
+
+
 def test_goals_of_packed_sequences_hold_them_against_dense_and_equal_ones():
-    dense, even = (goal for goal in GOALS if goal.measure == "beside")
+    *_, dense, even = (goal for goal in GOALS if goal.measure == "beside")
     backward = dict(work="backward", group="packed backward")
     rows = [
         packed_row("a-equal", 1.0), packed_row("a-dense", 0.98), packed_row("a-mixed", 0.5),
