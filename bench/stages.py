@@ -57,6 +57,7 @@ MODELS = measure_jobs(
     "models backward",
     "packed forward",
     "packed backward",
+    "decode",
     "short forward",
 )
 

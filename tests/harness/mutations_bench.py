@@ -1,5 +1,5 @@
 """Planted bugs in what carries out a run: when Hopper's forward may run, what is kept, what is done again;
-and in what the benchmarks make of packed sequences."""
+and in what the benchmarks make of packed sequences and of caches."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ GOALS = "bench/report/goals.py"
 RIVALS = "bench/implementations"
 RUN = "bench/run.py"
 SCREEN = "bench/report/screen.py"
+SEQUENCES = "bench/sequences.py"
 STAGES = "bench/stages.py"
 WORKERS = "bench/workers.py"
 
@@ -84,5 +85,25 @@ MUTATIONS = (
     Mutation("packed: a goal held against itself", GOALS,
              "+ goal.beside[1]", "+ goal.beside[0]",
              tests("report", "goals_of_packed_sequences_hold_them_against_dense_and_equal_ones")),
+    Mutation("cache: keys of some sequences are not counted", CASES,
+             "return self.lengths if self.cache is None else self.cache",
+             "return self.lengths if self.cache is None else self.cache[:1]",
+             ("tests/reference/test_cases.py::test_a_cache_counts_what_each_sequence_fills",)),
+    Mutation("cache: every sequence is held against the first one's pages", SEQUENCES,
+             'inputs.arguments["pages"][sequence,', 'inputs.arguments["pages"][0,',
+             tests("decode", "every_rival_is_asked_for_the_same_or_refuses_in_words[tilewise torch]",
+                   "a_wrong_answer_is_wrong_in_every_sequence")),
+    Mutation("cache: flex sees a key beyond", f"{RIVALS}/flex.py",
+             "j < lengths[b]", "j <= lengths[b]",
+             tests("decode", "every_rival_is_asked_for_the_same_or_refuses_in_words[flex]")),
+    Mutation("cache: flashinfer's full page is an empty one", f"{RIVALS}/flashinfer.py",
+             "(length - 1) % size + 1", "length % size",
+             tests("decode", "every_rival_is_asked_for_the_same_or_refuses_in_words[flashinfer]")),
+    Mutation("cache: places by the number of the sequence", ANSWERS,
+             "(case.cache or lengths).__getitem__", "lengths.__getitem__",
+             tests("decode", "places_go_from_the_fewest_rows_to_the_most")),
+    Mutation("cache: pages count as contiguous", GOALS,
+             "row.bytes >= 256e6 and not paged", "row.bytes >= 256e6",
+             tests("report", "goals_of_pages_hold_them_against_the_same_cache_without")),
 )
 # fmt: on
