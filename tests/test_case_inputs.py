@@ -126,9 +126,7 @@ def test_what_a_cache_has_not_is_refused():
         case_inputs(cached(), CPU, gradients=True)
 
 
-@pytest.mark.parametrize(
-    "name", ["cached-llama3-8b-decode-32xmixed", "cached-llama3-8b-decode-32xmixed-pages16"]
-)
+@pytest.mark.parametrize("name", ["cached-llama3-8b-decode-mixed", "cached-llama3-8b-decode-mixed-pages16"])
 def test_explain_counts_what_each_sequence_of_a_cache_fills(name):
     case = find_case(name)
     found = explain_case(case, "H200", training=False)

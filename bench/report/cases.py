@@ -84,7 +84,7 @@ PACKED = {
 }
 CACHED = {
     "decode": "one row on a cache",
-    "speculative": "some rows on a cache",
+    "drafts": "some rows on a cache",
     "chunk": "a chunk of rows on a cache",
 }
 
@@ -111,7 +111,7 @@ def kind(name: str) -> str:
     model, _, how = rest.rpartition("-")
     if family == "packed" and model in MODELS and how in PACKED:
         return f"{MODELS[model]}, {PACKED[how]}"
-    if cached := re.fullmatch(r"cached-(.+)-([a-z]+)-\d+x(\d+k|mixed)(?:-pages(\d+))?", name):
+    if cached := re.fullmatch(r"cached-(.+)-([a-z]+)-(\d+x\d+k|mixed)(?:-pages(\d+))?", name):
         model, how, length, page = cached.groups()
         if model in MODELS and how in CACHED:
             more = [", mixed lengths"] * (length == "mixed") + [f", pages of {page}"] * bool(page)

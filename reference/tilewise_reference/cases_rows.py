@@ -97,11 +97,11 @@ def _cached(
 CACHED_CASES: tuple[Case, ...] = (
     *_cached("llama3-8b-decode-32x4k", LLAMA_8B, (32, 8), (4096,) * 32),
     *_cached("llama3-8b-decode-8x32k", _LLAMA_31_8B, (32, 8), (32768,) * 8),
-    *_cached("llama3-8b-decode-32xmixed", f"{_LLAMA_31_8B}; 128k rows in all, {_MIXED}", (32, 8),
+    *_cached("llama3-8b-decode-mixed", f"{_LLAMA_31_8B}; 128k rows in all, {_MIXED}", (32, 8),
              long_tailed(131072, 32, sigma=0.6)),
     *(case for size in (1, 4, 32, 128)
       for case in _cached(f"narrow-decode-1x{size}k", _NARROW, (32, 4), (size * 1024,))),
-    *_cached("llama3-8b-speculative-32x4k", f"{LLAMA_8B}; 4 drafted tokens are verified at once", (32, 8),
+    *_cached("llama3-8b-drafts-32x4k", f"{LLAMA_8B}; 4 drafted tokens are verified at once", (32, 8),
              (4096,) * 32, q_len=4),
     *_cached("llama3-8b-chunk-1x8k", f"{LLAMA_8B}; a chunk of 512 rows at the end of a prompt", (32, 8),
              (8192,), q_len=512),

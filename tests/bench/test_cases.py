@@ -31,6 +31,13 @@ def test_words_of_the_grid_are_those_of_the_rows_sizes():
         "Llama 3 8B, packed in mixed lengths, head_dim 128, 69 tokens, 3 sequences of up to 64, "
         "4 heads on 2 key heads"
     )
+    sizes = dict(batch=32, q_heads=8, kv_heads=4, q_len=1, kv_len=64, head_dim=128, value_dim=128)
+    words = in_words(sized("cached-llama3-8b-decode-mixed-pages16", **sizes))
+    assert words == (
+        "Llama 3 8B, one row on a cache, mixed lengths, pages of 16, head_dim 128, 1 query on 64 keys, "
+        "batch 32, 8 heads on 4 key heads"
+    )
+    assert kind("cached-narrow-decode-1x128k-tiny") == "4 key heads, one row on a cache"
     assert kind("packed-llama3-8b-dense") == "Llama 3 8B, equal lengths, not packed"
     assert in_words(sized("somebody-else")) == "" and kind("llama3-8b-somehow") == "llama3-8b-somehow"
 

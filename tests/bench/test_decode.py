@@ -53,7 +53,7 @@ MANY = [
     a_case(page_size=16),
     a_case(q_len=3, page_size=4),
     a_case(300, 513, q_len=2, page_size=256),
-    smoke(next(case for case in CACHED_CASES if case.name.endswith("32xmixed-pages16"))),
+    smoke(next(case for case in CACHED_CASES if case.name.endswith("mixed-pages16"))),
 ]
 # How many of MANY each takes.
 TAKEN = {
@@ -191,7 +191,7 @@ def test_pieces_are_what_the_cache_holds_of_each_sequence():
 
 
 def test_places_go_from_the_fewest_rows_to_the_most():
-    case = next(case for case in CACHED_CASES if case.name.endswith("32xmixed"))
+    case = next(case for case in CACHED_CASES if case.name.endswith("mixed"))
     looked_at = [case.cache[place.batch] for place in places(case, CPU)]
     assert looked_at[0] == min(case.cache) and looked_at[-1] == max(case.cache)
     assert len(set(looked_at)) >= 8 and looked_at == sorted(looked_at)
