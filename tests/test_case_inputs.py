@@ -11,6 +11,7 @@ from tilewise.plan.request import request_of
 from tilewise.tools.compiled.variants import case_variants, why_not_hopper
 from tilewise.tools.explain.command import explain_case
 from tilewise.tools.inputs import NOT_PACKED, case_inputs
+from tilewise.tools.inspect.inspect import inspect_kernels
 from tilewise.tools.tune.plan import choose_cases
 from tilewise_reference.cases import CACHED_CASES, PACKED_CASES, Case, find_case
 
@@ -141,3 +142,9 @@ def test_tune_says_that_it_looks_at_no_cache():
         ValueError, match=f"case {name} reads keys and values of a cache, and a row is decided by"
     ):
         choose_cases([name], None)
+
+
+def test_inspect_says_that_it_looks_at_no_cache():
+    name = CACHED_CASES[0].name
+    with pytest.raises(ValueError, match=f"case='{name}' reads a cache, which inspect does not look at"):
+        inspect_kernels(cases=[name])

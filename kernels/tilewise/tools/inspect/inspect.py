@@ -119,7 +119,11 @@ def check_arguments(
         if not 1 <= dim <= 256:
             raise ValueError(f"{dim=} must be from 1 to 256")
     for case in cases:
-        find_case(case)
+        if find_case(case).cache is not None:
+            raise ValueError(
+                f"{case=} reads a cache, which inspect does not look at: `tilewise explain --case {case}` "
+                "says what it launches"
+            )
     if "hopper" in kernels and (reason := why_not_hopper(archs, dtypes, cases)):
         raise ValueError(f"kernel='hopper' does not apply: {reason}")
     if not archs or not kernels or not (cases or (dtypes and dims and masks)):
