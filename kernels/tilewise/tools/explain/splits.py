@@ -48,6 +48,8 @@ def split_walk(parts: Parts, split: Split | None, tile: Tile) -> Coverage:
         first = torch.arange(count, device="cpu")[:, None, None, None] * size
         lo, hi = torch.maximum(rows.lo, first), torch.minimum(rows.hi, first + size)
         whole = rows.whole.expand(lo.shape)
+        if split is not None and split.size:  # walked in order, so that every tile asks the mask
+            whole = torch.zeros_like(whole)
         cut = Rows(lo.flatten(0, 1), hi.flatten(0, 1), whole.flatten(0, 1))
         each = walk_over_keys(cut, shape._replace(batch=count * shape.batch), tile.tile_q, tile.tile_kv)
         ends = (first[:, 0, 0, 0] + size).clamp(max=shape.kv_len)
