@@ -337,7 +337,7 @@ def test_what_no_query_sees_has_no_influence_through_scores(qkv, device, name, t
     dlse = torch.randn(2, 2, q_len, device=device)
     arguments = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in THROUGH[through].items()}
     if through == "slopes":
-        arguments["score"] = tilewise.ALiBi(torch.tensor([0.1, 0.2], device=device))
+        arguments["score"] = tilewise.ALiBi(torch.tensor([0.1, 0.2], device=device), "bottom_right")
     bias = torch.randn(2, 2, q_len, 45, device=device)
     results = []
     for junk in (0.0, torch.nan):

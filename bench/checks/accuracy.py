@@ -74,6 +74,7 @@ KINDS = (
     "layout",
     "scale",
     "lengths",
+    "rows",
     "dims",
 )
 ORDERED = [name for kind in KINDS for name, entry in FEATURES.items() if entry.kind == kind]

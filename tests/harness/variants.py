@@ -150,7 +150,7 @@ COMBINATIONS = (
     ("causal", "window", "prefix", "softcap", "alibi", "sink", "cosine_with_temperature"),
     ("documents", "right_padding", "left_padding", "relative_position", "tensor_scale", "dropout"),
     ("bool_mask", "intervals", "user_mask", "user_interval", "user_score", "bias_modifier", "bias"),
-    ("packed_apart", "causal", "relative_position", "intervals", "bias"),
+    ("packed_apart", "causal", "relative_position", "intervals"),
     ("causal_top_left", "causal_from_a_position", "scattered_documents", "strided_bias", "other_scale"),
     ("cosine", "packed_rows", "left_padding", "bool_mask", "sink"),
 )

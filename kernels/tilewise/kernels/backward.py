@@ -194,9 +194,9 @@ def dq_kernel(
     q = load_tile(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
     do = load_tile(do_head, q_idx, q_idx < q_len, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
     rows_ptr = rows_of(q_place, head, q_heads, q_rows)
-    row_max = load_rows(max_ptr + rows_ptr, q_idx, q_idx < q_len)[:, None]  # [TILE_Q, 1]
-    sum_log2 = load_rows(sum_ptr + rows_ptr, q_idx, q_idx < q_len)[:, None]
-    delta = load_rows(delta_ptr + rows_ptr, q_idx, q_idx < q_len)[:, None]
+    row_max = tl.load(max_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
+    sum_log2 = tl.load(sum_ptr + rows_ptr + row)[:, None]
+    delta = tl.load(delta_ptr + rows_ptr + row)[:, None]
     dq = tl.zeros([TILE_Q, HEAD_TILE], tl.float32)
 
     for IS_CUT in tl.static_range(2):

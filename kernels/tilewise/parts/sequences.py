@@ -131,6 +131,7 @@ def tile_of_rows(tile, block, sizes, layout, members, TILE_Q: tl.constexpr):
         tile -= q_first * members // TILE_Q + sequence
         sees = (sequence >= 1) & (sequence <= count) & (tile * TILE_Q < q_len * members)
         batch = tl.minimum(tl.maximum(sequence - 1, 0), count - 1)
+        q_first = tl.where(q_len > 0, q_first, 0)  # no row is asked for behind the last
         kv_place, kv_len = rows_at(layout[1], batch, sizes[3])
         return batch, tile, ((block, q_first), kv_place, q_len, tl.where(sees, kv_len, 0))
     else:
