@@ -89,7 +89,7 @@ MUTATIONS = (
              "tl.where(is_partial, 0, tl.min(tl.where(whole, hi, 0)))", "tl.min(tl.where(whole, hi, 0))",
              STORE_RANGE),
     Mutation("ranges: the last tile of rows never partial", PREPARE,
-             "tl.max(q_idx) >= q_len", "tl.min(q_idx) >= q_len",
+             "(q_tile + 1) * TILE_Q > q_len", "q_tile * TILE_Q > q_len",
              tests("backward", "similarity_with_scale[0.7-dot]")),
     Mutation("ranges: a row without a key widens the range", INTERVALS,
              "tl.store(ranges_ptr, tl.min(tl.where(sees, lo, kv_len)))", "tl.store(ranges_ptr, tl.min(lo))",

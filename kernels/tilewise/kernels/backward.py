@@ -184,7 +184,7 @@ def dq_kernel(
     queries, keys, values = tensors_of(pointers, strides)
     dout, max_ptr, sum_ptr, delta_ptr = rows
     q_heads, group, q_rows, _kv_rows = sizes
-    batch, head, q_idx, row, where, _tile = own_rows(sizes, layout, TILE_Q)
+    batch, head, q_idx, row, where, _tile, _q_tile = own_rows(sizes, layout, TILE_Q)
     q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
     span = kv_range(lo, hi, whole, kv_len, TILE_KV)

@@ -46,7 +46,7 @@ def prepare_kernel(
     TILE_Q: tl.constexpr,
 ):
     q_heads, _group, q_rows, _kv_rows = sizes
-    batch, head, q_idx, row, where, tile = own_rows(sizes, layout, TILE_Q)
+    batch, head, q_idx, row, where, tile, q_tile = own_rows(sizes, layout, TILE_Q)
     q_place, _kv_place, q_len, kv_len = where
     valid = q_idx < q_len  # [TILE_Q]
 
@@ -67,7 +67,7 @@ def prepare_kernel(
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
     tiles = tiles_of(q_rows, layout[0], TILE_Q)
     range_ptr = ranges_ptr + ((q_place[0].to(tl.int64) * q_heads + head) * tiles + tile) * 4
-    store_range(range_ptr, lo, hi, whole, kv_len, tl.max(q_idx) >= q_len)
+    store_range(range_ptr, lo, hi, whole, kv_len, (q_tile + 1) * TILE_Q > q_len)
 
 
 class BackwardCall(NamedTuple):

@@ -21,8 +21,8 @@ from ..parts.sequences import tile_of_keys, tile_of_rows, tiles_of, valid_rows
 @triton.jit
 def own_rows(sizes, layout, TILE_Q: tl.constexpr):
     """batch, head and q_idx [TILE_Q] of the program's rows; `row`: the same rows for masks and scores, which
-    are asked about valid rows only; where the sequence lies, as sequences.py has it; and the number of the
-    tile. The last tiles, the longest under a causal mask, start first."""
+    are asked about valid rows only; where the sequence lies, as sequences.py has it; and the tile's number
+    and its place in the sequence. The last tiles, the longest under a causal mask, start first."""
     q_heads, _group, q_rows, _kv_rows = sizes
     tiles = tiles_of(q_rows, layout[0], TILE_Q)
     program = tl.program_id(0)
@@ -30,14 +30,15 @@ def own_rows(sizes, layout, TILE_Q: tl.constexpr):
     head = (program // tiles) % q_heads
     batch, q_tile, where = tile_of_rows(tile, program // tiles // q_heads, sizes, layout, 1, TILE_Q)
     q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)
-    return batch, head, q_idx, valid_rows(q_idx, where[2], where[3], layout), where, tile
+    return batch, head, q_idx, valid_rows(q_idx, where[2], where[3], layout), where, tile, q_tile
 
 
 @triton.jit
 def own_group(sizes, layout, TILE_Q: tl.constexpr, IS_GROUPED: tl.constexpr):
     """The same for the forward, where a tile may hold the rows of all query heads of a group, so that few
     rows share the keys they read: then head is [TILE_Q], and row r of the tiles of a sequence is query
-    r div group of the group's head r mod group. Also the head of keys, and head as it goes with a tile."""
+    r div group of the group's head r mod group. Also the head of keys, and head as it goes with a tile. Of
+    the tile its number alone."""
     if IS_GROUPED:
         q_heads, group, q_rows, _kv_rows = sizes
         tiles, kv_heads = tiles_of(q_rows * group, layout[0], TILE_Q), q_heads // group
@@ -51,7 +52,7 @@ def own_group(sizes, layout, TILE_Q: tl.constexpr, IS_GROUPED: tl.constexpr):
         row = valid_rows(q_idx, where[2], where[3], layout)
         return batch, head, head[:, None], kv_head, q_idx, row, where, tile
     else:
-        batch, head, q_idx, row, where, tile = own_rows(sizes, layout, TILE_Q)
+        batch, head, q_idx, row, where, tile, _q_tile = own_rows(sizes, layout, TILE_Q)
         return batch, head, head, head // sizes[1], q_idx, row, where, tile
 
 
