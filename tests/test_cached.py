@@ -106,6 +106,7 @@ def test_new_rows_are_written_and_attended_to(impl, page_size, count, device):
         assert torch.equal(cache.rows(held).nan_to_num(7), after.nan_to_num(7))
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("style", ["half", "interleaved"])
 @pytest.mark.parametrize("rotary_dim", [DIM, 6])
 @pytest.mark.parametrize("impl", IMPLS)

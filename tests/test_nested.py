@@ -20,7 +20,6 @@ from harness.features import (
 from tilewise import ALiBi, Bias, Causal, Padding, Prefix, RelativePosition, Softcap, UserMask, Window
 from tilewise.nn import SelfAttention
 
-pytestmark = pytest.mark.oldest
 LENGTHS, KV_LENGTHS = (5, 0, 17, 1), (3, 2, 20, 0)
 LONGEST = max(LENGTHS)
 Q_HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 16, 8
@@ -162,6 +161,7 @@ def test_each_sequence_gets_what_it_gets_alone(name, device):
         assert_close(a, b)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", ["plain", "Causal", "ALiBi"])
 def test_sequences_of_one_packing(name, device):
     """Out and lse are jagged as q is, and both have a gradient."""
@@ -244,6 +244,7 @@ def test_a_module_takes_nested_input(device):
     assert_close(got.values(), want)
 
 
+@pytest.mark.oldest
 def test_holes_are_refused_with_a_way_out_that_trains(device):
     """The way is taken from the message."""
     padded = torch.randn(3, 10, 32, device=device, requires_grad=True)
