@@ -92,7 +92,7 @@ MUTATIONS = (
              "position = kv_len + row", "position = row",
              WRITTEN),
     Mutation("cache: written beyond the end", APPEND,
-             "valid = (row < new_len) & (position < capacity)", "valid = row < new_len",
+             "valid = (row < new_len) & (position < sizes[3])", "valid = row < new_len",
              tests("cached", "what_has_no_room_is_left_out")),
     Mutation("cache: the head of the wrong group", WALK,
              "kv_head * group + member % group, member // group",

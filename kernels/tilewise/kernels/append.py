@@ -13,9 +13,10 @@ import triton.language as tl
 from ..parts.addressing import head_of, keys_of, load_tile, store_tile
 from ..parts.numerics import round_to
 from ..parts.rotary import RotaryTable, turned
-from ..parts.sequences import is_of_a_sequence, tile_of_rows, tiles_of
+from ..parts.sequences import is_of_a_sequence
 from ..parts.shape import Cache, Packing, Shape
 from .call import on_device_of, power_of_two_tile, programs
+from .walk import own_rows
 
 TILE_ROWS = 16
 
@@ -36,16 +37,11 @@ def append_kernel(
     VALUE_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    heads, _group, new_rows, capacity = sizes
-    tiles = tiles_of(new_rows, layout[0], TILE)
-    program = tl.program_id(0)
-    number, head = program % tiles, program // tiles % heads
-    _batch, tile, where = tile_of_rows(number, program // tiles // heads, sizes, layout, 1, TILE)
+    _batch, head, row, _, where, number, _tile = own_rows(sizes, layout, TILE)
     place, kv_place, new_len, kv_len = where
-    row = tile * TILE + tl.arange(0, TILE)
     position = kv_len + row
     new_len = tl.where(is_of_a_sequence(number, sizes, layout, 1, TILE), new_len, 0)
-    valid = (row < new_len) & (position < capacity)
+    valid = (row < new_len) & (position < sizes[3])
 
     k = turned(head_of(new_keys, place, head), row, valid, position, rotary, INTERLEAVED, HEAD_DIM, HEAD_TILE)
     k_head = keys_of(keys, kv_place, head, layout)
@@ -66,13 +62,8 @@ def turn_kernel(
     HEAD_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    heads, _group, q_rows, _capacity = sizes
-    tiles = tiles_of(q_rows, layout[0], TILE)
-    program = tl.program_id(0)
-    number, head = program % tiles, program // tiles % heads
-    _batch, tile, where = tile_of_rows(number, program // tiles // heads, sizes, layout, 1, TILE)
+    _batch, head, row, _, where, _number, _tile = own_rows(sizes, layout, TILE)
     place, _kv_place, q_len, kv_len = where
-    row = tile * TILE + tl.arange(0, TILE)
     position = tl.maximum(kv_len - q_len + row, 0)  # the last query stands at the last key
     q = turned(
         head_of(queries, place, head), row, row < q_len, position, rotary, INTERLEAVED, HEAD_DIM, HEAD_TILE
