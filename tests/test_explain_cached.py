@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 import tilewise
 from harness.counted import Counted
-from harness.explained import leave_interpreter, meta, prose
+from harness.explained import launched_grids, leave_interpreter, meta, prose
 from tilewise.kernels.tile import Tile
 from tilewise.parts.shape import ceil_div
 from tilewise.plan import passes
@@ -52,21 +52,10 @@ def q_lengths(layout: str) -> tuple[int, ...]:
     return Q_LENGTHS if layout == "packed" else (1 if layout == "decoding" else 11,) * BATCH
 
 
-class Launcher:
-    def __init__(self, name: str, grids: dict[str, int]) -> None:
-        self.name, self.grids = name, grids
-
-    def __getitem__(self, grid):
-        self.grids[self.name] = math.prod(grid)
-        return lambda *_, **__: None
-
-
 @pytest.mark.parametrize("split_size", SPLITS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_programs_are_the_grids_of_the_launches(layout, split_size, device, monkeypatch):
-    grids: dict[str, int] = {}
-    for name in ("forward", "combine"):
-        monkeypatch.setattr(f"tilewise.kernels.{name}.{name}_kernel", Launcher(name, grids))
+    grids = launched_grids(monkeypatch, {name: f"{name}.{name}" for name in ("forward", "combine")})
     given, arguments = call(layout, device)
     with tilewise.tiles.use(Tile(16, 32)):
         found = tilewise.explain(*given, **arguments, split_size=split_size, gpu="H200")

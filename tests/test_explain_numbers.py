@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tilewise
-from harness.explained import ALL_CASES, attend, meta, prose
+from harness.explained import ALL_CASES, TRAINING_KERNELS, attend, launched_grids, meta, prose
 from tilewise.kernels import prepare
 from tilewise.kernels.forward import forward_launch
 from tilewise.kernels.tile import Tile
@@ -65,21 +65,7 @@ def test_programs_are_the_grids_of_the_launches(device, monkeypatch):
     k, v = torch.randn(2, 2, 70, 24, device=device), torch.randn(2, 2, 70, 40, device=device)
     table = torch.randn(4, 32, device=device, requires_grad=True)
     arguments = dict(mask=tilewise.Causal(), score=tilewise.RelativePosition(table))
-    grids: dict[str, int] = {}
-
-    class Launcher:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __getitem__(self, grid):
-            grids[self.name] = grid[0]
-            return lambda **_: None
-
-    for name, module in (
-        ("forward", "forward.forward"), ("prepare", "prepare.prepare"), ("dq", "backward.dq"),
-        ("dkv", "backward.dkv"), ("gradient of RelativePosition.table", "parameters.parameter"),
-    ):  # fmt: skip
-        monkeypatch.setattr(f"tilewise.kernels.{module}_kernel", Launcher(name))
+    grids = launched_grids(monkeypatch, TRAINING_KERNELS)
     with tilewise.tiles.use(Tile(16, 32)):
         found = tilewise.explain(q, k, v, **arguments, work="training", gpu="H200")
         request = make_request(q, k, v, **arguments, impl="portable")

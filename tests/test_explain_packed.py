@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 import tilewise
 from harness.calls import even_keys
 from harness.counted import Counted
-from harness.explained import leave_interpreter, meta, prose
+from harness.explained import TRAINING_KERNELS, launched_grids, leave_interpreter, meta, prose
 from tilewise.kernels import prepare
 from tilewise.kernels.tile import Tile
 from tilewise.parts.shape import Packing, Shape, ceil_div
@@ -174,21 +174,7 @@ def test_programs_are_the_grids_of_the_launches(device, monkeypatch):
     table = torch.randn(Q_HEADS, 32, device=device, requires_grad=True)
     arguments = {name: x.to(device) for name, x in packing().items()}
     arguments |= dict(mask=tilewise.Causal(), score=tilewise.RelativePosition(table))
-    grids: dict[str, int] = {}
-
-    class Launcher:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __getitem__(self, grid):
-            grids[self.name] = grid[0]
-            return lambda **_: None
-
-    for name, module in (
-        ("forward", "forward.forward"), ("prepare", "prepare.prepare"), ("dq", "backward.dq"),
-        ("dkv", "backward.dkv"), ("gradient of RelativePosition.table", "parameters.parameter"),
-    ):  # fmt: skip
-        monkeypatch.setattr(f"tilewise.kernels.{module}_kernel", Launcher(name))
+    grids = launched_grids(monkeypatch, TRAINING_KERNELS)
     with tilewise.tiles.use(Tile(16, 32)):
         found = tilewise.explain(q, k, v, **arguments, work="training", gpu="H200")
         request = request_of(q, k, v, **arguments, impl="portable")

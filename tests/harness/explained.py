@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -32,3 +33,28 @@ def leave_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def prose(found: Any) -> str:
     """An explanation without line breaks."""
     return " ".join(str(found).split())
+
+
+class Launcher:
+    """A kernel that only notes under its name how many programs it is launched with."""
+
+    def __init__(self, name: str, grids: dict[str, int]) -> None:
+        self.name, self.grids = name, grids
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids[self.name] = math.prod(grid)
+        return lambda *_, **__: None
+
+
+TRAINING_KERNELS = {
+    "forward": "forward.forward", "prepare": "prepare.prepare", "dq": "backward.dq", "dkv": "backward.dkv",
+    "gradient of RelativePosition.table": "parameters.parameter",
+}  # fmt: skip
+
+
+def launched_grids(monkeypatch: pytest.MonkeyPatch, kernels: dict[str, str]) -> dict[str, int]:
+    """The programs of every launch, by these names of the kernels, as they are asked for from here on."""
+    grids: dict[str, int] = {}
+    for name, module in kernels.items():
+        monkeypatch.setattr(f"tilewise.kernels.{module}_kernel", Launcher(name, grids))
+    return grids
