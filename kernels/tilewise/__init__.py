@@ -1,6 +1,6 @@
 """tilewise: fused attention kernels in Triton for PyTorch."""
 
-from . import compat, nn
+from . import compat, integrations, nn
 from .api import attention, dropout_mask, scaled_dot_product_attention, why_not
 from .cached import cached_attention
 from .joining import merge
@@ -51,6 +51,7 @@ __all__ = [
     "compat",
     "dropout_mask",
     "explain",
+    "integrations",
     "merge",
     "nn",
     "packed_attention",
