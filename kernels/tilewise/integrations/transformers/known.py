@@ -41,8 +41,8 @@ class Tagged:
 def tag_mask_functions() -> None:
     """Let each factory return what it makes as `Tagged`. A second call changes nothing."""
     for name in TAGGED:
-        factory = getattr(library, name)
-        if not hasattr(factory, "tilewise_factory"):
+        factory = getattr(library, name, None)  # not all of them are in every version
+        if factory is not None and not hasattr(factory, "tilewise_factory"):
             setattr(library, name, tagged(factory))
 
 

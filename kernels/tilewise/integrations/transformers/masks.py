@@ -1,13 +1,13 @@
 """What "tilewise" has for a mask in Transformers: made once a forward, and handed to every layer.
 
-    a mask function's part             the mask of tilewise
-    causal_mask_function               Causal
-    sliding_window_overlay(w)          Window(w - 1, None)
-    sliding_window_bidirectional(w)    Window(w, w)
-    chunked_overlay(c, start)          Intervals: of each row, its chunk
-    packed_sequence_mask(ids)          Documents(ids)
-    attention_mask [batch, keys]       Padding at the left and right end; a bool [batch, 1, 1, keys] for holes
-    any other function                 a bool [batch, 1, q_len, kv_len]
+a mask function's part             the mask of tilewise
+causal_mask_function               Causal
+sliding_window_overlay(w)          Window(w - 1, None)
+sliding_window_bidirectional(w)    Window(w, w)
+chunked_overlay(c, start)          Intervals: of each row, its chunk
+packed_sequence_mask(ids)          Documents(ids)
+attention_mask [batch, keys]       Padding at the left and right end; a bool [batch, 1, 1, keys] for holes
+any other function                 a bool [batch, 1, q_len, kv_len]
 """
 
 from __future__ import annotations
@@ -67,6 +67,16 @@ class ModelMask:
 
     def __repr__(self) -> str:
         return f"ModelMask({self.mask!r}, shape={self.shape})"
+
+    def refuse(self, *_: Any) -> Any:
+        """What a model asks of a tensor that computes attention by itself."""
+        raise TypeError(
+            "this model reads its mask as a tensor: its layers do not take their attention from "
+            "Transformers' AttentionInterface, so tilewise cannot answer them; give "
+            "attn_implementation='eager'"
+        )
+
+    __getitem__ = __add__ = __radd__ = refuse
 
 
 class Where(NamedTuple):
@@ -173,9 +183,17 @@ def padding(real: Tensor) -> list[Mask]:
     right, left, holes = Padding(end), Padding(tail, "left"), Dense(real[:, None, None, :])
     if torch.compiler.is_compiling() or real.is_meta:
         return [right, left, holes]
-    few, late, torn = torch.stack(
-        [end.amin() < kv_len, tail.amin() < kv_len, (end + tail - kv_len != real.sum(1)).any()]
-    ).tolist() if real.numel() else (False, False, False)
+    few, late, torn = (
+        torch.stack(
+            [
+                end.amin() < kv_len,
+                tail.amin() < kv_len,
+                ((end + tail - kv_len).clamp(min=0) != real.sum(1)).any(),
+            ]
+        ).tolist()
+        if real.numel()
+        else (False, False, False)
+    )
     return [mask for mask, needed in ((right, few), (left, late), (holes, torn)) if needed]
 
 
@@ -191,7 +209,7 @@ def warn_of(functions: tuple[Callable[..., Tensor], ...]) -> None:
         if name not in warned:
             warned.add(name)
             warnings.warn(
-                f"tilewise does not know the mask function {name}: a bool tensor [batch, 1, q_len, kv_len] is "
-                "made of it, and tiles that it masks whole are not skipped",
+                f"tilewise does not know the mask function {name}: a bool tensor [batch, 1, q_len, kv_len] "
+                "is made of it, and tiles that it masks whole are not skipped",
                 stacklevel=3,
             )
