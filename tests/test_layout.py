@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cached": {"api", "pytorch", "plan", "parts"},
     "compat": {"cached", "packed", "api", "pytorch", "plan", "parts"},
     "nn": {"cached", "api", "parts"},
+    "integrations": {"packed", "api", "parts"},
     "demo": {"nn", "api", "parts"},
     SHARED: {"parts"},
     "tools.overlap": {SHARED},
@@ -43,7 +44,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.rank": {SHARED, "tools.compiled", "tools.overlap", "tools.tune", "plan", "kernels", "parts"},
     "tools.doctor": {SHARED, "api", "plan", "kernels", "parts", "version"},
     # `import tilewise`
-    "": {"api", "packed", "cached", "joining", "compat", "nn", "plan", "parts", "tools.explain", "version"},
+    "": {
+        "api",
+        "packed",
+        "cached",
+        "joining",
+        "compat",
+        "integrations",
+        "nn",
+        "plan",
+        "parts",
+        "tools.explain",
+        "version",
+    },
     "cli": {"demo", "tools.explain", "tools.inspect", "tools.tune", "tools.doctor"},
     "__main__": {"cli"},
 }

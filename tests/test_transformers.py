@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers as hf
 
+from harness import model_table
 from harness.hf_models import (
     DECODERS,
     GENERATING,
+    INTERPRETED,
     LENGTH,
     MODELS,
     exactly,
@@ -23,9 +25,9 @@ from harness.hf_models import (
     tokens,
 )
 from harness.oracle import _assert_close
+from harness.support_table import filled
 from tilewise_reference.yardstick import largest_difference
 
-INTERPRETED = ["Gemma 2", "gpt-oss", "ModernBERT", "T5"]  # softcap, sinks, windows to both sides, a bias
 NEW = 6  # tokens that are generated
 
 
@@ -138,3 +140,9 @@ def generate_as_eager(name):
         (exact, want), (_, eager), (ours, logits) = results
         assert torch.equal(ours, exact)
         _assert_close(f"{name}'s logits, {cache} cache", logits, want, largest_difference(eager, want))
+
+
+def test_the_page_lists_what_is_tested():
+    text = model_table.PAGE.read_text(encoding="utf-8")
+    command = "PYTHONPATH=kernels:reference:tests python -m harness.model_table"
+    assert filled(text, "models", model_table.table()) == text, f"docs/transformers.md: {command}"

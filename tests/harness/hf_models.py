@@ -84,6 +84,7 @@ MODELS: dict[str, Model] = {
                   "causal text"),
 }  # fmt: skip
 DECODERS = [name for name, model in MODELS.items() if model.kind == "decoder"]
+INTERPRETED = ["Gemma 2", "gpt-oss", "ModernBERT", "T5"]  # softcap, sinks, windows to both sides, a bias
 GENERATING = [name for name, model in MODELS.items() if "decoder" in model.kind]
 
 

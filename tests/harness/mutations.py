@@ -15,6 +15,7 @@ from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
+from .mutations_transformers import MUTATIONS as TRANSFORMERS_MUTATIONS
 
 ADDRESSING = "kernels/tilewise/parts/addressing.py"
 ALIBI = "kernels/tilewise/parts/scores/alibi.py"
@@ -384,6 +385,7 @@ MUTATIONS = (
     *POSITIONS_MUTATIONS,
     *ROWS_MUTATIONS,
     *TOOLS_MUTATIONS,
+    *TRANSFORMERS_MUTATIONS,
     *BENCH_MUTATIONS,
 )
 # fmt: on

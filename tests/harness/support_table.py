@@ -7,13 +7,13 @@ python -m harness.support_table --check    exit with 1 if the table there is out
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
 from .features import FEATURES, KINDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
-BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
 
 
 def table() -> str:
@@ -25,25 +25,28 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def filled(text: str) -> str:
-    """The page's text with the table between its markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{PAGE.name} must have each of the lines {BEGIN} and {END} once")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+def filled(text: str, name: str, lines: str) -> str:
+    """The text of a page with these lines between the markers of this name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the page must have each of the lines {begin} and {end} once")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{lines}\n{end}{rest.split(end)[1]}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="The table of what is supported, in docs/support.md.")
+def keep(page: Path, name: str, table: Callable[[], str]) -> int:
+    """The command: write the table into the page, or with --check say whether it is there. The exit code."""
+    parser = argparse.ArgumentParser(description=f"The table of {name} in docs/{page.name}.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if out of date")
     check = parser.parse_args().check
-    text = PAGE.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    now = filled(text, name, table())
     if check:
-        print(f"the table is {'up to date' if filled(text) == text else 'out of date'}")
-        return int(filled(text) != text)
-    PAGE.write_text(filled(text), encoding="utf-8")
+        print(f"the table is {'up to date' if now == text else 'out of date'}")
+        return int(now != text)
+    page.write_text(now, encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(keep(PAGE, "support", table))

@@ -60,16 +60,21 @@ def attention_forward(
         scores.append(Bias(position_bias))
     options: dict[str, Any] = dict(score=scores, scale=scaling, sink=s_aux, dropout_p=dropout)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
+        raise ValueError(
+            f"{sliding_window=} with attention_mask=None: the window is in the mask that Transformers makes "
+            "for attn_implementation='tilewise'"
+        )
     if cu_seq_lens_q is not None:
         if position_bias is not None:
             raise ValueError("position_bias goes with no cu_seq_lens_q: it has no place for packed sequences")
-        given = dict(q_offsets=cu_seq_lens_q, mask=mask_inside(attention_mask, causal))
-        if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
-            given["kv_offsets"] = cu_seq_lens_k
-        return packed_attention(*rows_of(query, key, value), **given, **options)[None], None
+        q, k, v = rows_of(query, key, value)
+        options |= dict(q_offsets=cu_seq_lens_q, mask=mask_inside(attention_mask, causal))
+        rows: Tensor = packed_attention(q, k, v, kv_offsets=cu_seq_lens_k, **options)
+        return rows[None], None
     if isinstance(attention_mask, Tensor) and attention_mask.dtype != torch.bool:
         options["bias"] = attention_mask
-    options["mask"] = mask_of(attention_mask, causal, sliding_window, query, key)
+    options["mask"] = mask_of(attention_mask, causal, query, key)
     return attention(query, key, value, **options).transpose(1, 2), None
 
 
@@ -88,9 +93,7 @@ def refuse(module: torch.nn.Module, others: dict[str, Any], output_attentions: b
         )
 
 
-def mask_of(
-    given: ModelMask | Tensor | None, causal: bool, sliding_window: int | None, query: Tensor, key: Tensor
-) -> Mask | None:
+def mask_of(given: ModelMask | Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Mask | None:
     """The mask of a dense call; a tensor that is added to the scores is none."""
     q_len, kv_len = query.shape[2], key.shape[2]
     if isinstance(given, ModelMask):
@@ -107,11 +110,6 @@ def mask_of(
                 "kv_len]: a mask [batch, length] is given to the model, not to its layers"
             )
         return Dense(given) if given.dtype == torch.bool else None
-    if sliding_window is not None and kv_len > sliding_window:
-        raise ValueError(
-            f"{sliding_window=} with attention_mask=None: the window is in the mask that Transformers makes "
-            "for attn_implementation='tilewise'"
-        )
     return Causal("top_left") if causal and q_len > 1 else None
 
 

@@ -68,8 +68,10 @@ class Pattern(NamedTuple):
     unknown: tuple[MaskFunction, ...] = ()
 
     def also(self, other: Pattern) -> Pattern:
-        joined = (mine + theirs for mine, theirs in zip(self[1:], other[1:], strict=True))
-        return Pattern(self.causal or other.causal, *joined)
+        return Pattern(
+            self.causal or other.causal, self.windows + other.windows, self.chunks + other.chunks,
+            self.documents + other.documents, self.unknown + other.unknown,
+        )  # fmt: skip
 
 
 def pattern_of(function: MaskFunction) -> Pattern:
