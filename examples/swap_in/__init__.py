@@ -1,0 +1,1 @@
+"""Models of Transformers with tilewise behind their attention, beside their own."""
