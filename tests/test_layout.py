@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"kernels", "parts"},
     "pytorch": {"plan", "kernels", "parts"},
     "api": {"pytorch", "plan", "kernels", "parts"},
+    "scaled_dot_product": {"api", "parts"},
     "packed": {"api", "pytorch", "plan", "parts"},
     "joining": set(),
     "cached": {"api", "pytorch", "plan", "parts"},
@@ -46,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # `import tilewise`
     "": {
         "api",
+        "scaled_dot_product",
         "packed",
         "cached",
         "joining",

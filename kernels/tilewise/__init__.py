@@ -1,7 +1,7 @@
 """tilewise: fused attention kernels in Triton for PyTorch."""
 
 from . import compat, integrations, nn
-from .api import attention, dropout_mask, scaled_dot_product_attention, why_not
+from .api import attention, dropout_mask, why_not
 from .cached import cached_attention
 from .joining import merge
 from .packed import check_offsets, packed_attention
@@ -23,6 +23,7 @@ from .parts.scores.softcap import Softcap
 from .parts.scores.user import UserScore
 from .parts.similarity import Cosine
 from .plan import tiles
+from .scaled_dot_product import scaled_dot_product_attention
 from .tools.explain.explain import explain
 from .version import __version__ as __version__
 

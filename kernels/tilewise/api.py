@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -12,12 +11,9 @@ import tilewise_reference
 
 from .kernels.dropout_mask import launch_dropout_mask
 from .parts.dropout import Dropout
-from .parts.hints import shape_hint, with_hint
-from .parts.masks.causal import Causal
 from .parts.masks.mask import Mask, as_mask
 from .parts.scores.bias import Bias
 from .parts.scores.score import Score, as_scores
-from .parts.shape import Shape, misfits
 from .parts.similarity import Cosine
 from .plan.checks import check, violations
 from .plan.implementation import implementation
@@ -210,73 +206,3 @@ def dropout_mask(
     if implementation(request) == "torch":
         return tilewise_reference.dropout_keep(dropout_seed, dropout_p, shape, dropout_seed.device)
     return launch_dropout_mask(Dropout(dropout_p, dropout_seed), request.shape)
-
-
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, with its signature and semantics.
-
-    query [..., q_heads, q_len, head_dim], key and value [..., kv_heads, kv_len, dim]: leading dimensions, and
-    heads unless enable_gqa, broadcast. attn_mask: bool (True = may attend), or additive in query's dtype
-    or fp32; broadcasts to [..., q_heads, q_len, kv_len]. is_causal aligns to the top left corner. dropout_p
-    draws from PyTorch's generator, though not the pairs that PyTorch would drop. Returns
-    [..., q_heads, q_len, value_dim].
-    """
-    if attn_mask is not None and is_causal:
-        raise ValueError(
-            "attn_mask and is_causal=True cannot be given together: put the corner into attn_mask"
-        )
-    if min(query.dim(), key.dim(), value.dim()) < 2:
-        raise ValueError(
-            f"query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)} and "
-            f"value.shape={tuple(value.shape)} must have at least 2 dimensions"
-        )
-    # Everything to [*lead, heads, length, dim] with common leading dimensions.
-    rank = max(3, query.dim(), key.dim(), value.dim())
-    q, k, v = (t.reshape((1,) * (rank - t.dim()) + tuple(t.shape)) for t in (query, key, value))
-    apart = 3 if enable_gqa else 2  # the dimensions at the end that do not broadcast
-    try:
-        common = torch.broadcast_shapes(*(t.shape[:-apart] for t in (q, k, v)))
-    except RuntimeError:
-        shapes = (
-            f"query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)} and "
-            f"value.shape={tuple(value.shape)} must broadcast in all but the last {apart} dimensions"
-        )
-        heads, kv_heads = q.shape[-3], k.shape[-3]
-        is_grouped = not enable_gqa and 0 < kv_heads == v.shape[-3] < heads and heads % kv_heads == 0
-        hint = f"{heads} heads over {kv_heads} are grouped by enable_gqa=True" if is_grouped else ""
-        raise ValueError(with_hint(shapes, hint)) from None
-    q, k, v = (t.expand(*common, *t.shape[-apart:]) for t in (q, k, v))
-    lead = q.shape[:-3]
-    batch = math.prod(lead)
-    q4, k4, v4 = (t.reshape(batch, *t.shape[-3:]) for t in (q, k, v))
-
-    mask: Mask | Tensor | None = None
-    bias: Tensor | None = None
-    if attn_mask is not None:
-        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-            raise ValueError(
-                f"attn_mask.dtype={attn_mask.dtype} must be torch.bool, torch.float32 or {query.dtype=}"
-            )
-        scores = (*lead, q4.shape[1], q4.shape[2], k4.shape[2])
-        for misfit in misfits("attn_mask", attn_mask, scores):
-            shape = Shape(batch, q4.shape[1], k4.shape[1], q4.shape[2], k4.shape[2], 1, 1)
-            hint = shape_hint("attn_mask", tuple(attn_mask.shape), shape) if len(lead) == 1 else ""
-            raise ValueError(with_hint(misfit, hint))
-        given = attn_mask
-        if len(lead) > 1 and attn_mask.dim() > 3:
-            given = attn_mask.expand(scores).reshape(batch, *scores[-3:])
-        mask, bias = (given, None) if attn_mask.dtype == torch.bool else (None, given)
-    if is_causal:
-        mask = Causal("top_left")
-    out = attention(q4, k4, v4, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
-    out = out.reshape(*lead, *out.shape[1:])
-    return out.reshape(out.shape[-max(query.dim(), key.dim(), value.dim()) :])

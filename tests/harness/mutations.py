@@ -45,6 +45,7 @@ SOFTCAP = "kernels/tilewise/parts/scores/softcap.py"
 SOFTMAX = "kernels/tilewise/parts/softmax.py"
 TENSORS = "kernels/tilewise/plan/rules/tensors.py"
 TILE = "kernels/tilewise/kernels/tile.py"
+SDPA = "kernels/tilewise/scaled_dot_product.py"
 SEQUENCES = "kernels/tilewise/parts/sequences.py"
 WALK = "kernels/tilewise/kernels/walk.py"
 WINDOW = "kernels/tilewise/parts/masks/window.py"
@@ -303,8 +304,8 @@ MUTATIONS = (
              "has_gaps=any([mask.has_gaps for mask in request.masks])",
              "has_gaps=any([mask.has_gaps for mask in request.masks[:1]])",
              tests("data", "unseen_keys_and_values_have_no_influence[several-torch.float32]")),
-    Mutation("sdpa: causal to the bottom right", API,
-             'mask = Causal("top_left")', "mask = Causal()",
+    Mutation("sdpa: causal to the bottom right", SDPA,
+             '= Causal("top_left")', "= Causal()",
              tests("sdpa", "causal_is_aligned_to_the_top_left[(5, 7)]")),
     Mutation("tiles: sizes that are no power of two", TILE,
              "if size < 16 or size & (size - 1):", "if size < 16:",
