@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pytorch": {"plan", "kernels", "parts"},
     "api": {"pytorch", "plan", "kernels", "parts"},
     "scaled_dot_product": {"api", "parts"},
+    "drop_in": {"scaled_dot_product", "api", "pytorch", "plan", "parts"},
     "packed": {"api", "pytorch", "plan", "parts"},
     "joining": set(),
     "cached": {"api", "pytorch", "plan", "parts"},
@@ -48,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {
         "api",
         "scaled_dot_product",
+        "drop_in",
         "packed",
         "cached",
         "joining",

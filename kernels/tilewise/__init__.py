@@ -3,6 +3,7 @@
 from . import compat, integrations, nn
 from .api import attention, dropout_mask, why_not
 from .cached import cached_attention
+from .drop_in.switch import sdpa
 from .joining import merge
 from .packed import check_offsets, packed_attention
 from .parts.masks.causal import Causal
@@ -57,6 +58,7 @@ __all__ = [
     "nn",
     "packed_attention",
     "scaled_dot_product_attention",
+    "sdpa",
     "tiles",
     "why_not",
 ]
