@@ -3,6 +3,7 @@
 from . import compat, integrations, nn
 from .api import attention, dropout_mask, why_not
 from .cached import cached_attention
+from .drop_in import flash_impl as _flash_impl  # makes its name known to PyTorch
 from .drop_in.switch import sdpa
 from .joining import merge
 from .packed import check_offsets, packed_attention
@@ -62,6 +63,9 @@ __all__ = [
     "tiles",
     "why_not",
 ]
+
+
+del _flash_impl
 
 
 def __dir__() -> list[str]:

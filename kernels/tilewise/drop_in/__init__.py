@@ -1,1 +1,1 @@
-"""Behind PyTorch's own call: code that nobody rewrites is answered by tilewise. docs/drop_in.md."""
+"""tilewise behind the calls that PyTorch's users make already: docs/drop_in.md."""
