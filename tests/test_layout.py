@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.inspect": {SHARED, "tools.compiled", "version"},
     "tools.tune": {SHARED, "pytorch", "plan", "kernels", "parts"},
     "tools.rank": {SHARED, "tools.compiled", "tools.overlap", "tools.tune", "plan", "kernels", "parts"},
-    "tools.doctor": {SHARED, "api", "plan", "kernels", "parts", "version"},
+    "tools.doctor": {SHARED, "tools.explain", "drop_in", "api", "plan", "kernels", "parts", "version"},
     # `import tilewise`
     "": {
         "api",

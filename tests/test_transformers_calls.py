@@ -11,6 +11,8 @@ import tilewise
 from harness.hf_models import make, tokens
 from tilewise.integrations.transformers.attention import attention_forward
 from tilewise.integrations.transformers.masks import model_mask
+from tilewise.tools.doctor.maker import as_made
+from tilewise.tools.doctor.model import examine_model
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 4, 2, 7, 8
 
@@ -172,3 +174,25 @@ def test_unused_until_registered():
     assert old == (
         "Transformers 5.3.1 is too old for attn_implementation='tilewise': pip install \"transformers>=5.4\""
     ), found.stderr
+
+
+@pytest.mark.parametrize("name, has", [("BERT", "no mask"), ("T5", "Bias")])
+def test_doctor(name, has):
+    """A model of Transformers brings inputs of its own. What "eager" writes out, "tilewise" answers."""
+    for implementation in ("eager", "tilewise"):
+        model = make(name, implementation)
+        found = examine_model(as_made(lambda model=model: model, "make_model"))
+        if implementation == "eager":
+            assert found.answered == 0 < found.calls == eager_calls(model)
+            (advice,) = {advice for seen in found.seen for advice in seen.advice}
+            assert "integrations.transformers.register()" in advice and "'tilewise'" in advice
+        else:
+            assert found.answered == found.calls == eager_calls(model)
+            assert any(has in f"{seen.entry.mask} {seen.entry.options}" for seen in found.seen)
+
+
+def eager_calls(model):
+    """How many layers of attention a model has."""
+    return len(
+        [part for part in model.modules() if type(part).__name__ in ("BertSelfAttention", "T5Attention")]
+    )

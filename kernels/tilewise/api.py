@@ -126,9 +126,14 @@ def attention(
     return result if row_lse is None else (result, row_lse)
 
 
+watchers: list[Callable[[Request], None]] = []  # told of each request that is answered: `tilewise doctor`
+
+
 def answer(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out, and lse if asked for, of a request: check → choose → call."""
     check(request)
+    for watch in watchers:
+        watch(request)
     is_plain = implementation(request) == "torch"
     if torch.compiler.is_compiling() and not request.shape.is_dense:  # the host reads lengths: in an op
         is_plain = False

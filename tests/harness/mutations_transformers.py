@@ -1,10 +1,11 @@
-"""Planted bugs in what stands between Transformers and tilewise."""
+"""Planted bugs in what stands between Transformers and tilewise, and in what looks at a model."""
 
 from __future__ import annotations
 
 from .mutation import Mutation, tests
 
 ATTENTION = "kernels/tilewise/integrations/transformers/attention.py"
+DOCTOR = "kernels/tilewise/tools/doctor/model.py"
 KNOWN = "kernels/tilewise/integrations/transformers/known.py"
 MASKS = "kernels/tilewise/integrations/transformers/masks.py"
 
@@ -55,5 +56,18 @@ MUTATIONS = (
     Mutation("transformers: an unknown argument is ignored", ATTENTION,
              "    if unknown:\n", "    if False:\n",
              tests("transformers_calls", "an_unknown_argument_to_the_model")),
+    Mutation("doctor: calls of tilewise are not seen", "kernels/tilewise/api.py",
+             "    for watch in watchers:\n", "    for watch in ():\n",
+             tests("doctor_model", "answered[tilewise's]")),
+    Mutation("doctor: a call with weights is told of twice", DOCTOR,
+             "        if frame.f_code in TOLD_OF:\n", "        if False:\n",
+             tests("doctor_model", "multi_head_attention_beside_other_modes")),
+    Mutation("doctor: dropout hides what is written out", DOCTOR,
+             "(are_weights and given[0].numel() == result.numel())", "False",
+             tests("doctor_model", "not_answered[written out]")),
+    Mutation("doctor: other modes hide the attention of PyTorch's module",
+             "kernels/tilewise/drop_in/answer.py",
+             ", has_torch_function=none_has)", ")",
+             tests("doctor_model", "multi_head_attention_beside_other_modes")),
 )
 # fmt: on

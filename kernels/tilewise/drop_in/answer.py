@@ -21,7 +21,7 @@ from ..pytorch.nested import Jagged, is_nested, unpack
 from ..scaled_dot_product import Call, as_attention
 from .entry import ANSWERED_BY, PYTORCH
 from .modules import calling_module, traced_module
-from .rebound import MULTI_HEAD, needs_weights, rebound
+from .rebound import MULTI_HEAD, needs_weights, none_has, rebound
 from .report import note
 
 Tensor = torch.Tensor
@@ -64,14 +64,26 @@ def attend(*args: Any, **kwargs: Any) -> Any:
     return answer(args, kwargs)
 
 
-attending = rebound(MULTI_HEAD, scaled_dot_product_attention=attend)
+attending = rebound(MULTI_HEAD, scaled_dot_product_attention=attend, has_torch_function=none_has)
 
 
 def multi_head(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of a call of PyTorch's multi_head_attention_forward with these arguments."""
-    if needs_weights(args, kwargs) and len(args) >= 3:
-        note_any(Given(*args[:3]), PYTORCH, ("need_weights=True: a fused kernel never has the weights",))
-    return attending(*args, **kwargs)
+    given = Given(*args[:3]) if len(args) >= 3 else None
+    strange = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and type(x) not in KNOWN]
+    if given is not None and (strange or needs_weights(args, kwargs)):
+        why = (
+            f"an argument is a {name_of(strange[0])}, which may have an attention of its own"
+            if strange
+            else "need_weights=True: a fused kernel never has the weights; give need_weights=False"
+        )
+        note_any(given, PYTORCH, (why,))
+    # The copy asks no other mode, as torch.set_default_device has one: each would hide what is in it.
+    return (MULTI_HEAD if strange else attending)(*args, **kwargs)
+
+
+def name_of(x: Tensor) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
 
 
 # ---- Who answers
@@ -106,8 +118,7 @@ def not_asked(given: Given) -> str | None:
     """Why tilewise does not even look at the call."""
     for name, x in zip(given._fields[:4], given[:4], strict=True):
         if type(x) not in KNOWN and not (name == "attn_mask" and x is None):
-            kind = f"{type(x).__module__}.{type(x).__qualname__}"
-            return f"{name} is a {kind}, which may have an attention of its own"
+            return f"{name} is a {name_of(x)}, which may have an attention of its own"
     if only_math_is_allowed():
         return "torch.nn.attention.sdpa_kernel leaves PyTorch's math backend alone"
     return None
