@@ -9,7 +9,6 @@ from test_transformers import PACKED, assert_as_eager
 from torch._dynamo.testing import CompileCounter
 
 from harness.hf_models import inputs, logits_of, make, padded, tokens
-from tilewise.integrations.transformers import masks
 
 CASES = {
     "no mask": ("Gemma 3", dict(input_ids=tokens())),
@@ -20,14 +19,8 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def plain_and_structured(monkeypatch):
-    """Plain PyTorch answers, and no mask becomes a tensor of all pairs."""
-
-    def reached(**_):
-        raise AssertionError("a bool tensor of all pairs")
-
+def plain_pytorch(monkeypatch):
     monkeypatch.setattr("tilewise.plan.implementation.INTERPRETED", False)
-    monkeypatch.setattr(masks, "sdpa_mask", reached)
     torch._dynamo.reset()
 
 
