@@ -98,6 +98,16 @@ def test_half_precision(answering):
     assert_as_eager("Llama", inputs("Llama"), torch.bfloat16)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("answering", ["torch"], indirect=True)
+def test_checkpointing(answering):
+    def checkpointed(model):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        return model.train()
+
+    assert_as_eager("Gemma 3", inputs("Gemma 3"), through=checkpointed, use_cache=False)
+
+
 PACKED = dict(input_ids=tokens(1), position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3]]))
 OFFSETS = torch.tensor([0, 5, 7, LENGTH], dtype=torch.int32)
 

@@ -189,6 +189,19 @@ def test_what_was_made_in_advance_stays():
     assert model_mask(batch_size=BATCH, **SQUARE, attention_mask=made, dtype=torch.float32) is made
 
 
+@pytest.mark.parametrize("name", functions())
+def test_moved_to_another_device(name):
+    """A model that lies on several devices moves its mask from layer to layer."""
+    function, parts = functions()[name]
+    given = dict(batch_size=BATCH, **SQUARE, mask_function=function)
+    made = model_mask(**given, attention_mask=padded("left").bool())
+    moved = made.to("meta")
+    assert moved.device.type == "meta" and moved.shape == made.shape and made.to("cpu") is made
+    assert parts_of(moved)[: len(parts)] == parts
+    tensors = [tensor for part in moved.mask.parts() for tensor in part.tensors().values()]
+    assert tensors and all(tensor.is_meta for tensor in tensors)
+
+
 def test_an_argument_that_it_does_not_know():
     with pytest.raises(TypeError, match="gives a mask block_size=, which tilewise does not know"):
         model_mask(batch_size=BATCH, **SQUARE, block_size=128)

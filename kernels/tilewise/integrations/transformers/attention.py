@@ -68,8 +68,8 @@ def attention_forward(
     if cu_seq_lens_q is not None:
         if position_bias is not None:
             raise ValueError("position_bias goes with no cu_seq_lens_q: it has no place for packed sequences")
-        q, k, v = rows_of(query, key, value)
         options |= dict(q_offsets=cu_seq_lens_q, mask=mask_inside(attention_mask, causal))
+        q, k, v = rows_of(query, key, value)
         rows: Tensor = packed_attention(q, k, v, kv_offsets=cu_seq_lens_k, **options)
         return rows[None], None
     if isinstance(attention_mask, Tensor) and attention_mask.dtype != torch.bool:
@@ -97,9 +97,9 @@ def mask_of(given: ModelMask | Tensor | None, causal: bool, query: Tensor, key: 
     """The mask of a dense call; a tensor that is added to the scores is none."""
     q_len, kv_len = query.shape[2], key.shape[2]
     if isinstance(given, ModelMask):
-        if given.sizes[1:] != (q_len, kv_len):
+        if given.shape[2:] != (q_len, kv_len):
             raise ValueError(
-                f"attention_mask was made for {given.sizes[1]} queries and {given.sizes[2]} keys, and there "
+                f"attention_mask was made for {given.shape[2]} queries and {given.shape[3]} keys, and there "
                 f"are {q_len} and {kv_len}"
             )
         return given.mask

@@ -45,6 +45,7 @@ class ModelMask:
     mask:   for a dense call, or None if every pair counts.
     inside: for packed sequences that the call itself names by offsets: without what keeps sequences apart.
     unfit:  what cannot be said of packed sequences, in words; empty if nothing.
+    made_of: what `model_mask` made it of.
     """
 
     ndim = 4
@@ -54,16 +55,25 @@ class ModelMask:
         mask: Mask | None,
         inside: Mask | None,
         unfit: tuple[str, ...],
-        sizes: tuple[int, int, int],
-        device: torch.device,
+        made_of: dict[str, Any],
     ) -> None:
-        self.mask, self.inside, self.unfit = mask, inside, unfit
-        self.sizes, self.device = sizes, device
+        self.mask, self.inside, self.unfit, self.made_of = mask, inside, unfit, made_of
+        self.device: torch.device = made_of["device"]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        batch, q_len, kv_len = self.sizes
-        return batch, 1, q_len, kv_len
+        return self.made_of["batch_size"], 1, self.made_of["q_length"], self.made_of["kv_length"]
+
+    def to(self, device: torch.device | str, **_: Any) -> ModelMask:
+        """The mask on another device, as a model that lies on several asks of what goes from layer to
+        layer."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        moved: dict[str, Any] = {
+            name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.made_of.items()
+        }
+        return model_mask(**moved | {"device": device})
 
     def __repr__(self) -> str:
         return f"ModelMask({self.mask!r}, shape={self.shape})"
@@ -111,23 +121,23 @@ def model_mask(
         raise TypeError(f"Transformers gives a mask {', '.join(unknown)}=, which tilewise does not know")
     if isinstance(attention_mask, ModelMask):  # generate() makes it in advance for a static cache
         return attention_mask
-    device = torch.device(device)
-    where = Where(batch_size, q_length, kv_length, q_offset, kv_offset, device)
+    made_of = dict(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap,
+        device=torch.device(device),
+    )  # fmt: skip
+    where = Where(batch_size, q_length, kv_length, q_offset, kv_offset, torch.device(device))
     pattern = pattern_of(mask_function)
     parts = [*by_distance(pattern, align_of(where)), *by_place(pattern, where)]
     if attention_mask is not None:
         parts += padding(real_keys(attention_mask, where))
     if pattern.unknown:
         warn_of(pattern.unknown)
-        keep = sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-            kv_offset=kv_offset, mask_function=mask_function, allow_is_causal_skip=False, use_vmap=use_vmap,
-            device=device,
-        )  # fmt: skip
-        parts.append(Dense(keep))
+        without_padding = made_of | dict(attention_mask=None, allow_is_causal_skip=False)
+        parts.append(Dense(sdpa_mask(**without_padding)))
     unfit = tuple([type(part).__name__ for part in parts if not isinstance(part, FIT_FOR_PACKED)])
     inside = together(by_distance(pattern, None))
-    return ModelMask(together(parts), inside, unfit, (batch_size, q_length, kv_length), device)
+    return ModelMask(together(parts), inside, unfit, made_of)
 
 
 def together(parts: list[Mask]) -> Mask | None:
@@ -142,7 +152,7 @@ def by_distance(pattern: Pattern, align: Align) -> list[Mask]:
 
 def by_place(pattern: Pattern, where: Where) -> list[Mask]:
     """The rules that look at where a query and a key are."""
-    parts: list[Mask] = [Documents(ids) for ids in pattern.documents]
+    parts: list[Mask] = [Documents(ids.to(where.device)) for ids in pattern.documents]
     for size, start in pattern.chunks:
         rows = torch.arange(where.q_len, device=where.device) + where.q_offset
         first = start[:, None].to(where.device)  # [batch, 1]
