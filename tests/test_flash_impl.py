@@ -239,18 +239,28 @@ def test_pages(by_offsets, num_splits, device):
     torch.testing.assert_close(dense, by_hand.transpose(1, 2))
 
 
-def test_one_split_has_the_same_bits_in_any_batch(device):
-    query = torch.randn(2, 1, HEADS, DIM, device=device)
-    key, value = torch.randn(2, 6, 16, KV_HEADS, DIM, device=device)
-    table = torch.tensor([[4, 0, 2], [1, 5, 3]], dtype=torch.int32, device=device)
-    used = torch.tensor([45, 20], dtype=torch.int32, device=device)
+@pytest.mark.parametrize(("num_splits", "size"), [(None, None), (0, None), (1, 48), (2, 32), (99, 16)])
+def test_one_split_walks_all_keys(num_splits, size, monkeypatch, device):
+    """So that a sequence's bits do not depend on the batch, which PyTorch promises for num_splits=1."""
+    query = torch.randn(1, 1, HEADS, DIM, device=device)
+    key, value = torch.randn(2, 3, 16, KV_HEADS, DIM, device=device)
+    table = torch.tensor([[2, 0, 1]], dtype=torch.int32, device=device)
+    splits, run = [], flash_impl.run_forward
 
-    def attend(batch: slice) -> Tensor:
-        given = (None, None, 1, 48, 0.0, False, False)
-        options = dict(seqused_k=used[batch], block_table=table[batch], num_splits=1)
-        return flash_impl.flash_forward(query[batch], key, value, *given, **options)[0]
+    def noted(request, **options):
+        splits.append(request.cache.split_size)
+        return run(request, **options)
 
-    assert torch.equal(attend(slice(0, 2))[1:], attend(slice(1, 2)))
+    monkeypatch.setattr(flash_impl, "run_forward", noted)
+    given = (query, key, value, None, None, 1, 48, 0.0, False, False)
+    used = torch.tensor([45], dtype=torch.int32, device=device)
+    options = dict(seqused_k=used, block_table=table, num_splits=num_splits)
+    out, lse, *_ = flash_impl.flash_forward(*given, **options)
+    assert splits == [size]
+    by_hand = tilewise.cached_attention(
+        query.transpose(1, 2), key, value, kv_lens=used, pages=table, split_size=size
+    )
+    assert torch.equal(out.transpose(1, 2), by_hand) and lse.shape == (1, HEADS, 1)
 
 
 @pytest.mark.parametrize("shape", [(HEADS,), (4, HEADS)], ids=str)

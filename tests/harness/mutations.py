@@ -10,6 +10,7 @@ from .mutation import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
 from .mutations_compat import MUTATIONS as COMPAT_MUTATIONS
+from .mutations_flash_impl import MUTATIONS as FLASH_IMPL_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
@@ -381,6 +382,7 @@ MUTATIONS = (
              tests("transforms", "second_order_raises[eager-bias]")),
     *BACKWARD_MUTATIONS,
     *COMPAT_MUTATIONS,
+    *FLASH_IMPL_MUTATIONS,
     *HOPPER_MUTATIONS,
     *NN_MUTATIONS,
     *POSITIONS_MUTATIONS,
