@@ -13,6 +13,7 @@ from harness.gradients import assert_gradients_match
 from harness.oracle import assert_matches
 from tilewise.drop_in import flash_impl
 from tilewise.drop_in.flash_state import seed_of
+from tilewise.plan.passes import run_forward
 from tilewise.plan.request import request_of
 
 Tensor = torch.Tensor
@@ -182,6 +183,10 @@ def test_an_infinite_lse_of_either_sign_is_a_row_that_sees_nothing(device):
             torch.ones_like(out), *inputs, out, lse.where(lse.isfinite(), torch.inf), *given
         )
         assert all(map(torch.equal, some, theirs))
+        request = request_of(*heads_first(*inputs), mask=tilewise.Causal(), impl="portable")
+        _, _, kept = run_forward(request, return_lse=False, for_backward=True)
+        for found in (flash_impl.statistics_of(lse), flash_impl.statistics_of(lse.abs())):
+            assert torch.equal(found[:, :, :, :13], kept[:, :, :, :13])
 
 
 # ---- Keys of which only some are there

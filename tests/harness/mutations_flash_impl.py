@@ -44,7 +44,7 @@ MUTATIONS = (
              tests("flash_registry", "a_handle_that_is_kept_keeps_no_kernel")),
     Mutation("flash impl: active from the import on", FLASH_IMPL,
              "    register_flash_attention_impl(NAME, register_fn=activate)",
-             "    register_flash_attention_impl(NAME, register_fn=activate); activate()",
+             "    register_flash_attention_impl(NAME, register_fn=activate); KEPT = activate()",
              tests("flash_registry", "importing_makes_the_name_known_and_no_more")),
 )
 # fmt: on
