@@ -2,9 +2,10 @@
 
 The library `kernels` imports such a folder under a name of its own, so that several versions live side by
 side in one process. So what is copied imports nothing by an absolute name, which could be another copy:
-tilewise's own modules, and those of the specification, which moves inside, are imported relatively. The ops too
-get a namespace of their own, for a name in `torch.ops` has one owner, and an op decodes what it is asked by the
-module paths of its own copy. The name is made of what the copy holds: the same files give the same name.
+tilewise's own modules, and those of the specification, which moves inside, are imported relatively. The ops
+too get a namespace of their own, for a name in `torch.ops` has one owner, and an op decodes what it is
+asked by the module paths of its own copy. The name is made of what the copy holds: the same files give the
+same name.
 
 Only what `import tilewise` reaches is copied. The result is read again before anything is written: whatever
 is left of the old names, and every import that leads nowhere, or to what PyTorch and Triton do not bring, is
