@@ -36,7 +36,7 @@ from .mutation import Mutation
 from .mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("kernels", "reference", "tests", "bench", "pyproject.toml")
+COPIED = (".ci", "kernels", "reference", "tests", "bench", "pyproject.toml", "LICENSE")
 
 
 @dataclass(frozen=True)

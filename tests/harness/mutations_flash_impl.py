@@ -1,10 +1,11 @@
-"""Planted bugs in what stands behind PyTorch's own flash attention ops."""
+"""Planted bugs in what stands behind PyTorch's own flash attention ops, and in the copy for a Hub."""
 
 from __future__ import annotations
 
 from .mutation import Mutation, tests
 
 FLASH_IMPL = "kernels/tilewise/drop_in/flash_impl.py"
+MAKE = ".ci/hub/make.py"
 FLASH_STATE = "kernels/tilewise/drop_in/flash_state.py"
 PASSES = "kernels/tilewise/plan/passes.py"
 
@@ -46,5 +47,24 @@ MUTATIONS = (
              "    register_flash_attention_impl(NAME, register_fn=activate)",
              "    register_flash_attention_impl(NAME, register_fn=activate); KEPT = activate()",
              tests("flash_registry", "importing_makes_the_name_known_and_no_more")),
+    Mutation("hub: imports that start one folder too deep", MAKE,
+             'path.count("/") + 1', 'path.count("/")',
+             tests("hub_copy", "a_moved_module")),
+    Mutation("hub: ops in the namespace of another copy", MAKE,
+             "repr(str(node.value).replace(PACKAGE, name, 1))", "repr(str(node.value))",
+             tests("hub_copy", "the_same_files_give_the_same_name_and_each_backend_its_own")),
+    Mutation("hub: another copy reached when a function is called", MAKE,
+             "if any(ours(head) for head in heads):",
+             "if any(ours(head) for head in heads) and node not in late:",
+             tests("hub_copy", "what_would_break_is_found")),
+    Mutation("hub: a package that nobody brings", MAKE,
+             "elif not heads <= BROUGHT and node not in late:", "elif False:",
+             tests("hub_copy", "what_would_break_is_found")),
+    Mutation("hub: a name that says nothing of the backend", MAKE,
+             '{PACKAGE}_{backend}_{', '{PACKAGE}_{',
+             tests("hub_copy", "the_same_files_give_the_same_name_and_each_backend_its_own")),
+    Mutation("hub: a copy without the tile table", MAKE,
+             'DATA = ("plan/tile_table.json",)', "DATA = ()",
+             tests("hub_copy", "the_same_files_give_the_same_name_and_each_backend_its_own")),
 )
 # fmt: on
