@@ -311,6 +311,27 @@ def test_varlen_attn_goes_through_it(device):
         torch.testing.assert_close(theirs, ours)
 
 
+if hasattr(varlen, "varlen_attn_out"):  # PyTorch 2.12 and newer
+
+    def test_varlen_attn_into_a_tensor_and_over_pages(device):
+        inputs, starts = [x.detach() for x in tokens(device)], offsets(device)
+        out = torch.empty_like(inputs[0])
+        returned = varlen.varlen_attn_out(out, *inputs, *starts, 17, 20, window_size=(-1, 0), enable_gqa=True)
+        wanted = flash(inputs, starts, is_causal=True)[0]
+        assert torch.equal(out, wanted) and returned.data_ptr() == out.data_ptr()
+        pages = torch.randn(2, 5, 16, KV_HEADS, DIM, device=device)
+        table = torch.tensor([[4, 0], [1, 3], [2, 2], [0, 1]], dtype=torch.int32, device=device)
+        used = torch.tensor([30, 17, 20, 5], dtype=torch.int32, device=device)
+        given = (inputs[0], *pages, starts[0], None, 17, 32)
+        more = dict(window_size=(-1, 0), enable_gqa=True, seqused_k=used, block_table=table)
+        for theirs, ours in zip(
+            varlen.varlen_attn(*given, **more, return_aux=varlen.AuxRequest(lse=True)),
+            tilewise.compat.varlen_attn(*given, **more, return_aux=tilewise.compat.AuxRequest(lse=True)),
+            strict=True,
+        ):
+            torch.testing.assert_close(theirs, ours)
+
+
 GROUPED = dict(enable_gqa=True) if "enable_gqa" in varlen.varlen_attn.__kwdefaults__ else {}
 OURS = dict(window_size=(-1, 0), enable_gqa=True)
 

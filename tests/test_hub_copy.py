@@ -39,6 +39,7 @@ BROKEN = [
     ("from ....api import x", "beyond top-level package"),
     ("import einops", "is not brought by PyTorch or Triton"),
     ("op = torch.ops.tilewise.attention_forward", "still uses torch.ops.tilewise"),
+    ('mine = torch.library.Library("tilewise", "FRAGMENT")', "still makes a library of tilewise"),
     ("register('tilewise::attention_forward')", "still names 'tilewise::attention_forward'"),
 ]
 FINE = [

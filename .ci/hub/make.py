@@ -196,6 +196,10 @@ def troubles(path: str, source: str, files: dict[str, bytes]) -> Iterator[str]:
             yield f"{path}:{node.lineno} still names {ast.unparse(node)}"
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == f"torch.ops.{PACKAGE}":
             yield f"{path}:{node.lineno} still uses torch.ops.{PACKAGE}"
+        elif isinstance(node, ast.Call) and ast.unparse(node).startswith(
+            f"torch.library.Library('{PACKAGE}'"
+        ):
+            yield f"{path}:{node.lineno} still makes a library of {PACKAGE}"
         elif isinstance(node, ast.ImportFrom) and node.level:
             whole = resolve_name("." * node.level + (node.module or ""), package)
             missing = [a.name for a in node.names if node.module is None and not has(whole, a.name, files)]
