@@ -35,6 +35,8 @@ from triton.runtime import interpreter
 
 from tilewise import gluon_emulator
 
+from . import quick
+
 # Marked NaNs whose payload sits in the seven top mantissa bits, so that it survives every conversion
 # between float types; integers repeat one byte, which no small index or length looks like.
 _NAN_BITS = {
@@ -353,7 +355,7 @@ def _describe(addresses: np.ndarray, views: list[_View]) -> str:
 
 def _source_line() -> str:
     """File and line of the innermost frame that belongs to a kernel."""
-    skip = (os.path.dirname(triton.__file__), __file__)
+    skip = (os.path.dirname(triton.__file__), __file__, quick.__file__)
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(skip):
         frame = frame.f_back
