@@ -1,6 +1,11 @@
 """tilewise.sdpa behind models of timm and diffusers: as exact as without it, and every attention answered."""
 
+import importlib.util
 import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -10,20 +15,33 @@ from harness.switched import KERNELS, assert_model_matches, fresh_switch, who
 
 __all__ = ["fresh_switch"]
 
-if torch.version.cuda is None:
-    # torchvision's ops need a GPU's PyTorch, and its import only their names.
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
+
+class NoTorchvision(MetaPathFinder, Loader):
+    """Stands in for torchvision while timm is imported, which wants it for images from files. Its wheels go
+    with the CUDA build of PyTorch alone, and beside another they keep Transformers from being imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> Any:
+        return MagicMock(name=spec.name, __path__=[], __spec__=spec)
+
+    def exec_module(self, module: Any) -> None:
+        pass
+
+
+def timm_and_diffusers():
+    if importlib.util.find_spec("torchvision") is None:
+        stand_in = NoTorchvision()
+        sys.meta_path.append(stand_in)
+        importlib.import_module("timm")
+        sys.meta_path.remove(stand_in)
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-        for op in ("nms", "qnms"):
-            torch.library.define(
-                f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+    return importlib.import_module("timm"), importlib.import_module("diffusers")
 
-import timm
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+
+timm, diffusers = timm_and_diffusers()
 
 
 def vit():
@@ -34,7 +52,7 @@ def vit():
 
 
 def dit():
-    model = DiTTransformer2DModel(
+    model = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, num_layers=2, sample_size=8, patch_size=2,
         norm_num_groups=4, num_embeds_ada_norm=10, dropout=0.0,
     )  # fmt: skip
@@ -46,7 +64,7 @@ def dit():
 
 
 def unet():
-    model = UNet2DConditionModel(
+    model = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
         cross_attention_dim=24, attention_head_dim=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

@@ -194,8 +194,8 @@ def test_the_table():
         )
     called(reasons=["it is the first", "and the second"], compiled=True, module="Model: head")
     assert str(tilewise.sdpa.report()).splitlines() == [
-        "calls: 13, of which tilewise answered 12 and PyTorch 1; a compiled one is counted when it is traced, "
-        "not when it runs",
+        "calls: 13, of which tilewise answered 12 and PyTorch 1; a compiled one is counted when it is "
+        "traced, not when it runs",
         "",
         "calls  answered by        q        k        v        dtype    mask               module",
         "12     tilewise portable  1×2×5×8  1×2×5×8  1×2×5×8  float32  causal, scale=0.5  "

@@ -1,4 +1,4 @@
-"""tilewise.sdpa: PyTorch's own scaled_dot_product_attention is answered by tilewise, or by PyTorch and why."""
+"""tilewise.sdpa: PyTorch's scaled_dot_product_attention is answered by tilewise, or by PyTorch and why."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -31,8 +31,8 @@ Node = ast.expr | ast.stmt
 BACKENDS = ("cuda", "rocm", "cpu")  # on a CPU: plain PyTorch, or Triton's interpreter
 DATA = ("plan/tile_table.json",)
 VERSION = 1  # of the kernel on the Hub; raised when a call that worked no longer does
-# numpy: Triton's interpreter is made of it.
-BROUGHT = {"torch", "triton", "numpy", *sys.stdlib_module_names}
+# numpy: Triton's interpreter is made of it. transformers: imported once it is asked for.
+BROUGHT = {"torch", "triton", "numpy", "transformers", *sys.stdlib_module_names}
 
 
 def main(out: Path) -> None:
