@@ -25,6 +25,7 @@ DEVICE = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def active():
+    torch.compiler.reset()
     chooser.activate_flash_attention_impl("tilewise")
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # on some chips cuDNN's comes first
         yield
