@@ -1,4 +1,4 @@
-"""What stands behind aten's flash attention ops takes what their schemas give, and says what it does not do."""
+"""What stands behind aten's flash attention ops takes what their schemas give, and names what it refuses."""
 
 import inspect
 
