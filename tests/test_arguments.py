@@ -46,7 +46,7 @@ WRONG = [
         "greater than 8",
         lambda: tilewise.RelativePosition(torch.ones(4, 32), max_distance=8),
     ),
-    ("bias", "torch.float64", "torch.float32", lambda: tilewise.Bias(torch.ones(5, 7).double())),
+    ("bias", "torch.int32", "torch.float64", lambda: tilewise.Bias(torch.ones(5, 7).int())),
     ("mask", "'causal'", "a tilewise mask", lambda: tilewise.Causal() & "causal"),
     ("tile_q", "24", "power of two", lambda: tilewise.tiles.Tile(24, 16)),
     ("tile_kv", "8", "at least 16", lambda: tilewise.tiles.Tile(16, 8)),

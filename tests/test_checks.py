@@ -126,7 +126,17 @@ CASES = [
     Broken("dims_are_supported", ("head_dim=0", "1 to 256"), sizes((*Q[:3], 0), (*K[:3], 0))),
     Broken("dtypes_agree", ("q: torch.float32", "k: torch.float16", "cast"), dict(k=zeros(*K, **HALF))),
     Broken("dtypes_agree", ("v: torch.bfloat16", "cast"), dict(v=zeros(*K, dtype=torch.bfloat16))),
-    Broken("dtype_is_supported", ("q.dtype=torch.float64", "torch.float32"), bare(dtype=torch.float64)),
+    Broken("dtype_is_supported", ("q.dtype=torch.int64", "torch.float64"), bare(dtype=torch.int64)),
+    Broken(
+        "dtype_is_supported",
+        ("q.dtype=torch.float64", "impl='portable' takes", "impl=None for plain PyTorch"),
+        bare(dtype=torch.float64) | dict(impl="portable"),
+    ),
+    Broken(
+        "float64_is_of_one_piece",
+        ("Bias.bias.dtype=torch.float64", "q is torch.float32", "torch.bfloat16"),
+        dict(bias=zeros(5, 7, dtype=torch.float64)),
+    ),
     Broken("devices_agree", ("k: meta", "equal"), dict(k=zeros(*K, device="meta"))),
     Broken("scale_is_a_number", ("scale=nan", "finite number"), dict(scale=math.nan)),
     Broken("scale_is_a_number", ("scale=inf", "finite number"), dict(scale=math.inf)),
@@ -208,11 +218,6 @@ CASES = [
         "memory_is_linear",
         ("strict=True", "and mask.shape=(5, 7)", "every pair", "Causal"),
         BARE | dict(mask=zeros(5, 7, **BOOL), impl="portable", strict=True),
-    ),
-    Broken(
-        "memory_is_linear",
-        ("strict=True", "plain PyTorch", "(2, 4, 5, 7)", "GPU"),
-        BARE | dict(impl="torch", strict=True),
     ),
     Broken(
         "gradients_exist",

@@ -147,16 +147,40 @@ def test_a_square_needs_two_dimensions():
         assert bool(reasons) == refused, sizes
 
 
-@pytest.mark.parametrize("impl, said", [("torch", "impl='torch'"), (None, "impl=None on cpu")])
-def test_plain_pytorch_is_refused_whoever_chose_it(impl, said, monkeypatch):
+@pytest.mark.parametrize("impl", ["torch", None])
+def test_plain_pytorch_is_linear(impl, monkeypatch):
+    """It computes a block at a time, forward and backward; stored pairs are refused there too."""
     set_interpreted(monkeypatch, False)
-    tensors = [x.cpu() for x in qkv()]
-    (reason,) = tilewise.why_not(*tensors, impl=impl, strict=True)
-    for word in ("strict=True", said, "(2, 4, 5, 7)", "fp32", "TRITON_INTERPRET=1", "GPU"):
-        assert word in reason
-    with pytest.raises(ValueError, match="score matrix"):
-        tilewise.attention(*tensors, impl=impl, strict=True)
-    assert tilewise.attention(*tensors, impl=impl).shape == tensors[0].shape
+    tensors = [x.cpu().requires_grad_() for x in qkv()]
+    assert tilewise.why_not(*tensors, mask=tilewise.Causal(), impl=impl, strict=True) == []
+    assert tilewise.attention(*tensors, sink=ones(Q_HEADS).cpu(), impl=impl, strict=True).requires_grad
+    (reason,) = tilewise.why_not(*tensors, bias=ones(Q_LEN, KV_LEN).cpu(), impl=impl, strict=True)
+    assert "Bias.bias.shape=(5, 7)" in reason
+
+
+WATCHED = ("strict=True", "function transform", "impl='torch'", "(2, 4, 5, 7) in torch.float32", "0.0 MiB")
+
+
+def test_plain_pytorch_is_refused_where_it_is_watched():
+    """By a function transform, which keeps every step for the backward, though the same call has passed."""
+    q, k, v = qkv()
+    attend = lambda q: tilewise.attention(q, k, v, impl="torch", strict=True).sum()  # noqa: E731
+    attend(q.clone().requires_grad_())
+    with pytest.raises(ValueError) as raised:
+        torch.func.grad(attend)(q)
+    for word in WATCHED:
+        assert word in str(raised.value)
+
+
+def test_plain_pytorch_is_refused_in_a_graph():
+    torch._dynamo.reset()
+    packed = [x[0].transpose(0, 1) for x in qkv(6, 6)]
+    starts = torch.tensor([0, 4, 6])
+    with pytest.raises(Exception, match="strict=True, and under torch"):
+        torch.compile(tilewise.attention, fullgraph=True, backend="eager")(*qkv(), impl="torch", strict=True)
+    attend = torch.compile(tilewise.packed_attention, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="of each of 2 packed sequences, of 6 and 6 tokens"):
+        attend(*packed, q_offsets=starts, impl="torch", strict=True)
 
 
 def test_sizes_are_told_in_mebibytes():
@@ -179,13 +203,12 @@ def test_strides_of_what_passed_are_remembered():
         checks.check(make_request(*tensors, bias=stored, impl="portable", strict=True))
 
 
-def test_nested_tensors_are_linear_unless_plain_pytorch_answers():
+def test_nested_tensors_are_linear():
     parts = [torch.randn(n, 2, 8) for n in (3, 5)]
     q = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
-    assert tilewise.why_not(q, q, q, mask=tilewise.Causal(), strict=True) == []
-    assert tilewise.attention(q, q, q, strict=True).is_nested
-    with pytest.raises(ValueError, match="score matrix"):
-        tilewise.attention(q, q, q, impl="torch", strict=True)
+    for impl in (None, "torch"):
+        assert tilewise.why_not(q, q, q, mask=tilewise.Causal(), impl=impl, strict=True) == []
+        assert tilewise.attention(q, q, q, impl=impl, strict=True).is_nested
 
 
 def test_strict_under_torch_compile():

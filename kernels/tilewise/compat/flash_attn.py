@@ -11,7 +11,7 @@ from ..api import attention
 from ..parts.scores.alibi import ALiBi
 from ..parts.scores.score import Score
 from ..parts.scores.softcap import Softcap
-from ..parts.shape import FLOATS, check_dtype
+from ..parts.shape import PARAMETERS, check_dtype
 from .shared import (
     PAGES,
     Words,
@@ -259,6 +259,6 @@ def as_scores(softcap: Any, alibi_slopes: Any) -> list[Score]:
         raise ValueError(f"{softcap=} must be a finite number, 0.0 for no cap")
     scores: list[Score] = [Softcap(softcap)] if softcap > 0 else []
     if alibi_slopes is not None:
-        check_dtype("alibi_slopes", alibi_slopes, FLOATS)
+        check_dtype("alibi_slopes", alibi_slopes, PARAMETERS)
         scores.append(ALiBi(alibi_slopes))
     return scores

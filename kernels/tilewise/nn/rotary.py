@@ -86,12 +86,18 @@ class Rotary(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         return self._turn(q, cos, sin), self._turn(k, cos, sin)
 
-    def table(self, positions: int, device: torch.device | str | None = None) -> RotaryTable:
-        """cos and sin of the positions 0 to positions - 1, as `cached_attention` takes them for `rotary`."""
+    def table(
+        self,
+        positions: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> RotaryTable:
+        """cos and sin of the positions 0 to positions - 1, as `cached_attention` takes them for `rotary`; in
+        dtype torch.float64 where its q is."""
         if device is None and self.frequencies is not None:
             device = self.frequencies.device
         angles = self._angles(torch.arange(positions, device=device))
-        return RotaryTable(angles.cos().float(), angles.sin().float(), self.style == "interleaved")
+        return RotaryTable(angles.cos().to(dtype), angles.sin().to(dtype), self.style == "interleaved")
 
     def _angles(self, positions: Tensor) -> Tensor:
         """positions [...] -> angles [..., rotary_dim / 2] in fp64, within one turn.

@@ -24,7 +24,8 @@ from .numerics import widen
 
 
 class RotaryTable(NamedTuple):
-    """cos and sin [positions, rotary_dim / 2] in fp32, and whether pairs are interleaved."""
+    """cos and sin [positions, rotary_dim / 2] in fp32 or, where q is, fp64; and whether pairs are
+    interleaved."""
 
     cos: torch.Tensor
     sin: torch.Tensor

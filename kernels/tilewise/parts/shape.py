@@ -10,6 +10,7 @@ Align = Literal["bottom_right", "top_left"] | int | torch.Tensor | None  # align
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+PARAMETERS = (*FLOATS, torch.float64)  # what scores are made of; fp64 goes with q, k and v in fp64
 INTS = (torch.int32, torch.int64)
 
 
@@ -153,6 +154,11 @@ class Shape(NamedTuple):
     def kv_len_args(self) -> tuple[Any, ...]:
         """kv_len for `sequences.key_count`."""
         return (self.kv_len,) if self.is_dense else (self.layout[1], self.kv_len)
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, sums and lse where q, k and v have this one: fp64 where they do, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_dtype(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

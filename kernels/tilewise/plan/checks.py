@@ -15,6 +15,7 @@ import torch
 
 from ..parts.numerics import INTERPRETED
 from ..parts.similarity import Cosine
+from .implementation import is_watched
 from .request import Request
 from .rules import cache, hopper, implementations, options, tensors
 
@@ -56,6 +57,7 @@ RULES: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
     (options.temperature_fits, RANKS),
     (options.sink_fits, RANKS),
     (options.parameters_are_floating, ()),
+    (options.float64_is_of_one_piece, GIVEN),
     (options.other_devices_agree, GIVEN),
     (options.masks_and_scores_fit, SIZES),
     (options.corners_are_clear, FITTING_PARTS),
@@ -106,7 +108,7 @@ def looks(r: Request) -> tuple[Any, ...]:
         r.impl, None if r.dropout is None else r.dropout.p, bool(INTERPRETED), *of_parts,
         r.packing is not None and (len(r.packing), r.packing.kv_offsets is None),
         r.cache is not None and (r.cache.split_size, r.cache.pages is not None and r.cache.pages[1:]),
-        r.strict and tuple([t.stride() for _, t in r.other_tensors]),
+        r.strict and (is_watched(), *[t.stride() for _, t in r.other_tensors]),
         r.impl == "hopper" and hopper.looks(r),
     )  # fmt: skip
 

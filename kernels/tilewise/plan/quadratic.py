@@ -66,20 +66,15 @@ def stored_bytes(tensor: torch.Tensor) -> int:
     return math.prod([size for size, stride in sizes if stride or size == 0]) * tensor.element_size()
 
 
-def score_matrix_bytes(shape: Shape) -> int:
-    """Of one score matrix in fp32, as plain PyTorch has several of; of packed sequences those of all of them,
-    at most: as many as if one had all tokens."""
+def score_matrix_words(shape: Shape, dtype: torch.dtype) -> str:
+    """A score matrix, as plain PyTorch has several of, and its size; of packed sequences that of all of them,
+    at most: as many numbers as if one had all tokens."""
     sequences = shape.batch if shape.packing is None else 1
-    return 4 * sequences * math.prod(shape.scores[1:])
-
-
-def score_matrix_words(shape: Shape) -> str:
-    """What plain PyTorch may hold, and its size."""
-    size = mebibytes(score_matrix_bytes(shape))
+    size = mebibytes(dtype.itemsize * sequences * math.prod(shape.scores[1:]))
     if shape.packing is None:
-        return f"a score matrix {shape.scores} in fp32, {size}"
+        return f"a score matrix {shape.scores} in {dtype}, {size}"
     tokens = f"{shape.q_len} and {shape.kv_len} tokens"
-    return f"a score matrix in fp32 of each of {shape.batch} packed sequences, of {tokens} up to {size}"
+    return f"a score matrix in {dtype} of each of {shape.batch} packed sequences, of {tokens} up to {size}"
 
 
 def mebibytes(count: int) -> str:

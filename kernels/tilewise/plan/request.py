@@ -135,7 +135,7 @@ def make_request(
     scores = as_scores(score) if bias is None else (*as_scores(score), Bias(bias))
     if cache is None and isinstance(q, Tensor) and is_autocast(q.device):  # a cache is not copied
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v))
+        q, k, v = (x.to(dtype) if is_cast(x) else x for x in (q, k, v))
     dropout = None
     if dropout_p != 0 and (dropout_seed is not None or isinstance(q, Tensor)):
         dropout = Dropout(dropout_p, draw_seed(q.device) if dropout_seed is None else dropout_seed)
@@ -208,6 +208,11 @@ def without_drawing(q: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments
     device = q.device if isinstance(q, Tensor) else None
     return arguments | {"dropout_seed": torch.zeros(1, dtype=torch.int64, device=device)}
+
+
+def is_cast(x: Any) -> bool:
+    """Whether autocast casts x, by PyTorch's rule: floating point numbers, but for fp64."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def is_autocast(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from ..kernels.append import launch_append, launch_turn
 from ..parts.rotary import RotaryTable
-from ..parts.shape import Cache, Packing, Pages
+from ..parts.shape import Cache, Packing, Pages, computed_in
 from ..plan.implementation import implementation
 from ..plan.request import Request
 from .ops import library
@@ -111,13 +111,13 @@ def rows_of_sequences(x: Tensor, q_offsets: Tensor | None) -> list[tuple[slice, 
 
 
 def turned(x: Tensor, position: Tensor, rotary: RotaryTable) -> Tensor:
-    """x [1, heads, rows, dim] turned by the positions [rows], in x's dtype by way of fp32."""
+    """x [1, heads, rows, dim] turned by the positions [rows], in x's dtype, by way of fp32 (fp64)."""
     position = position.clamp(max=rotary.cos.shape[0] - 1)
     cos, sin = rotary.cos[position], rotary.sin[position]
     pairs = cos.shape[1]
     turning, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
     sizes, axis = ((pairs, 2), -1) if rotary.is_interleaved else ((2, pairs), -2)
-    a, b = turning.float().unflatten(-1, sizes).unbind(axis)
+    a, b = turning.to(computed_in(x.dtype)).unflatten(-1, sizes).unbind(axis)
     both = torch.stack((a * cos - b * sin, a * sin + b * cos), axis).flatten(-2)
     return torch.cat((both.to(x.dtype), rest), -1)
 

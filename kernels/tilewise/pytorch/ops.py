@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ..parts.shape import computed_in
 from ..plan.implementation import implementation
 from ..plan.passes import empty_in_order_of, run_backward, run_forward
 from .autograd import SECOND_ORDER
@@ -43,13 +44,13 @@ def forward(
     request = decode(q, k, v, Encoded(tensors, ints, floats, spec))
     if implementation(request) == "torch":
         out, lse = run_torch(request, return_lse=True)
-        statistics = q.new_zeros((2, *q.shape[:3]), dtype=torch.float32)
+        statistics = q.new_zeros((2, *q.shape[:3]), dtype=computed_in(q.dtype))
         return out, lse, statistics  # type: ignore[return-value]
     return run_forward(request, return_lse=True, for_backward=True)  # type: ignore[return-value]
 
 
 def forward_shapes(q: Tensor, k: Tensor, v: Tensor, *request: Any) -> tuple[Tensor, ...]:
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=computed_in(q.dtype))
     return empty_in_order_of(q, v.shape[3]), lse, lse.new_empty((2, *q.shape[:3]))
 
 

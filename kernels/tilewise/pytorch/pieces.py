@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from ..parts.shape import Cache, Packing
+from ..parts.shape import Cache, Packing, computed_in
 from ..plan.request import Request
 
 Tensor = torch.Tensor
@@ -35,7 +35,7 @@ def by_sequence(request: Request, answer: Answer) -> tuple[Tensor, Tensor]:
 def join(results: list[tuple[Tensor, Tensor]], axis: int, request: Request) -> tuple[Tensor, Tensor]:
     if not results:  # a batch of 0
         sizes = request.q.shape[:3]
-        lse = request.q.new_zeros(sizes, dtype=torch.float32)
+        lse = request.q.new_zeros(sizes, dtype=computed_in(request.q.dtype))
         return lse.new_zeros(*sizes, request.shape.value_dim), lse
     outs, lses = zip(*results, strict=True)
     return torch.cat(outs, dim=axis), torch.cat(lses, dim=axis)

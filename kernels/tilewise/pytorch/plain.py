@@ -1,6 +1,6 @@
 """Plain PyTorch: what answers on a CPU outside Triton's interpreter, and anywhere for impl="torch".
 
-There are two ways, both in fp32, rounded once to q's dtype at the end.
+There are two ways, both in fp32, rounded once to q's dtype at the end; in fp64 where q is.
 
 PyTorch's own fused kernel for CPUs, in `fused`, where it computes the same: no score, sink or dropout; a dot
 product times a number; values as wide as keys; and every row sees a key, every key is seen by a row. That is
@@ -10,15 +10,17 @@ linear in length. The kernel has one derivative, of out alone. Whatever else is 
 gradient of lse, forward mode or batches of gradients) is computed from the definition again: `Fused`.
 
 The definition, `tilewise_reference.attention`, in `in_blocks`: one block of rows after the other, each with
-the keys between the first and the last that its rows may see, as far as the host knows these. So the
-forward holds at most about BLOCK scores at a time, however long the sequences. Autograd keeps those of every
-block for the backward, so a training step is quadratic in length; `torch.utils.checkpoint` around the call
-changes that for half as much time again. All derivatives of all orders are PyTorch's.
+the keys between the first and the last that its rows may see, as far as the host knows these. So a call
+holds at most about BLOCK scores at a time, however long the sequences. Where there are several blocks, or
+sequences, each is computed again in the backward (`torch.utils.checkpoint`), which holds no more. All
+derivatives of all orders are PyTorch's; the graph of a derivative that is to be differentiated again
+(create_graph) keeps what all blocks computed.
 
-Function transforms, forward mode and dispatch modes want to see every step: they take the definition. Under
-torch.compile and torch.export the definition is one block, whatever its length, so that a graph serves all
-lengths; for the same reason Causal goes to the fused kernel only where lengths are equal by construction.
-The kernel is then a node with PyTorch's formula, differentiable once, like all that AOTAutograd compiles.
+Function transforms, forward mode and dispatch modes want to see every step: they take the definition, and
+what autograd keeps for them is quadratic in length. Under torch.compile and torch.export the definition is
+one block, whatever its length, so that a graph serves all lengths; for the same reason Causal goes to the
+fused kernel only where lengths are equal by construction. The kernel is then a node with PyTorch's formula,
+differentiable once, like all that AOTAutograd compiles.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils.checkpoint import checkpoint
 
 import tilewise_reference
 from tilewise_reference.scores import additive_bias
@@ -38,8 +40,9 @@ from tilewise_reference.scores import additive_bias
 from ..parts.masks.causal import Causal
 from ..parts.scores.bias import Bias
 from ..parts.scores.score import Score
-from ..parts.shape import Shape
+from ..parts.shape import Shape, computed_in
 from ..parts.similarity import Cosine
+from ..plan.implementation import is_watched
 from ..plan.passes import empty_in_order_of
 from ..plan.request import Request, is_autocast
 from .pieces import by_sequence
@@ -52,7 +55,7 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 def run_torch(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """out in q's dtype and memory order, and lse in fp32."""
+    """out in q's dtype and memory order, and lse in fp32 or, where q is, fp64."""
     q = request.q
 
     def answer(request: Request, batch: int | None = None) -> tuple[Tensor, Tensor]:
@@ -102,7 +105,7 @@ def causal_of(request: Request) -> bool | None:
 
 
 def fused(request: Request) -> tuple[Tensor, Tensor]:
-    """out and lse [batch, q_heads, q_len, ...] in fp32."""
+    """out and lse [batch, q_heads, q_len, ...] in the dtype of scores."""
     shape, causal, scale = request.shape, bool(causal_of(request)), request.scale
     if scale is None:
         scale = shape.head_dim**-0.5 if request.similarity == "scaled_dot" else 1.0
@@ -111,7 +114,7 @@ def fused(request: Request) -> tuple[Tensor, Tensor]:
         k, v = (x[:, :, : shape.q_len] for x in (k, v))
     if shape.group > 1:
         k, v = (x.repeat_interleave(shape.group, dim=1) for x in (k, v))
-    q, k, v = (with_dense_rows(x.float()) for x in (request.q, k, v))
+    q, k, v = (with_dense_rows(x.to(computed_in(x.dtype))) for x in (request.q, k, v))
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not request.needs_gradient:
         out, lse = flash(q, k, v, 0.0, causal, scale=scale)
     else:
@@ -124,18 +127,13 @@ def with_dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def is_watched() -> bool:
-    """Whether a function transform, a level of forward mode or a dispatch mode looks at every step."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
-
-
 def score_bytes(request: Request, return_lse: bool, sequences: Iterable[Shape] = ()) -> int:
-    """Bytes of a score matrix, of the few that a call holds at once: of all pairs where a gradient is asked
-    for, else of a block; 0 where the fused kernel answers. sequences: the dense calls that one of packed
-    sequences or of a cache is made of, whose batches are answered one sequence after the other."""
-    if request.cache is not None:
+    """Bytes of a block's score matrix, of the few that a call holds at once; 0 in the fused kernel.
+
+    sequences: the dense calls that one of packed sequences or of a cache is made of, whose batches are
+    answered one sequence after the other.
+    """
+    if not request.shape.is_dense:
         held = [0]
         for shape in sequences:
             q = request.q[:1].narrow(2, 0, shape.q_len)
@@ -143,19 +141,11 @@ def score_bytes(request: Request, return_lse: bool, sequences: Iterable[Shape] =
             one = replace(request, q=q, k=k, v=v, packing=None, cache=None)
             held.append(score_bytes(one, return_lse))
         return max(held)
-    if request.packing is not None:
-        held = [0]
-        for shape in sequences:
-            q = request.q.narrow(2, 0, shape.q_len)
-            k, v = (x.narrow(2, 0, shape.kv_len) for x in (request.k, request.v))
-            alone = score_bytes(replace(request, q=q, k=k, v=v, packing=None), return_lse)
-            held.append(shape.batch * alone if request.needs_gradient else alone)
-        return sum(held) if request.needs_gradient else max(held)
     if fused_is_the_same(request, return_lse):
         return 0
     batch, q_heads, q_len, kv_len = request.shape.scores
-    rows = q_len if request.needs_gradient else min(q_len, rows_of_a_block(request.shape))
-    return 4 * batch * q_heads * rows * kv_len
+    rows = min(q_len, rows_of_a_block(request.shape))
+    return computed_in(request.q.dtype).itemsize * batch * q_heads * rows * kv_len
 
 
 class Fused(torch.autograd.Function):
@@ -211,9 +201,12 @@ class Block(NamedTuple):
 
 
 def in_blocks(request: Request, batch: int | None = None) -> tuple[Tensor, Tensor]:
-    """out and lse [batch, q_heads, q_len, ...] in fp32; batch: the number of the one packed sequence that the
-    request is left of."""
-    results = [run_block(request, block) for block in blocks(request, batch)]
+    """out and lse [batch, q_heads, q_len, ...] in the dtype of scores; batch: the number of the one packed
+    sequence that the request is left of."""
+    parts = list(blocks(request, batch))
+    several = len(parts) > 1 or batch is not None
+    run = run_again if several and can_run_again(request) else run_block
+    results = [run(request, block) for block in parts]
     if len(results) == 1:
         return results[0]
     out, lse = (torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
@@ -224,7 +217,51 @@ def run_block(request: Request, block: Block) -> tuple[Tensor, Tensor]:
     q = request.q[:, :, block.q_start : block.q_end]
     k, v = (x[:, :, block.kv_start : block.kv_end] for x in (request.k, request.v))
     arguments = oracle_arguments(request, block)
-    return tilewise_reference.attention(q, k, v, **arguments, return_lse=True, dtype=torch.float32)
+    return tilewise_reference.attention(q, k, v, **arguments, return_lse=True, dtype=computed_in(q.dtype))
+
+
+def can_run_again(request: Request) -> bool:
+    """Whether the backward may compute blocks again: there is one, nobody wants to see every step, and the
+    hooks by which PyTorch does it are not forbidden here."""
+    if not request.needs_gradient or torch.compiler.is_compiling() or is_watched():
+        return False
+    return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
+
+
+def run_again(request: Request, block: Block) -> tuple[Tensor, Tensor]:
+    """`run_block`, which keeps nothing for the backward: that computes the block again. The tensors must be
+    what they were then; autograd, which notices otherwise, does not keep these."""
+    tensors = [x for x in (*request.qkv().values(), *(x for _, x in request.other_tensors))]
+    versions = [None if x.is_inference() else x._version for x in tensors]
+
+    def run() -> tuple[Tensor, Tensor]:
+        for x, version in zip(tensors, versions, strict=True):
+            if version is not None and x._version != version:
+                raise RuntimeError(
+                    f"a tensor {tuple(x.shape)} of tilewise.attention, needed for its gradient, has been "
+                    "modified by an inplace operation since the forward"
+                )
+        return Tied.apply(*run_block(request, block))  # type: ignore[no-any-return]
+
+    found: tuple[Tensor, Tensor] = checkpoint(
+        run, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+    )
+    return found
+
+
+class Tied(torch.autograd.Function):
+    """out and lse of a block as they are. Where lse alone has a gradient, out is given one of 0: what the
+    backward computes again for a result and then does not use would stay until the whole graph is gone."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, lse: Tensor) -> Any:
+        ctx.sizes = out.shape
+        ctx.set_materialize_grads(False)
+        return out.view_as(out), lse.view_as(lse)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
+        return dlse.new_zeros(ctx.sizes) if do is None and dlse is not None else do, dlse
 
 
 def blocks(request: Request, batch: int | None = None) -> Iterator[Block]:

@@ -11,7 +11,7 @@ import tilewise_reference.scores as dense
 from ..aligned import Aligned, check_align
 from ..numerics import widen
 from ..sequences import row_shift
-from ..shape import FLOATS, Align, Shape, broadcast_strides, check_dtype, misfits
+from ..shape import PARAMETERS, Align, Shape, broadcast_strides, check_dtype, misfits
 from .score import BoundScore, Parameter, Score, Twin, padded_sizes
 
 
@@ -41,7 +41,7 @@ class ALiBi(Aligned, Score):
         check_align(align)
         if isinstance(slopes, int):
             raise ValueError(f"{slopes=} must be a tensor [q_heads]: ALiBi(tilewise.alibi_slopes({slopes}))")
-        check_dtype("slopes", slopes, FLOATS)
+        check_dtype("slopes", slopes, PARAMETERS)
         self.slopes, self.align = slopes, align
 
     def tensors(self) -> dict[str, torch.Tensor]:

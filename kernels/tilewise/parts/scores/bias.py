@@ -11,7 +11,7 @@ import tilewise_reference.scores as dense
 from ..addressing import load_pairs
 from ..hints import shape_hint, with_hint
 from ..numerics import widen
-from ..shape import FLOATS, Shape, broadcast_strides, check_dtype, common_limits, misfits, pair_limits
+from ..shape import PARAMETERS, Shape, broadcast_strides, check_dtype, common_limits, misfits, pair_limits
 from .score import BoundScore, Parameter, Score, Twin, padded_sizes
 
 
@@ -24,7 +24,7 @@ def bias_score(s, batch, head, q_idx, kv_idx, args):
 
 
 class Bias(Score):
-    """s becomes s + bias. bias: fp16, bf16 or fp32 tensor that broadcasts to [batch, q_heads, q_len, kv_len],
+    """s becomes s + bias. bias: a float tensor that broadcasts to [batch, q_heads, q_len, kv_len],
     with any strides and alignment. `attention(..., bias=b)` is Bias(b) after all other modifiers."""
 
     FIELDS = ("bias",)
@@ -32,10 +32,10 @@ class Bias(Score):
     def __init__(self, bias: torch.Tensor) -> None:
         if isinstance(bias, torch.Tensor) and bias.dtype == torch.bool:
             raise ValueError(
-                "bias.dtype=torch.bool is none of torch.float16, torch.bfloat16, torch.float32: "
-                "a bool tensor, True where a pair counts, is mask="
+                "bias.dtype=torch.bool is none of torch.float16, torch.bfloat16, torch.float32 and "
+                "torch.float64: a bool tensor, True where a pair counts, is mask="
             )
-        check_dtype("bias", bias, FLOATS)
+        check_dtype("bias", bias, PARAMETERS)
         self.bias = bias
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import tilewise_reference.scores as dense
 from ..aligned import Aligned, check_align
 from ..numerics import widen
 from ..sequences import row_shift
-from ..shape import FLOATS, Align, Shape, check_dtype
+from ..shape import PARAMETERS, Align, Shape, check_dtype
 from .score import BoundScore, Parameter, Score, Twin
 
 
@@ -43,7 +43,7 @@ class RelativePosition(Aligned, Score):
         align: Align = None,
     ) -> None:
         check_align(align)
-        check_dtype("table", table, FLOATS)
+        check_dtype("table", table, PARAMETERS)
         if table.dim() != 2:
             raise ValueError(f"table.shape={tuple(table.shape)} must be [q_heads, buckets]")
         self.table, self.max_distance = table, max_distance

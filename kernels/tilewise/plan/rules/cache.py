@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...parts.rotary import RotaryTable
-from ...parts.shape import INTS
+from ...parts.shape import INTS, computed_in
 from ..request import Request
 
 Tensor = torch.Tensor
@@ -97,5 +97,9 @@ def rotary_misfits(r: Request, rotary: RotaryTable | None) -> Iterator[str]:
     if positions < r.shape.kv_len:
         room = r.shape.kv_len
         yield f"rotary has {positions} positions, and the cache room for {room}: give table({room})"
+    in_double = r.q.dtype == torch.float64
+    if rotary.cos.dtype != computed_in(r.q.dtype) and (in_double or rotary.cos.dtype == torch.float64):
+        wanted = computed_in(r.q.dtype)
+        yield f"rotary is in {rotary.cos.dtype}, q in {r.q.dtype}: give a table in {wanted}"
     if rotary.cos.device != r.q.device:
         yield f"rotary is on {rotary.cos.device}, q on {r.q.device}: move it with .to(q.device)"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from ...parts.hints import nearest, with_hint
 from ...parts.numerics import INTERPRETED
-from ..implementation import IMPLEMENTATIONS, implementation
+from ...parts.shape import computed_in
+from ..implementation import IMPLEMENTATIONS, implementation, is_watched
 from ..quadratic import score_matrix_words, stored_pairs
 from ..request import Request
 from . import hopper as hopper_rules
@@ -63,14 +66,16 @@ def twins_exist(r: Request) -> str | None:
 
 
 def memory_is_linear(r: Request) -> str | None:
-    """strict=True refuses whatever holds a number for every pair of query and key."""
+    """strict=True refuses whatever holds a number for every pair of query and key. Plain PyTorch does where a
+    graph is made of it, and where something watches each step of a call whose gradients are asked for."""
     if not r.strict:
         return None
-    if implementation(r) == "torch":
+    is_whole = torch.compiler.is_compiling() or (r.needs_gradient and is_watched())
+    if is_whole and implementation(r) == "torch":
         return (
-            f"strict=True, and plain PyTorch (impl={r.impl!r} on {r.q.device.type}) may hold "
-            f"{score_matrix_words(r.shape)}: use a GPU, or set TRITON_INTERPRET=1 in the environment "
-            "before tilewise is imported, or leave strict out"
+            f"strict=True, and under torch.compile or a function transform plain PyTorch (impl={r.impl!r} on "
+            f"{r.q.device.type}) may hold {score_matrix_words(r.shape, computed_in(r.q.dtype))}: call it "
+            "without, or leave strict out"
         )
     return stored_pairs(r.plugs, r.shape)
 

@@ -8,11 +8,11 @@ from ...parts.aligned import Aligned
 from ...parts.hints import nearest, with_hint
 from ...parts.masks.documents import Documents
 from ...parts.masks.padding import Padding
-from ...parts.shape import FLOATS
+from ...parts.scores.user import UserScore
+from ...parts.shape import PARAMETERS, computed_in
 from ...parts.similarity import Cosine
 from ..request import Request
 
-FINITE = torch.finfo(torch.float32).max  # scores are fp32, and so is what multiplies them
 # What a similarity is called elsewhere, and here.
 SIMILARITIES = {
     "dot": "dot", "dot_product": "dot", "inner": "dot", "inner_product": "dot", "unscaled": "dot",
@@ -24,10 +24,16 @@ SIMILARITIES = {
 def scale_is_a_number(r: Request) -> str | None:
     if r.scale is None or (isinstance(r.scale, torch.Tensor) and r.scale.dim() == 0):
         return None
-    if isinstance(r.scale, (int, float)) and abs(r.scale) <= FINITE:
+    if isinstance(r.scale, (int, float)) and abs(r.scale) <= largest(r):
         return None
     given = tuple(r.scale.shape) if isinstance(r.scale, torch.Tensor) else r.scale
     return f"scale={given} must be None, a finite number or a tensor without dimensions"
+
+
+def largest(r: Request) -> float:
+    """The largest number of the scores' dtype, which is that of what multiplies them."""
+    dtype = r.q.dtype if isinstance(r.q, torch.Tensor) else torch.float32
+    return torch.finfo(computed_in(dtype)).max
 
 
 def similarity_is_known(r: Request) -> str | None:
@@ -48,7 +54,7 @@ def temperature_fits(r: Request) -> str | None:
         if tuple(given.shape) == (q_heads,):
             return None
         return f"temperature.shape={tuple(given.shape)} must be [{q_heads}], one a query head"
-    if isinstance(given, (int, float)) and abs(given) <= FINITE:
+    if isinstance(given, (int, float)) and abs(given) <= largest(r):
         return None
     return f"temperature={given!r} must be a finite number or a tensor [{q_heads}]"
 
@@ -66,8 +72,23 @@ def sink_fits(r: Request) -> str | None:
 def parameters_are_floating(r: Request) -> str | None:
     """scale, temperature and sink enter scores, so they come in a dtype that scores may have."""
     for name, tensor in r.other_tensors:
-        if name in ("scale", "temperature", "sink") and tensor.dtype not in FLOATS:
+        if name in ("scale", "temperature", "sink") and tensor.dtype not in PARAMETERS:
             return f"{name}.dtype={tensor.dtype} must be torch.float16, torch.bfloat16 or torch.float32"
+    return None
+
+
+def float64_is_of_one_piece(r: Request) -> str | None:
+    """What scores are made of comes in fp64 only where q, k and v do; a user's function may read any."""
+    if r.q.dtype == torch.float64:
+        return None
+    of_users = {s.called(name) for s in r.scores if isinstance(s, UserScore) for name in s.tensors()}
+    of_masks = {mask.called(name) for mask in r.masks for name in mask.tensors()}
+    for name, tensor in r.other_tensors:
+        if tensor.dtype == torch.float64 and name not in of_users | of_masks:
+            return (
+                f"{name}.dtype=torch.float64 goes with q, k and v in torch.float64, and q is {r.q.dtype}: "
+                "give it in torch.float16, torch.bfloat16 or torch.float32"
+            )
     return None
 
 

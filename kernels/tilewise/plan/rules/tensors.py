@@ -152,9 +152,17 @@ def dtypes_agree(r: Request) -> str | None:
 
 
 def dtype_is_supported(r: Request) -> str | None:
-    if r.q.dtype in FLOATS:
+    if r.q.dtype in FLOATS or (r.q.dtype == torch.float64 and r.impl in (None, "torch")):
         return None
-    return f"q.dtype={r.q.dtype} must be torch.float16, torch.bfloat16 or torch.float32"
+    if r.q.dtype == torch.float64:
+        return (
+            f"q.dtype=torch.float64, and impl={r.impl!r} takes torch.float16, torch.bfloat16 or "
+            "torch.float32: leave impl=None for plain PyTorch, which computes in float64"
+        )
+    return (
+        f"q.dtype={r.q.dtype} must be torch.float16, torch.bfloat16 or torch.float32, or torch.float64, "
+        "which plain PyTorch computes"
+    )
 
 
 def devices_agree(r: Request) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ...parts.numerics import INTERPRETED
-from ...parts.shape import Cache, ceil_div
+from ...parts.shape import Cache, ceil_div, computed_in
 from ...plan import tiles
 from ...plan.checks import OF_TENSORS, first_violation, violations
 from ...plan.implementation import IMPLEMENTATIONS, implementation
@@ -141,6 +141,7 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
             on_a_gpu = [str(error)]
     hopper_could = not not_hopper and not is_hopper and request.impl != "torch"
     of_parts = [part.shape for part in model.parts]
+    of_scores = "fp64" if computed_in(request.q.dtype) == torch.float64 else "fp32"
     held = score_bytes(request, return_lse, of_parts) if answers == "torch" else 0
     others = {name: why_not_this(given, name) for name in IMPLEMENTATIONS if name != answers}
     if "hopper" in others:  # a word on the chip, not on this machine
@@ -167,7 +168,7 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
         notes=tuple(notes(request, model)),
         kernels=kernels,
         memory=memory_of(model) if kernels else (),
-        memory_here=(Allocation("score matrices in fp32, several of", held, "during the call"),)
+        memory_here=(Allocation(f"score matrices in {of_scores}, several of", held, "during the call"),)
         if held
         else (),
         suggestions=suggestions(Look(request, model, kernels, hopper_could)) if kernels else (),
@@ -301,6 +302,8 @@ def why_this(request: Request) -> str:
     device = request.q.device
     if request.impl is not None:
         return f"impl={request.impl!r} asks for it"
+    if request.q.dtype == torch.float64:
+        return "q is in float64, in which no kernel computes"
     if implementation(request) == "torch":
         return "q is on the CPU, and Triton's interpreter is off"
     if INTERPRETED and not request.q.is_meta:
@@ -321,7 +324,7 @@ def why_not_this(request: Request, name: str) -> str:
         return "; ".join(against)
     if request.impl is not None:
         return f"it could; impl={request.impl!r} asks for another"
-    return "it could; its memory is quadratic in length, so it serves only where no kernel can run"
+    return "it could; its scores all go through memory, so it serves only where no kernel can run"
 
 
 def chip_for(q: Tensor, gpu: str | None) -> tuple[Chip, str, bool]:

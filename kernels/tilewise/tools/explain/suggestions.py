@@ -351,10 +351,9 @@ def dropout_has_a_price(look: Look) -> Suggestion | None:
 def plain_pytorch_was_asked_for(look: Look) -> Suggestion | None:
     if look.request.impl != "torch":
         return None
-    matrices = "several score matrices" + (" a sequence, in all" if look.request.packing else "")
-    size = mebibytes(4 * look.work.parts.pairs)  # in fp32
     return Suggestion(
-        f"impl='torch' may hold {matrices} of {size}: leave impl out, and a GPU runs the fused kernel"
+        "impl='torch' takes every score through memory, several times: leave impl out, and a GPU runs the "
+        "fused kernel"
     )
 
 
