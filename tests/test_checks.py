@@ -199,9 +199,9 @@ CASES = [
     Broken(
         "twins_exist", ("UserScore(doubled)", "twin="), dict(impl="torch", score=tilewise.UserScore(doubled))
     ),
-    Broken("dropout_fits", ("dropout_p=1.0", "0 to below 1"), dict(dropout_p=1.0)),
-    Broken("dropout_fits", ("dropout_p=-0.1", "0 to below 1"), dict(dropout_p=-0.1)),
-    Broken("dropout_fits", ("dropout_p=nan", "0 to below 1"), dict(dropout_p=math.nan)),
+    Broken("dropout_fits", ("dropout_p=1.5", "0 to 1"), dict(dropout_p=1.5)),
+    Broken("dropout_fits", ("dropout_p=-0.1", "0 to 1"), dict(dropout_p=-0.1)),
+    Broken("dropout_fits", ("dropout_p=nan", "0 to 1"), dict(dropout_p=math.nan)),
     Broken("dropout_fits", ("dropout_p='half'", "a number"), dict(dropout_p="half")),
     Broken("dropout_fits", ("dropout_seed=7", "torch.int64"), dict(dropout_p=0.5, dropout_seed=7)),
     Broken(

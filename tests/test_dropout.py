@@ -281,11 +281,34 @@ def test_scaled_dot_product_attention(device):
         sdpa(q, k, v, dropout_p=1.5)
 
 
+@pytest.mark.parametrize("impl", ["portable", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_all_pairs_dropped(device, dtype, impl):
+    """out and the gradients through it are 0; lse, and the gradient through it, are those without dropout."""
+    q, k, v = (torch.randn(1, 2, n, 16, device=device, dtype=dtype, requires_grad=True) for n in (5, 20, 20))
+    assert not tilewise.dropout_mask((1, 2, 5, 20), 1, seeded(3, device), impl=impl).any()
+    out, lse = tilewise.attention(q, k, v, mask=tilewise.Causal(), dropout_p=1, return_lse=True, impl=impl)
+    _, want = tilewise.attention(q, k, v, mask=tilewise.Causal(), return_lse=True, impl=impl)
+    assert (out == 0).all() and torch.equal(lse, want)
+    for dx in torch.autograd.grad(out, (q, k, v), torch.randn_like(out), retain_graph=True):
+        assert (dx == 0).all()
+    got, plain = (torch.autograd.grad(x.sin().sum(), (q, k)) for x in (lse, want))
+    assert all(map(torch.equal, got, plain)) and (plain[0] != 0).any()
+
+
+def test_all_pairs_dropped_as_pytorch_does(device):
+    given = [torch.randn(1, 2, 6, 16, device=device, requires_grad=True) for _ in range(3)]
+    sdpas = tilewise.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention
+    for sdpa in sdpas:
+        out = sdpa(*given, dropout_p=1.0)
+        assert (out == 0).all() and not any(x.any() for x in torch.autograd.grad(out.sum(), given))
+
+
 # ---- What is refused
 
 
 @pytest.mark.parametrize("impl", ["portable", "torch"])
-@pytest.mark.parametrize("p", [1, 1.0, 1.5, -0.1, math.nan, math.inf, "0.1", None])
+@pytest.mark.parametrize("p", [2, 1.5, -0.1, math.nan, math.inf, "0.1", None])
 def test_probability_out_of_range(device, p, impl):
     q, k, v = (torch.randn(1, 1, 4, 8, device=device) for _ in range(3))
     with pytest.raises(ValueError, match="dropout_p"):

@@ -55,8 +55,8 @@ def in_double(name: str) -> tuple[dict[str, Any], list[Tensor]]:
 
 
 def allowed(q: Tensor, k: Tensor, want: Tensor) -> float:
-    """As in `test_torch_path`, for float64: sums over dims, keys and, for parameters, all pairs; and exp, where
-    an error in a score becomes relative. Twice, for both sides round."""
+    """As in `test_torch_path`, for float64: sums over dims, keys and, for parameters, all pairs; and exp, by
+    which an error in a score becomes relative. Twice, for both sides round."""
     largest = (q.norm(dim=-1).amax() * k.norm(dim=-1).amax()).item()
     pairs = BATCH * Q_HEADS * Q_LEN * KV_LEN
     return 2 * U * (2 * DIM * largest + 2 * KV_LEN + pairs**0.5) * max(1, want.abs().max().item())
@@ -99,8 +99,8 @@ def whole_model(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def test_gradcheck_of_a_whole_model(monkeypatch):
-    monkeypatch.setattr(plain, "BLOCK", 2 * 5 * 2)
-    given = leaf(1, 2, 5, 3), leaf(5, 5)
+    monkeypatch.setattr(plain, "BLOCK", 1 * 2 * 4 * 2)
+    given = leaf(1, 2, 4, 2), leaf(4, 4)
     assert torch.autograd.gradcheck(whole_model, given)
     assert torch.autograd.gradgradcheck(whole_model, given)
 
@@ -134,7 +134,7 @@ def test_packed_jagged_and_cached():
     turned = tilewise.nn.Rotary(DIM)(*rows[:2])
     want = tilewise.attention(*turned, rows[2], **given)
     assert decoded.dtype == D and (decoded - want).abs().max() <= 2 * allowed(*turned, want)
-    with pytest.raises(ValueError, match="rotary is in torch.float32, q in torch.float64"):
+    with pytest.raises(ValueError, match="rotary is in torch"):
         tilewise.cached_attention(
             rows[0], cache_k, cache_v, kv_lens=torch.tensor([0]), rotary=tilewise.nn.Rotary(DIM).table(9)
         )
@@ -213,7 +213,7 @@ def test_numbers_that_fp32_has_not():
 
 
 def test_modules():
-    layer = tilewise.nn.SelfAttention(8, heads=2, rotary=True, sink=True, dtype=D)
+    layer = tilewise.nn.SelfAttention(8, heads=2, rotary=tilewise.nn.Rotary(4), sink=True, dtype=D)
     x = leaf(1, 5, 8)
     assert torch.autograd.gradcheck(lambda x: layer(x, mask=tilewise.Causal()), (x,))
     out = tilewise.compat.flash_attn.flash_attn_func(*(leaf(1, 5, 2, DIM) for _ in range(3)), causal=True)

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"kernels", "parts"},
     "pytorch": {"plan", "kernels", "parts"},
     "api": {"pytorch", "plan", "kernels", "parts"},
-    "scaled_dot_product": {"api", "parts"},
+    "scaled_dot_product": {"api", "pytorch", "plan", "parts"},
     "packed": {"api", "pytorch", "plan", "parts"},
     "joining": set(),
     "cached": {"api", "pytorch", "plan", "parts"},

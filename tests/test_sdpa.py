@@ -224,8 +224,8 @@ def test_every_argument_by_position_and_by_name(device):
 
 
 WRONG = [
-    (ValueError, ("dropout_p=-0.1", "0 to below 1"), dict(dropout_p=-0.1)),
-    (ValueError, ("dropout_p=1.0", "0 to below 1"), dict(dropout_p=1.0)),
+    (ValueError, ("dropout_p=-0.1", "0 to 1"), dict(dropout_p=-0.1)),
+    (ValueError, ("dropout_p=1.5", "0 to 1"), dict(dropout_p=1.5)),
     (ValueError, ("attn_mask", "is_causal=True", "together"), dict(attn_mask=(5, 7), is_causal=True)),
     (ValueError, ("attn_mask.dtype=torch.int64", "torch.bool"), dict(attn_mask=(7,), of=torch.int64)),
     (ValueError, ("attn_mask.dtype=torch.float64", "query.dtype"), dict(attn_mask=(7,), of=torch.double)),

@@ -75,35 +75,37 @@ def attention(
 
     q:          [batch, q_heads, q_len, head_dim]: heads before length, as in PyTorch, where FlashAttention
                 has [batch, length, heads, dim] (transpose(1, 2) makes one of the other, without a copy).
-                fp16, bf16 or fp32, any strides.
+                fp16, bf16 or fp32, any strides; or fp64, which plain PyTorch computes in fp64.
     k:          [batch, kv_heads, kv_len, head_dim]; kv_heads divides q_heads (grouped queries,
                 arXiv 2305.13245). Any length may be 0.
     v:          [batch, kv_heads, kv_len, value_dim]. head_dim and value_dim: 1 to 256.
     mask:       a mask of tilewise (combine with `&`), a bool tensor that broadcasts to
                 [batch, q_heads, q_len, kv_len], True where the pair counts, or a `@triton.jit` keep function.
-    bias:       fp16, bf16 or fp32 tensor that broadcasts to [batch, q_heads, q_len, kv_len].
+    bias:       float tensor that broadcasts to [batch, q_heads, q_len, kv_len]; fp64 only where q is.
     score:      a modifier of tilewise, a `@triton.jit` score function, or a sequence of these.
     scale:      a number or a tensor without dimensions; by default 1/√head_dim for "scaled_dot", else 1.
     similarity: "dot", "scaled_dot", "cosine", or Cosine(temperature).
     sink:       [q_heads], a logit a head that takes weight and adds no value (arXiv 2309.17453).
     dropout_p:  the probability that a pair's weight is set to 0; the others are divided by 1 - dropout_p.
+                For 1 all are 0; lse is as without.
     dropout_seed: a tensor of one int64 on q's device that decides which pairs are dropped: `dropout_mask`
                 shows them. None: drawn from PyTorch's generator of the device.
     return_lse: also return the natural logarithm of each row's sum of exponentials (with the sink's).
     impl:       "portable", the Triton kernels; "hopper", a second forward, for some calls on Hopper GPUs:
                 no GPU has run it yet; "torch", plain PyTorch, on a CPU its own attention where that
-                is the same; else its memory is quadratic in length once gradients are asked for.
-                None: the portable kernels on a GPU, and on a CPU in Triton's interpreter if
+                is the same. None: plain PyTorch for fp64; else the portable kernels on a GPU, and on a CPU in Triton's interpreter if
                 TRITON_INTERPRET=1 was set before import, else plain PyTorch.
-    strict:     raise for whatever needs memory quadratic in length: plain PyTorch, and a bool mask, bias or
-                tensor of a user's function that is stored, not expanded, along both queries and keys.
+    strict:     raise for whatever needs memory quadratic in length: a bool mask, bias or tensor of a user's
+                function that is stored, not expanded, along both queries and keys; and plain PyTorch under
+                torch.compile or a function transform.
 
     Returns out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, and lse
-    [batch, q_heads, q_len] in fp32 if asked. A row that sees no key gives 0 and -inf (the sink's logit, if
+    [batch, q_heads, q_len] in fp32 (fp64) if asked. A row that sees no key gives 0 and -inf (the sink's logit, if
     there is one). NaN in keys and values that no query may see never reaches a result or a gradient.
 
     Differentiable once, in reverse mode, in q, k, v, bias, scale, sink, a temperature, slopes, tables and
-    what a UserScore declares; through out and lse. Under autocast q, k and v are cast to its dtype.
+    what a UserScore declares; through out and lse. Under autocast q, k and v are cast to its dtype,
+    but for fp64.
 
     Raises ValueError for arguments that break the contract, NotImplementedError for what is not built,
     TypeError for names that it does not have (`unknown`), with what other libraries' names are here;

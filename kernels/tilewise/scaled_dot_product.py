@@ -10,7 +10,9 @@ import torch
 from .api import attention
 from .parts.hints import shape_hint, with_hint
 from .parts.masks.causal import Causal
-from .parts.shape import Shape, misfits
+from .parts.shape import FLOATS, Shape, misfits
+from .plan.request import is_autocast, is_cast
+from .pytorch.nested import is_nested
 
 Tensor = torch.Tensor
 
@@ -27,6 +29,8 @@ class Call(NamedTuple):
 
     def like_query(self, out: Tensor) -> Tensor:
         """What `attention` gave, with the dimensions of PyTorch's result."""
+        if out.is_nested:
+            return out
         out = out.reshape(*self.lead, *out.shape[1:])
         return out.reshape(out.shape[-self.rank :])
 
@@ -43,10 +47,18 @@ def as_attention(
 ) -> Call:
     """The call of `attention` that answers this one of PyTorch's; leading dimensions become one batch. Raises
     ValueError for what PyTorch's function forbids of shapes and masks; the rest `attention` looks at."""
+    arguments: dict[str, Any]
     if attn_mask is not None and is_causal:
         raise ValueError(
             "attn_mask and is_causal=True cannot be given together: put the corner into attn_mask"
         )
+    if is_nested(query, key, value):
+        if attn_mask is not None:
+            raise ValueError(
+                "attn_mask is not taken with nested tensors: give tilewise.attention mask= or bias="
+            )
+        arguments = dict(scale=scale, dropout_p=dropout_p, mask=Causal("top_left") if is_causal else None)
+        return Call(query, key, value, arguments, (), query.dim())
     if min(query.dim(), key.dim(), value.dim()) < 2:
         raise ValueError(
             f"query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)} and "
@@ -57,12 +69,12 @@ def as_attention(
     batch = math.prod(lead)
     q, k, v = (t.reshape(batch, *t.shape[-3:]) for t in (q, k, v))
 
-    arguments: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p)
+    arguments = dict(scale=scale, dropout_p=dropout_p)
     if is_causal:
         arguments["mask"] = Causal("top_left")
     if attn_mask is not None:
         shape = Shape(batch, q.shape[1], k.shape[1], q.shape[2], k.shape[2], 1, 1)
-        check_mask(attn_mask, query.dtype, shape, lead)
+        check_mask(attn_mask, query, shape, lead)
         given = attn_mask
         if len(lead) > 1 and attn_mask.dim() > 3:
             given = attn_mask.expand(*lead, *shape.scores[1:]).reshape(shape.scores)
@@ -90,11 +102,13 @@ def with_common_lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
     return tuple(t.expand(*common, *t.shape[-apart:]) for t in (q, k, v))
 
 
-def check_mask(attn_mask: Tensor, dtype: torch.dtype, shape: Shape, lead: tuple[int, ...]) -> None:
-    """Raise ValueError for a mask of another dtype or shape than PyTorch takes with a query of `dtype`."""
-    if attn_mask.dtype not in (torch.bool, torch.float32, dtype):
+def check_mask(attn_mask: Tensor, query: Tensor, shape: Shape, lead: tuple[int, ...]) -> None:
+    """Raise ValueError for a mask of another dtype or shape than PyTorch takes with such a query: autocast
+    casts both there, so that they may differ before."""
+    casts = is_autocast(query.device) and is_cast(query) and attn_mask.dtype in FLOATS
+    if not casts and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise ValueError(
-            f"attn_mask.dtype={attn_mask.dtype} must be torch.bool, torch.float32 or query.dtype={dtype}"
+            f"attn_mask.dtype={attn_mask.dtype} must be torch.bool, torch.float32 or {query.dtype=}"
         )
     for misfit in misfits("attn_mask", attn_mask, (*lead, *shape.scores[1:])):
         hint = shape_hint("attn_mask", tuple(attn_mask.shape), shape) if len(lead) == 1 else ""

@@ -109,7 +109,7 @@ def attention(
         2023, arXiv 2309.17453, in the learned form of gpt-oss). lse includes it.
     dropout_p, dropout_keep: given together or not at all. Weights whose ``dropout_keep`` (bool, broadcastable
         to [B, Hq, Nq, Nk]; ``dropout.dropout_keep`` draws one) is False become 0, the others are divided by
-        1 - dropout_p, 0 < dropout_p < 1. lse is that of all weights.
+        1 - dropout_p, 0 < dropout_p <= 1; for 1 all become 0. lse is that of all weights.
     dtype: float64 by default.
 
     A row with no key gives out 0, lse -inf (lse = sink with a sink) and gradient exactly 0. Keys and values
@@ -182,7 +182,7 @@ def forward(
     dropout: float | Tensor = 1.0
     p_dropped = p
     if dropout_keep is not None:
-        dropout = expand("dropout_keep", dropout_keep, shape).to(dtype) / (1 - dropout_p)
+        dropout = expand("dropout_keep", dropout_keep, shape).to(dtype) * kept_factor(dropout_p)
         p_dropped = p * dropout
     # The 0 of a row with no key is a constant: a gradient that arrives there goes no further, even NaN.
     out = (p_dropped @ v).masked_fill(q_unseeing[..., None], 0)
@@ -191,6 +191,11 @@ def forward(
         scale=scale, temperature=temperature, modifiers=modifiers, inputs=tuple(inputs), p_sink=p_sink, p=p,
         dropout=dropout, p_dropped=p_dropped, lse=lse, out=out,
     )  # fmt: skip
+
+
+def kept_factor(dropout_p: float) -> float:
+    """What the weights that dropout keeps are multiplied by; where it keeps none, 0."""
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
 
 def _check(
@@ -216,8 +221,8 @@ def _check(
         raise ValueError(f"{similarity=} must be 'dot', 'scaled_dot' or 'cosine'")
     if temperature is not None and similarity != "cosine":
         raise ValueError(f"temperature needs similarity='cosine', not {similarity=}; use scale instead")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{dropout_p=} must be at least 0 and below 1")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{dropout_p=} must be from 0 to 1")
     # Two comparisons: torch.compile(dynamic=True) cannot trace one between dropout_p's and dropout_keep's.
     alone = dropout_p > 0 if dropout_keep is None else dropout_p == 0
     if alone:

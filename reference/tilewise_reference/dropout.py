@@ -52,10 +52,10 @@ def dropout_keep(
     """The pairs that dropout with probability ``p`` keeps: bool ``shape`` = [batch, q_heads, q_len, kv_len].
 
     seed: as in ``philox``. device: by default the seed's, or the CPU. first_row: the q_idx of the first row;
-    first_batch: the number of the first sequence. Raises ValueError unless 0 <= p < 1.
+    first_batch: the number of the first sequence. Raises ValueError unless 0 <= p <= 1.
     """
-    if not 0 <= p < 1:
-        raise ValueError(f"{p=} must be at least 0 and below 1")
+    if not 0 <= p <= 1:
+        raise ValueError(f"{p=} must be from 0 to 1")
     if device is None and isinstance(seed, Tensor):
         device = seed.device
     batch, q_heads, q_len, kv_len = shape

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Mask, Similarity, _as_sequence, _check, _indices, _kept
+from .attention import Mask, Similarity, _as_sequence, _check, _indices, _kept, kept_factor
 from .scores import ScoreFn
 
 FLUSHED = torch.finfo(torch.float32).tiny  # below fp32's smallest normal number hardware may flush to zero
@@ -69,7 +69,7 @@ def pytorch_attention(
     s = s.masked_fill(~keep, -math.inf)
     if sink is not None:
         s = torch.cat([s, sink.float().reshape(1, -1, 1, 1).expand(*shape[:3], 1)], dim=3)
-    kept = None if dropout_keep is None else dropout_keep.to(dtype) / (1 - dropout_p)
+    kept = None if dropout_keep is None else dropout_keep.to(dtype) * kept_factor(dropout_p)
     out, lse = _SoftmaxValues.apply(s, v, kept)
     return out, lse
 

@@ -34,7 +34,7 @@ class AttentionCore(nn.Module):
     similarity: "dot", "scaled_dot", "cosine" or `Cosine(temperature)`, where a tensor temperature is [heads].
     scale: a float or a 0-d tensor; the similarity's own if None.
     sink: learn a logit a head, from 0, that takes weight and adds no value.
-    dropout: the probability that a weight is dropped while the module trains, from 0 to below 1.
+    dropout: the probability that a weight is dropped while the module trains, from 0 to 1.
     impl: as in `tilewise.attention`.
     device, dtype: of the learned parts.
 
@@ -74,8 +74,8 @@ class AttentionCore(nn.Module):
             raise ValueError(f"{rotary=} must be None or a tilewise.nn.Rotary")
         if rotary is not None and rotary.head_dim != head_dim:
             raise ValueError(f"rotary.head_dim={rotary.head_dim} must be the module's {head_dim=}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"{dropout=} must be from 0 to below 1")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"{dropout=} must be from 0 to 1")
         self.heads, self.kv_heads, self.head_dim, self.dropout = heads, kv_heads, head_dim, dropout
         self.qk_norm, self.impl = qk_norm, impl
         self.similarity = "cosine" if isinstance(similarity, Cosine) else similarity

@@ -7,6 +7,8 @@ their tiles are, and neither lengths nor neighbours play a part. The seed is rea
 that is replayed draws anew if the seed was drawn inside it.
 
     P_dropped = P · keep / (1 - dropout_p)        keep: word div 2 ≥ dropout_p · 2³¹
+
+For dropout_p = 1 no pair is kept, and the result is 0.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ import triton.language as tl
 
 
 class Dropout(NamedTuple):
-    """The probability of dropping a pair, above 0 and below 1, and the seed [1] int64 on the device."""
+    """The probability of dropping a pair, above 0 and at most 1, and the seed [1] int64 on the device."""
 
     p: float
     seed: torch.Tensor
 
     def args(self) -> tuple[Any, ...]:
         """What the device functions below take as `dropout`; without dropout it is ()."""
-        return self.seed, round(self.p * 2**31), 1.0 / (1.0 - self.p)
+        return self.seed, round(self.p * 2**31), 1.0 / (1.0 - self.p) if self.p < 1 else 0.0
 
 
 @triton.jit

@@ -241,7 +241,8 @@ def run_again(request: Request, block: Block) -> tuple[Tensor, Tensor]:
                     f"a tensor {tuple(x.shape)} of tilewise.attention, needed for its gradient, has been "
                     "modified by an inplace operation since the forward"
                 )
-        return Tied.apply(*run_block(request, block))  # type: ignore[no-any-return]
+        tied: tuple[Tensor, Tensor] = Tied.apply(*run_block(request, block))
+        return tied
 
     found: tuple[Tensor, Tensor] = checkpoint(
         run, use_reentrant=False, preserve_rng_state=False, determinism_check="none"

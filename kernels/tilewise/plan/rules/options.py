@@ -131,8 +131,8 @@ def dropout_fits(r: Request) -> str | None:
     if r.dropout is None:
         return None
     p, seed = r.dropout
-    if not (isinstance(p, (int, float)) and 0 <= p < 1):
-        return f"dropout_p={p!r} must be a number from 0 to below 1"
+    if not (isinstance(p, (int, float)) and 0 <= p <= 1):
+        return f"dropout_p={p!r} must be a number from 0 to 1"
     if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
         given = f"{tuple(seed.shape)} of {seed.dtype}" if isinstance(seed, torch.Tensor) else repr(seed)
         return f"dropout_seed={given} must be a tensor of one torch.int64 number, on q's device"
