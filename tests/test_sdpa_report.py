@@ -204,3 +204,15 @@ def test_the_table():
         "       because it is the first",
         "       because and the second",
     ]
+
+
+def test_the_table_keeps_models_apart():
+    for module in ("Model: layers.0", "Model: layers.1", "Other: layers.0", None):
+        called(module=module)
+    table = str(tilewise.sdpa.report()).splitlines()[3:]
+    assert [line[:2] for line in table] == ["2 ", "1 ", "1 "]
+    assert [line.rpartition("  ")[2] for line in table] == [
+        "Model: layers.* (2 modules)",
+        "Other: layers.0",
+        "-",
+    ]

@@ -1,4 +1,4 @@
-"""tilewise.sdpa: PyTorch's scaled_dot_product_attention is answered by tilewise, or by PyTorch and why."""
+"""tilewise.sdpa: PyTorch's own scaled_dot_product_attention is tilewise's, or PyTorch's with a reason."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -256,7 +256,8 @@ def test_nested_regions_answer_once(device):
     region = tilewise.sdpa()
     with region, tilewise.sdpa(), region:
         attend(q, k, v)
-    assert who() == [KERNELS]
+        attend(q.double(), k.double(), v.double())
+    assert who() == [KERNELS, PYTORCH]
 
 
 def test_an_exception_leaves_nothing_behind(device):
@@ -291,6 +292,13 @@ def test_enable_and_disable(device):
     tilewise.sdpa.disable()
     call()
     assert asked == [False, True, True, True, True, False]
+
+
+def test_a_region_is_entered_once_by_enable():
+    tilewise.sdpa.enable()
+    tilewise.sdpa.enable()
+    assert len(_get_current_function_mode_stack()) == 1
+    tilewise.sdpa.disable()
 
 
 @pytest.mark.parametrize("around", [partial(torch.device, "cpu"), BaseTorchFunctionMode], ids=str)

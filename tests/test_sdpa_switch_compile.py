@@ -140,24 +140,25 @@ def test_a_graph_break_in_a_region(device):
     assert set(who()) == {KERNELS}
 
 
-@torch._dynamo.disable
-def between_graphs(x):
-    assert x.dtype == torch.float32 and x.dim() == 4  # by the mode too, each a function of its own
-    return attend(x, x, x)
-
-
-def test_frames_between_graphs_are_no_graphs(device):
-    """PyTorch's modules are left to eager mode where they are compiled alone: the mode's own frame must not
-    become a graph for the first of the functions that it is asked about."""
+def test_the_modes_own_frame_is_no_graph(device):
+    """Where PyTorch's module is compiled alone, Dynamo leaves its frames to Python and looks at those inside.
+    The mode's must not become a graph for the first function that it is asked about, then used for all."""
     x = torch.randn(2, 5, 16, device=device)
     model = nn.MultiheadAttention(16, 2, batch_first=True).to(device)
     want = model(x, x, x, need_weights=False)[0]
-    model.compile(backend="aot_eager")
+    model.compile(backend="aot_eager", fullgraph=True)
+
+    def outcome():
+        torch._dynamo.reset()
+        try:
+            return (model(x, x, x, need_weights=False)[0] - want).abs().max().item() < 1e-5
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+
+    off = outcome()
     with tilewise.sdpa():
-        got = model(x, x, x, need_weights=False)[0]
-        compiled(lambda x: between_graphs(x * 2), fullgraph=False)(torch.randn(1, 2, 5, 8, device=device))
-    assert (got - want).abs().max() < 1e-5
-    assert who() == [KERNELS] * 2
+        on = outcome()
+    assert on == off and (on is True or "found no compiled frames" in on)
 
 
 class Layers(nn.Module):
@@ -175,8 +176,11 @@ class Layers(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 def test_pytorchs_modules_and_their_paths(training, device):
     x, model = torch.randn(5, 2, 16, device=device), Layers().to(device).train(training)
+    counter = CompileCounterWithBackend("aot_eager")
     with tilewise.sdpa():
-        got, want = compiled(model)(x), model(x)
+        function = compiled(model, counter)
+        got, again, want = function(x), function(x), model(x)
+    assert counter.frame_count == 1 and torch.equal(got, again)
     assert (got - want).abs().max() < 1e-5
     entries = tilewise.sdpa.report().entries
     paths = [f"Layers: layers.{i}.self_attn" for i in range(2)]

@@ -1,5 +1,7 @@
 """tilewise.sdpa behind PyTorch's own modules, whose attention no torch function mode sees by itself."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 
 import tilewise
 from harness.switched import KERNELS, PYTORCH, assert_model_matches, fresh_switch, reasons, who
+from tilewise.drop_in.rebound import needs_weights
 
 __all__ = ["fresh_switch"]
 
@@ -69,6 +72,17 @@ def test_weights_are_pytorchs(device):
     with tilewise.sdpa():
         model(x, x, x, need_weights=False)
     assert who() == [KERNELS]
+
+
+def test_weights_by_position(device):
+    """A graph hands the arguments on as they were given."""
+    named = inspect.signature(F.multi_head_attention_forward).parameters
+    given = {name: p.default for name, p in named.items() if p.default is not p.empty}
+    for wanted in (True, False):
+        values = {name: None for name in named} | given | dict(need_weights=wanted)
+        assert needs_weights(tuple(values.values()), {}) is wanted
+        assert needs_weights((), dict(need_weights=wanted)) is wanted
+    assert needs_weights((), {})
 
 
 def test_the_function_itself_is_left_alone(device):

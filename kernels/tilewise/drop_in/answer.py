@@ -45,13 +45,9 @@ class Given(NamedTuple):
 
 
 def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a call of PyTorch's function with these arguments."""
-    if len(args) > 6:  # scale and enable_gqa are given by name
-        return PYTORCHS(*args, **kwargs)
-    try:
-        given = Given(*args, **kwargs)
-    except TypeError:  # PyTorch says what is wrong
-        return PYTORCHS(*args, **kwargs)
+    """The result of a call of PyTorch's function with these arguments, which PyTorch has found to be some
+    that it takes."""
+    given = Given(*args, **kwargs)
     plan = plan_of(given)
     who = PYTORCH if plan.request is None else ANSWERED_BY[implementation(plan.request)]
     note_any(given, who, plan.reasons)
