@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tilewise
-from harness.switched import fresh_switch, qkv
+from harness.switched import fresh_switch, qkv, wide
 from tilewise.drop_in import report as reports
 from tilewise.drop_in.entry import PYTORCH
 from tilewise.drop_in.modules import calling_module
@@ -82,7 +82,7 @@ def test_calls_are_counted_by_who_answered(device):
     with tilewise.sdpa():
         for _ in range(3):
             F.scaled_dot_product_attention(x, x, x)
-        F.scaled_dot_product_attention(x.double(), x.double(), x.double())
+        F.scaled_dot_product_attention(*wide(x, x, x))
     report = tilewise.sdpa.report()
     assert (report.answered, report.passed_on) == (3, 1)
     assert [entry.calls for entry in report.entries] == [3, 1]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tilewise
 from harness.interpreted import set_interpreted
-from harness.switched import KERNELS, PLAIN, PYTORCH, fresh_switch, qkv, reasons, who
+from harness.switched import KERNELS, PLAIN, PYTORCH, fresh_switch, qkv, reasons, who, wide
 
 __all__ = ["fresh_switch"]
 attend = F.scaled_dot_product_attention
@@ -148,8 +148,7 @@ def twice(x):
 
 
 PASSED_ON = {
-    "float64": (lambda q, k, v: attend(q.double(), k.double(), v.double()), "q.dtype=torch.float64"),
-    "wide heads": (lambda q, k, v: attend(*[x.repeat(1, 1, 1, 40) for x in (q, k, v)]), "head_dim=320"),
+    "wide heads": (lambda q, k, v: attend(*wide(q, k, v)), "head_dim=304"),
     "a subclass": (lambda q, k, v: attend(q.as_subclass(Marked), k, v), "Marked, which may have"),
     "a wrapper": (
         lambda q, k, v: attend(q, twice(k), v),
@@ -176,11 +175,11 @@ def test_all_else_is_answered_by_pytorch(name, device):
 
 
 def test_every_reason_is_given(device):
-    q = torch.randn(1, 2, 5, 300, device=device, dtype=torch.float64)
+    q, k, v = wide(*qkv(device=device))
     with tilewise.sdpa():
-        attend(q, q, q)
+        attend(q, k, v, scale=float("nan"))
     (entry,) = tilewise.sdpa.report().entries
-    assert len(entry.reasons) == 2 and tuple(tilewise.why_not(q, q, q)) == entry.reasons
+    assert len(entry.reasons) == 2 and tuple(tilewise.why_not(q, k, v, scale=float("nan"))) == entry.reasons
 
 
 def test_forward_mode_is_answered_by_pytorch(device):
@@ -230,12 +229,12 @@ def test_mistakes_raise_what_pytorch_raises(name):
 
 
 def test_a_refused_call_draws_what_pytorch_would_draw(device):
-    q = torch.randn(2, 2, 5, 8, device=device, dtype=torch.float64)
+    q, k, v = wide(*qkv(device=device))
     torch.manual_seed(1)
-    want = attend(q, q, q, dropout_p=0.5)
+    want = attend(q, k, v, dropout_p=0.5)
     torch.manual_seed(1)
     with tilewise.sdpa():
-        assert torch.equal(attend(q, q, q, dropout_p=0.5), want)
+        assert torch.equal(attend(q, k, v, dropout_p=0.5), want)
     assert who() == [PYTORCH]
 
 
@@ -256,7 +255,7 @@ def test_nested_regions_answer_once(device):
     region = tilewise.sdpa()
     with region, tilewise.sdpa(), region:
         attend(q, k, v)
-        attend(q.double(), k.double(), v.double())
+        attend(*wide(q, k, v))
     assert who() == [KERNELS, PYTORCH]
 
 

@@ -31,6 +31,11 @@ def qkv(*shape: int, device: Any = None, dtype: torch.dtype = torch.float32) -> 
     return [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
 
 
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of a head_dim that tilewise does not support."""
+    return [x.repeat(1, 1, 1, 300 // x.shape[3] + 1) for x in tensors]
+
+
 def who() -> list[str]:
     """Who answered, a name for each call; and the calls are forgotten."""
     entries = tilewise.sdpa.report().entries
