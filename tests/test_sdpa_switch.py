@@ -96,6 +96,18 @@ def test_jagged_sequences(device):
     assert torch.equal(got.values(), want.values()) and who() == [KERNELS]
 
 
+def test_jagged_heads_are_grouped_where_it_is_asked_for(device):
+    packed = [torch.randn(8, heads, 8, device=device) for heads in (4, 2)]
+    offsets = torch.tensor([0, 3, 8], device=device)
+    q, k = (torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in packed)
+    with tilewise.sdpa():
+        got = attend(q, k, k, enable_gqa=True)
+        assert torch.equal(got.values(), tilewise.attention(q, k, k).values()) and who() == [KERNELS]
+        with pytest.raises(Exception, match=r"batch2|size|shape|broadcast|heads"):
+            attend(q, k, k)
+    assert "enable_gqa=True" in reasons()
+
+
 def test_plain_pytorch_answers_outside_the_interpreter(monkeypatch):
     set_interpreted(monkeypatch, False)
     q, k, v = qkv()

@@ -12,7 +12,6 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nested._internal.nested_tensor import NestedTensor
 
 from ..api import answer as run
-from ..parts.masks.causal import Causal
 from ..plan.checks import check, violations
 from ..plan.implementation import implementation
 from ..plan.request import Request, make_request, without_drawing
@@ -130,16 +129,13 @@ def only_math_is_allowed() -> bool:
 
 def as_call(given: Given) -> tuple[Call | Jagged, dict[str, Any]]:
     """The call as one of `attention`: q, k and v, how to give back the result, and the other arguments."""
-    if not is_nested(given.query, given.key, given.value):
-        call = as_attention(*given)
+    call = as_attention(*given)
+    if not is_nested(call.q, call.k, call.v):
         return call, call.arguments
-    if given.attn_mask is not None:
-        raise ValueError("attn_mask beside nested tensors: which pairs it means depends on their lengths")
-    jagged = unpack(given.query, given.key, given.value)
-    if given.query.shape[1] != given.key.shape[1] and not given.enable_gqa:
-        raise ValueError(f"heads query: {given.query.shape[1]}, key: {given.key.shape[1]} without enable_gqa")
-    mask = Causal("top_left") if given.is_causal else None
-    return jagged, dict(mask=mask, scale=given.scale, dropout_p=given.dropout_p, packing=jagged.packing)
+    jagged = unpack(call.q, call.k, call.v)
+    if call.q.shape[1] != call.k.shape[1] and not given.enable_gqa:
+        raise ValueError(f"{call.q.shape[1]} heads over {call.k.shape[1]} are grouped by enable_gqa=True")
+    return jagged, {**call.arguments, "packing": jagged.packing}
 
 
 def reasons_of(request: Request | None, error: Exception) -> tuple[str, ...]:
