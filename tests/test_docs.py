@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.scripts import run_script
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -29,23 +31,19 @@ EXAMPLES = [
 ]
 
 
-def run(path: Path, interpret: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_example_runs(code, tmp_path):
-    path = tmp_path / "example.py"
+    path, log = tmp_path / "example.py", tmp_path / "log"
     path.write_text(code)
-    run(path, os.environ.get("TRITON_INTERPRET", "0"))
+    assert run_script(path, log) == 0, log.read_text()
 
 
 def test_examples_run_on_plain_pytorch(tmp_path):
     path = tmp_path / "examples.py"
     path.write_text("\n\n".join(example.values[0] for example in EXAMPLES))
-    run(path, "0")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
