@@ -29,7 +29,7 @@ class Call(NamedTuple):
 
     def like_query(self, out: Tensor) -> Tensor:
         """What `attention` gave, with the dimensions of PyTorch's result."""
-        if out.is_nested:
+        if out.is_nested or self.rank == out.dim() == len(self.lead) + 3:
             return out
         out = out.reshape(*self.lead, *out.shape[1:])
         return out.reshape(out.shape[-self.rank :])
@@ -67,7 +67,8 @@ def as_attention(
     q, k, v = with_common_lead(query, key, value, enable_gqa)
     lead = tuple(q.shape[:-3])
     batch = math.prod(lead)
-    q, k, v = (t.reshape(batch, *t.shape[-3:]) for t in (q, k, v))
+    if len(lead) != 1:
+        q, k, v = (t.reshape(batch, *t.shape[-3:]) for t in (q, k, v))
 
     arguments = dict(scale=scale, dropout_p=dropout_p)
     if is_causal:
@@ -85,9 +86,12 @@ def as_attention(
 def with_common_lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, ...]:
     """The three as [*lead, heads, length, dim], with what broadcasts broadcast: leading dimensions, and heads
     unless these are grouped. Raises ValueError where they do not."""
+    apart = 3 if enable_gqa else 2  # the dimensions at the end that do not broadcast
+    if query.dim() == key.dim() == value.dim() == 4:
+        if query.shape[:-apart] == key.shape[:-apart] == value.shape[:-apart]:
+            return query, key, value
     rank = max(3, query.dim(), key.dim(), value.dim())
     q, k, v = (t.reshape((1,) * (rank - t.dim()) + tuple(t.shape)) for t in (query, key, value))
-    apart = 3 if enable_gqa else 2  # the dimensions at the end that do not broadcast
     try:
         common = torch.broadcast_shapes(*(t.shape[:-apart] for t in (q, k, v)))
     except RuntimeError:
