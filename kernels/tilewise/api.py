@@ -93,15 +93,15 @@ def attention(
     return_lse: also return the natural logarithm of each row's sum of exponentials (with the sink's).
     impl:       "portable", the Triton kernels; "hopper", a second forward, for some calls on Hopper GPUs:
                 no GPU has run it yet; "torch", plain PyTorch, on a CPU its own attention where that
-                is the same. None: plain PyTorch for fp64; else the portable kernels on a GPU, and on a CPU in Triton's interpreter if
-                TRITON_INTERPRET=1 was set before import, else plain PyTorch.
+                is the same. None: for fp64 plain PyTorch; else the portable kernels on a GPU, and on a CPU
+                in Triton's interpreter if TRITON_INTERPRET=1 was set before import, else plain PyTorch.
     strict:     raise for whatever needs memory quadratic in length: a bool mask, bias or tensor of a user's
                 function that is stored, not expanded, along both queries and keys; and plain PyTorch under
                 torch.compile or a function transform.
 
     Returns out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, and lse
-    [batch, q_heads, q_len] in fp32 (fp64) if asked. A row that sees no key gives 0 and -inf (the sink's logit, if
-    there is one). NaN in keys and values that no query may see never reaches a result or a gradient.
+    [batch, q_heads, q_len] in fp32 (fp64) if asked. A row that sees no key gives 0 and -inf (the sink's
+    logit, if there is one). NaN in keys and values that no query may see never reaches a result or gradient.
 
     Differentiable once, in reverse mode, in q, k, v, bias, scale, sink, a temperature, slopes, tables and
     what a UserScore declares; through out and lse. Under autocast q, k and v are cast to its dtype,

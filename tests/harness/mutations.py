@@ -12,6 +12,7 @@ from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
 from .mutations_compat import MUTATIONS as COMPAT_MUTATIONS
 from .mutations_drop_in import MUTATIONS as DROP_IN_MUTATIONS
 from .mutations_flash_impl import MUTATIONS as FLASH_IMPL_MUTATIONS
+from .mutations_float64 import MUTATIONS as FLOAT64_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
@@ -385,6 +386,7 @@ MUTATIONS = (
     *COMPAT_MUTATIONS,
     *FLASH_IMPL_MUTATIONS,
     *DROP_IN_MUTATIONS,
+    *FLOAT64_MUTATIONS,
     *HOPPER_MUTATIONS,
     *NN_MUTATIONS,
     *POSITIONS_MUTATIONS,
