@@ -56,7 +56,7 @@ MUTATIONS = (
              "call.q.shape[1] != call.k.shape[1] and not given.enable_gqa", "False",
              tests("sdpa_switch", "jagged_heads_are_grouped_where_it_is_asked_for")),
     Mutation("switch: PyTorch's modules with PyTorch's attention", ANSWER,
-             "rebound(MULTI_HEAD, scaled_dot_product_attention=attend)", "rebound(MULTI_HEAD)",
+             "rebound(MULTI_HEAD, scaled_dot_product_attention=attend, ", "rebound(MULTI_HEAD, ",
              tests("sdpa_switch_modules", "in_place_of_the_fast_paths[False-multi_head]")),
     Mutation("switch: weights counted as attention", REBOUND,
              "return bool(args[NEED_WEIGHTS] if", "return bool(None if",
