@@ -136,12 +136,24 @@ class QuickSemantic(TritonSemantic):  # type: ignore[type-arg]
     def __init__(self, builder: Any) -> None:
         super().__init__(builder)
         self.common: dict[tuple[int, int], BlockShape] = {}
+        self.constants: dict[tuple[Any, ...], Any] = {}  # operands, which no operation changes
         self.computation_type_impl = functools.cache(super().computation_type_impl)
 
     def binary_op_type_checking_impl(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if type(lhs) is type(rhs) is tl.tensor and lhs.dtype is rhs.dtype and lhs.dtype.name in KEPT:
             return self.broadcast_impl_value(lhs, rhs)
-        return super().binary_op_type_checking_impl(lhs, rhs, *args, **kwargs)
+        at = 0 if type(lhs) is tl.tensor else 1
+        value, number = (lhs, rhs)[at], (rhs, lhs)[at]
+        # 0.0 and -0.0 are the same key, but not the same number.
+        if type(value) is not tl.tensor or type(number) not in (int, float) or number == 0.0:
+            return super().binary_op_type_checking_impl(lhs, rhs, *args, **kwargs)
+        key = (at, value.dtype.name, id(value.shape), type(number), number, args, *kwargs.items())
+        if key in self.constants:
+            return (value, self.constants[key]) if at == 0 else (self.constants[key], value)
+        alike = super().binary_op_type_checking_impl(lhs, rhs, *args, **kwargs)
+        if alike[at] is value and len(self.constants) < 2000:
+            self.constants[key] = alike[1 - at]
+        return alike
 
     def cast(self, input: Any, dst_ty: Any, *args: Any, **kwargs: Any) -> Any:
         return input if input.dtype is dst_ty else super().cast(input, dst_ty, *args, **kwargs)
