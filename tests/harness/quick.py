@@ -1,4 +1,4 @@
-"""Triton's interpreter without what it does in vain: the kernels' tests take a sixth of the time.
+"""Triton's interpreter without what it does in vain: the kernels' tests take a fifth of the time or so.
 
 What it computes is left alone. What follows from dtypes and shapes alone is looked up, where the interpreter
 works it out for every value, with a list, a tuple of Triton's and a text made afresh each time.
