@@ -58,7 +58,6 @@ STEPS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "bias of keys": lambda n: step(n, bias=leaf(n)),
     "dropout": lambda n: step(n, dropout_p=0.3),
     "lse": lse_step,
-    "packed": packed_step,
 }
 
 
@@ -69,6 +68,15 @@ def test_a_training_step_is_linear_in_length(name):
     short, long = (STEPS[name](length) for length in (SHORT, LONG))
     short(), long()  # .grad is there now, and caches are filled
     assert peak_bytes(long) < 5 * peak_bytes(short)
+
+
+def test_scores_of_one_sequence_at_a_time(monkeypatch):
+    """Of packed ones, each in one block."""
+    step = packed_step(LONG)
+    step()
+    again = peak_bytes(step)
+    monkeypatch.setattr(plain, "can_run_again", lambda request: False)
+    assert peak_bytes(step) > 1.5 * again
 
 
 def test_every_score_at_once_would_be_noticed(monkeypatch):

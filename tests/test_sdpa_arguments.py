@@ -138,7 +138,8 @@ def test_both_refuse(name):
 def test_what_is_different(name):
     words, make = DIFFERENT[name]
     arguments, named = make()
-    assert F.scaled_dot_product_attention(*arguments, **named).shape[0] == 2
+    if name != "no heads":  # which ends the process in PyTorch 2.11, by a division by 0
+        assert F.scaled_dot_product_attention(*arguments, **named).shape[0] == 2
     with pytest.raises(ValueError, match=words):
         tilewise.scaled_dot_product_attention(*arguments, **named)
 
