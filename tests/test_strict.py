@@ -209,6 +209,8 @@ def test_nested_tensors_are_linear():
     for impl in (None, "torch"):
         assert tilewise.why_not(q, q, q, mask=tilewise.Causal(), impl=impl, strict=True) == []
         assert tilewise.attention(q, q, q, impl=impl, strict=True).is_nested
+        with pytest.raises(ValueError, match="every pair"):
+            tilewise.attention(q, q, q, mask=ones(5, 5, **BOOL), impl=impl, strict=True)
 
 
 def test_strict_under_torch_compile():

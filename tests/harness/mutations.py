@@ -32,6 +32,7 @@ DENSE = "kernels/tilewise/parts/masks/dense.py"
 DESCRIBED = "kernels/tilewise/parts/described.py"
 DOCUMENTS = "kernels/tilewise/parts/masks/documents.py"
 FORWARD = "kernels/tilewise/kernels/forward.py"
+IMPLEMENTATION = "kernels/tilewise/plan/implementation.py"
 INTERVALS = "kernels/tilewise/parts/intervals.py"
 LENGTHS = "kernels/tilewise/parts/masks/lengths.py"
 MASKS_INTERVALS = "kernels/tilewise/parts/masks/intervals.py"
@@ -333,6 +334,7 @@ MUTATIONS = (
              "q, k, v = (x.view_as(x) for x in (q, k, v))", "pass",
              tests("plain_fused", "one_tensor_for_q_k_and_v")),
     Mutation("plain: transforms and forward mode handed over", "kernels/tilewise/plan/implementation.py",
+    Mutation("plain: transforms and forward mode handed over", IMPLEMENTATION,
              "if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:", "if False:",
              tests("plain_fused", "forward_mode")),
     Mutation("plain: a compiled lse without gradient", PLAIN,

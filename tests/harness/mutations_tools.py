@@ -13,7 +13,6 @@ EXPLAIN = "kernels/tilewise/tools/explain/explain.py"
 LIMITS = "kernels/tilewise/tools/explain/limits.py"
 PACKED_PARTS = "kernels/tilewise/tools/explain/parts.py"
 PADDING = "kernels/tilewise/parts/masks/padding.py"
-PLAIN = "kernels/tilewise/pytorch/plain.py"
 QUADRATIC = "kernels/tilewise/plan/quadratic.py"
 SPLITS = "kernels/tilewise/tools/explain/splits.py"
 SUGGESTIONS = "kernels/tilewise/tools/explain/suggestions.py"
@@ -115,7 +114,7 @@ MUTATIONS = (
              tests("strict", "what_is_linear_in_length_is_not[expanded bias]")),
     Mutation("strict: forgotten for nested tensors", API,
              "*jagged[:3], **given, packing", "*jagged[:3], **given | dict(strict=False), packing",
-             tests("strict", "nested_tensors_are_linear_unless_plain_pytorch_answers")),
+             tests("strict", "nested_tensors_are_linear")),
     Mutation("doctor: NaN passes the self test", DOCTOR,
              "    if error <= limit:", "    if not limit < error < float('inf'):",
              tests("doctor", "a_wrong_result_is_a_problem")),
