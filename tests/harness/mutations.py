@@ -333,7 +333,6 @@ MUTATIONS = (
     Mutation("plain: one tensor's gradient counted for q, k and v each", PLAIN,
              "q, k, v = (x.view_as(x) for x in (q, k, v))", "pass",
              tests("plain_fused", "one_tensor_for_q_k_and_v")),
-    Mutation("plain: transforms and forward mode handed over", "kernels/tilewise/plan/implementation.py",
     Mutation("plain: transforms and forward mode handed over", IMPLEMENTATION,
              "if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:", "if False:",
              tests("plain_fused", "forward_mode")),
