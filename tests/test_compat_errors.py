@@ -23,7 +23,7 @@ WRONG = [
     ("flash_attn_func", DENSE, dict(softmax_scale="big"), ValueError, ("softmax_scale=big",)),
     ("flash_attn_func", DENSE, dict(softcap=float("nan")), ValueError, ("softcap=nan",)),
     ("flash_attn_func", DENSE, dict(softcap=None), ValueError, ("softcap=None", "0.0")),
-    ("flash_attn_func", DENSE, dict(dropout_p=1.0), ValueError, ("dropout_p=1.0",)),
+    ("flash_attn_func", DENSE, dict(dropout_p=1.5), ValueError, ("dropout_p=1.5",)),
     ("flash_attn_func", DENSE, dict(alibi_slopes=(3,)), ValueError, ("alibi_slopes.shape=(3,)", "(2, 4)")),
     ("flash_attn_func", DENSE, dict(alibi_slopes=0.5), ValueError, ("alibi_slopes=0.5", "tensor")),
     ("flash_attn_func", DENSE, dict(q=(5, 4, 8)), ValueError, ("q.shape=(5, 4, 8)", "[batch, length, heads")),

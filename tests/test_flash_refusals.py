@@ -34,7 +34,7 @@ NUMBERS = dict(cum_seq_q=None, cum_seq_k=None, max_q=20, max_k=20)
 OTHERS = dict(dropout_p=0.0, is_causal=False, return_debug_mask=False)
 WRONG = [
     (dict(return_debug_mask=True), NotImplementedError, "return_debug_mask=True"),
-    (dict(dropout_p=1.0), ValueError, "dropout_p=1.0"),
+    (dict(dropout_p=1.5), ValueError, "dropout_p=1.5"),
     (dict(scale=float("inf")), ValueError, "scale=inf"),
     (dict(window_size_left=-2), ValueError, "window_size_left=-2"),
     (dict(window_size_right=-7), ValueError, "window_size_right=-7"),

@@ -115,7 +115,7 @@ class TestMask:
         assert not torch.equal(dropout_keep(9, 0.4, (2, 3, 4, 9)), keep)
         assert dropout_keep(-9, 0.4, (2, 3, 4, 9), device="meta").is_meta
 
-    @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan])
+    @pytest.mark.parametrize("p", [-0.1, 1.5, math.nan])
     def test_p_out_of_range(self, p):
         with pytest.raises(ValueError, match="p="):
             dropout_keep(0, p, (1, 1, 1, 1))
@@ -217,7 +217,7 @@ class TestAttention:
 
         fails("dropout_p=0.5 and dropout_keep .*None.* together", dropout_p=0.5)
         fails(r"dropout_p=0.0 and dropout_keep .*\(2,\).* together", dropout_keep=keep)
-        fails("dropout_p=1.0 must be", dropout_p=1.0, dropout_keep=keep)
+        fails("dropout_p=1.5 must be", dropout_p=1.5, dropout_keep=keep)
         fails("dropout_p=-0.5 must be", dropout_p=-0.5, dropout_keep=keep)
         fails("dropout_p=nan must be", dropout_p=math.nan, dropout_keep=keep)
         fails("dropout_keep.dtype=torch.int64 must be", dropout_p=0.5, dropout_keep=keep.long())
