@@ -21,7 +21,7 @@ from .report.ranking import is_tilewise
 from .results import Results, Row, load, mend
 from .run import CannotBegin, Deadline, Run
 from .stages import Plan
-from .workers import Workers
+from .workers import Inside, Workers
 
 INTERRUPTED = 130  # the exit code that a shell gives for Ctrl-C
 WIDTH = 140  # of what is not shown on a terminal
@@ -33,7 +33,7 @@ Screen = Callable[[Results, list[str]], RenderableType]
 class Orders:
     """What a command asks for. screen: what is shown at the end, and kept in the file `kept` beside the
     results after each stage. grace: seconds that work in progress gets when a stage's time is up. afterwards:
-    what is done with the folder in the end."""
+    what is done with the folder in the end. inside, is_forked: its processes, as `Workers` says."""
 
     plans: Sequence[Plan]
     folder: Path
@@ -45,6 +45,8 @@ class Orders:
     kept: str = "summary.txt"
     began: float | None = None
     afterwards: Callable[[Path], None] = lambda folder: None
+    inside: Inside = contextlib.nullcontext
+    is_forked: bool = False
 
 
 def conduct(orders: Orders) -> int:
@@ -57,7 +59,8 @@ def conduct(orders: Orders) -> int:
     setting = Setting("cuda" if torch.cuda.is_available() else "cpu", orders.seed, orders.folder)
     console = console_here()
     orders.folder.mkdir(parents=True, exist_ok=True)
-    workers = Workers((orders.folder / "workers.log").absolute(), orders.grace, PRELOADED)
+    log = (orders.folder / "workers.log").absolute()
+    workers = Workers(log, orders.grace, PRELOADED, orders.inside, orders.is_forked)
     workers.hire(orders.plans[0].processes(setting))
     interrupted = False
     with Progress(console, began, orders.seconds, setting.on_gpu) as progress:

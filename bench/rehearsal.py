@@ -1,9 +1,9 @@
 """Does the GPU run work, before a GPU sees it? Both of its runs on a CPU, with faults planted in the first.
 
-Everything is tiny and interpreted, and no job measures for long, but the stages, their order, the processes
-and their time limits are the real ones, except that of the planted hang. A hang, a crash, a wrong answer and
-a lack of memory are planted: each must cost what it was planted in and nothing else, and the second run must
-find all of it mended.
+Everything is tiny and interpreted, as in the tests; no job measures for long, processes are forked, and the
+planted hang is ended early. The stages, their order, what shares a process and all other limits are the real
+ones. A hang, a crash, a wrong answer and a lack of memory are planted: each must cost what it was planted in
+and nothing else, and the second run must find all of it mended.
 """
 
 from __future__ import annotations
@@ -59,8 +59,11 @@ def rehearse(folder: Path) -> int:
 
 
 def carried_out(plans: Sequence[Plan], folder: Path) -> Results:
+    from harness.quick import quick_interpreter  # where `checks` has put the tests on the path
+
     briefly = [measured_briefly(plan) for plan in plans]
-    conduct(Orders(briefly, folder, SECONDS, grace=8.0, screen=gpu_screen, kept="screen.txt"))
+    orders = Orders(briefly, folder, SECONDS, grace=8.0, screen=gpu_screen, kept="screen.txt")
+    conduct(replace(orders, inside=quick_interpreter, is_forked=True))
     return load(folder / "results.jsonl")
 
 

@@ -19,12 +19,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
 STARTING = 60.0  # seconds that a process may spend on the imports of a task, on a slow disk
 ENDING = 10.0  # seconds to wait for a process that was killed: a GPU at work may hold it
 READY = "ready"
+Inside = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,13 @@ class Outcome:
 class Worker:
     """One process, and the task that it is at."""
 
-    def __init__(self, log: Path, lane: str, preloaded: str) -> None:
-        # Spawned, not forked: CUDA does not survive a fork.
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, log: Path, lane: str, preloaded: str, inside: Inside, is_forked: bool) -> None:
+        context: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
+        if is_forked:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([preloaded, inside.__module__])
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, str(log), preloaded))
+        self.process = context.Process(target=serve, args=(theirs, str(log), preloaded, inside))
         self.process.start()
         theirs.close()  # so that its end of the pipe closes with it
         self.lane, self.is_new = lane, True
@@ -124,12 +128,21 @@ class Workers:
     """Processes, started when there is work and replaced when they break.
 
     log: the file that takes what they print. grace: seconds that work in progress gets when the time is up.
-    preloaded: a module that each imports as soon as it starts. stuck: how many have not ended although they
-    were killed.
+    preloaded: a module that each imports as soon as it starts. inside: entered before its tasks, and left
+    after them. is_forked: from one that has imported that and done nothing else, which takes no time. CUDA
+    does not survive a fork. stuck: how many have not ended although they were killed.
     """
 
-    def __init__(self, log: Path, grace: float, preloaded: str = "") -> None:
-        self.log, self.grace, self.preloaded = log, grace, preloaded
+    def __init__(
+        self,
+        log: Path,
+        grace: float,
+        preloaded: str = "",
+        inside: Inside = contextlib.nullcontext,
+        is_forked: bool = False,
+    ) -> None:
+        self.log, self.grace = log, grace
+        self.preloaded, self.inside, self.is_forked = preloaded, inside, is_forked
         self.workers: list[Worker] = []
         self.stuck = 0
 
@@ -152,7 +165,11 @@ class Workers:
     def hire(self, count: int) -> None:
         """Start so many before there is work: they import side by side meanwhile."""
         while len(self.workers) < count:
-            self.workers.append(Worker(self.log, "", self.preloaded))
+            self.start("")
+
+    def start(self, lane: str) -> Worker:
+        self.workers.append(Worker(self.log, lane, self.preloaded, self.inside, self.is_forked))
+        return self.workers[-1]
 
     @property
     def busy(self) -> list[Worker]:
@@ -168,8 +185,7 @@ class Workers:
                 return worker
         if spare and len(self.workers) >= count:
             self.dismiss(spare[0])
-        self.workers.append(Worker(self.log, lane, self.preloaded))
-        return self.workers[-1]
+        return self.start(lane)
 
     def wait(self) -> Iterator[Outcome]:
         """What has come to its end, after waiting until something has, or is ready."""
@@ -199,8 +215,8 @@ class Workers:
             self.dismiss(self.workers[-1])
 
 
-def serve(pipe: Connection, log: str, preloaded: str = "") -> None:
-    """In the worker process: do one task after the other until the pipe closes."""
+def serve(pipe: Connection, log: str, preloaded: str, inside: Inside) -> None:
+    """In the worker process: get ready, then do what is asked for."""
     os.setsid()  # Ctrl-C reaches the parent alone, which ends this process and what it started
     threading.Thread(target=end_with_parent, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -211,6 +227,12 @@ def serve(pipe: Connection, log: str, preloaded: str = "") -> None:
     if preloaded:
         importlib.import_module(preloaded)
         start_gpu()
+    with inside():
+        perform(pipe)
+
+
+def perform(pipe: Connection) -> None:
+    """One task after the other, until the pipe closes."""
     while True:
         try:
             function, arguments = pipe.recv()  # which imports what they need

@@ -3,6 +3,7 @@
 import operator
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 import typer
@@ -194,8 +195,12 @@ def test_a_file_cut_anywhere_is_mended(tmp_path, length):
 def invoke(monkeypatch, tmp_path):
     """Run the command with these stages, in this process; its exit code and what it printed."""
 
+    def hands(log, grace, preloaded, inside, is_forked) -> Hands:
+        assert inside is nullcontext and not is_forked  # what is timed is Triton's, and CUDA survives no fork
+        return Hands()
+
     def invoke(jobs: list[Job], *options: str) -> tuple[int, str]:
-        monkeypatch.setattr(conduct, "Workers", lambda log, grace, preloaded: Hands())
+        monkeypatch.setattr(conduct, "Workers", hands)
         monkeypatch.setattr(command, "STAGES", (Plan("only one", 1, lambda setting: jobs),))
         app = typer.Typer()
         app.command()(command.evidence)

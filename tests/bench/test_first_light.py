@@ -18,6 +18,7 @@ from bench.faults import Fault
 from bench.jobs import PORTABLE, SUSPECT, Setting, measure_job
 from bench.report import screen
 from bench.results import Ceilings, Check, Machine, Results, Row, Stage, append, load
+from harness.quick import quick_interpreter
 from tilewise_reference import paper_grid
 
 ON_GPU, HERE = Setting("cuda", 0), Setting("cpu", 0)
@@ -207,6 +208,28 @@ def test_the_rehearsal_notices_a_fault_that_cost_more_or_less_than_it_should():
     assert rehearsal.not_mended(results(*mended), short.name) == []
     for left in range(len(mended)):
         assert rehearsal.not_mended(results(*mended[:left], *mended[left + 1 :]), short.name)
+
+
+def test_the_rehearsal_is_quick_where_nothing_is_learned_from_time(tmp_path, monkeypatch):
+    """The interpreter, samples, the planted hang; no other limit, and neither tests nor tuning are cut."""
+    asked = []
+    monkeypatch.setattr(rehearsal, "conduct", asked.append)
+    monkeypatch.setattr(rehearsal, "load", lambda path: None)
+    rehearsal.carried_out(first_light.again(results()), tmp_path)
+    (orders,) = asked
+    assert orders.inside is quick_interpreter and orders.is_forked
+    assert {plan.name: plan.most for plan in orders.plans if plan.most > 0.5} == {
+        "tests": 70.0,
+        "tuning": 10.0,
+    }
+    planted = {name: fault for name, (fault, _) in rehearsal.PLANTED.items()}
+    before, after = (
+        {job.name: job.limit for plan in plans for job in plan.jobs(HERE)}
+        for plans in (first_light.FIRST, rehearsal.with_faults(first_light.FIRST, planted))
+    )
+    assert {name for name in before if before[name] != after[name]} == {
+        name for name, fault in planted.items() if fault.kind == "hang"
+    }
 
 
 # ---- Tests as checks

@@ -1,8 +1,10 @@
 """Processes: what they outlive, how long they may take, what they share."""
 
+import contextlib
 import ctypes
 import operator
 import os
+import subprocess
 import sys
 import time
 
@@ -107,3 +109,57 @@ def test_hired_processes_import_before_there_is_work(tmp_path):
 
 def imported(module: str) -> tuple[int, bool]:
     return os.getpid(), module in sys.modules
+
+
+@contextlib.contextmanager
+def marked():
+    os.environ["MARKED"] = "yes"
+    yield
+    del os.environ["MARKED"]
+
+
+def test_tasks_are_done_inside_what_is_asked_for(tmp_path, hired):
+    task, until = Task("asks", os.getenv, ("MARKED",), 60.0), time.monotonic() + 60.0
+    (plain,) = hired.run([task], until)
+    around = Workers(tmp_path / "workers.log", grace=1.0, inside=marked)
+    try:
+        first, second = around.run([task, task], until)
+    finally:
+        around.close()
+    assert (plain.value, first.value, second.value) == (None, "yes", "yes")
+
+
+# In a process of its own: all of one's forked processes come from the same, with the same imports.
+FORKED = """
+import ctypes, os, sys, time
+from pathlib import Path
+
+from bench.workers import Task, Workers
+
+work = {
+    "imported": (eval, ("'wave' in __import__('sys').modules",)),
+    "parent": (os.getppid, ()),
+    "crashes": (ctypes.string_at, (0,)),
+    "hangs": (time.sleep, (60,)),
+    "goes on": (os.getppid, ()),
+}
+hired = Workers(Path(sys.argv[1]), 0.2, "wave", is_forked=True)
+hired.hire(1)
+tasks = [Task(name, *each, 1.0) for name, each in work.items()]
+found = {done.task.name: done for done in hired.run(tasks, time.monotonic() + 60.0)}
+hired.close()
+assert list(found) == list(work) and hired.stuck == 0
+assert found["imported"].value is True
+assert found["parent"].value == found["goes on"].value != os.getpid()
+assert "SIGSEGV" in found["crashes"].error and found["hangs"].hung
+assert [name for name, done in found.items() if done.broken] == ["crashes", "hangs"]
+"""
+
+
+def test_forked_processes_are_replaced_too(tmp_path):
+    log = tmp_path / "workers.log"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", FORKED, str(log)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Segmentation fault" in log.read_text()
