@@ -71,9 +71,13 @@ PACKED = measure_jobs(
 )  # fmt: skip
 HOST = measure_jobs("host", names=(PORTABLE, SUSPECT, "sdpa"))
 TESTS = one_after_the_other(
-    # The second file asks whether sums depend on their place, which machine code does not show.
+    # The second file asks whether sums depend on their place, which machine code does not show; the third
+    # whether PyTorch reaches the kernels through its own registry.
     jobs_of_tests(
-        "tests/test_cuda.py", "tests/test_numerics.py", without_gpu="tests/reference/test_yardstick.py"
+        "tests/test_cuda.py",
+        "tests/test_numerics.py",
+        "tests/test_flash_impl_cuda.py",
+        without_gpu="tests/reference/test_yardstick.py",
     ),
     jobs_of_tests("tests/test_hopper_cuda.py", without_gpu="tests/reference/test_masks.py", hopper=True),
 )
