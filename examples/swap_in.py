@@ -14,30 +14,11 @@ The folder beside this file holds it: `swap_in/sentences.py` the encoder, `learn
 `command.py` the options. What agreeing means is that of `train_gpt/compare.py`.
 """
 
-import os
-import sys
-
-# What the extras "transformers" and "demo" bring. A missing module that is not listed is a bug of ours.
-EXTRAS = {"transformers", "safetensors", "tokenizers", "typer", "rich", "matplotlib"}
-OURS = {"tilewise", "tilewise_reference", "torch", "triton"}
-
-
-def main() -> None:
-    """Run the command; where a package is missing, say what to install and exit with 1."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train_gpt.py does
-    try:
-        from swap_in.command import app  # the folder swap_in, which comes before this file
-    except ModuleNotFoundError as missing:
-        name = (missing.name or "").partition(".")[0]
-        if name not in EXTRAS | OURS:
-            raise
-        sys.exit(
-            f"swap_in: {name} is not installed: pip install '.[transformers,demo]' in the clone of tilewise"
-        )
-    except KeyboardInterrupt:
-        sys.exit(130)
-    app()
-
+from starting import start
 
 if __name__ == "__main__":
-    main()
+    start(
+        "swap_in",
+        "transformers,demo",
+        {"transformers", "safetensors", "tokenizers", "typer", "rich", "matplotlib"},
+    )

@@ -14,30 +14,7 @@ The folder beside this file holds it: `train_gpt/model.py` the model, `compare.p
 `training.py` a step, `loop.py` all of them, `checkpoint.py` how nothing is lost, `command.py` the options.
 """
 
-import os
-import sys
-
-# What the extra "demo" brings. A missing module that is not listed is a bug of ours.
-EXTRAS = {"typer", "rich", "matplotlib"}
-OURS = {"tilewise", "tilewise_reference", "torch", "triton"}
-
-
-def main() -> None:
-    """Run the command; where a package is missing, say what to install and exit with 1."""
-    # Threads with nothing to do sleep rather than spin. On two cores that others kept busy (a load of 7), one
-    # step of all three models took 460 ms instead of 2080. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        from train_gpt.command import app  # the folder train_gpt, which comes before this file
-    except ModuleNotFoundError as missing:
-        name = (missing.name or "").partition(".")[0]
-        if name not in EXTRAS | OURS:
-            raise
-        sys.exit(f"train_gpt: {name} is not installed: pip install '.[demo]' in the clone of tilewise")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    app()
-
+from starting import start
 
 if __name__ == "__main__":
-    main()
+    start("train_gpt", "demo", {"typer", "rich", "matplotlib"})

@@ -11,6 +11,7 @@ import triton
 import tilewise
 from harness.features import FEATURES, build
 from harness.gradients import check_gradients
+from harness.graphs import captured
 from tilewise.plan.request import make_request
 
 if not torch.cuda.is_available():
@@ -36,19 +37,6 @@ def refill(*tensors: torch.Tensor) -> None:
 def assert_same_bits(some, others) -> None:
     for i, (one, other) in enumerate(zip(some, others, strict=True)):
         assert one.isfinite().any() and torch.equal(one, other), f"result {i}"
-
-
-def captured(step):
-    """A CUDA graph of step(), after one warm call on another stream, and the tensors that a replay fills."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results
 
 
 # ---- CUDA graphs

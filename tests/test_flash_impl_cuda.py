@@ -8,6 +8,7 @@ from torch.nn import attention as chooser
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 from harness.gradients import assert_gradients_match
+from harness.graphs import captured
 from harness.oracle import assert_matches, exact
 from tilewise import Causal
 from tilewise.drop_in import flash_impl
@@ -98,14 +99,7 @@ def test_a_captured_step():
         out = F.scaled_dot_product_attention(*inputs, is_causal=True)
         return [out, *torch.autograd.grad(out, inputs, do)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = captured(step)
     with torch.no_grad():
         for x in inputs:
             x.copy_(torch.randn_like(x))

@@ -3,8 +3,6 @@
 import ast
 import importlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,8 @@ from typer.testing import CliRunner
 
 import tilewise.nn.kv_cache
 import tilewise.nn.paged_kv_cache
+from harness.examples import EXAMPLES, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ROOT / "examples"
-SOURCES = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "reference")])
 SETTINGS = dict(
     implementation="tilewise", device="cpu", dtype="fp32", steps=8, batch=4, context=24, width=32, layers=2,
     heads=2, lr=3e-2, dropout=0.1, seed=0,
@@ -63,17 +59,9 @@ def words_of(result):
     return " ".join(result.output.split())
 
 
-def run_script(*arguments, cwd):
-    """As from a clone with nothing installed, on plain PyTorch."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": SOURCES, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=600)
-
-
 def test_on_plain_pytorch(checkpoint, tmp_path):
     """Up to the last position that the model has."""
-    done = run_script(
+    done = run_python(
         EXAMPLES / "generate.py", "--folder", checkpoint, "--device", "cpu", "--length", 11, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -149,7 +137,7 @@ def test_requests_that_cannot_be_met(generate, arguments, words):
 def test_a_missing_extra(tmp_path):
     code = f"import runpy, sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.modules['typer'] = None\n"
     code += "runpy.run_path(sys.argv[1], run_name='__main__')"
-    done = run_script("-c", code, EXAMPLES / "generate.py", cwd=tmp_path)
+    done = run_python("-c", code, EXAMPLES / "generate.py", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("generate: typer is not installed: pip install '.[demo]'")
     assert done.stderr.count("\n") == 1

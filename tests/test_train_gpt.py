@@ -5,8 +5,6 @@ import importlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +15,8 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 import tilewise.nn.core
+from harness.examples import EXAMPLES, SOURCES, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ROOT / "examples"
-SOURCES = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "reference")])
 TINY = ["--device", "cpu", "--dtype", "fp32", "--steps", 25, "--batch", 4, "--context", 24, "--width", 32]
 TINY += ["--layers", 1, "--heads", 2, "--interpreter-steps", 0, "--sample-length", 20]
 OUTPUTS = ["checkpoint.pt", "losses.csv", "losses.png", "losses.svg", "sample.txt"]
@@ -40,19 +36,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def python(*arguments, cwd):
-    """A Python process as from a clone with nothing installed, on plain PyTorch."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": SOURCES, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=600)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """A folder with the results of a whole tiny run, and what it printed."""
     folder = tmp_path_factory.mktemp("whole")
-    done = python(EXAMPLES / "train_gpt.py", *TINY, "--out", "out", cwd=folder)
+    done = run_python(EXAMPLES / "train_gpt.py", *TINY, "--out", "out", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "out", done.stdout
 
@@ -234,13 +222,13 @@ def test_a_loss_that_is_not_a_number(train_gpt):
 def test_resumed_is_as_uninterrupted_bit_for_bit(uninterrupted, tmp_path):
     arguments = [EXAMPLES / "train_gpt.py", *TINY, "--out", "out"]
     code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.argv = sys.argv[1:]\n{INTERRUPTED}"
-    first = python("-c", code, *arguments, cwd=tmp_path)
+    first = run_python("-c", code, *arguments, cwd=tmp_path)
     assert first.returncode == 130, first.stdout + first.stderr
     assert "interrupted: step 7 of 25 is saved" in first.stderr
     assert "--resume --out out" in first.stderr and "Traceback" not in first.stderr
     assert os.listdir(tmp_path / "out") == ["checkpoint.pt"]
 
-    second = python(
+    second = run_python(
         EXAMPLES / "train_gpt.py", "--resume", "--interpreter-steps", 0, "--out", "out", cwd=tmp_path
     )
     assert second.returncode == 0, second.stdout + second.stderr
@@ -347,7 +335,7 @@ def test_requests_that_cannot_be_met(train_gpt, arguments, words):
 def test_a_missing_extra(tmp_path):
     code = f"import runpy, sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.modules['matplotlib'] = None\n"
     code += "runpy.run_path(sys.argv[1], run_name='__main__')"
-    done = python("-c", code, EXAMPLES / "train_gpt.py", cwd=tmp_path)
+    done = run_python("-c", code, EXAMPLES / "train_gpt.py", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("train_gpt: matplotlib is not installed: pip install '.[demo]'")
     assert done.stderr.count("\n") == 1

@@ -2,24 +2,19 @@
 is found; mistakes."""
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from harness.examples import EXAMPLES, run_python
 from tilewise.demo.measure import similarities
 from tilewise.demo.model import load_config, load_weights, model_folder, pad, split_into_pieces
 from tilewise.demo.text import read_text
 from tilewise.demo.torch_encoder import torch_embeddings
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ROOT / "examples"
-SOURCES = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "reference")])
 ATTENTION = importlib.import_module("tilewise.integrations.transformers.attention")
 TWO = ["The cat curled up on the sofa.", "A kitten was napping."]
 
@@ -36,17 +31,9 @@ def swap_in(tmp_path, monkeypatch):
     return lambda *given: CliRunner().invoke(command.app, [str(argument) for argument in given])
 
 
-def run_script(*arguments, cwd):
-    """As from a clone with nothing installed, on plain PyTorch."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": SOURCES, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=600)
-
-
 def test_as_it_stands(tmp_path):
     """The demo's sentences are as alike as the demo says, and fifty losses stand beside those of "eager"."""
-    done = run_script(EXAMPLES / "swap_in.py", "--device", "cpu", cwd=tmp_path)
+    done = run_python(EXAMPLES / "swap_in.py", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tilewise and Transformers' own attention agree" in done.stdout
     assert "the CPU, where plain PyTorch computes" in done.stdout
@@ -107,7 +94,7 @@ def test_requests_that_cannot_be_met(swap_in, arguments, words):
 def test_a_missing_extra(tmp_path):
     code = f"import runpy, sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.modules['transformers'] = None\n"
     code += "runpy.run_path(sys.argv[1], run_name='__main__')"
-    done = run_script("-c", code, EXAMPLES / "swap_in.py", cwd=tmp_path)
+    done = run_python("-c", code, EXAMPLES / "swap_in.py", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(
         "swap_in: transformers is not installed: pip install '.[transformers,demo]'"

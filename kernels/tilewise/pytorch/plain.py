@@ -231,7 +231,7 @@ def can_run_again(request: Request) -> bool:
 def run_again(request: Request, block: Block) -> tuple[Tensor, Tensor]:
     """`run_block`, which keeps nothing for the backward: that computes the block again. The tensors must be
     what they were then; autograd, which notices otherwise, does not keep these."""
-    tensors = [x for x in (*request.qkv().values(), *(x for _, x in request.other_tensors))]
+    tensors = [*request.qkv().values(), *[x for _, x in request.other_tensors]]
     versions = [None if x.is_inference() else x._version for x in tensors]
 
     def run() -> tuple[Tensor, Tensor]:

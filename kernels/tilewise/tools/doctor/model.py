@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -87,13 +88,13 @@ def examine_model(made: Made, training: bool = False, gpu: str | None = None) ->
     """
     made.model.train(training)
     requests: dict[Entry, Request] = {}
-    counts: dict[Entry, int] = {}
+    counts: Counter[Entry] = Counter()
     written = WrittenOut()
 
     def watch(request: Request) -> None:
         entry = entry_of(request)
         requests.setdefault(entry, request)
-        counts[entry] = counts.get(entry, 0) + 1
+        counts[entry] += 1
 
     clear()
     with torch.set_grad_enabled(training), watching(watch), written, sdpa():
@@ -158,7 +159,7 @@ class WrittenOut(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[Entry, int] = {}
+        self.found: Counter[Entry] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -176,7 +177,7 @@ class WrittenOut(TorchFunctionMode):
         dtype = str(weights.dtype).removeprefix("torch.")
         scores = f"scores {in_words(tuple(weights.shape))}"
         entry = Entry(calling_module(), None, None, tuple(v.shape), dtype, scores, "", WRITTEN_OUT, (), False)
-        self.found[entry] = self.found.get(entry, 0) + 1
+        self.found[entry] += 1
 
 
 def is_told_of() -> bool:
