@@ -9,12 +9,12 @@ four do the same, so one is simulated. Each clock it issues one instruction, of 
     half       FMNMX, F2FP             2
     full       FFMA, FADD, FMUL        1
     shuffle    SHFL                    4
-    copy       a tile of K or V        bytes / 64
+    copy       a tile                  bytes / 64
     issue      everything else         1
 
 The tensor cores and the copy engine have queues: a warp hands over its work and goes on. The other units are
-shared by the warps that have work for them at the same time, in turns. Who waits for whom is as in
-hopper/consumer.py and hopper/producer.py, and for the portable kernel as Triton compiles it.
+shared by the warps that have work for them at the same time, in turns. What there is to do, and who waits for
+whom, a loop says: `forward.py`, `backward.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ..chips import Chip
 
@@ -45,22 +45,36 @@ class Counts(NamedTuple):
     SHFL: int
 
 
-@dataclass(frozen=True)
-class Loop:
-    """A kernel's full loop: its tile, its instructions, and how it is run."""
+class Cost(NamedTuple):
+    """What an instruction keeps busy, and for how many clocks."""
 
-    kernel: str  # "hopper" or "portable"
-    dim: int  # of queries, keys and values
-    tile_kv: int
-    counts: Counts
-    warpgroups: int = 2  # of 64 rows each
-    has_turns: bool = True
-    stages: int = 2
-    latency: int = 30  # clocks until a warp that waits for a result goes on: an assumption
+    unit: str
+    clocks: float
+
+
+class Loop(Protocol):
+    """A kernel's full loop: its instructions, and how it is run."""
 
     @property
+    def warpgroups(self) -> int: ...
+    @property
+    def latency(self) -> int:
+        """Clocks until a warp that waits for a result goes on: an assumption."""
+
+    @property
+    def counts(self) -> Counts: ...
+    @property
     def matmuls(self) -> dict[str, int]:
-        return {"S": self.dim // 16, "PV": self.tile_kv // 16}
+        """The matmul instructions of a step, by the name of the product."""
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """The copy that a product waits for, by name."""
+
+    def costs(self, chip: Chip) -> dict[str, Cost]:
+        """Of products and copies, by name."""
+
+    def roles(self, machine: Machine) -> list[Iterator[Work]]: ...
 
 
 @dataclass(eq=False)
@@ -68,7 +82,7 @@ class Work:
     """Instructions that a warp issues once `when` holds, in whatever order their units are free."""
 
     role: str  # "warpgroup 1", ..., "copies"
-    name: str  # "S", "PV", "softmax", "rescale", "K", "V"; "" for a wait
+    name: str  # of a product, a copy or other work; "" for a wait
     step: int
     left: dict[str, int]  # instructions by kind
     when: Callable[[], bool]
@@ -89,20 +103,13 @@ class Machine:
         self.timeline: list[Work] = []
         self.ends: list[float] = []
         self.events: list[float] = []  # clocks at which something ends
-        n_clocks = 2 * 64 * 16 / chip.matmul_flops
-        self.costs: dict[str, tuple[str, float]] = {
-            # Q comes from shared memory too, which is the slower part where there are few keys.
-            "S": (
-                "tensor",
-                max(n_clocks * loop.tile_kv, 32 * (64 + loop.tile_kv) / chip.shared_bytes_a_clock),
-            ),
-            "PV": ("tensor", n_clocks * loop.dim),
-            "EX2": ("special", 128 / chip.exponentials),
-            **dict.fromkeys(("FMNMX", "F2FP"), ("half", 128 / HALF_LANES)),
-            **dict.fromkeys(("FFMA", "FADD", "FMUL"), ("full", 256 / chip.float32_flops)),
-            "SHFL": ("shuffle", 128 / SHUFFLE_LANES),
-            "copy": ("copy", 2 * loop.tile_kv * loop.dim // COPIED_BYTES),
-            "other": ("issue", 1),
+        self.costs: dict[str, Cost] = {
+            "EX2": Cost("special", 128 / chip.exponentials),
+            **dict.fromkeys(("FMNMX", "F2FP"), Cost("half", 128 / HALF_LANES)),
+            **dict.fromkeys(("FFMA", "FADD", "FMUL"), Cost("full", 256 / chip.float32_flops)),
+            "SHFL": Cost("shuffle", 128 / SHUFFLE_LANES),
+            "other": Cost("issue", 1),
+            **loop.costs(chip),
         }
         known = sum(loop.counts[1:]) + sum(loop.matmuls.values())
         self.others = loop.counts.issued - known
@@ -110,9 +117,7 @@ class Machine:
             raise ValueError(f"issued={loop.counts.issued} must be at least {known}, which {loop} counts")
 
     def run(self) -> Machine:
-        order = {"hopper": hopper, "portable": portable}[self.loop.kernel]
-        warps = [order(self, me) for me in range(self.loop.warpgroups)] + [producer(self)]
-        doing: dict[Iterator[Work], Work] = {warp: next(warp) for warp in warps}
+        doing: dict[Iterator[Work], Work] = {warp: next(warp) for warp in self.loop.roles(self)}
         while doing:
             over = [warp for warp, work in doing.items() if not any(work.left.values()) and work.when()]
             for warp in over:
@@ -135,10 +140,10 @@ class Machine:
 
     def issue(self, work: Work) -> bool:
         """Issue one instruction, of the kind that has most to do; False where none can be issued now."""
-        ready = [kind for kind, n in work.left.items() if n and self.is_open(self.costs[kind][0])]
+        ready = [kind for kind, n in work.left.items() if n and self.is_open(self.costs[kind].unit)]
         if not ready or not (work.end or work.when()):
             return False
-        kind = max(ready, key=lambda kind: work.left[kind] * self.costs[kind][1])
+        kind = max(ready, key=lambda kind: work.left[kind] * self.costs[kind].clocks)
         unit, clocks = self.costs[kind]
         begin = max(self.now, self.free[unit])
         if not work.end:
@@ -175,88 +180,15 @@ class Machine:
 
     def product(self, me: int, name: str, step: int, others: int = 0) -> Work:
         left = {name: self.loop.matmuls[name], "other": others}
-        return Work(f"warpgroup {me + 1}", name, step, left, self.landed({"S": "K", "PV": "V"}[name], step))
+        copy = self.loop.needs.get(name)
+        when = (lambda: True) if copy is None else self.landed(copy, step)
+        return Work(f"warpgroup {me + 1}", name, step, left, when)
 
     def vector(self, me: int, name: str, step: int, *kinds: str) -> Work:
         counts = self.loop.counts._asdict()
         left = {kind: counts[kind] for kind in kinds}
         return Work(f"warpgroup {me + 1}", name, step, left, lambda: True)
 
-    def softmax(self, me: int, step: int) -> Iterator[Work]:
-        for kinds in (("FMNMX",), ("EX2", "FFMA", "FADD")):
-            work = self.vector(me, "softmax", step, *kinds)
-            yield work
-            for _ in range(2):  # rounds in which four threads make one number of theirs, for two rows
-                yield self.ended(work)
-                work = Work(work.role, "softmax", step, {"SHFL": self.loop.counts.SHFL // 4}, lambda: True)
-                yield work
-            yield self.ended(work)
-
-    def rescale(self, me: int, step: int) -> Iterator[Work]:
-        work = self.vector(me, "rescale", step, "F2FP", "FMUL")
-        yield work
-        yield self.ended(work)
-
-
-def producer(m: Machine) -> Iterator[Work]:
-    """K 0, K 1, V 0, K 2, V 1, ..., each as soon as its buffer is free."""
-    for first in range(0, m.tiles * m.steps, m.steps):
-        tiles = [("K", first)]
-        for step in range(first + 1, first + m.steps):
-            tiles += [("K", step), ("V", step - 1)]
-        for name, step in [*tiles, ("V", first + m.steps - 1)]:
-            before = (name, step - m.loop.stages)
-            free = m.all_came(before) if before[1] >= 0 else lambda: True
-            m.copies[name, step] = Work("copies", name, step, {"copy": 1}, free)
-            yield m.copies[name, step]
-
-
-def hopper(m: Machine, me: int) -> Iterator[Work]:
-    """A warpgroup of hopper/consumer.py."""
-    for first in range(0, m.tiles * m.steps, m.steps):
-        s = m.product(me, "S", first)
-        yield s
-        yield m.ended(s)
-        m.came["K", first] += 1
-        yield from m.softmax(me, first)
-        for step in range(first + 1, first + m.steps):
-            if m.loop.has_turns:
-                yield m.wait(lambda: m.turn == me)
-            s, pv = m.product(me, "S", step, m.others), m.product(me, "PV", step - 1)
-            yield s
-            yield pv
-            m.turn = (me + 1) % m.loop.warpgroups
-            yield m.ended(s)
-            m.came["K", step] += 1
-            yield from m.softmax(me, step)
-            yield m.ended(pv)
-            m.came["V", step - 1] += 1
-            yield from m.rescale(me, step - 1)
-        last = first + m.steps - 1
-        pv = m.product(me, "PV", last)
-        yield pv
-        yield m.ended(pv)
-        m.came["V", last] += 1
-        yield from m.rescale(me, last)
-        m.ends.append(m.now)
-
-
-def portable(m: Machine, me: int) -> Iterator[Work]:
-    """A warpgroup of forward.py as Triton compiles it: a barrier of all warps before each product, a wait for
-    S at once, one for O before the next softmax."""
-    for step in range(m.tiles * m.steps):
-        for name in ("S", "PV"):
-            m.came["meet", name, step] += 1
-            yield m.wait(m.all_came(("meet", name, step)))
-            product = m.product(me, name, step, m.others // 2)
-            yield product
-            if name == "S":
-                yield m.ended(product)  # and so has the PV before it
-                m.came["K", step] += 1
-                m.came["V", step - 1] += 1
-                yield from m.softmax(me, step)
-                yield from m.rescale(me, step)
-        if step % m.steps == m.steps - 1:
-            yield m.ended(product)
-            m.ends.append(m.now)
-    m.came["V", step] += 1
+    def copy(self, name: str, step: int, free: Callable[[], bool]) -> Work:
+        self.copies[name, step] = Work("copies", name, step, {"copy": 1}, free)
+        return self.copies[name, step]

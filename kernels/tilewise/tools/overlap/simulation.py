@@ -15,30 +15,31 @@ import functools
 from dataclasses import replace
 
 from ..chips import Chip, find_chip
-from .machine import Counts, Loop, Machine
+from .forward import ForwardLoop
+from .machine import Counts, Machine
 
 H200 = find_chip("H200")
 # bf16, Triton 3.9.0: `tilewise inspect --arch sm_90 --mask full --kernel forward --kernel hopper --sass DIR`.
 # Of Hopper's loops it is the full one of the warpgroup that has more instructions.
 HOPPER = {
-    64: Loop("hopper", 64, 128, Counts(438, 66, 68, 34, 66, 68, 32, 8)),
-    128: Loop("hopper", 128, 128, Counts(494, 66, 68, 66, 66, 68, 32, 8)),
-    256: Loop("hopper", 256, 64, Counts(457, 34, 36, 130, 34, 36, 16, 8)),
+    64: ForwardLoop("hopper", 64, 128, Counts(438, 66, 68, 34, 66, 68, 32, 8)),
+    128: ForwardLoop("hopper", 128, 128, Counts(494, 66, 68, 66, 66, 68, 32, 8)),
+    256: ForwardLoop("hopper", 256, 64, Counts(457, 34, 36, 130, 34, 36, 16, 8)),
 }
 PORTABLE = {
-    64: Loop("portable", 64, 128, Counts(510, 66, 68, 34, 66, 68, 32, 8)),
-    128: Loop("portable", 128, 128, Counts(623, 66, 68, 66, 66, 68, 32, 8)),
-    256: Loop("portable", 256, 32, Counts(432, 18, 20, 130, 18, 20, 8, 8)),
+    64: ForwardLoop("portable", 64, 128, Counts(510, 66, 68, 34, 66, 68, 32, 8)),
+    128: ForwardLoop("portable", 128, 128, Counts(623, 66, 68, 66, 66, 68, 32, 8)),
+    256: ForwardLoop("portable", 256, 32, Counts(432, 18, 20, 130, 18, 20, 8, 8)),
 }
 
 
-def step_clocks(loop: Loop, chip: Chip = H200) -> float:
+def step_clocks(loop: ForwardLoop, chip: Chip = H200) -> float:
     """Clocks of the tensor cores that a step of all warpgroups takes."""
     return loop.warpgroups * 4 * 64 * loop.tile_kv * loop.dim / chip.matmul_flops
 
 
 @functools.cache
-def busy(loop: Loop, chip: Chip = H200) -> float:
+def busy(loop: ForwardLoop, chip: Chip = H200) -> float:
     """Share of the time that the tensor cores work, in the middle of a long walk over keys."""
     begin, end = 4, 8  # one step is like another by then
     timeline = Machine(loop, end + 2, 1, chip).run().timeline
@@ -47,13 +48,13 @@ def busy(loop: Loop, chip: Chip = H200) -> float:
 
 
 @functools.cache
-def tile_clocks(loop: Loop, steps: int, chip: Chip = H200) -> float:
+def tile_clocks(loop: ForwardLoop, steps: int, chip: Chip = H200) -> float:
     """Clocks that a tile of rows takes, where others come before and after it."""
     ends = Machine(loop, steps, 3, chip).run().ends
     return (ends[-1] - ends[loop.warpgroups - 1]) / 2
 
 
-def busy_in_call(loop: Loop, length: int, is_causal: bool, chip: Chip = H200) -> float:
+def busy_in_call(loop: ForwardLoop, length: int, is_causal: bool, chip: Chip = H200) -> float:
     """The share over a call on many heads, q_len = kv_len = length. Each tile of rows has a beginning and an
     end; what it computes beyond a causal mask counts for nothing."""
     rows, steps = 64 * loop.warpgroups, length // loop.tile_kv

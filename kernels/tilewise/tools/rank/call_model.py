@@ -29,13 +29,14 @@ from ..chips import Chip
 from ..compiled.bound import Bound, bound, occupancy
 from ..compiled.compiler import Compiled
 from ..compiled.main_loop import MainLoop
-from ..overlap.machine import Counts, Loop
+from ..overlap.forward import ForwardLoop
+from ..overlap.machine import Counts
 from ..overlap.simulation import tile_clocks
 
 # Bytes a clock to all multiprocessors (NVIDIA A100 whitepaper; for Hopper no rate is published).
 L2_BYTES = 5120
 LATENCY = 500  # clocks from asking for a tile to having it: an assumption
-WAIT = Loop.latency  # clocks from a result to whoever waits for it: an assumption
+WAIT = ForwardLoop.latency  # clocks from a result to whoever waits for it: an assumption
 # Waits of a step besides those that are instructions of their own: rounds of the softmax, exponentials.
 CHAIN: dict[Pass, int] = {"forward": 6, "dkv": 2, "dq": 2}
 HEADS_BYTES = 24 << 20  # of keys and values that Hopper's programs walk over together (hopper/launch.py)
@@ -133,7 +134,7 @@ def hopper_clocks(loop: MainLoop, dim: int, tile: HopperTile, chip: Chip) -> tup
         issued=loop.issued, EX2=loop.exponentials, FFMA=scores + 4, FMUL=sums + 2, FADD=scores + 2,
         FMNMX=scores + 4, F2FP=scores // 2, SHFL=8,
     )  # fmt: skip
-    order = Loop("hopper", dim, tile.tile_kv, counts, tile.warpgroups, tile.has_turns, tile.num_stages)
+    order = ForwardLoop("hopper", dim, tile.tile_kv, counts, tile.warpgroups, tile.has_turns, tile.num_stages)
     four, eight = tile_clocks(order, 4, chip), tile_clocks(order, 8, chip)
     a_step = (eight - four) / 4
     return four - 4 * a_step, a_step
