@@ -101,17 +101,16 @@ def part(m: Machine, me: int, name: str, step: int, **left: int) -> Work:
     return Work(f"warpgroup {me + 1}", name, step, left, lambda: True)
 
 
-def meet(m: Machine, place: object) -> Work:
-    """A barrier of all consumers."""
-    m.came[place] += 1
-    return m.wait(m.all_came(place))
-
-
 def consumer(loop: BackwardLoop, m: Machine, me: int) -> Iterator[Work]:
+    """A warpgroup of hopper/backward/consumer.py: dQ of a step runs under the next one's first product."""
     counts = loop.counts
+    dq = None
     for step in range(m.tiles * m.steps):
         s, dp = m.product(me, "S", step, m.others // 2), m.product(me, "dP", step)
         yield s
+        if dq is not None:
+            yield m.ended(dq)
+            yield from hand_over(loop, m, me, step - 1)
         yield dp
         yield m.ended(s)
         p = part(m, me, "P", step, EX2=counts.EX2, FFMA=counts.FFMA, F2FP=counts.F2FP // 2)
@@ -128,19 +127,26 @@ def consumer(loop: BackwardLoop, m: Machine, me: int) -> Iterator[Work]:
         stored = part(m, me, "store", step, other=m.others - m.others // 2)
         yield stored
         yield m.ended(stored)
-        yield meet(m, ("dS", step))
+        m.came["dS", step] += 1
+        yield m.wait(m.all_came(("dS", step)))
         dq = m.product(me, "dQ", step)
         yield dq
         yield m.ended(dv)
-        m.came["dO", step] += 1
         yield m.ended(dk)
         m.came["Q", step] += 1
-        yield m.ended(dq)
-        if step:  # its place is free once the step before has left
-            yield m.wait(m.landed("dQ", step - 1))
-        stored = part(m, me, "store", step, other=loop.stores)
-        yield stored
-        yield m.ended(stored)
-        m.came["dQ", step] += 1
+        m.came["dO", step] += 1
         if step % m.steps == m.steps - 1:
             m.ends.append(m.now)
+    assert dq is not None
+    yield m.ended(dq)
+    yield from hand_over(loop, m, me, step)
+
+
+def hand_over(loop: BackwardLoop, m: Machine, me: int, step: int) -> Iterator[Work]:
+    """A part of dQ into shared memory, where the step before has left it."""
+    if step:
+        yield m.wait(m.landed("dQ", step - 1))
+    stored = part(m, me, "store", step, other=loop.stores)
+    yield stored
+    yield m.ended(stored)
+    m.came["dQ", step] += 1
