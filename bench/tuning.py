@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tilewise.kernels.tile import HopperTile, Pass, Tile
+from tilewise.kernels.tile import Pass, Tile, tile_from
 from tilewise.plan import tiles
 from tilewise.plan.tile_table import Key, load
 from tilewise.tools.compiled.variants import MASKS
@@ -48,13 +48,7 @@ def tuned_rows() -> list[tuple[Pass, int]]:
 
 def ranked_tiles(work: Pass, dim: int) -> list[Tile]:
     """The tiles to try, the one that the model finds best first."""
-    kind = HopperTile if work == "hopper" else Tile
-    names = kind.__dataclass_fields__
-    return [
-        kind(**{name: row[name] for name in names})
-        for row in read_rows(CANDIDATES)
-        if (row["pass"], row["dim"]) == (work, dim)
-    ]
+    return [tile_from(work, row) for row in read_rows(CANDIDATES) if (row["pass"], row["dim"]) == (work, dim)]
 
 
 def job_of(work: Pass, dim: int, device: torch.device) -> Job:

@@ -193,6 +193,16 @@ def test_hoppers_exponentials_take_the_known_share_of_the_matmuls_time(main_tile
     assert limits.exponentials / limits.matmul == pytest.approx(ratio * (pairs + 2) / pairs)
 
 
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_the_copy_engine_takes_the_threads_work(tmp_path_factory, target):
+    """In full steps, in which threads ask for no copies of their own; in those that a mask cuts they do."""
+    for each in compiled_once("copied_variants", tmp_path_factory, ("sm_90", "sm_100"))[target]:
+        assert each.spill_bytes == 0 and each.uses_tensor_cores, each
+        assert each.instructions["UTMALDG"] and each.instructions["LDGSTS"], each
+        full, cut = each.loops
+        assert full.shared_stores < cut.shared_stores, each
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_short_16_bit_tiles_use_tensor_cores(main_tiles, target):
     """Fewer rows than Hopper's and Blackwell's instructions take: there the smaller HMMA serves."""

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from tilewise.kernels.hopper.launch import CACHED_BYTES
-from tilewise.kernels.tile import HopperTile, Tile
+from tilewise.kernels.tile import HopperTile, Tile, tile_from
 from tilewise.plan import tiles
 from tilewise.tools.compiled.bound import bound
 from tilewise.tools.compiled.compiler import Compiled
@@ -206,7 +206,7 @@ def test_the_five_best_are_kept_in_order_without_the_shipped_one(monkeypatch):
     rows = rank.best("forward", 128)
     figures = [row["model"]["over_shipped"] for row in rows]
     assert len(rows) == 5 and figures == sorted(figures)
-    found = [Tile(*(row[name] for name in Tile.__dataclass_fields__)) for row in rows]
+    found = [tile_from("forward", row) for row in rows]
     assert shipped not in found and {*found} <= {*chosen}
     assert {(row["pass"], row["arch"], row["element_bytes"], row["dim"]) for row in rows} == {
         ("forward", "sm_90", 2, 128)

@@ -11,7 +11,7 @@ import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tilewise.kernels.tile import HopperTile, Pass, Tile
+from tilewise.kernels.tile import Pass, tile_from
 from tilewise.tools.rank.call_model import Overlap, Step, TileModel, call_seconds
 from tilewise.tools.rank.rank import CHIP, read_rows
 from tilewise_reference import Case, paper_grid
@@ -37,10 +37,17 @@ def kernels() -> dict[tuple[Pass, int, str], Kernel]:
 
 
 def kernel_of(row: dict[str, Any]) -> Kernel:
-    kind = HopperTile if row["pass"] == "hopper" else Tile
-    tile = kind(**{name: row[name] for name in kind.__dataclass_fields__})
     full, cut = (Step(**row[name]) for name in ("full", "cut"))
-    model = TileModel(row["pass"], row["dim"], tile, row["programs"], row["start"], full, cut, row["limit"])
+    model = TileModel(
+        row["pass"],
+        row["dim"],
+        tile_from(row["pass"], row),
+        row["programs"],
+        row["start"],
+        full,
+        cut,
+        row["limit"],
+    )
     return Kernel(model, row["registers"], row["spill_bytes"])
 
 

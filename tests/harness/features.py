@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 import tilewise
+from tilewise.kernels.tile import CopiedTile
 
 from .problem import FEATURES, KINDS, Feature, Packing, Problem, build, feature, judge, of_kind
 
@@ -166,6 +167,11 @@ def square_tile(p: Problem) -> None:
 @feature("tile", "oblong tiles")
 def oblong_tile(p: Problem) -> None:
     p.tile = p.rng.choice((tilewise.tiles.Tile(16, 32), tilewise.tiles.Tile(32, 16)))
+
+
+@feature("tile", "tiles by the copy engine")
+def copied_tile(p: Problem) -> None:
+    p.tile = CopiedTile(16, 16)
 
 
 # ---- Memory layouts

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 import tilewise
 from tilewise.kernels.append import launch_append, launch_turn
-from tilewise.kernels.tile import HopperTile
+from tilewise.kernels.tile import CopiedTile, HopperTile
 from tilewise.parts.rotary import RotaryTable
 from tilewise.parts.shape import Cache, Pages
 from tilewise.tools.compiled.compiler import TARGETS, Compiled, CompileError, Variant, compile_variants
@@ -143,6 +143,17 @@ def main_variants() -> list[Variant]:
         *(forward_variant("bf16", dim, "full", q_len=1) for dim in DIMS),
         forward_variant("bf16", 128, "causal", q_len=50),
     ]
+
+
+def copied_variants() -> list[Variant]:
+    """K and V by the copy engine, in one piece of columns and in two."""
+
+    def run(plain: Variant) -> None:
+        with tilewise.tiles.use(CopiedTile(128, 64, 8, 2), ["forward"]):
+            plain.launch()
+
+    plain = [forward_variant("bf16", dim, "causal") for dim in (128, 80)]
+    return [Variant(each.name, functools.partial(run, each)) for each in plain]
 
 
 # Every mask, score modifier and other feature that changes a kernel; what excludes each other stands apart.

@@ -54,7 +54,7 @@ from ..parts.softmax import softmax_probabilities
 from .call import on_device_of, programs, shared_arguments
 from .prepare import BackwardCall
 from .tile import Tile
-from .walk import load_keys, own_keys, own_rows, step_keys, steps_of
+from .walk import load_keys, own_keys, own_rows, step_keys, steps_of, walked
 
 
 @triton.jit
@@ -199,7 +199,8 @@ def dq_kernel(
     span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
     q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
-    k_head, v_head = head_of(keys, kv_place, head // group), head_of(values, kv_place, head // group)
+    k_walk = walked(keys, (), kv_place, head // group, layout)
+    v_walk = walked(values, (), kv_place, head // group, layout)
     q = load_pieces(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
     do = load_pieces(do_head, q_idx, q_idx < q_len, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
     rows_ptr = rows_of(q_place, head, q_heads, q_rows)
@@ -211,8 +212,10 @@ def dq_kernel(
     for IS_CUT in tl.static_range(2):
         for step in range(steps_of(span, IS_CUT)):
             kv_start, kv_idx, kv_row = step_keys(step, span, kv_len, IS_CUT, TILE_KV)
-            k = load_keys(k_head, kv_idx, span, IS_CUT, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
-            v = load_keys(v_head, kv_idx, span, IS_CUT, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
+            k = load_keys(k_walk, kv_start, kv_idx, span, IS_CUT, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+            v = load_keys(
+                v_walk, kv_start, kv_idx, span, IS_CUT, VALUE_DIM, VALUE_TILE
+            )  # [TILE_KV, VALUE_TILE]
 
             # S = scores(Q Kᵀ)
             s = product(q, k, PRECISION)

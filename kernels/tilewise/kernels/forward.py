@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, keys_of, rows_of, tensors_of
+from ..parts.addressing import head_of, rows_of, tensors_of
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, kv_range
 from ..parts.numerics import INTERPRETED, round_to, widen
@@ -39,8 +39,9 @@ from ..parts.sequences import is_of_a_sequence
 from ..parts.shape import Shape
 from ..parts.softmax import softmax_end, softmax_join, softmax_start, softmax_step
 from .call import Call, Split, on_device_of, programs, shared_arguments
+from .copies import copies_of
 from .tile import Tile
-from .walk import keys_of_split, load_keys, own_group, step_keys, steps_of
+from .walk import keys_of_split, load_keys, own_group, step_keys, steps_of, walked
 
 
 @triton.jit
@@ -60,6 +61,7 @@ def forward_kernel(
     sum_ptr,
     sink_ptr,  # [q_heads], or None
     sink_stride,
+    copies,  # of K and of V, descriptors for the copy engine: copies.py; or ((), ())
     split,  # (), or keys of a split and strides of `out` and `lse_ptr` from one to the next
     IS_GROUPED: tl.constexpr,  # a tile of rows holds those of all heads of a group
     HAS_GAPS: tl.constexpr,  # some key inside a row tile's range may be seen by none of its rows
@@ -77,15 +79,18 @@ def forward_kernel(
 
     q_head = head_of(queries, q_place, head_column)
     q = load_pieces(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-    k_head, v_head = keys_of(keys, kv_place, kv_head, layout), keys_of(values, kv_place, kv_head, layout)
+    k_walk = walked(keys, copies[0], kv_place, kv_head, layout)
+    v_walk = walked(values, copies[1], kv_place, kv_head, layout)
     row_max, row_sum = softmax_start(TILE_Q)
     o = zero_pieces(TILE_Q, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
 
     for IS_CUT in tl.static_range(2):
         for step in range(steps_of(span, IS_CUT)):
             kv_start, kv_idx, kv_row = step_keys(step, span, kv_len, IS_CUT, TILE_KV)
-            k = load_keys(k_head, kv_idx, span, IS_CUT, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
-            v = load_keys(v_head, kv_idx, span, IS_CUT, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
+            k = load_keys(k_walk, kv_start, kv_idx, span, IS_CUT, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+            v = load_keys(
+                v_walk, kv_start, kv_idx, span, IS_CUT, VALUE_DIM, VALUE_TILE
+            )  # [TILE_KV, VALUE_TILE]
 
             # S = scores(Q Kᵀ)
             s = product(q, k, PRECISION)  # [TILE_Q, TILE_KV]
@@ -168,6 +173,7 @@ def forward_launch(
         max_ptr=row_max,
         sum_ptr=row_sum,
         sink_ptr=call.sink,
+        copies=copies_of(call, tile),
         sink_stride=0 if call.sink is None else call.sink.stride(0),
         split=() if split is None or lse is None else (split.size, out.stride(0), lse.stride(0)),
         IS_GROUPED=call.is_grouped,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from .hopper.limits import NAMED_BARRIERS, WARPGROUP_ROWS, named_barriers
 
@@ -27,6 +28,14 @@ class Tile:
             size = getattr(self, name)
             if size < 16 or size & (size - 1):
                 raise ValueError(f"{name}={size} must be a power of two, at least 16")
+
+
+@dataclass(frozen=True)
+class CopiedTile(Tile):
+    """The same for the portable forward, and the copy engine (TMA: sm_90 and newer) brings K and V of steps
+    in which every pair counts, where they lie so that it can: copies.py."""
+
+    is_copied: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,20 @@ class HopperTile(Tile):
         return self.tile_q // WARPGROUP_ROWS
 
 
+def tile_from(work: Pass, given: Mapping[str, Any]) -> Tile:
+    """A pass' tile, by the names of its fields; other names may be there."""
+    kind = HopperTile if work == "hopper" else CopiedTile if given.get("is_copied") else Tile
+    return kind(**{each.name: given[each.name] for each in fields(kind)})
+
+
 def describe(tile: Tile) -> str:
     """A tile in words: "128 x 64, 8 warps, 2 stages"."""
     text = (
         f"{tile.tile_q} x {tile.tile_kv}, {tile.num_warps} warp{'s' * (tile.num_warps > 1)}, "
         f"{tile.num_stages} stage{'s' * (tile.num_stages > 1)}"
     )
+    if isinstance(tile, CopiedTile):
+        text += ", by the copy engine"
     if isinstance(tile, HopperTile):
         text += ", in turns" * tile.has_turns + ", Q in registers" * tile.is_q_in_registers
         text += f", {tile.producer_warps} producer warps" * (tile.producer_warps > 1)

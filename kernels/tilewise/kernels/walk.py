@@ -13,8 +13,9 @@ are never visited. Of the keys of a cut tile some may lie outside the range of t
 import triton
 import triton.language as tl
 
+from ..parts.addressing import keys_of
 from ..parts.intervals import cut_tile
-from ..parts.pieces import load_pieces
+from ..parts.pieces import copy_pieces, load_pieces
 from ..parts.sequences import tile_of_keys, tile_of_rows, tiles_of, valid_rows
 
 
@@ -110,9 +111,19 @@ def step_keys(step, span, kv_len, IS_CUT: tl.constexpr, TILE_KV: tl.constexpr):
 
 
 @triton.jit
-def load_keys(x_head, kv_idx, span, IS_CUT: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr):
+def walked(x, copies, place, head, layout):
+    """Keys or values of one head, for `load_keys`; copies: what the copy engine knows of them, a descriptor
+    for each piece of columns, or ()."""
+    return keys_of(x, place, head, layout), copies, (place[0], head, place[1])
+
+
+@triton.jit
+def load_keys(x, kv_start, kv_idx, span, IS_CUT: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr):
     """A step's tile of K or V, [TILE_KV, PIECES]; what lies outside the range of the walk is 0."""
+    x_head, copies, first = x
     if IS_CUT:
         return load_pieces(x_head, kv_idx, (kv_idx >= span[0]) & (kv_idx < span[1]), DIM, PIECES)
+    elif len(copies) > 0:
+        return copy_pieces(copies, first, kv_start, PIECES)
     else:
         return load_pieces(x_head, kv_idx, None, DIM, PIECES)

@@ -62,6 +62,18 @@ def load_pieces(x_head, rows, row_mask, DIM: tl.constexpr, PIECES: tl.constexpr)
 
 
 @triton.jit
+def copy_pieces(copies, first, row, PIECES: tl.constexpr):
+    """The same of rows that all count, from `row` on, by the copy engine: a descriptor for each piece.
+    first: (block, head, row) where the sequence begins."""
+    x = ()
+    for i in tl.static_range(len(PIECES)):
+        corner = [first[0], first[1], first[2] + row, columns_before(PIECES, i)]
+        tile = copies[i].load(corner)  # [1, 1, rows, PIECES[i]]
+        x = x + (tl.reshape(tile, [tile.shape[2], PIECES[i]]),)  # type: ignore[assignment]
+    return x
+
+
+@triton.jit
 def store_pieces(x_head, x, rows, row_mask, DIM: tl.constexpr, PIECES: tl.constexpr):
     """Write pieces to rows of a head; rows outside row_mask and padding columns are not."""
     for i in tl.static_range(len(PIECES)):

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..kernels.tile import PASSES, HopperTile, Pass, Tile
+from ..kernels.tile import PASSES, Pass, Tile, tile_from
 
 # Pass, architecture, bytes an element (2: fp16 and bf16, 4: fp32), the wider of head_dim and value_dim up to
 # a power of two.
@@ -90,13 +90,15 @@ _ROW_TYPES: dict[str, Any] = {
     "pass": str, "arch": str, "element_bytes": int, "dim": int, "tile_q": int, "tile_kv": int,
     "num_warps": int, "num_stages": int, "evidence": dict,
 }  # fmt: skip
+_COPIED_TYPES: dict[str, Any] = {"is_copied": bool}
 _HOPPER_TYPES: dict[str, Any] = {"has_turns": bool, "is_q_in_registers": bool, "producer_warps": int}
 
 
 def from_json(given: Any) -> Row:
     """The row that this plain data means. Raises ValueError that says what is wrong with it."""
     is_hopper = isinstance(given, dict) and given.get("pass") == "hopper"
-    types = _ROW_TYPES | _HOPPER_TYPES if is_hopper else _ROW_TYPES
+    is_copied = isinstance(given, dict) and given.get("pass") == "forward" and "is_copied" in given
+    types = _ROW_TYPES | (_HOPPER_TYPES if is_hopper else _COPIED_TYPES if is_copied else {})
     _check_fields("a row", given, types, required=types)
     known = {each.name: _EVIDENCE_TYPES.get(each.name, str) for each in fields(Evidence)}
     evidence = {name: value for name, value in given["evidence"].items() if value is not None}
@@ -110,15 +112,13 @@ def from_json(given: Any) -> Row:
             raise ValueError(f"{name}={given[name]!r} must be one of {', '.join(map(str, allowed))}")
     where = given["pass"], given["arch"], given["element_bytes"], given["dim"]
     if is_hopper:
-        tile: Tile = HopperTile(**{each.name: given[each.name] for each in fields(HopperTile)})
-        return Row(*where, tile, Evidence(**evidence))
+        return Row(*where, tile_from("hopper", given), Evidence(**evidence))
     warps, stages = given["num_warps"], given["num_stages"]
     if not 1 <= warps <= MOST_WARPS or warps & (warps - 1):
         raise ValueError(f"num_warps={warps} must be a power of two from 1 to {MOST_WARPS}")
     if not 1 <= stages <= MOST_STAGES:
         raise ValueError(f"num_stages={stages} must be from 1 to {MOST_STAGES}")
-    tile = Tile(given["tile_q"], given["tile_kv"], warps, stages)
-    return Row(*where, tile, Evidence(**evidence))
+    return Row(*where, tile_from(given["pass"], given), Evidence(**evidence))
 
 
 def _check_fields(what: str, given: Any, types: dict[str, Any], required: Iterable[str]) -> None:

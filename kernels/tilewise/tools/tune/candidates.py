@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Iterator
 
 from ...kernels.hopper.limits import WARPGROUP_ROWS
-from ...kernels.room import fits
-from ...kernels.tile import HopperTile, Pass, Tile
+from ...kernels.room import family, fits
+from ...kernels.tile import CopiedTile, HopperTile, Pass, Tile
 
 SIZES = (16, 32, 64, 128, 256)
 STAGES = (1, 2, 3, 4)
@@ -16,13 +16,16 @@ HOPPER_STAGES = {2: (2, 3), 3: (2,)}  # by warpgroups: a multiprocessor has barr
 
 
 def candidates(work: Pass, arch: str, element_bytes: int, dim: int) -> list[Tile]:
-    """Every tile of powers of two that the chip has shared memory and registers for."""
+    """Every tile of powers of two that the chip has shared memory and registers for; of the forward also with
+    its copies by the engine, where the chip has one."""
     if work == "hopper":
         return [tile for tile in hopper_tiles(dim) if fits(tile, arch, element_bytes, dim, work)]
+    has_engine = work == "forward" and family(arch) in ("sm_90", "sm_100")
     tiles = (
-        Tile(tile_q, tile_kv, warps, stages)
+        made(tile_q, tile_kv, warps, stages)
         for tile_q, tile_kv, stages in itertools.product(SIZES, SIZES, STAGES)
         for warps in warp_counts(tile_q, tile_kv)
+        for made in ((Tile, CopiedTile) if has_engine else (Tile,))
     )
     return [tile for tile in tiles if fits(tile, arch, element_bytes, dim, work)]
 
@@ -45,8 +48,8 @@ def warp_counts(tile_q: int, tile_kv: int) -> tuple[int, ...]:
 
 
 def distance(one: Tile, other: Tile) -> float:
-    """How many halvings and doublings lie between two tiles; a stage counts half of one, and so does what
-    Hopper's tiles switch on."""
+    """How many halvings and doublings lie between two tiles; a stage counts half of one, and so does what a
+    tile switches on."""
     return (
         abs(math.log2(one.tile_q / other.tile_q))
         + abs(math.log2(one.tile_kv / other.tile_kv))
@@ -58,7 +61,7 @@ def distance(one: Tile, other: Tile) -> float:
 
 def switches(tile: Tile) -> tuple[int, ...]:
     if not isinstance(tile, HopperTile):
-        return ()
+        return (isinstance(tile, CopiedTile),)
     return tile.has_turns, tile.is_q_in_registers, tile.producer_warps
 
 

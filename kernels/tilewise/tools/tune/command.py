@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from ...kernels.tile import HopperTile, Pass, Tile
+from ...kernels.tile import CopiedTile, HopperTile, Pass, Tile
 from ...parts.numerics import INTERPRETED
 from ...plan.tile_table import Key
 from ...plan.tiles import reload_user_tables
@@ -263,8 +263,10 @@ def title(key: Key) -> str:
 
 
 def short(tile: Tile) -> str:
-    """A tile in a table: "128x64 w8 s2"; of Hopper's, also "turns", "Qreg" and "p4" where they are on."""
+    """A tile in a table: "128x64 w8 s2", and "copied", "turns", "Qreg" and "p4" where these are on."""
     text = f"{tile.tile_q}x{tile.tile_kv} w{tile.num_warps} s{tile.num_stages}"
+    if isinstance(tile, CopiedTile):
+        text += " copied"
     if isinstance(tile, HopperTile):
         text += " turns" * tile.has_turns + " Qreg" * tile.is_q_in_registers
         text += f" p{tile.producer_warps}" * (tile.producer_warps > 1)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...kernels.tile import HopperTile, Pass, Tile
+from ...kernels.tile import CopiedTile, HopperTile, Pass, Tile
 from ...plan.tile_table import Key
 
 ATTEMPTS = 2  # a candidate that twice left no result took the process with it
@@ -20,7 +20,9 @@ ATTEMPTS = 2  # a candidate that twice left no result took the process with it
 
 def tile_of(work: Pass, numbers: Sequence[Any]) -> Tile:
     """A pass' tile, of its numbers as an entry has them."""
-    return HopperTile(*numbers) if work == "hopper" else Tile(*numbers)
+    if work == "hopper":
+        return HopperTile(*numbers)
+    return CopiedTile(*numbers) if len(numbers) > len(fields(Tile)) else Tile(*numbers)
 
 
 class Subject(NamedTuple):

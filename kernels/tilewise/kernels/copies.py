@@ -1,0 +1,49 @@
+"""K and V as the copy engine takes them: descriptors, where a tile asks for them and the tensors lie so.
+
+A thread that loads a tile computes addresses, a few instructions a row; the copy engine (TMA) is told the
+corner. It moves whole tiles, so it is asked only for steps in which every pair counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..parts.pieces import pieces_of
+from .call import Call
+from .hopper.limits import ALIGNMENT, FARTHEST
+from .tile import CopiedTile, Tile
+
+
+def copies_of(call: Call, tile: Tile) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Descriptors of K and of V, one for each piece of columns; () and () where threads load them."""
+    in_pages = call.shape.cache is not None and call.shape.cache.pages is not None
+    if not isinstance(tile, CopiedTile) or in_pages or not (can_be_copied(call.k) and can_be_copied(call.v)):
+        return (), ()
+    return descriptors(call.k, tile.tile_kv), descriptors(call.v, tile.tile_kv)
+
+
+def can_be_copied(x: torch.Tensor) -> bool:
+    """Whether x [batch, heads, length, dim] lies so that the copy engine can read it."""
+    size = x.element_size()
+    steps = [step * size for step, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
+    return (
+        x.numel() > 0
+        and (x.shape[3] == 1 or x.stride(3) == 1)
+        and all(step % ALIGNMENT == 0 and 0 < step < FARTHEST for step in steps)
+        and (x.is_meta or x.data_ptr() % ALIGNMENT == 0)
+    )
+
+
+def descriptors(x: torch.Tensor, rows: int) -> tuple[TensorDescriptor, ...]:
+    """x in pieces of [1, 1, rows, columns], one for each of `pieces_of` its columns."""
+    aligned = ALIGNMENT // x.element_size()
+    # Along a dimension of size 1 nobody steps, and PyTorch may say anything.
+    steps = [step if n > 1 else aligned for n, step in zip(x.shape[:3], x.stride(), strict=False)]
+    strides = [*steps, 1]
+    return tuple(
+        TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns])
+        for columns in pieces_of(x.shape[3])
+    )
