@@ -213,7 +213,7 @@ def test_the_five_best_are_kept_in_order_without_the_shipped_one(monkeypatch):
     }
     # One that spills in a full call gives way to the next.
     faked(monkeypatch, lambda tile: 128 if tile.tile_kv == 128 else 200, {found[0]})
-    again = [Tile(*(row[name] for name in Tile.__dataclass_fields__)) for row in rank.best("forward", 128)]
+    again = [tile_from("forward", row) for row in rank.best("forward", 128)]
     assert again[:4] == found[1:] and len(again) == 5
 
 
