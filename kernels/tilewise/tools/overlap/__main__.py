@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .order import table as order_table
 from .picture import draw
-from .simulation import table
+from .simulation import backward_table, table
 
 
 def main() -> None:
@@ -14,7 +15,7 @@ def main() -> None:
     parser.add_argument("--svg", type=Path, metavar="FOLDER", help="draw the timelines there instead")
     folder = parser.parse_args().svg
     if folder is None:
-        print("\n".join(table()))
+        print("\n\n".join("\n".join(lines) for lines in (table(), backward_table(), order_table())))
     else:
         draw(folder)
 

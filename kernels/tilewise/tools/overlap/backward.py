@@ -4,7 +4,7 @@ Who waits for whom is as in hopper/. All consumers have 64 keys each, and walk t
 
     S  = K Qᵀ    dP = V dOᵀ     [64, tile_q]     both operands in shared memory
     dV += Pᵀ dO  dK += dSᵀ Q    [64, dim]        the left one in registers
-    dQ = dS K                   [tile_q, dim]    all keys of the program, a part of the columns a consumer
+    dQ = dS K                   [64, columns]    over all keys of the program, a part a consumer
 
 What the machine leaves out, the port of shared memory, is counted apart, for here it is as busy as the tensor
 cores: `port_clocks`.
@@ -37,14 +37,14 @@ class BackwardLoop:
 
     @property
     def columns(self) -> int:
-        """Of dQ, that one consumer computes."""
-        return self.dim // self.warpgroups
+        """Of the 64 rows of dQ that a consumer computes."""
+        return self.tile_q * self.dim // (64 * self.warpgroups)
 
     @property
     def matmuls(self) -> dict[str, int]:
         along_dim, along_rows = self.dim // 16, self.tile_q // 16
-        of_dq = -(-self.tile_q // 64) * self.warpgroups * KEYS // 16
-        return {"S": along_dim, "dP": along_dim, "dV": along_rows, "dK": along_rows, "dQ": of_dq}
+        along_keys = self.warpgroups * KEYS // 16
+        return {"S": along_dim, "dP": along_dim, "dV": along_rows, "dK": along_rows, "dQ": along_keys}
 
     def operand_bytes(self) -> dict[str, int]:
         """What an instruction of each product reads of shared memory."""
@@ -102,51 +102,41 @@ def part(m: Machine, me: int, name: str, step: int, **left: int) -> Work:
 
 
 def consumer(loop: BackwardLoop, m: Machine, me: int) -> Iterator[Work]:
-    """A warpgroup of hopper/backward/consumer.py: dQ of a step runs under the next one's first product."""
+    """A warpgroup of hopper/backward/: dQ leaves under dK."""
     counts = loop.counts
-    dq = None
     for step in range(m.tiles * m.steps):
         s, dp = m.product(me, "S", step, m.others // 2), m.product(me, "dP", step)
         yield s
-        if dq is not None:
-            yield m.ended(dq)
-            yield from hand_over(loop, m, me, step - 1)
         yield dp
         yield m.ended(s)
-        p = part(m, me, "P", step, EX2=counts.EX2, FFMA=counts.FFMA, F2FP=counts.F2FP // 2)
+        half = counts._replace(FADD=counts.FADD // 2, F2FP=counts.F2FP // 2)
+        p = part(m, me, "P", step, EX2=counts.EX2, FFMA=counts.FFMA, FADD=half.FADD, F2FP=half.F2FP)
         yield p
         yield m.ended(p)
         dv = m.product(me, "dV", step)
         yield dv
         yield m.ended(dp)
-        ds = part(m, me, "dS", step, FADD=counts.FADD, FMUL=counts.FMUL, F2FP=counts.F2FP - counts.F2FP // 2)
+        ds = part(m, me, "dS", step, FADD=half.FADD, FMUL=counts.FMUL, F2FP=half.F2FP)
         yield ds
         yield m.ended(ds)
-        dk = m.product(me, "dK", step)
-        yield dk
         stored = part(m, me, "store", step, other=m.others - m.others // 2)
         yield stored
         yield m.ended(stored)
         m.came["dS", step] += 1
         yield m.wait(m.all_came(("dS", step)))
-        dq = m.product(me, "dQ", step)
+        dq, dk = m.product(me, "dQ", step), m.product(me, "dK", step)
         yield dq
+        yield dk
         yield m.ended(dv)
+        yield m.ended(dq)
+        if step:  # its place is free once the step before has left
+            yield m.wait(m.landed("dQ", step - 1))
+        stored = part(m, me, "store", step, other=loop.stores)
+        yield stored
+        yield m.ended(stored)
+        m.came["dQ", step] += 1
         yield m.ended(dk)
         m.came["Q", step] += 1
         m.came["dO", step] += 1
         if step % m.steps == m.steps - 1:
             m.ends.append(m.now)
-    assert dq is not None
-    yield m.ended(dq)
-    yield from hand_over(loop, m, me, step)
-
-
-def hand_over(loop: BackwardLoop, m: Machine, me: int, step: int) -> Iterator[Work]:
-    """A part of dQ into shared memory, where the step before has left it."""
-    if step:
-        yield m.wait(m.landed("dQ", step - 1))
-    stored = part(m, me, "store", step, other=loop.stores)
-    yield stored
-    yield m.ended(stored)
-    m.came["dQ", step] += 1
