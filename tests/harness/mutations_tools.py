@@ -11,6 +11,8 @@ COVERAGE = "kernels/tilewise/tools/explain/coverage.py"
 DOCTOR = "kernels/tilewise/tools/doctor/doctor.py"
 EXPLAIN = "kernels/tilewise/tools/explain/explain.py"
 LIMITS = "kernels/tilewise/tools/explain/limits.py"
+OVERLAP_BACKWARD = "kernels/tilewise/tools/overlap/backward.py"
+OVERLAP_ORDER = "kernels/tilewise/tools/overlap/order.py"
 PACKED_PARTS = "kernels/tilewise/tools/explain/parts.py"
 PADDING = "kernels/tilewise/parts/masks/padding.py"
 PLAIN = "kernels/tilewise/pytorch/plain.py"
@@ -119,5 +121,22 @@ MUTATIONS = (
     Mutation("doctor: NaN passes the self test", DOCTOR,
              "    if error <= limit:", "    if not limit < error < float('inf'):",
              tests("doctor", "a_wrong_result_is_a_problem")),
+    # ---- Models of Hopper's backward
+    Mutation("overlap: dQ before the other warpgroup has dS", OVERLAP_BACKWARD,
+             'yield m.wait(m.all_came(("dS", step)))', "pass",
+             tests("overlap_backward", "nobody_runs_ahead[1-128]")),
+    Mutation("overlap: a product too few", OVERLAP_BACKWARD,
+             '"dV": along_rows, "dK": along_rows,',
+             '"dV": along_rows, "dK": 0,',
+             tests("overlap_backward", "five_products_of_as_many_clocks[128]")),
+    Mutation("overlap: dQ passes the port once", OVERLAP_BACKWARD,
+             "gradient = 2 * 4 *", "gradient = 4 *",
+             tests("overlap_backward", "what_passes_the_port_of_shared_memory")),
+    Mutation("order: nobody waits for the keys before", OVERLAP_ORDER,
+             "added[head][m] if order.is_ordered else 0.0", "0.0",
+             tests("overlap_order", "a_full_head_hands_over_once_a_program[True]")),
+    Mutation("order: rows walked from the first", OVERLAP_ORDER,
+             "range(rows - 1, first - 1, -1) if rows_last_first else range(first, rows)", "range(first, rows)",
+             tests("overlap_order", "a_walk_visits_the_rows_that_see_its_keys")),
 )
 # fmt: on
