@@ -136,7 +136,7 @@ MUTATIONS = (
              "added[head][m] if order.is_ordered else 0.0", "0.0",
              tests("overlap_order", "a_full_head_hands_over_once_a_program[True]")),
     Mutation("order: rows walked from the first", OVERLAP_ORDER,
-             "range(rows - 1, first - 1, -1) if rows_last_first else range(first, rows)", "range(first, rows)",
+             "range(rows - 1, first - 1, -1) if rows_last_first else", "range(first, rows) if rows_last_first else",
              tests("overlap_order", "a_walk_visits_the_rows_that_see_its_keys")),
 )
 # fmt: on
