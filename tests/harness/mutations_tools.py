@@ -122,8 +122,8 @@ MUTATIONS = (
              "    if error <= limit:", "    if not limit < error < float('inf'):",
              tests("doctor", "a_wrong_result_is_a_problem")),
     # ---- Models of Hopper's backward
-    Mutation("overlap: dQ before the other warpgroup has dS", OVERLAP_BACKWARD,
-             'yield m.wait(m.all_came(("dS", step)))', "pass",
+    Mutation("overlap: dQ leaves before it is there", OVERLAP_BACKWARD,
+             'yield m.wait(m.all_came(("dQ", step)))', "pass",
              tests("overlap_backward", "nobody_runs_ahead[1-128]")),
     Mutation("overlap: a product too few", OVERLAP_BACKWARD,
              '"dV": along_rows, "dK": along_rows,',
@@ -136,7 +136,7 @@ MUTATIONS = (
              "added[head][m] if order.is_ordered else 0.0", "0.0",
              tests("overlap_order", "a_full_head_hands_over_once_a_program[True]")),
     Mutation("order: rows walked from the first", OVERLAP_ORDER,
-             "range(rows - 1, first - 1, -1) if rows_last_first else", "range(first, rows) if rows_last_first else",
+             "return range(rows - 1, first - 1, -1) if", "return range(first, rows) if",
              tests("overlap_order", "a_walk_visits_the_rows_that_see_its_keys")),
 )
 # fmt: on
