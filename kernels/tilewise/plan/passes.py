@@ -113,9 +113,8 @@ def run_backward(
     if needs[1] or needs[2]:
         grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
     if in_one_walk:
-        launch_dqkv(
-            backward, grads[0], grads[1], grads[2], tile, __import__("os").environ.get("DET", "1") == "1"
-        )
+        in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
+        launch_dqkv(backward, grads[0], grads[1], grads[2], tile, in_order)
     else:
         if needs[0]:
             launch_dq(backward, grads[0], choose_tile(q, shape, "dq"))
