@@ -61,8 +61,8 @@ ADVICE = {
         lambda: {n: x.float() for n, x in zip("qkv", ROWS, strict=True)}, "TF32", lambda: {}, 10.0,
     ),
     "a padded dimension": (
-        lambda: {n: meta(1, 16, SQUARE, 80) for n in "qkv"}, "head_dim=80 is multiplied as 128",
-        lambda: {n: meta(1, 16, SQUARE, 64) for n in "qkv"}, 1.3,
+        lambda: {n: meta(1, 16, SQUARE, 100) for n in "qkv"}, "head_dim=100 is multiplied as 128",
+        lambda: {n: meta(1, 16, SQUARE, 96) for n in "qkv"}, 1.25,
     ),
     "columns apart": (
         lambda: dict(k=strided(ROWS[1], (0, SQUARE * 128, 1, SQUARE))), "dimension has a stride: k (1024)",

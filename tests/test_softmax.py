@@ -28,7 +28,8 @@ def advance(s_ptr, v_ptr, tile, unit, row_max, row_sum, o, ROWS: tl.constexpr, K
 @triton.jit
 def tile_state(s_ptr, v_ptr, tile, unit, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """The state of rows that have seen one tile, in natural units, as merge takes it."""
-    row_max, row_sum, o = softmax_start(ROWS, 16)
+    row_max, row_sum = softmax_start(ROWS)
+    o = tl.zeros([ROWS, 16], tl.float32)
     row_max, row_sum, o = advance(s_ptr, v_ptr, tile, unit, row_max, row_sum, o, ROWS, KEYS)
     if unit is not None:
         row_max *= unit
@@ -42,7 +43,8 @@ def softmax_kernel(
 ):  # fmt: skip
     """The state of all four tiles, reached in the order that ORDER names."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, 16)
-    none_max, none_sum, none_o = softmax_start(ROWS, 16)
+    none_max, none_sum = softmax_start(ROWS)
+    none_o = tl.zeros([ROWS, 16], tl.float32)
     if ORDER == "none":
         row_max, row_sum, o = softmax_merge(none_max, none_sum, none_o, none_max, none_sum, none_o)
     elif ORDER == "loop" or ORDER == "none first" or ORDER == "none last":

@@ -45,9 +45,9 @@ def append_kernel(
 
     k = turned(head_of(new_keys, place, head), row, valid, position, rotary, INTERLEAVED, HEAD_DIM, HEAD_TILE)
     k_head = keys_of(keys, kv_place, head, layout)
-    store_tile(k_head, round_to(k, keys[0].dtype.element_ty), position, valid, HEAD_DIM, HEAD_TILE)
-    v = load_tile(head_of(new_values, place, head), row, valid, VALUE_DIM, VALUE_TILE)
-    store_tile(keys_of(values, kv_place, head, layout), v, position, valid, VALUE_DIM, VALUE_TILE)
+    store_tile(k_head, round_to(k, keys[0].dtype.element_ty), position, valid, 0, HEAD_DIM, HEAD_TILE)
+    v = load_tile(head_of(new_values, place, head), row, valid, 0, VALUE_DIM, VALUE_TILE)
+    store_tile(keys_of(values, kv_place, head, layout), v, position, valid, 0, VALUE_DIM, VALUE_TILE)
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def turn_kernel(
         head_of(queries, place, head), row, row < q_len, position, rotary, INTERLEAVED, HEAD_DIM, HEAD_TILE
     )
     q = round_to(q, out[0].dtype.element_ty)
-    store_tile(head_of(out, place, head), q, row, row < q_len, HEAD_DIM, HEAD_TILE)
+    store_tile(head_of(out, place, head), q, row, row < q_len, 0, HEAD_DIM, HEAD_TILE)
 
 
 def launch_append(

@@ -34,10 +34,20 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_rows, load_tile, rows_of, store_tile, tensors_of
+from ..parts.addressing import head_of, load_rows, rows_of, tensors_of
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, kv_range, q_range
-from ..parts.numerics import matmul, round_to
+from ..parts.numerics import round_to
+from ..parts.pieces import (
+    load_pieces,
+    product,
+    products,
+    rounded,
+    scaled,
+    store_pieces,
+    where_rows,
+    zero_pieces,
+)
 from ..parts.scores.score import apply_scores, pull_back
 from ..parts.sequences import first_tile, tiles_of
 from ..parts.softmax import softmax_probabilities
@@ -89,10 +99,10 @@ def sum_over_rows(
     kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
     kv_row = tl.minimum(kv_idx, kv_len - 1)
     k_head, v_head = head_of(keys, kv_place, kv_head), head_of(values, kv_place, kv_head)
-    k = load_tile(k_head, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
-    v = load_tile(v_head, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
-    dk = tl.zeros([TILE_KV, HEAD_TILE], tl.float32)
-    dv = tl.zeros([TILE_KV, VALUE_TILE], tl.float32)
+    k = load_pieces(k_head, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+    v = load_pieces(v_head, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
+    dk = zero_pieces(TILE_KV, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+    dv = zero_pieces(TILE_KV, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
     if IN_TURNS:
         finite_k = finite(OPERAND(k))
         before = kv_start * 0 + NOBODYS
@@ -118,13 +128,13 @@ def sum_over_rows(
                     q_mask = None
                     row = q_idx
 
-                q = load_tile(q_head, q_idx, q_mask, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-                do = load_tile(do_head, q_idx, q_mask, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
+                q = load_pieces(q_head, q_idx, q_mask, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+                do = load_pieces(do_head, q_idx, q_mask, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
                 row_max = load_rows(max_ptr + rows_ptr, q_idx, q_mask)[None, :]  # [1, TILE_Q]
                 sum_log2 = load_rows(sum_ptr + rows_ptr, q_idx, q_mask)[None, :]
 
                 # Sᵀ = scores(K Qᵀ)
-                sT = matmul(k, tl.trans(q), tl.zeros([TILE_KV, TILE_Q], tl.float32), PRECISION)
+                sT = product(k, q, PRECISION)
                 sT, inputs = apply_scores(
                     sT, batch, head, row[None, :], kv_row[:, None], SCORES, score_args
                 )  # [TILE_KV, TILE_Q]
@@ -138,12 +148,11 @@ def sum_over_rows(
                     pT = tl.where(kept, pT, 0.0)
                     if HAS_GAPS:  # nor a row whose interval has keys here, none of which it sees
                         sees = tl.max(kept.to(tl.int32), 0) != 0
-                        q = tl.where(sees[:, None], q, tl.zeros_like(q))
-                        do = tl.where(sees[:, None], do, tl.zeros_like(do))
+                        q, do = where_rows(sees, q), where_rows(sees, do)
                 # dV = dV + Pᵀ dO
-                dv = matmul(round_to(drop(pT, keep, dropout), do.dtype), do, dv, PRECISION)
+                dv = products(round_to(drop(pT, keep, dropout), do[0].dtype), do, dv, PRECISION)
                 # dPᵀ = V dOᵀ
-                dpT = matmul(v, tl.trans(do), tl.zeros([TILE_KV, TILE_Q], tl.float32), PRECISION)
+                dpT = product(v, do, PRECISION)
                 # Loaded only here, delta takes no registers before: 244, not 255 and spills (sm_90, 128).
                 delta = load_rows(delta_ptr + rows_ptr, q_idx, q_mask)[None, :]
                 # dSᵀ = Pᵀ · (dPᵀ - delta), and back to the dot products
@@ -153,9 +162,9 @@ def sum_over_rows(
                 )
                 if RUN != FULL:
                     dsT = tl.where(kept, dsT, 0.0)
-                dsT = round_to(dsT, q.dtype)
+                dsT = round_to(dsT, q[0].dtype)
                 # dK = dK + dSᵀ Q
-                dk = matmul(dsT, OPERAND(q), dk, PRECISION)
+                dk = products(dsT, OPERAND(q), dk, PRECISION)
                 if IN_TURNS:
                     tile = head_tiles + q_tile
                     before = add_share(
@@ -167,14 +176,14 @@ def sum_over_rows(
         pass_last_turn(shares[1], before)
 
     if unit is not None:
-        dk *= unit
+        dk = scaled(dk, unit)
     dk = PROJECT(dk, k)
     if IN_TURNS:  # the same keys, for which no registers are held while the program walks
         kv_idx = kv_start + tl.minimum(before, 0) + tl.arange(0, TILE_KV)
     dk_head, dv_head = head_of(dkeys, kv_place, kv_head), head_of(dvalues, kv_place, kv_head)
-    dk, dv = round_to(dk, dkeys[0].dtype.element_ty), round_to(dv, dvalues[0].dtype.element_ty)
-    store_tile(dk_head, dk, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)
-    store_tile(dv_head, dv, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)
+    dk, dv = rounded(dk, dkeys[0].dtype.element_ty), rounded(dv, dvalues[0].dtype.element_ty)
+    store_pieces(dk_head, dk, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)
+    store_pieces(dv_head, dv, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)
 
 
 @triton.jit
@@ -237,13 +246,13 @@ def dq_kernel(
 
     q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
     k_head, v_head = head_of(keys, kv_place, head // group), head_of(values, kv_place, head // group)
-    q = load_tile(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-    do = load_tile(do_head, q_idx, q_idx < q_len, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
+    q = load_pieces(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+    do = load_pieces(do_head, q_idx, q_idx < q_len, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
     rows_ptr = rows_of(q_place, head, q_heads, q_rows)
     row_max = tl.load(max_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
     sum_log2 = tl.load(sum_ptr + rows_ptr + row)[:, None]
     delta = tl.load(delta_ptr + rows_ptr + row)[:, None]
-    dq = tl.zeros([TILE_Q, HEAD_TILE], tl.float32)
+    dq = zero_pieces(TILE_Q, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
 
     for IS_CUT in tl.static_range(2):
         for step in range(steps_of(span, IS_CUT)):
@@ -252,11 +261,11 @@ def dq_kernel(
             v = load_keys(v_head, kv_idx, span, IS_CUT, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
 
             # S = scores(Q Kᵀ)
-            s = matmul(q, tl.trans(k), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
+            s = product(q, k, PRECISION)
             s, inputs = apply_scores(s, batch, head, row[:, None], kv_row[None, :], SCORES, score_args)
             p = softmax_probabilities(s, row_max, sum_log2, unit)  # [TILE_Q, TILE_KV]
             # dP = dO Vᵀ
-            dp = matmul(do, tl.trans(v), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
+            dp = product(do, v, PRECISION)
             dp = drop(dp, dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, False), dropout)
             # dS = P · (dP - delta), and back to the dot products
             ds = p * (dp - delta)
@@ -269,16 +278,16 @@ def dq_kernel(
                 ds = tl.where(kept, ds, 0.0)
                 if HAS_GAPS:  # 0 · NaN is NaN: a key that no row sees must not enter the sum
                     seen = tl.max(kept.to(tl.int32), 0) != 0
-                    k = tl.where(seen[:, None], k, tl.zeros_like(k))
+                    k = where_rows(seen, k)
 
             # dQ = dQ + dS K
-            dq = matmul(round_to(ds, k.dtype), OPERAND(k), dq, PRECISION)  # [TILE_Q, HEAD_TILE]
+            dq = products(round_to(ds, k[0].dtype), OPERAND(k), dq, PRECISION)  # [TILE_Q, HEAD_TILE]
 
     if unit is not None:
-        dq *= unit
+        dq = scaled(dq, unit)
     dq = PROJECT(dq, q)
-    dq = round_to(dq, dqueries[0].dtype.element_ty)
-    store_tile(head_of(dqueries, q_place, head), dq, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)
+    dq = rounded(dq, dqueries[0].dtype.element_ty)
+    store_pieces(head_of(dqueries, q_place, head), dq, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)
 
 
 def backward_arguments(backward: BackwardCall, tile: Tile) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from ..parts.masks.mask import BoundMask
 from ..parts.numerics import INTERPRETED, float32_precision
+from ..parts.pieces import pieces_of
 from ..parts.scores.score import BoundScore
 from ..parts.shape import Shape, ceil_div, next_power_of_two
 
@@ -99,8 +100,8 @@ def shared_arguments(call: Call) -> dict[str, Any]:
         SCORES=functions["SCORES"],
         HEAD_DIM=shape.head_dim,
         VALUE_DIM=shape.value_dim,
-        HEAD_TILE=power_of_two_tile(shape.head_dim),
-        VALUE_TILE=power_of_two_tile(shape.value_dim),
+        HEAD_TILE=pieces_of(shape.head_dim),
+        VALUE_TILE=pieces_of(shape.value_dim),
         PRECISION=float32_precision(),
         enable_fp_fusion=True,
     )

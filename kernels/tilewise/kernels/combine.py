@@ -37,7 +37,8 @@ def combine_kernel(
     column = tl.arange(0, VALUE_TILE)
     valid = row < rows
     inside = valid[:, None] & (column < VALUE_DIM)[None, :]
-    row_max, row_sum, o = softmax_start(TILE, VALUE_TILE)
+    row_max, row_sum = softmax_start(TILE)
+    o = tl.zeros([TILE, VALUE_TILE], tl.float32)
     part = row.to(tl.int64)
     for _ in range(splits):
         lse = tl.load(parts_lse_ptr + part, mask=valid, other=float("-inf"))

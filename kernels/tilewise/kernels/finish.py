@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_tile, store_tile
-from ..parts.numerics import round_to
+from ..parts.addressing import head_of
+from ..parts.pieces import load_pieces, pieces_of, rounded, scaled, store_pieces
 from ..parts.sequences import tiles_of
-from .call import Call, on_device_of, power_of_two_tile, programs, sizes_of
+from .call import Call, on_device_of, programs, sizes_of
 from .walk import own_rows
 
 
@@ -35,12 +35,12 @@ def finish_dq_kernel(
     tiles = tiles_of(q_rows, layout[0], TILE_Q)
     first = ((q_place[0].to(tl.int64) * q_heads + head) * tiles + tile) * TILE_Q
     sum_head = sums_ptr + first * HEAD_DIM, HEAD_DIM, 1
-    dq = load_tile(sum_head, tl.arange(0, TILE_Q), valid, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-    q = load_tile(head_of(queries, q_place, head), q_idx, valid, HEAD_DIM, HEAD_TILE)
+    dq = load_pieces(sum_head, tl.arange(0, TILE_Q), valid, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+    q = load_pieces(head_of(queries, q_place, head), q_idx, valid, HEAD_DIM, HEAD_TILE)
     if unit is not None:
-        dq *= unit
-    dq = round_to(PROJECT(dq, q), dqueries[0].dtype.element_ty)
-    store_tile(head_of(dqueries, q_place, head), dq, q_idx, valid, HEAD_DIM, HEAD_TILE)
+        dq = scaled(dq, unit)
+    dq = rounded(PROJECT(dq, q), dqueries[0].dtype.element_ty)
+    store_pieces(head_of(dqueries, q_place, head), dq, q_idx, valid, HEAD_DIM, HEAD_TILE)
 
 
 def launch_finish_dq(call: Call, sums: torch.Tensor, dq: torch.Tensor) -> None:
@@ -58,7 +58,7 @@ def launch_finish_dq(call: Call, sums: torch.Tensor, dq: torch.Tensor) -> None:
                 unit=call.unit,
                 PROJECT=call.project,
                 HEAD_DIM=shape.head_dim,
-                HEAD_TILE=power_of_two_tile(shape.head_dim),
+                HEAD_TILE=pieces_of(shape.head_dim),
                 TILE_Q=tile_q,
                 num_warps=8 if tile_q * shape.head_dim > 4096 else 4,
                 enable_fp_fusion=True,

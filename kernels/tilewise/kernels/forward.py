@@ -20,14 +20,24 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, keys_of, load_tile, rows_of, store_tile, tensors_of
+from ..parts.addressing import head_of, keys_of, rows_of, tensors_of
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, kv_range
-from ..parts.numerics import INTERPRETED, matmul, round_to, widen
+from ..parts.numerics import INTERPRETED, round_to, widen
+from ..parts.pieces import (
+    load_pieces,
+    product,
+    products,
+    rounded,
+    scaled,
+    store_pieces,
+    where_rows,
+    zero_pieces,
+)
 from ..parts.scores.score import apply_scores
 from ..parts.sequences import is_of_a_sequence
 from ..parts.shape import Shape
-from ..parts.softmax import softmax_finish, softmax_merge, softmax_start, softmax_step
+from ..parts.softmax import softmax_end, softmax_join, softmax_start, softmax_step
 from .call import Call, Split, on_device_of, programs, shared_arguments
 from .tile import Tile
 from .walk import keys_of_split, load_keys, own_group, step_keys, steps_of
@@ -41,7 +51,7 @@ def forward_kernel(
     SCORES: tl.constexpr,  # a function for each modifier
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    HEAD_TILE: tl.constexpr,  # HEAD_DIM rounded up to a power of two; the rest reads as 0
+    HEAD_TILE: tl.constexpr,  # the pieces that hold HEAD_DIM columns: pieces.py; what is beyond reads as 0
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     out,  # (pointer, strides)
@@ -66,9 +76,10 @@ def forward_kernel(
     span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
     q_head = head_of(queries, q_place, head_column)
-    q = load_tile(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+    q = load_pieces(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
     k_head, v_head = keys_of(keys, kv_place, kv_head, layout), keys_of(values, kv_place, kv_head, layout)
-    row_max, row_sum, o = softmax_start(TILE_Q, VALUE_TILE)
+    row_max, row_sum = softmax_start(TILE_Q)
+    o = zero_pieces(TILE_Q, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
 
     for IS_CUT in tl.static_range(2):
         for step in range(steps_of(span, IS_CUT)):
@@ -77,7 +88,7 @@ def forward_kernel(
             v = load_keys(v_head, kv_idx, span, IS_CUT, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
 
             # S = scores(Q Kᵀ)
-            s = matmul(q, tl.trans(k), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
+            s = product(q, k, PRECISION)  # [TILE_Q, TILE_KV]
             s, _ = apply_scores(s, batch, head_column, row[:, None], kv_row[None, :], SCORES, score_args)
             if IS_CUT:
                 kept = kept_pairs(
@@ -87,12 +98,13 @@ def forward_kernel(
                 s = tl.where(kept, s, float("-inf"))
                 if HAS_GAPS:  # 0 · NaN is NaN: the value of a key that no row sees must not enter the sum
                     seen = tl.max(kept.to(tl.int32), 0) != 0
-                    v = tl.where(seen[:, None], v, tl.zeros_like(v))
+                    v = where_rows(seen, v)
 
             row_max, row_sum, p, rescale = softmax_step(s, row_max, row_sum, unit)
             p = drop(p, dropout_keep(batch, head_column, q_idx, kv_start, dropout, TILE_KV, False), dropout)
+            p = round_to(p, v[0].dtype)
             # O = O · rescale + P V
-            o = matmul(round_to(p, v.dtype), v, o * rescale[:, None], PRECISION)  # [TILE_Q, VALUE_TILE]
+            o = products(p, v, scaled(o, rescale[:, None]), PRECISION)  # [TILE_Q, VALUE_TILE]
 
     if sink_ptr is not None:
         # A sink is the state of one more key of each sequence, whose value is 0.
@@ -102,12 +114,13 @@ def forward_kernel(
         has_sink = is_of_a_sequence(tile, sizes, layout, members, TILE_Q) & (tl.program_id(1) == 0)
         sink_max = tl.where(has_sink, tl.zeros_like(row_max) + sink, float("-inf"))
         sink_sum = tl.full([TILE_Q], 1.0, tl.float32)
-        sink_o = tl.zeros_like(o)
-        row_max, row_sum, o = softmax_merge(row_max, row_sum, o, sink_max, sink_sum, sink_o)
+        row_max, row_sum, rescale, _ = softmax_join(row_max, row_sum, sink_max, sink_sum)
+        o = scaled(o, rescale[:, None])
     natural_max = row_max
     if unit is not None:
         natural_max = row_max * unit
-    o, lse, sum_log2 = softmax_finish(natural_max, row_sum, o)
+    factor, lse, sum_log2 = softmax_end(natural_max, row_sum)
+    o = scaled(o, factor[:, None])
 
     valid = q_idx < q_len
     rows = rows_of(q_place, head, q_heads, q_rows) + q_idx
@@ -120,8 +133,9 @@ def forward_kernel(
     if max_ptr is not None:
         tl.store(max_ptr + rows, row_max, mask=valid)
         tl.store(sum_ptr + rows, sum_log2, mask=valid)
-    o = round_to(o, out_ptr.dtype.element_ty)
-    store_tile(head_of((out_ptr, out_strides), q_place, head_column), o, q_idx, valid, VALUE_DIM, VALUE_TILE)
+    o = rounded(o, out_ptr.dtype.element_ty)
+    o_head = head_of((out_ptr, out_strides), q_place, head_column)
+    store_pieces(o_head, o, q_idx, valid, VALUE_DIM, VALUE_TILE)
 
 
 # Triton 3.6.0 cannot translate for AMD a loop with tiles of a bias in flight beside fewer than 64 rows: it

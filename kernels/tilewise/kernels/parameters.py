@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_tile, rows_of, tensors_of
+from ..parts.addressing import head_of, rows_of, tensors_of
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, visits_and_full
-from ..parts.numerics import matmul
+from ..parts.pieces import load_pieces, product
 from ..parts.scores.score import Parameter, apply_scores, pull_back
 from ..parts.sequences import first_tile, sequence_at, tiles_of
 from ..parts.shape import Shape, next_power_of_two
@@ -91,21 +91,21 @@ def parameter_kernel(
             q_mask, kv_mask = q_idx < q_len, kv_idx < kv_len
             q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
             k_head, v_head = head_of(keys, kv_place, head // group), head_of(values, kv_place, head // group)
-            q = load_tile(q_head, q_idx, q_mask, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-            do = load_tile(do_head, q_idx, q_mask, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
-            k = load_tile(k_head, kv_idx, kv_mask, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
-            v = load_tile(v_head, kv_idx, kv_mask, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
+            q = load_pieces(q_head, q_idx, q_mask, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+            do = load_pieces(do_head, q_idx, q_mask, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
+            k = load_pieces(k_head, kv_idx, kv_mask, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+            v = load_pieces(v_head, kv_idx, kv_mask, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
             rows_ptr = rows_of(q_place, head, q_heads, q_rows)
             row_max = tl.load(max_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
             sum_log2 = tl.load(sum_ptr + rows_ptr + row)[:, None]
             delta = tl.load(delta_ptr + rows_ptr + row)[:, None]
 
             # S = scores(Q Kᵀ)
-            s = matmul(q, tl.trans(k), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
+            s = product(q, k, PRECISION)
             s, inputs = apply_scores(s, batch, head, row[:, None], kv_row[None, :], SCORES, score_args)
             p = softmax_probabilities(s, row_max, sum_log2, unit)  # [TILE_Q, TILE_KV]
             # dP = dO Vᵀ
-            dp = matmul(do, tl.trans(v), tl.zeros([TILE_Q, TILE_KV], tl.float32), PRECISION)
+            dp = product(do, v, PRECISION)
             dp = drop(dp, dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, False), dropout)
             # dS = P · (dP - delta), and back to what the modifier returned
             ds = pull_back(

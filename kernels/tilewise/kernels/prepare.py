@@ -13,20 +13,30 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_tile, rows_of
+from ..parts.addressing import head_of, rows_of
 from ..parts.intervals import intersect_intervals, store_range
-from ..parts.numerics import widen
+from ..parts.pieces import load_pieces, pieces_of, widened
 from ..parts.sequences import tiles_of
 from .call import (
     Call,
     function_arguments,
     on_device_of,
-    power_of_two_tile,
     programs,
     sizes_of,
     tile_count,
 )
 from .walk import own_rows
+
+
+@triton.jit
+def products_of_rows(o, do):
+    """Σ_d dO · O of tiles in pieces, [TILE_Q] in fp32. An output of exactly 0 adds nothing, also where a row
+    that sees no key is handed NaN."""
+    o, do = widened(o), widened(do)
+    total = tl.sum(tl.where(o[0] == 0.0, 0.0, o[0] * do[0]), 1)
+    for i in tl.static_range(1, len(o)):
+        total += tl.sum(tl.where(o[i] == 0.0, 0.0, o[i] * do[i]), 1)
+    return total
 
 
 @triton.jit
@@ -52,11 +62,9 @@ def prepare_kernel(
 
     # delta = Σ_d dO · O - dLSE
     o_head, do_head = head_of(out, q_place, head), head_of(dout, q_place, head)
-    o = load_tile(o_head, q_idx, valid, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
-    do = load_tile(do_head, q_idx, valid, VALUE_DIM, VALUE_TILE)
-    # An output of exactly 0 adds nothing, also where a row that sees no key is handed NaN.
-    o, do = widen(o), widen(do)
-    delta = tl.sum(tl.where(o == 0.0, 0.0, o * do), 1)  # [TILE_Q]
+    o = load_pieces(o_head, q_idx, valid, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
+    do = load_pieces(do_head, q_idx, valid, VALUE_DIM, VALUE_TILE)
+    delta = products_of_rows(o, do)  # [TILE_Q]
     rows = rows_of(q_place, head, q_heads, q_rows) + q_idx
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + rows, mask=valid, other=0.0)
@@ -122,7 +130,7 @@ def prepare_launch(backward: BackwardCall) -> tuple[tuple[int], dict[str, Any]]:
         mask_args=functions["mask_args"],
         INTERVALS=functions["INTERVALS"],
         VALUE_DIM=shape.value_dim,
-        VALUE_TILE=power_of_two_tile(shape.value_dim),
+        VALUE_TILE=pieces_of(shape.value_dim),
         TILE_Q=backward.tile_q,
         enable_fp_fusion=True,
     )

@@ -13,8 +13,8 @@ are never visited. Of the keys of a cut tile some may lie outside the range of t
 import triton
 import triton.language as tl
 
-from ..parts.addressing import load_tile
 from ..parts.intervals import cut_tile
+from ..parts.pieces import load_pieces
 from ..parts.sequences import tile_of_keys, tile_of_rows, tiles_of, valid_rows
 
 
@@ -109,12 +109,12 @@ def step_keys(step, span, kv_len, IS_CUT: tl.constexpr, TILE_KV: tl.constexpr):
 
 
 @triton.jit
-def load_keys(x_head, kv_idx, span, IS_CUT: tl.constexpr, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
-    """A step's tile of K or V, [TILE_KV, DIM_TILE]; what lies outside the range of the walk is 0."""
+def load_keys(x_head, kv_idx, span, IS_CUT: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr):
+    """A step's tile of K or V, [TILE_KV, PIECES]; what lies outside the range of the walk is 0."""
     if IS_CUT:
-        return load_tile(x_head, kv_idx, (kv_idx >= span[0]) & (kv_idx < span[1]), DIM, DIM_TILE)
+        return load_pieces(x_head, kv_idx, (kv_idx >= span[0]) & (kv_idx < span[1]), DIM, PIECES)
     else:
-        return load_tile(x_head, kv_idx, None, DIM, DIM_TILE)
+        return load_pieces(x_head, kv_idx, None, DIM, PIECES)
 
 
 # ---- The rows that a program with a tile of keys walks over; span: what `q_range` says

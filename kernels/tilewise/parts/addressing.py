@@ -86,13 +86,14 @@ def tile_ptrs(x_head, rows, row_mask, columns):
 
 
 @triton.jit
-def load_tile(x_head, rows, row_mask, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
-    """Rows of a head, [rows, DIM_TILE]; rows outside row_mask (None: all count) and padding columns are 0."""
-    columns = tl.arange(0, DIM_TILE)
+def load_tile(x_head, rows, row_mask, START: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """COLUMNS columns of rows of a head, from START on, [rows, COLUMNS]; rows outside row_mask (None: all
+    count) and columns from DIM on are 0."""
+    columns = START + tl.arange(0, COLUMNS)
     ptrs = tile_ptrs(x_head, rows, row_mask, columns)
-    if DIM == DIM_TILE and row_mask is None:
+    if START + COLUMNS <= DIM and row_mask is None:
         return tl.load(ptrs)
-    elif DIM == DIM_TILE:
+    elif START + COLUMNS <= DIM:
         return tl.load(ptrs, mask=row_mask[:, None], other=0.0)
     elif row_mask is None:
         return tl.load(ptrs, mask=(columns < DIM)[None, :], other=0.0)
@@ -110,8 +111,9 @@ def load_rows(ptr, rows, row_mask):
 
 
 @triton.jit
-def store_tile(x_head, tile, rows, row_mask, DIM: tl.constexpr, DIM_TILE: tl.constexpr):
-    """Write a tile [rows, DIM_TILE] to rows of a head; rows outside row_mask and padding columns are not."""
-    columns = tl.arange(0, DIM_TILE)
+def store_tile(x_head, tile, rows, row_mask, START: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write a tile [rows, COLUMNS] to rows of a head, from column START on; what load_tile reads as 0 is not
+    written."""
+    columns = START + tl.arange(0, COLUMNS)
     mask = row_mask[:, None] & (columns < DIM)[None, :]
     tl.store(tile_ptrs(x_head, rows, row_mask, columns), tile, mask=mask)

@@ -42,7 +42,7 @@ def turned(
     INTERLEAVED: tl.constexpr, DIM: tl.constexpr, DIM_TILE: tl.constexpr,
 ):  # fmt: skip
     """Rows of a head, [rows, DIM_TILE] in fp32, turned by their positions; without rotary (), as they are."""
-    x = widen(load_tile(x_head, rows, row_mask, DIM, DIM_TILE))
+    x = widen(load_tile(x_head, rows, row_mask, 0, DIM, DIM_TILE))
     if len(rotary) == 0:
         return x
     else:

@@ -27,6 +27,7 @@ import triton.language as tl
 from .addressing import page_of, rows_of
 from .described import worded
 from .numerics import round_to, widen
+from .pieces import dots, magnitudes, scaled, where_rows, widened
 from .scores.score import BoundScore, Parameter, Score, padded_sizes
 from .sequences import sequence_at
 from .shape import Shape
@@ -124,22 +125,28 @@ def unchanged(dx, x):
 
 @triton.jit
 def unit_rows(x):
-    """X̂ = X / max(|X|, ε) of each row, in x's dtype."""
-    wide = widen(x)
-    length = tl.sqrt(tl.sum(wide * wide, 1))
-    return round_to(wide / tl.maximum(length, EPSILON)[:, None], x.dtype)
+    """X̂ = X / max(|X|, ε) of each row of a tile in pieces, in x's dtype."""
+    wide = widened(x)
+    length = tl.maximum(tl.sqrt(dots(wide, wide)), EPSILON)[:, None]
+    unit = ()
+    for i in tl.static_range(len(x)):
+        unit = unit + (round_to(wide[i] / length, x[i].dtype),)  # type: ignore[assignment]
+    return unit
 
 
 @triton.jit
 def orthogonal_part(dx, x):
-    """dX = (dX̂ - X̂ (X̂ · dX̂)) / |X| of each row; rows of at most ε are only divided by ε. A row without a
-    gradient gets none, also where x is NaN because nobody looks there."""
-    wide = tl.where((tl.sum(tl.abs(dx), 1) > 0.0)[:, None], widen(x), 0.0)
-    length = tl.sqrt(tl.sum(wide * wide, 1))
-    inverse = 1.0 / tl.maximum(length, EPSILON)
-    unit = wide * inverse[:, None]
-    along = tl.where(length > EPSILON, tl.sum(dx * unit, 1), 0.0)
-    return (dx - along[:, None] * unit) * inverse[:, None]
+    """dX = (dX̂ - X̂ (X̂ · dX̂)) / |X| of each row, tiles in pieces; rows of at most ε are only divided by ε. A
+    row without a gradient gets none, also where x is NaN because nobody looks there."""
+    wide = where_rows(magnitudes(dx) > 0.0, widened(x))
+    length = tl.sqrt(dots(wide, wide))
+    inverse = (1.0 / tl.maximum(length, EPSILON))[:, None]
+    unit = scaled(wide, inverse)
+    along = tl.where(length > EPSILON, dots(dx, unit), 0.0)[:, None]
+    found = ()
+    for i in tl.static_range(len(dx)):
+        found = found + ((dx[i] - along * unit[i]) * inverse,)  # type: ignore[assignment]
+    return found
 
 
 class Normalised(Score):

@@ -25,12 +25,9 @@ def anchor(row_max):
 
 
 @triton.jit
-def softmax_start(TILE_Q: tl.constexpr, VALUE_TILE: tl.constexpr):
-    """The state of rows that have seen no key."""
-    row_max = tl.full([TILE_Q], float("-inf"), tl.float32)
-    row_sum = tl.zeros([TILE_Q], tl.float32)
-    o = tl.zeros([TILE_Q, VALUE_TILE], tl.float32)
-    return row_max, row_sum, o
+def softmax_start(TILE_Q: tl.constexpr):
+    """The state of rows that have seen no key, but for o, which is 0."""
+    return tl.full([TILE_Q], float("-inf"), tl.float32), tl.zeros([TILE_Q], tl.float32)
 
 
 @triton.jit
@@ -52,23 +49,38 @@ def softmax_step(s, row_max, row_sum, unit):
 
 
 @triton.jit
-def softmax_merge(max_a, sum_a, o_a, max_b, sum_b, o_b):
-    """The state of rows that have seen the keys of state a and those of state b; maxima in natural units."""
+def softmax_join(max_a, sum_a, max_b, sum_b):
+    """The state of rows that have seen the keys of state a and those of state b: the maxima, in natural units
+    all of them, the sums, and the factors that are due to the o of each."""
     row_max = tl.maximum(max_a, max_b)
     base = anchor(row_max)
     a = tl.exp2((max_a - base) * LOG2E)
     b = tl.exp2((max_b - base) * LOG2E)
-    return row_max, sum_a * a + sum_b * b, o_a * a[:, None] + o_b * b[:, None]
+    return row_max, sum_a * a + sum_b * b, a, b
+
+
+@triton.jit
+def softmax_merge(max_a, sum_a, o_a, max_b, sum_b, o_b):
+    """The same with o, where that is one tile."""
+    row_max, row_sum, a, b = softmax_join(max_a, sum_a, max_b, sum_b)
+    return row_max, row_sum, o_a * a[:, None] + o_b * b[:, None]
+
+
+@triton.jit
+def softmax_end(row_max, row_sum):
+    """1 / row_sum, by which o is multiplied for O, LSE = row_max + ln row_sum, and log2 row_sum, for the
+    backward; rows that saw no key give 1, -inf and 0."""
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    sum_log2 = tl.log2(row_sum)  # [TILE_Q]
+    # One division a row, and not one an element, each of which is eight instructions.
+    return 1.0 / row_sum, row_max + sum_log2 * LN2, sum_log2
 
 
 @triton.jit
 def softmax_finish(row_max, row_sum, o):
-    """O = o / row_sum, LSE = row_max + ln row_sum, and log2 row_sum, for the backward; rows that saw no key
-    give 0, -inf and 0."""
-    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-    sum_log2 = tl.log2(row_sum)  # [TILE_Q]
-    # One division a row, and not one an element, each of which is eight instructions.
-    return o * (1.0 / row_sum)[:, None], row_max + sum_log2 * LN2, sum_log2
+    """The same with O = o / row_sum, where that is one tile, for the factor."""
+    factor, lse, sum_log2 = softmax_end(row_max, row_sum)
+    return o * factor[:, None], lse, sum_log2
 
 
 @triton.jit

@@ -214,13 +214,18 @@ def tile_and_inputs(launched: Launched) -> tuple[dict[str, int], torch.Tensor | 
     """A launch's tile, by TILE_SIZES, and a tensor of its inputs' dtype; Hopper's kernel has them in
     descriptors of pieces of [1, 1, rows, columns]."""
     given = launched.arguments
-    tile = {name: int(given[name]) for name in TILE_SIZES if name in given}
+    tile = {name: columns_of(given[name]) for name in TILE_SIZES if name in given}
     if "q_desc" not in given:
         (base, *_), *_ = given.get("call", (given.get("out", (None, None)),))
         return tile, base
     q, v = given["q_desc"], given["v_desc"]
     columns = dict(HEAD_TILE=q.block_shape[3], VALUE_TILE=v.block_shape[3])
     return tile | columns | dict(TILE_Q=q.block_shape[2] * given["WARPGROUPS"]), q.base
+
+
+def columns_of(size: int | tuple[int, ...]) -> int:
+    """The columns of a tile of the portable kernels', which has them in pieces, or its rows."""
+    return sum(size) if isinstance(size, tuple) else int(size)
 
 
 def loops_of(code: MachineCode, kernel: str, tile: dict[str, int], warps: int, warp: int) -> list[MainLoop]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.call import power_of_two_tile
 from ...parts.bounds import Bounds
 from ...parts.masks.causal import Causal
 from ...parts.masks.dense import Dense
 from ...parts.masks.documents import Documents
 from ...parts.masks.user import UserMask
+from ...parts.pieces import padded_columns
 from ...parts.scores.bias import Bias
 from ...parts.shape import Align, Shape
 from ...plan.quadratic import mebibytes
@@ -205,7 +205,7 @@ def float32_is_slow(look: Look) -> Suggestion | None:
 def dimensions_are_padded(look: Look) -> Suggestion | None:
     shape = look.work.shape
     given = shape.head_dim, shape.value_dim
-    padded = tuple(power_of_two_tile(dim) for dim in given)
+    padded = tuple(padded_columns(dim) for dim in given)
     waste = sum(padded) / sum(given)
     if waste < 1.1 or not look.matmul_is_largest():
         return None

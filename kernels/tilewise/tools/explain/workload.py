@@ -1,7 +1,7 @@
 """What does each kernel of a call have to do? Programs, tiles, FLOPs, exponentials, bytes and memory.
 
 FLOPs       of the matmuls: those of the pairs that count, and those that are executed, on whole tiles and
-            on dimensions rounded up to a power of two
+            on dimensions that are rounded up: pieces.py
 bytes       the least traffic with the GPU's memory: everything read once and written once
 memory      what a call allocates beside its arguments
 """
@@ -16,6 +16,7 @@ from ...kernels.combine import TILE_ROWS as COMBINED_ROWS
 from ...kernels.forward import rows_programs as programs_over_rows
 from ...kernels.hopper.limits import HOPPER_COLUMNS
 from ...kernels.tile import Pass, Tile
+from ...parts.pieces import padded_columns
 from ...parts.shape import Shape, ceil_div
 from ...plan.passes import split_keys
 from ...plan.tiles import square_tile
@@ -182,18 +183,15 @@ def extra_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:
 
 def walk(
     work: Workload, name: str, tile: tuple[Tile, str], programs: tuple[int, int], tiles: Coverage,
-    dims: tuple[int, int], exponentials: int, moved: int, least_columns: int = 0,
+    dims: tuple[int, int], exponentials: int, moved: int, columns: Callable[[int], int] = padded_columns,
 ) -> Kernel:  # fmt: skip
     """A kernel that visits tiles of pairs. programs: all, and those that have a tile; dims: how many products
-    over head_dim and over value_dim it makes of each; exponentials: of each pair; least_columns: of a tile,
-    however narrow a head is."""
+    over head_dim and over value_dim it makes of each; exponentials: of each pair; columns: of a tile, by
+    the dimension."""
     shape, (chosen, tile_from), (started, busy) = work.shape, tile, programs
     of_head, of_value = dims
     executed = tiles.visited * chosen.tile_q * chosen.tile_kv
-    head_tile, value_tile = (
-        max(least_columns, power_of_two_tile(dim)) for dim in (shape.head_dim, shape.value_dim)
-    )
-    padded = of_head * head_tile + of_value * value_tile
+    padded = of_head * columns(shape.head_dim) + of_value * columns(shape.value_dim)
     flops = 2 * executed * padded
     wanted = of_head * shape.head_dim + of_value * shape.value_dim
     return Kernel(
@@ -220,6 +218,11 @@ def keys_programs(work: Workload, tile_kv: int) -> tuple[int, int]:
     shape = work.shape
     busy = work.parts.tiles_of_keys(tile_kv) * shape.kv_heads
     return programs(shape, shape.kv_len, tile_kv, shape.kv_heads), busy
+
+
+def hopper_columns(dim: int) -> int:
+    """The columns of a tile of Hopper's forward, which has them in one piece."""
+    return max(HOPPER_COLUMNS, power_of_two_tile(dim))
 
 
 def forward(work: Workload) -> Kernel:
@@ -274,7 +277,7 @@ def hopper_forward(work: Workload) -> Kernel:
     staying = min(work.chip.multiprocessors, rows_programs(work, tile.tile_q)[0])
     return walk(
         work, "hopper forward", (tile, tile_from), (staying, staying), tiles, (1, 1),
-        1 + work.of_scores, forward_bytes(work, tiles, tile), HOPPER_COLUMNS,
+        1 + work.of_scores, forward_bytes(work, tiles, tile), hopper_columns,
     )  # fmt: skip
 
 
