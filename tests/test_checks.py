@@ -199,6 +199,7 @@ CASES = [
     Broken(
         "twins_exist", ("UserScore(doubled)", "twin="), dict(impl="torch", score=tilewise.UserScore(doubled))
     ),
+    Broken("deterministic_is_a_bool", ("deterministic=1 ", "True or False"), dict(deterministic=1)),
     Broken("dropout_fits", ("dropout_p=1.5", "0 to 1"), dict(dropout_p=1.5)),
     Broken("dropout_fits", ("dropout_p=-0.1", "0 to 1"), dict(dropout_p=-0.1)),
     Broken("dropout_fits", ("dropout_p=nan", "0 to 1"), dict(dropout_p=math.nan)),

@@ -35,13 +35,12 @@ NAMES = {
     "enable_gqa": ("leave it out", "grouped by themselves"),
     "need_weights": ("never stored", "return_lse=True"),
     "return_attn_probs": ("never stored",),
-    "deterministic": ("leave it out", "same bits"),
     "sinks": ("give sink=",),
     "backend": ("give impl=",),
     "Causal": ("mask=tilewise.Causal()",),
     "biases": ("did you mean bias=?", "it takes mask, bias"),
     "return_lses": ("did you mean return_lse=?",),
-    "xyzzy": ("it takes mask, bias, score", "return_lse, impl, strict"),
+    "xyzzy": ("it takes mask, bias, score", "return_lse, impl, strict, deterministic"),
 }
 
 

@@ -42,6 +42,7 @@ def attention(
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
     dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
     return_lse: Literal[False] = False, impl: str | None = None, strict: bool = False,
+    deterministic: bool = True,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
@@ -49,6 +50,7 @@ def attention(
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
     dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
     return_lse: Literal[True], impl: str | None = None, strict: bool = False,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
@@ -66,6 +68,7 @@ def attention(
     return_lse: bool = False,
     impl: str | None = None,
     strict: bool = False,
+    deterministic: bool = True,
     **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scores(Q Kᵀ)) V in one fused kernel (FlashAttention-2, arXiv 2307.08691).
@@ -99,6 +102,10 @@ def attention(
                 function that is stored, not expanded, along both queries and keys; and plain PyTorch under
                 torch.compile or a function transform.
 
+    deterministic: whether gradients are the same bits in each run, as out and lse always are. False lets the
+                programs of a backward in one walk add to dQ as they come, and not in turns; but not while
+                torch.use_deterministic_algorithms is on.
+
     Returns out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, and lse
     [batch, q_heads, q_len] in fp32 (fp64) if asked. A row that sees no key gives 0 and -inf (the sink's
     logit, if there is one). NaN in keys and values that no query may see never reaches a result or gradient.
@@ -118,6 +125,7 @@ def attention(
     given: dict[str, Any] = dict(
         mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
         dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
+        deterministic=deterministic,
     )  # fmt: skip
     if is_nested(q, k, v):
         jagged = unpack(q, k, v)

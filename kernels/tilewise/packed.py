@@ -23,7 +23,7 @@ def packed_attention(
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, impl: str | None = None,
-    strict: bool = False,
+    strict: bool = False, deterministic: bool = True,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def packed_attention(
@@ -31,7 +31,7 @@ def packed_attention(
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None, return_lse: Literal[True], impl: str | None = None,
-    strict: bool = False,
+    strict: bool = False, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def packed_attention(
     q: Tensor,
@@ -51,6 +51,7 @@ def packed_attention(
     return_lse: bool = False,
     impl: str | None = None,
     strict: bool = False,
+    deterministic: bool = True,
     **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over sequences of different lengths that stand one behind the other, without padding.
@@ -82,6 +83,7 @@ def packed_attention(
     request = make_request(
         *as_heads(q, k, v), mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
         dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
+        deterministic=deterministic,
         packing=as_packing(q_offsets, kv_offsets),
     )  # fmt: skip
     out, lse = answer(request, return_lse)

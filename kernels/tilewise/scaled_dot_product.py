@@ -57,7 +57,12 @@ def as_attention(
             raise ValueError(
                 "attn_mask is not taken with nested tensors: give tilewise.attention mask= or bias="
             )
-        arguments = dict(scale=scale, dropout_p=dropout_p, mask=Causal("top_left") if is_causal else None)
+        arguments = dict(
+            scale=scale,
+            dropout_p=dropout_p,
+            deterministic=False,
+            mask=Causal("top_left") if is_causal else None,
+        )
         return Call(query, key, value, arguments, (), query.dim())
     if min(query.dim(), key.dim(), value.dim()) < 2:
         raise ValueError(
@@ -70,7 +75,8 @@ def as_attention(
     if len(lead) != 1:
         q, k, v = (t.reshape(batch, *t.shape[-3:]) for t in (q, k, v))
 
-    arguments = dict(scale=scale, dropout_p=dropout_p)
+    # PyTorch's call leaves the order of sums to torch.use_deterministic_algorithms.
+    arguments = dict(scale=scale, dropout_p=dropout_p, deterministic=False)
     if is_causal:
         arguments["mask"] = Causal("top_left")
     if attn_mask is not None:

@@ -122,10 +122,11 @@ MUTATIONS = (
              CHUNKS),
     # ---- dK and dV
     Mutation("dkv: last query head of a group left out", BACKWARD,
-             "for member in range(group):", "for member in range(tl.maximum(group - 1, 1)):",
+             "for part in range(group * HALVES):", "for part in range(tl.maximum(group - 1, 1)):",
              tests("autograd", "gradient_of_each_result[both]")),
     Mutation("dkv: query heads of the wrong group", BACKWARD,
-             "head = kv_head * group + member", "head = member * (q_heads // group) + kv_head",
+             "head, half = kv_head * group + part // HALVES",
+             "head, half = part // HALVES * (q_heads // group) + kv_head",
              tests("backward", "heads[6-2]")),
     Mutation("dkv: dK written for the query head", BACKWARD,
              "head_of(dkeys, kv_place, kv_head)", "head_of(dkeys, kv_place, kv_head * group)",
@@ -136,8 +137,8 @@ MUTATIONS = (
     Mutation("dkv: dV with the strides of dK", BACKWARD,
              "dvalues=(dv, dv.stride())", "dvalues=(dv, dk.stride())",
              tests("backward", "dims[20-larger]")),
-    Mutation("dkv: full tiles counted from the first tile", BACKWARD,
-             "q_idx = (full_first + step) * TILE_Q", "q_idx = (first + step) * TILE_Q",
+    Mutation("dkv: full tiles counted from the first tile", "kernels/tilewise/kernels/walk.py",
+             "return full_first + step", "return first + step",
              tests("backward_walks", "tiles_in_which_every_pair_counts_are_not_masked"
                    "[dkv-Tile(tile_q=32, tile_kv=16, num_warps=4, num_stages=2)]")
              + tests("backward", "mask[causal-(33, 33)]")),

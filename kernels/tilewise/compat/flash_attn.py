@@ -62,7 +62,7 @@ def flash_attn_func(
     softcap:       above 0: scores become softcap · tanh(score / softcap).
     alibi_slopes:  [heads] or [batch, heads]: -slope · |i + kv_length - length - j| is added to the score of
                    query i and key j, after the cap.
-    deterministic: nothing changes: results are the same bits in each run.
+    deterministic: whether gradients are the same bits in each run; results always are.
     return_attn_probs: NotImplementedError, for probabilities are never stored.
 
     Returns [batch, length, heads, dim].
@@ -71,7 +71,7 @@ def flash_attn_func(
     options = as_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
     )
-    return dense(q, k, v, options)
+    return dense(q, k, v, deterministic, options)
 
 
 def flash_attn_kvpacked_func(
@@ -93,7 +93,7 @@ def flash_attn_kvpacked_func(
     options = as_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
     )
-    return dense(q, k, v, options)
+    return dense(q, k, v, deterministic, options)
 
 
 def flash_attn_qkvpacked_func(
@@ -113,7 +113,7 @@ def flash_attn_qkvpacked_func(
     options = as_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
     )
-    return dense(q, k, v, options)
+    return dense(q, k, v, deterministic, options)
 
 
 def flash_attn_varlen_func(
@@ -148,7 +148,7 @@ def flash_attn_varlen_func(
     if block_table is not None:
         return varlen_paged(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, options)
     check_layout(TOKENS, q=q, k=k, v=v)
-    return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, PACKED_WORDS, options)
+    return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, PACKED_WORDS, deterministic, options)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -174,7 +174,7 @@ def flash_attn_varlen_kvpacked_func(
     options = as_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
     )
-    return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, PACKED_WORDS, options)
+    return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, PACKED_WORDS, deterministic, options)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -196,22 +196,29 @@ def flash_attn_varlen_qkvpacked_func(
     options = as_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
     )
-    return varlen(q, k, v, cu_seqlens, cu_seqlens, QKV_WORDS, options)
+    return varlen(q, k, v, cu_seqlens, cu_seqlens, QKV_WORDS, deterministic, options)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, deterministic: bool, options: dict[str, Any]) -> Tensor:
     """`attention`, which has heads before length."""
     check_heads(q, k, 2, ROWS)
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    out: Tensor = in_words(DENSE_WORDS, attention, *heads_first, **options)
+    out: Tensor = in_words(DENSE_WORDS, attention, *heads_first, deterministic=deterministic, **options)
     return out.transpose(1, 2)
 
 
 def varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, words: Words, options: dict[str, Any]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    words: Words,
+    deterministic: bool,
+    options: dict[str, Any],
 ) -> Tensor:
     check_heads(q, k, 1, TOKENS)
-    out: Tensor = packed(q, k, v, cu_q, cu_k, words, **options)
+    out: Tensor = packed(q, k, v, cu_q, cu_k, words, deterministic=deterministic, **options)
     return out
 
 

@@ -218,7 +218,7 @@ def as_request(
     masks = () if mask is None else as_mask(mask).parts()
     request = Request(
         heads_first(query), k, v, masks, scores, scale, "scaled_dot", None, "portable", dropout,
-        packing=packing, cache=cache,
+        packing=packing, cache=cache, deterministic=False,
     )  # fmt: skip
     check(request)
     return request

@@ -36,7 +36,7 @@ import triton.language as tl
 
 from ..parts.addressing import head_of, load_rows, rows_of, tensors_of
 from ..parts.dropout import drop, dropout_keep
-from ..parts.intervals import cut_tile, intersect_intervals, kept_pairs, kv_range, q_range
+from ..parts.intervals import intersect_intervals, kept_pairs, kv_range, q_range
 from ..parts.numerics import round_to
 from ..parts.pieces import (
     load_pieces,
@@ -53,8 +53,137 @@ from ..parts.sequences import first_tile, tiles_of
 from ..parts.softmax import softmax_probabilities
 from .call import on_device_of, programs, shared_arguments
 from .prepare import BackwardCall
+from .shares import add_share, finite
 from .tile import Tile
-from .walk import load_keys, own_keys, own_rows, step_keys, steps_of, walked
+from .turns import NOBODYS, pass_last_turn
+from .walk import load_keys, own_keys, own_rows, row_steps, row_tile, step_keys, steps_of, walked
+
+
+@triton.jit
+def sum_over_rows(
+    program,  # which tile of keys of which head
+    call,  # tensors, sizes and what acts on scores: `shared_arguments`
+    INTERVALS: tl.constexpr,
+    KEEPS: tl.constexpr,
+    SCORES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    rows,  # dO and three numbers a row: `backward_arguments`
+    ranges_ptr,
+    dkeys,  # (pointer, strides), as for dvalues
+    dvalues,
+    shares,  # where dQ's shares are added, (sums_ptr, turns): one_walk.py; or None
+    DERIVATIVES: tl.constexpr,  # of SCORES, a function or None (it is 1) for each
+    OPERAND: tl.constexpr,  # what Q and K become before they are multiplied: similarity.py
+    PROJECT: tl.constexpr,  # what finishes dQ and dK
+    HAS_GAPS: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+):
+    """dK and dV of a tile of keys; with `shares`, also what it adds to dQ."""
+    IN_TURNS: tl.constexpr = shares is not None
+    FULL: tl.constexpr = 1 if IN_TURNS else 0  # the run over full tiles, of two
+    HALVES: tl.constexpr = 2 if IN_TURNS else 1  # of a walk over the rows of a head: walk.py
+    pointers, strides, sizes, layout, unit, dropout, mask_args, score_args = call
+    queries, keys, values = tensors_of(pointers, strides)
+    dout, max_ptr, sum_ptr, delta_ptr = rows
+    q_heads, group, q_rows, _kv_rows = sizes
+    batch, kv_head, kv_start, where = own_keys(program, sizes, layout, TILE_KV)
+    q_place, kv_place, q_len, kv_len = where
+    q_tiles = tl.cdiv(q_len, TILE_Q)
+    range_tiles, range_first = tiles_of(q_rows, layout[0], TILE_Q), first_tile(q_place, batch, layout, TILE_Q)
+
+    kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
+    kv_row = tl.minimum(kv_idx, kv_len - 1)
+    k_head, v_head = head_of(keys, kv_place, kv_head), head_of(values, kv_place, kv_head)
+    k = load_pieces(k_head, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+    v = load_pieces(v_head, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
+    dk = zero_pieces(TILE_KV, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+    dv = zero_pieces(TILE_KV, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
+    if IN_TURNS:
+        finite_k = finite(OPERAND(k))
+        before = kv_start * 0 + NOBODYS
+
+    for part in range(group * HALVES):
+        head, half = kv_head * group + part // HALVES, part % HALVES
+        rows_ptr = rows_of(q_place, head, q_heads, q_rows)
+        head_tiles = (q_place[0].to(tl.int64) * q_heads + head) * range_tiles + range_first
+        head_ranges_ptr = ranges_ptr + head_tiles * 4
+        span = q_range(head_ranges_ptr, q_tiles, kv_start, kv_start + TILE_KV, 128)
+        q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
+
+        for RUN in tl.static_range(2):
+            for step in range(row_steps(span, half, RUN != FULL, IN_TURNS)):
+                q_tile = row_tile(step, span, half, RUN != FULL, IN_TURNS)
+                q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
+                if RUN != FULL:
+                    row = tl.minimum(q_idx, q_len - 1)
+                    lo, hi, _ = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
+                    # 0 · NaN is NaN: a row that sees none of these keys must not enter the sums.
+                    q_mask = (q_idx < q_len) & (tl.maximum(lo, kv_start) < tl.minimum(hi, kv_start + TILE_KV))
+                else:
+                    q_mask = None
+                    row = q_idx
+
+                q = load_pieces(q_head, q_idx, q_mask, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
+                do = load_pieces(do_head, q_idx, q_mask, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
+                row_max = load_rows(max_ptr + rows_ptr, q_idx, q_mask)[None, :]  # [1, TILE_Q]
+                sum_log2 = load_rows(sum_ptr + rows_ptr, q_idx, q_mask)[None, :]
+
+                # Sᵀ = scores(K Qᵀ)
+                sT = product(k, q, PRECISION)
+                sT, inputs = apply_scores(
+                    sT, batch, head, row[None, :], kv_row[:, None], SCORES, score_args
+                )  # [TILE_KV, TILE_Q]
+                pT = softmax_probabilities(sT, row_max, sum_log2, unit)
+                keep = dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, True)
+                if RUN != FULL:
+                    kept = q_mask[None, :] & kept_pairs(
+                        row[None, :], kv_idx[:, None], kv_len, lo[None, :], hi[None, :], batch, head, KEEPS,
+                        mask_args,
+                    )  # fmt: skip
+                    pT = tl.where(kept, pT, 0.0)
+                    if HAS_GAPS:  # nor a row whose interval has keys here, none of which it sees
+                        sees = tl.max(kept.to(tl.int32), 0) != 0
+                        q, do = where_rows(sees, q), where_rows(sees, do)
+                # dV = dV + Pᵀ dO
+                dv = products(round_to(drop(pT, keep, dropout), do[0].dtype), do, dv, PRECISION)
+                # dPᵀ = V dOᵀ
+                dpT = product(v, do, PRECISION)
+                # Loaded only here, delta takes no registers before: 244, not 255 and spills (sm_90, 128).
+                delta = load_rows(delta_ptr + rows_ptr, q_idx, q_mask)[None, :]
+                # dSᵀ = Pᵀ · (dPᵀ - delta), and back to the dot products
+                dsT = pT * (drop(dpT, keep, dropout) - delta)
+                dsT = pull_back(
+                    dsT, inputs, batch, head, row[None, :], kv_row[:, None], DERIVATIVES, score_args, 0
+                )
+                if RUN != FULL:
+                    dsT = tl.where(kept, dsT, 0.0)
+                dsT = round_to(dsT, q[0].dtype)
+                # dK = dK + dSᵀ Q
+                dk = products(dsT, OPERAND(q), dk, PRECISION)
+                if IN_TURNS:
+                    tile = head_tiles + q_tile
+                    before = add_share(
+                        dsT, finite_k, kv_start // TILE_KV, ranges_ptr + tile * 4, shares, tile, before,
+                        HEAD_DIM, HEAD_TILE, TILE_Q, TILE_KV, PRECISION,
+                    )  # fmt: skip
+
+    if IN_TURNS:
+        pass_last_turn(shares[1], before)
+
+    if unit is not None:
+        dk = scaled(dk, unit)
+    dk = PROJECT(dk, k)
+    if IN_TURNS:  # the same keys, for which no registers are held while the program walks
+        kv_idx = kv_start + tl.minimum(before, 0) + tl.arange(0, TILE_KV)
+    dk_head, dv_head = head_of(dkeys, kv_place, kv_head), head_of(dvalues, kv_place, kv_head)
+    dk, dv = rounded(dk, dkeys[0].dtype.element_ty), rounded(dv, dvalues[0].dtype.element_ty)
+    store_pieces(dk_head, dk, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)
+    store_pieces(dv_head, dv, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)
 
 
 @triton.jit
@@ -79,94 +208,11 @@ def dkv_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
 ):
-    pointers, strides, sizes, layout, unit, dropout, mask_args, score_args = call
-    queries, keys, values = tensors_of(pointers, strides)
-    dout, max_ptr, sum_ptr, delta_ptr = rows
-    q_heads, group, q_rows, _kv_rows = sizes
-    batch, kv_head, kv_start, where = own_keys(sizes, layout, TILE_KV)
-    q_place, kv_place, q_len, kv_len = where
-    q_tiles = tl.cdiv(q_len, TILE_Q)
-    range_tiles, range_first = tiles_of(q_rows, layout[0], TILE_Q), first_tile(q_place, batch, layout, TILE_Q)
-
-    kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
-    kv_row = tl.minimum(kv_idx, kv_len - 1)
-    k_head, v_head = head_of(keys, kv_place, kv_head), head_of(values, kv_place, kv_head)
-    k = load_pieces(k_head, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
-    v = load_pieces(v_head, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
-    dk = zero_pieces(TILE_KV, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
-    dv = zero_pieces(TILE_KV, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
-
-    for member in range(group):
-        head = kv_head * group + member
-        rows_ptr = rows_of(q_place, head, q_heads, q_rows)
-        head_tiles = (q_place[0].to(tl.int64) * q_heads + head) * range_tiles + range_first
-        head_ranges_ptr = ranges_ptr + head_tiles * 4
-        first, full_first, full_last, last = q_range(
-            head_ranges_ptr, q_tiles, kv_start, kv_start + TILE_KV, 128
-        )
-        q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
-
-        for IS_CUT in tl.static_range(2):
-            tiles = full_last - full_first
-            if IS_CUT:
-                tiles = last - first - tiles
-            for step in range(tiles):
-                if IS_CUT:
-                    q_tile = cut_tile(step, first, full_first, full_last)
-                    q_idx = q_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
-                    row = tl.minimum(q_idx, q_len - 1)
-                    lo, hi, _ = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
-                    # 0 · NaN is NaN: a row that sees none of these keys must not enter the sums.
-                    q_mask = (q_idx < q_len) & (tl.maximum(lo, kv_start) < tl.minimum(hi, kv_start + TILE_KV))
-                else:
-                    q_idx = (full_first + step) * TILE_Q + tl.arange(0, TILE_Q)
-                    q_mask = None
-                    row = q_idx
-
-                q = load_pieces(q_head, q_idx, q_mask, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-                do = load_pieces(do_head, q_idx, q_mask, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
-                row_max = load_rows(max_ptr + rows_ptr, q_idx, q_mask)[None, :]  # [1, TILE_Q]
-                sum_log2 = load_rows(sum_ptr + rows_ptr, q_idx, q_mask)[None, :]
-
-                # Sᵀ = scores(K Qᵀ)
-                sT = product(k, q, PRECISION)
-                sT, inputs = apply_scores(
-                    sT, batch, head, row[None, :], kv_row[:, None], SCORES, score_args
-                )  # [TILE_KV, TILE_Q]
-                pT = softmax_probabilities(sT, row_max, sum_log2, unit)
-                keep = dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, True)
-                if IS_CUT:
-                    kept = q_mask[None, :] & kept_pairs(
-                        row[None, :], kv_idx[:, None], kv_len, lo[None, :], hi[None, :], batch, head, KEEPS,
-                        mask_args,
-                    )  # fmt: skip
-                    pT = tl.where(kept, pT, 0.0)
-                    if HAS_GAPS:  # nor a row whose interval has keys here, none of which it sees
-                        sees = tl.max(kept.to(tl.int32), 0) != 0
-                        q, do = where_rows(sees, q), where_rows(sees, do)
-                # dV = dV + Pᵀ dO
-                dv = products(round_to(drop(pT, keep, dropout), do[0].dtype), do, dv, PRECISION)
-                # dPᵀ = V dOᵀ
-                dpT = product(v, do, PRECISION)
-                # Loaded only here, delta takes no registers before: 244, not 255 and spills (sm_90, 128).
-                delta = load_rows(delta_ptr + rows_ptr, q_idx, q_mask)[None, :]
-                # dSᵀ = Pᵀ · (dPᵀ - delta), and back to the dot products
-                dsT = pT * (drop(dpT, keep, dropout) - delta)
-                dsT = pull_back(
-                    dsT, inputs, batch, head, row[None, :], kv_row[:, None], DERIVATIVES, score_args, 0
-                )
-                if IS_CUT:
-                    dsT = tl.where(kept, dsT, 0.0)
-                # dK = dK + dSᵀ Q
-                dk = products(round_to(dsT, q[0].dtype), OPERAND(q), dk, PRECISION)
-
-    if unit is not None:
-        dk = scaled(dk, unit)
-    dk = PROJECT(dk, k)
-    dk_head, dv_head = head_of(dkeys, kv_place, kv_head), head_of(dvalues, kv_place, kv_head)
-    dk, dv = rounded(dk, dkeys[0].dtype.element_ty), rounded(dv, dvalues[0].dtype.element_ty)
-    store_pieces(dk_head, dk, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)
-    store_pieces(dv_head, dv, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)
+    sum_over_rows(
+        tl.program_id(0), call, INTERVALS, KEEPS, SCORES, HEAD_DIM, VALUE_DIM, HEAD_TILE, VALUE_TILE,
+        PRECISION, rows, ranges_ptr, dkeys, dvalues, None, DERIVATIVES, OPERAND, PROJECT, HAS_GAPS, TILE_Q,
+        TILE_KV,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from .hopper.limits import NAMED_BARRIERS, WARPGROUP_ROWS, named_barriers
 
-Pass = Literal["forward", "dkv", "dq", "hopper"]
+Pass = Literal["forward", "dkv", "dq", "dqkv", "hopper"]
 
 
-PASSES: tuple[Pass, ...] = ("forward", "dkv", "dq")  # of the portable kernels; "hopper" is a second forward
+# Of the portable kernels: "dqkv" stands for "dkv" and "dq" together, "hopper" is a second forward.
+PASSES: tuple[Pass, ...] = ("forward", "dkv", "dq", "dqkv")
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,11 @@ def own_group(sizes, layout, TILE_Q: tl.constexpr, IS_GROUPED: tl.constexpr):
 
 
 @triton.jit
-def own_keys(sizes, layout, TILE_KV: tl.constexpr):
+def own_keys(program, sizes, layout, TILE_KV: tl.constexpr):
     """batch, head of keys, the first key of the program's tile, and where the sequence lies. The first tiles
     of keys, seen by the most rows under a causal mask, start first."""
     q_heads, group, _q_rows, kv_rows = sizes
     tiles, kv_heads = tiles_of(kv_rows, layout[1], TILE_KV), q_heads // group
-    program = tl.program_id(0)
     kv_head = program // tiles % kv_heads
     block = program // tiles // kv_heads
     batch, kv_tile, where = tile_of_keys(program % tiles, block, sizes, layout, TILE_KV)
@@ -127,3 +126,39 @@ def load_keys(x, kv_start, kv_idx, span, IS_CUT: tl.constexpr, DIM: tl.constexpr
         return copy_pieces(copies, first, kv_start, PIECES)
     else:
         return load_pieces(x_head, kv_idx, None, DIM, PIECES)
+
+
+# ---- The rows that a program with a tile of keys walks over; span: what `q_range` says
+#
+# First the tiles in which every pair counts, then those that a mask cuts. Programs that take turns (turns.py)
+# walk from the last row to the first, in two halves of two runs each: the tiles cut above the full ones, and
+# these; those cut below, and none.
+
+
+@triton.jit
+def row_steps(span, half, IS_CUT: tl.constexpr, IN_TURNS: tl.constexpr):
+    """How many tiles of rows a run visits."""
+    first, full_first, full_last, last = span
+    full = full_last - full_first
+    if IN_TURNS and IS_CUT:
+        return tl.where(half == 0, last - full_last, full_first - first)
+    elif IN_TURNS:
+        return tl.where(half == 0, full, 0)
+    elif IS_CUT:
+        return last - first - full
+    else:
+        return full
+
+
+@triton.jit
+def row_tile(step, span, half, IS_CUT: tl.constexpr, IN_TURNS: tl.constexpr):
+    """Which tile of rows a step of a run visits."""
+    first, full_first, full_last, last = span
+    if IN_TURNS and IS_CUT:
+        return tl.where(half == 0, last, full_first) - 1 - step
+    elif IN_TURNS:
+        return full_last - 1 - step
+    elif IS_CUT:
+        return cut_tile(step, first, full_first, full_last)
+    else:
+        return full_first + step

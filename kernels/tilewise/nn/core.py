@@ -35,7 +35,7 @@ class AttentionCore(nn.Module):
     scale: a float or a 0-d tensor; the similarity's own if None.
     sink: learn a logit a head, from 0, that takes weight and adds no value.
     dropout: the probability that a weight is dropped while the module trains, from 0 to 1.
-    impl: as in `tilewise.attention`.
+    impl, deterministic: as in `tilewise.attention`.
     device, dtype: of the learned parts.
 
     A tensor given as scale or temperature becomes a buffer of the module, and is trained if it is an
@@ -58,6 +58,7 @@ class AttentionCore(nn.Module):
         sink: bool = False,
         dropout: float = 0.0,
         impl: str | None = None,
+        deterministic: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,10 +75,12 @@ class AttentionCore(nn.Module):
             raise ValueError(f"{rotary=} must be None or a tilewise.nn.Rotary")
         if rotary is not None and rotary.head_dim != head_dim:
             raise ValueError(f"rotary.head_dim={rotary.head_dim} must be the module's {head_dim=}")
+        if not isinstance(deterministic, bool):
+            raise ValueError(f"{deterministic=} must be True or False")
         if not 0 <= dropout <= 1:
             raise ValueError(f"{dropout=} must be from 0 to 1")
         self.heads, self.kv_heads, self.head_dim, self.dropout = heads, kv_heads, head_dim, dropout
-        self.qk_norm, self.impl = qk_norm, impl
+        self.qk_norm, self.impl, self.deterministic = qk_norm, impl, deterministic
         self.similarity = "cosine" if isinstance(similarity, Cosine) else similarity
         self._hold("temperature", similarity.temperature if isinstance(similarity, Cosine) else 1.0)
         self._hold("scale", scale)
@@ -137,6 +140,7 @@ class AttentionCore(nn.Module):
             q, k, v, mask=mask, bias=bias, score=score,
             scale=self.scale, similarity=similarity, sink=self.sink,
             dropout_p=self.dropout if self.training else 0.0, impl=self.impl,
+            deterministic=self.deterministic,
         )  # fmt: skip
 
     def _with_earlier(

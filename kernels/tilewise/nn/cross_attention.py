@@ -55,6 +55,7 @@ class CrossAttention(ProjectedAttention):
         sink: bool = False,
         dropout: float = 0.0,
         impl: str | None = None,
+        deterministic: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -67,7 +68,7 @@ class CrossAttention(ProjectedAttention):
             ("q", "kv") if self.values_dim == self.context_dim else ("q", "k", "v"), output_dim,
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, bias=bias,
             out_projection=out_projection, qk_norm=qk_norm, similarity=similarity, scale=scale, sink=sink,
-            dropout=dropout, impl=impl, device=device, dtype=dtype,
+            dropout=dropout, impl=impl, deterministic=deterministic, device=device, dtype=dtype,
         )  # fmt: skip
 
     @property

@@ -32,7 +32,7 @@ class SelfAttention(ProjectedAttention):
     head_dim, value_dim: a head's width in queries and keys, and in values; output_dim / heads if None.
     bias: the projections have biases.
     out_projection: project the heads out with a Linear [heads · value_dim -> output_dim].
-    qk_norm, rotary, similarity, scale, sink, dropout, impl: as in `AttentionCore`.
+    qk_norm, rotary, similarity, scale, sink, dropout, impl, deterministic: as in `AttentionCore`.
     device, dtype: of the weights.
 
     Raises ValueError where sizes do not fit together.
@@ -58,6 +58,7 @@ class SelfAttention(ProjectedAttention):
         sink: bool = False,
         dropout: float = 0.0,
         impl: str | None = None,
+        deterministic: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,7 +67,7 @@ class SelfAttention(ProjectedAttention):
             dict.fromkeys("qkv", input_dim), ("qkv",), output_dim, heads=heads, kv_heads=kv_heads,
             head_dim=head_dim, value_dim=value_dim, bias=bias, out_projection=out_projection,
             qk_norm=qk_norm, rotary=rotary, similarity=similarity, scale=scale, sink=sink, dropout=dropout,
-            impl=impl, device=device, dtype=dtype,
+            impl=impl, deterministic=deterministic, device=device, dtype=dtype,
         )  # fmt: skip
 
     @property

@@ -1,10 +1,10 @@
 """Columns in pieces: a tile with head_dim or value_dim columns is a tuple of tiles that lie side by side.
 
 A tile of Triton's has a power of two of columns. One of 128 for head_dim 80 would multiply 48 columns of
-zeros; as two pieces, of 64 and 16 columns, it multiplies none:
+zeros; as two pieces, of 16 and 64 columns, it multiplies none:
 
     head_dim        64      80        96        128     160        192        512     576
-    pieces          64      64 + 16   64 + 32   128     128 + 32   128 + 64   512     512 + 64
+    pieces          64      16 + 64   32 + 64   128     32 + 128   64 + 128   512     64 + 512
 
 What a kernel does with such tiles is a function here each, and with one piece the same as without: a product
 over the columns, S = Σ_i A_i B_iᵀ, adds up the pieces in their order, in the forward as in the backward, so
@@ -25,11 +25,12 @@ def pieces_of(dim: int) -> tuple[int, ...]:
     """The columns of the pieces that hold rows of `dim`: one power of two, or two where these have fewer.
 
     Two are a quarter less than one at least. A third would spare an eighth at most, and each takes a product,
-    a load and addresses of its own."""
+    a load and addresses of its own. The wider comes last: Triton distributes all products of a step over the
+    warps as the last one, and after a narrow one several warps would compute the same numbers."""
     whole = max(NARROWEST, next_power_of_two(dim))
     half = whole // 2
     rest = max(NARROWEST, next_power_of_two(dim - half))
-    return (half, rest) if half + rest < whole else (whole,)
+    return (rest, half) if rest + half < whole else (whole,)
 
 
 def padded_columns(dim: int) -> int:

@@ -66,6 +66,7 @@ RULES: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
     (implementations.hopper_can_answer, FITTING),
     (implementations.twins_exist, FITTING),
     (options.dropout_fits, ()),
+    (options.deterministic_is_a_bool, ()),
     (implementations.memory_is_linear, FITTING),
 )
 RULES += ((cache.cache_has_no_gradient, SIZES),)
@@ -108,6 +109,7 @@ def looks(r: Request) -> tuple[Any, ...]:
         r.impl, None if r.dropout is None else r.dropout.p, bool(INTERPRETED), *of_parts,
         r.packing is not None and (len(r.packing), r.packing.kv_offsets is None),
         r.cache is not None and (r.cache.split_size, r.cache.pages is not None and r.cache.pages[1:]),
+        r.deterministic is True or r.deterministic is False,
         r.strict and (is_watched(), *[t.stride() for _, t in r.other_tensors]),
         r.impl == "hopper" and hopper.looks(r),
     )  # fmt: skip

@@ -45,7 +45,6 @@ MODIFIER = (
 )
 RULE = "give mask=, a mask of tilewise or a @triton.jit function keep(q_idx, kv_idx, batch, head, args)"
 GROUPED = "leave it out: fewer heads in k and v than in q are grouped by themselves"
-SAME_BITS = "leave it out: the results are the same bits in each run"
 LAYOUT = (
     "leave it out: q, k and v are [batch, heads, length, dim], in any memory order; transpose(1, 2) is free"
 )
@@ -84,7 +83,6 @@ ELSEWHERE = {
     "return_softmax": WEIGHTS,
     "return_logsumexp": LSE, "return_softmax_lse": LSE, "return_residual": LSE,
     "sinks": SINK, "learnable_sink": SINK, "s_aux": SINK, "attention_sink": SINK,
-    "deterministic": SAME_BITS,
     "layout": LAYOUT, "tensor_layout": LAYOUT, "qkv_format": LAYOUT, "batch_first": LAYOUT,
     "backend": IMPL, "implementation": IMPL, "op": IMPL, "attn_implementation": IMPL,
     "block_table": CACHED, "page_table": CACHED, "k_cache": CACHED, "v_cache": CACHED,
@@ -102,7 +100,8 @@ OFFSETS = ("q_offsets", "kv_offsets")
 PACKED_ARGUMENTS = (*OFFSETS, *ARGUMENTS)  # of `packed_attention`
 CACHE = ("kv_lens", "pages", "q_offsets", "split_size")  # of `cached_attention`, that a request has
 NEW = ("new_k", "new_v", "rotary")  # that it writes into the cache first
-CACHED_ARGUMENTS = (*CACHE, *NEW, *ARGUMENTS)
+# A cache has no backward, whose order of sums it would be about.
+CACHED_ARGUMENTS = (*CACHE, *NEW, *(name for name in ARGUMENTS if name != "deterministic"))
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str] = ARGUMENTS) -> None:

@@ -11,6 +11,7 @@ from ..kernels.backward import launch_dkv, launch_dq
 from ..kernels.call import Call, Split
 from ..kernels.combine import launch_combine
 from ..kernels.forward import launch_forward, rows_programs
+from ..kernels.one_walk import launch_dqkv
 from ..kernels.parameters import parameter_gradient
 from ..kernels.prepare import BackwardCall, prepare
 from ..kernels.tile import HopperTile, Tile
@@ -20,7 +21,7 @@ from .bind import bind
 from .implementation import implementation
 from .request import Request
 from .rules import hopper as hopper_rules
-from .tiles import choose_tile, square_tile
+from .tiles import choose_tile, choose_walks, square_tile
 
 Tensor = torch.Tensor
 
@@ -101,17 +102,24 @@ def run_backward(
 ) -> list[Tensor]:
     """The gradients of those of (q, k, v, *other tensors) that `needs` names, in order."""
     q, k, v, shape = request.q, request.k, request.v, request.shape
-    tile = choose_tile(q, shape, "dkv")
+    in_one_walk = needs[0] and (needs[1] or needs[2]) and choose_walks(q, shape) == 1
+    tile = choose_tile(q, shape, "dqkv" if in_one_walk else "dkv")
     # The kernels index statistics and dlse as dense arrays.
     dlse = None if dlse is None else dlse.contiguous()
     backward = prepare(bind(request), out, statistics.contiguous(), do, dlse, tile.tile_q)
     grads: dict[int, Tensor] = {}
     if needs[0]:
         grads[0] = empty_in_order_of(q, shape.head_dim)
-        launch_dq(backward, grads[0], choose_tile(q, shape, "dq"))
     if needs[1] or needs[2]:
         grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
-        launch_dkv(backward, grads[1], grads[2], tile)
+    if in_one_walk:
+        in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
+        launch_dqkv(backward, grads[0], grads[1], grads[2], tile, in_order)
+    else:
+        if needs[0]:
+            launch_dq(backward, grads[0], choose_tile(q, shape, "dq"))
+        if needs[1] or needs[2]:
+            launch_dkv(backward, grads[1], grads[2], tile)
     others = request.other_tensors
     for slot, modifier, parameter in parameter_slots(request):
         if needs[3 + slot]:

@@ -35,6 +35,7 @@ class Request:
     strict: bool = False
     packing: Packing | None = None  # then q, and without a cache k and v, are [1, heads, tokens, dim]
     cache: Cache | None = None  # then k and v are [batch, heads, capacity, dim] or [pages, heads, size, dim]
+    deterministic: bool = True  # of the backward
     _shape: Shape | None = field(default=None, init=False)
     _similarity_scores: Similarity | None = field(default=None, init=False)
     _other_tensors: list[tuple[str, torch.Tensor]] | None = field(default=None, init=False)
@@ -125,6 +126,7 @@ def make_request(
     dropout_seed: Tensor | None = None,
     impl: str | None = None,
     strict: bool = False,
+    deterministic: bool = True,
     packing: Packing | None = None,
     cache: Cache | None = None,
 ) -> Request:
@@ -139,7 +141,9 @@ def make_request(
     dropout = None
     if dropout_p != 0 and (dropout_seed is not None or isinstance(q, Tensor)):
         dropout = Dropout(dropout_p, draw_seed(q.device) if dropout_seed is None else dropout_seed)
-    return Request(q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict, packing, cache)
+    return Request(
+        q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict, packing, cache, deterministic
+    )
 
 
 def as_heads(*tensors: Any) -> list[Any]:

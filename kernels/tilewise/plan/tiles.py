@@ -96,6 +96,29 @@ def use(tile: Tile, passes: Iterable[Pass] = PASSES) -> Iterator[None]:
         _forced = before
 
 
+_walks: int | None = None
+
+
+@contextlib.contextmanager
+def use_walks(walks: int) -> Iterator[None]:
+    """Have every backward inside the `with` block that makes dQ, dK and dV take 1 walk or 2."""
+    if walks not in (1, 2):
+        raise ValueError(f"walks={walks!r} must be 1 or 2")
+    global _walks
+    before, _walks = _walks, walks
+    try:
+        yield
+    finally:
+        _walks = before
+
+
+def choose_walks(q: torch.Tensor, shape: Shape) -> int:
+    """In how many walks the backward makes dQ, dK and dV."""
+    if _walks is not None:
+        return _walks
+    return 2
+
+
 def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
     """The tile for a pass over a call. Short queries get short tiles; kv_len plays no part on a GPU, so that
     a row's result does not depend on how much padding follows it."""

@@ -32,6 +32,7 @@ from ..plan.implementation import implementation
 from ..plan.request import Request
 
 _registry: dict[str, Any] = {}
+ANY_ORDER = "any order"  # the first word where deterministic is False, and nowhere else
 
 
 class Encoded(NamedTuple):
@@ -97,7 +98,7 @@ def registered(name: str) -> Any:
 def encode(request: Request) -> Encoded:
     """The request in words. Its tensors come in the order of `request.other_tensors`."""
     encoded = Encoded([], [], [], "")
-    words: list[str] = []
+    words: list[str] = [] if request.deterministic else [ANY_ORDER]
     similarity: Any = request.similarity
     temperature = None
     if isinstance(similarity, Cosine):
@@ -159,7 +160,9 @@ def from_tuples(given: tuple[Any, ...]) -> Cache:
 def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) -> Request:
     """The request that `encode` was given; with the twins of the user's functions where plain PyTorch answers
     it."""
-    words = iter(encoded.spec.split("\n"))
+    said = encoded.spec.split("\n")
+    deterministic = said[0] != ANY_ORDER
+    words = iter(said if deterministic else said[1:])
     tensors, ints, floats = iter(encoded.tensors), iter(encoded.ints), iter(encoded.floats)
     take = lambda: _take(words, tensors, ints, floats)  # noqa: E731
 
@@ -184,6 +187,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
         sink, impl, None if seed is None else Dropout(p, seed),
         packing=None if packing is None else Packing(*packing),
         cache=None if cache is None else from_tuples(cache),
+        deterministic=deterministic,
     )  # fmt: skip
 
 

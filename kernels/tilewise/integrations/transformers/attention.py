@@ -21,7 +21,7 @@ Tensor = torch.Tensor
 # already, and what is for others.
 WITHOUT_EFFECT = {
     "position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits",
-    "return_dict", "num_items_in_batch", "logits_to_keep", "deterministic", "seq_idx", "max_length_q",
+    "return_dict", "num_items_in_batch", "logits_to_keep", "seq_idx", "max_length_q",
     "max_length_k",
 }  # fmt: skip
 
@@ -41,6 +41,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    deterministic: bool | None = None,
     output_attentions: bool | None = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -50,7 +51,7 @@ def attention_forward(
     `model_mask` made; a tensor that broadcasts to [batch, heads, q_len, kv_len], bool (True = may attend) or
     added to the scores; None: causal as the module or is_causal says, as Transformers' "sdpa" takes it.
     sliding_window is in the mask already. cu_seq_lens_q, cu_seq_lens_k: the offsets of packed sequences, of
-    one row of the batch.
+    one row of the batch. deterministic: None is True, as in tilewise.
 
     Raises TypeError for an argument that it does not know, ValueError for what cannot be.
     """
@@ -60,6 +61,8 @@ def attention_forward(
         scores.append(Bias(position_bias))
     options: dict[str, Any] = dict(score=scores, scale=scaling, sink=s_aux, dropout_p=dropout)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if deterministic is not None:
+        options["deterministic"] = deterministic
     if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
         raise ValueError(
             f"{sliding_window=} with attention_mask=None: the window is in the mask that Transformers makes "

@@ -127,6 +127,12 @@ def corners_are_clear(r: Request) -> str | None:
     return None
 
 
+def deterministic_is_a_bool(r: Request) -> str | None:
+    if isinstance(r.deterministic, bool):
+        return None
+    return f"deterministic={r.deterministic!r} must be True or False"
+
+
 def dropout_fits(r: Request) -> str | None:
     if r.dropout is None:
         return None
