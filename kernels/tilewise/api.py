@@ -23,7 +23,7 @@ from .plan.request import Request, as_heads, as_packing, cached_request, make_re
 from .plan.rules.cache import new_misfits
 from .plan.rules.implementations import implementation_is_known, kernel_can_run
 from .plan.rules.options import dropout_fits
-from .pytorch.dispatch import run_portable
+from .pytorch.dispatch import answer_again, run_portable
 from .pytorch.nested import is_nested, unpack
 from .pytorch.plain import run_torch
 
@@ -132,7 +132,10 @@ watchers: list[Callable[[Request], None]] = []  # told of each request that is a
 
 
 def answer(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """out, and lse if asked for, of a request: check → choose → call."""
+    """out, and lse if asked for, of a request: as a call like it was answered before, or check → choose →
+    call."""
+    if not watchers and (found := answer_again(request, return_lse)) is not None:
+        return found
     check(request)
     for watch in watchers:
         watch(request)

@@ -41,7 +41,8 @@ from ..parts.numerics import matmul, round_to
 from ..parts.scores.score import apply_scores, pull_back
 from ..parts.sequences import first_tile, tiles_of
 from ..parts.softmax import softmax_probabilities
-from .call import on_device_of, programs, shared_arguments
+from .call import programs, shared_arguments
+from .launch import launch
 from .prepare import BackwardCall
 from .tile import Tile
 from .walk import load_keys, own_keys, own_rows, step_keys, steps_of
@@ -263,8 +264,7 @@ def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile:
     )
     grid = programs(shape, shape.kv_len, tile.tile_kv, shape.kv_heads)
     if grid:
-        with on_device_of(dk):
-            dkv_kernel[(grid,)](**arguments)
+        launch(dkv_kernel, (grid,), dk, **arguments)
 
 
 def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:
@@ -278,5 +278,4 @@ def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:
     )
     grid = programs(shape, shape.q_len, tile.tile_q, shape.q_heads)
     if grid:
-        with on_device_of(dq):
-            dq_kernel[(grid,)](**arguments)
+        launch(dq_kernel, (grid,), dq, **arguments)
