@@ -115,16 +115,17 @@ def attention(
     """
     if unknown:
         refuse_unknown("attention", unknown)
-    given: dict[str, Any] = dict(
-        mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
+    jagged = unpack(q, k, v) if is_nested(q, k, v) else None
+    if jagged is not None:
+        q, k, v = jagged[:3]
+    request = make_request(
+        q, k, v, mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
         dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
+        packing=None if jagged is None else jagged.packing,
     )  # fmt: skip
-    if is_nested(q, k, v):
-        jagged = unpack(q, k, v)
-        result, row_lse = answer(make_request(*jagged[:3], **given, packing=jagged.packing), return_lse)
+    result, row_lse = answer(request, return_lse)
+    if jagged is not None:
         result, row_lse = jagged.like_q(result), None if row_lse is None else jagged.like_q(row_lse)
-    else:
-        result, row_lse = answer(make_request(q, k, v, **given), return_lse)
     return result if row_lse is None else (result, row_lse)
 
 

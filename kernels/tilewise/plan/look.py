@@ -42,9 +42,9 @@ class HasNoLookError(Exception):
     """There is something in a request that no look is known of."""
 
 
-def look(request: Request) -> Look | None:
+def look(request: Request, return_lse: bool) -> Look | None:
     """None where there is none."""
-    words: list[Any] = []
+    words: list[Any] = [return_lse]
     tensors: list[Tensor] = []
     try:
         for value in fields_of(request):
@@ -52,15 +52,15 @@ def look(request: Request) -> Look | None:
                 words.append(value)
             else:
                 PUT[type(value)](value, words, tensors)
-        for parts in (request.masks, request.scores):
-            words.append(len(parts))
-            for part in parts:
-                put_part(part, words, tensors)
+        for part in request.masks:
+            put_part(part, words, tensors)
+        for part in request.scores:  # a score is no mask, by its class
+            put_part(part, words, tensors)
     except (KeyError, HasNoLookError):
         return None
     if torch.is_grad_enabled():
         words += [x.requires_grad for x in tensors]
-    words += around()
+    words.append(around())
     return Look(tuple(words), tensors)
 
 
@@ -109,12 +109,16 @@ def put(value: Any, words: list[Any], tensors: list[Tensor]) -> None:
 
 def put_part(part: Plug, words: list[Any], tensors: list[Tensor]) -> None:
     """A mask or a score. `_twin` is asked by plain PyTorch alone."""
-    kind, holds = type(part), vars(part)
+    kind, holds = type(part), part.__dict__
     words.append(kind)
     if len(holds) != len(kind.FIELDS) + ("_twin" in holds):
         raise HasNoLookError
     for name in kind.FIELDS:
-        put(holds[name], words, tensors)
+        value = holds[name]
+        if value is None:
+            words.append(value)
+        else:
+            put(value, words, tensors)
 
 
 PUT: dict[type, Callable[[Any, list[Any], list[Tensor]], None]] = {

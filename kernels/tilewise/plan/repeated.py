@@ -16,9 +16,21 @@ from .replay import Replay, program
 from .tape import Results, record
 
 Tensor = torch.Tensor
-# TILEWISE_REPLAY=0 in the environment: every call goes the long way, as for debugging.
-DEVICES = set() if os.environ.get("TILEWISE_REPLAY") == "0" else {"cuda"}  # whose calls are repeated
 MOST = 4096  # steps that are known at a time
+
+
+class Where:
+    """Whose calls are repeated: with TILEWISE_REPLAY=0 in the environment nobody's, as for debugging. On a CPU
+    the kernels are interpreted, beside which the host's work is nothing: tests alone ask for it there."""
+
+    cuda = os.environ.get("TILEWISE_REPLAY") != "0"
+    cpu = False
+
+    def holds(self, x: Tensor) -> bool:
+        return self.cuda if x.is_cuda else self.cpu and x.is_cpu
+
+
+where = Where()
 
 
 class Repeated:

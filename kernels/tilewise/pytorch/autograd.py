@@ -48,16 +48,20 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[3:]
-        saved = ctx.saved_tensors
-        with torch.no_grad():
-            do = torch.zeros_like(saved[-2]) if do is None else do
-            arrived = (do,) if dlse is None else (do, dlse)
-            step = None if ctx.step is None else known_backward(ctx.step, needs, (*saved, *arrived))
-            run = partial(backward_step, ctx.encoded, needs)
-            found = run(*saved, *arrived) if step is None else step((*saved, *arrived), run)
+        do = torch.zeros_like(ctx.saved_tensors[-2]) if do is None else do
+        tensors = (*ctx.saved_tensors, do) if dlse is None else (*ctx.saved_tensors, do, dlse)
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                found = backward_step(ctx.encoded, needs, *tensors)
+        else:
+            step = None if ctx.step is None else known_backward(ctx.step, needs, tensors)
+            found = None if step is None or step.replay is None else step.replay(*tensors)
+            if found is None:
+                run = partial(backward_step, ctx.encoded, needs)
+                found = run(*tensors) if step is None else step(tensors, run)
         grads = iter(found)
         result = [next(grads) if needed else None for needed in needs]
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled():
             result = Undifferentiable.apply(len(result), *result, do, dlse, *ctx.saved_tensors)
         return None, None, None, *result
 

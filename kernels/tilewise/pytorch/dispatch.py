@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from ..plan.look import look
 from ..plan.passes import run_forward
-from ..plan.repeated import DEVICES, known
+from ..plan.repeated import known, where
 from ..plan.request import Request
 from . import ops
 from .autograd import Attention
@@ -25,12 +25,12 @@ def answer_again(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | N
     if is_observed() or forward_ad._current_level >= 0:
         return None
     q = request.q
-    if type(q) not in TENSORS or q.device.type not in DEVICES:
+    if type(q) not in TENSORS or not where.holds(q):
         return None
-    seen = request.look = look(request)
+    seen = request.look = look(request, return_lse)
     if seen is None:
         return None
-    step = known.get((return_lse, seen.key))
+    step = known.get(seen.key)
     if step is None or step.replay is None:
         return None
     if step.encoded is not None:  # there are gradients

@@ -8,7 +8,7 @@ import torch
 
 from ..plan.look import around, look, of_tensor
 from ..plan.passes import run_backward, run_forward
-from ..plan.repeated import DEVICES, Repeated, repeated
+from ..plan.repeated import Repeated, repeated, where
 from ..plan.request import Request
 from ..plan.tape import Results
 from .encoding import Encoded, decode
@@ -28,10 +28,10 @@ def is_observed() -> bool:
 
 def known_step(request: Request, return_lse: bool) -> Repeated | None:
     """The step that answers a request, for the next like it; None where it is not worth a tape."""
-    if request.q.device.type not in DEVICES:
+    if not where.holds(request.q):
         return None
-    seen = request.look or look(request)
-    return None if seen is None else worthwhile((return_lse, seen.key))
+    seen = request.look or look(request, return_lse)
+    return None if seen is None else worthwhile(seen.key)
 
 
 def known_backward(forward: Repeated, needs: tuple[bool, ...], tensors: Sequence[Tensor]) -> Repeated | None:
