@@ -1,4 +1,4 @@
-"""Calls as the replay sees them: the same shapes, strides and dtypes, with other numbers at other addresses."""
+"""Calls as the replay sees them: the same shapes, strides and dtypes, other numbers at other addresses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from unittest import mock
 import torch
 
 from tilewise.api import answer
+from tilewise.kernels.forward import forward_kernel
+from tilewise.kernels.launch import ALIGNMENT, Launched, told
 from tilewise.plan import repeated
 from tilewise.plan.request import Request, request_of
 from tilewise.pytorch import replayed
@@ -83,3 +85,45 @@ def results(request: Request) -> list[Tensor]:
     # A gradient of lse as well, where it is a number.
     total = (out.float() * 0.5).sum() + torch.where(lse.isfinite(), lse, 0.0).sum()
     return [out, lse, *torch.autograd.grad(total, leaves)]
+
+
+class Heard:
+    """The launches of a block, which do nothing; what each was given, but for tensors, which are named by
+    dtype and by whether an aligned kernel will do."""
+
+    def __init__(self) -> None:
+        self.launches: list[Any] = []
+        self.obstacle: str | None = None
+
+    def launched(self, launch: Launched) -> None:
+        given = (launch.args, tuple(launch.arguments.items()))
+        self.launches.append((launch.kernel.__name__, launch.grid, described(given)))
+
+    @contextlib.contextmanager
+    def unheard(self) -> Iterator[None]:
+        yield
+
+
+def described(thing: Any) -> Any:
+    """1, 1.0 and True are not one, and a function is itself."""
+    if isinstance(thing, Tensor):
+        return "tensor", thing.dtype, thing.data_ptr() % ALIGNMENT == 0
+    if isinstance(thing, (tuple, list)):
+        return type(thing), [described(each) for each in thing]
+    return type(thing), repr(thing) if isinstance(thing, float) else thing
+
+
+@contextlib.contextmanager
+def nothing_runs() -> Iterator[None]:
+    """Kernels do nothing when they are launched."""
+    kind = type(forward_kernel)
+    with mock.patch.object(kind, "run", lambda *_, **__: None):
+        yield
+
+
+def launches_of(request: Request) -> list[Any]:
+    """What is launched for a request, and for its gradients where it has some."""
+    heard = Heard()
+    with repeating(), nothing_runs(), told(heard):
+        results(request)
+    return heard.launches

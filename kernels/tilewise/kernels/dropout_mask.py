@@ -33,7 +33,5 @@ def launch_dropout_mask(dropout: Dropout, shape: Shape) -> torch.Tensor:
     programs = ceil_div(shape.q_len, 32) * ceil_div(shape.kv_len, 32) * shape.q_heads * shape.batch
     if programs:
         sizes = shape.q_heads, shape.q_len, shape.kv_len
-        launch(
-            dropout_mask_kernel, (programs,), keep, keep, *sizes, dropout.args(), TILE_Q=32, TILE_KV=32
-        )
+        launch(dropout_mask_kernel, (programs,), keep, keep, *sizes, dropout.args(), TILE_Q=32, TILE_KV=32)
     return keep.view(torch.bool)

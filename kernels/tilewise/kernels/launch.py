@@ -119,7 +119,10 @@ class Again:
     """
 
     def __init__(self, launched: Launched) -> None:
-        self.kernel, self.compiled = launched.kernel, launched.compiled  # kept: its module is unloaded with it
+        self.kernel, self.compiled = (
+            launched.kernel,
+            launched.compiled,
+        )  # kept: its module is unloaded with it
         now = [(where, name, where.get(name)) for (name, _), (_, where) in globals_of(self.kernel)]
         self.globals = [(*each, getattr(each[2], "value", None)) for each in now]
         self.grid = (*launched.grid, 1, 1)[:3]
@@ -165,16 +168,16 @@ def again(launched: Launched) -> Again | None:
 
 
 def beneath(launcher: Any) -> Any:
-    """The C function that a launcher of Triton's calls, once descriptors are encoded; None for a launcher that
-    does more than that, or that is not known."""
+    """The C function that a launcher of Triton's calls, once descriptors are encoded; None for a launcher
+    that does more than that, or that is not known."""
     names = ("launch", "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
     if not all([hasattr(launcher, name) for name in names]) or getattr(launcher, "gsan_enabled", False):
         return None
     if launcher.global_scratch_size or launcher.profile_scratch_size:
         return None
-    if inspect.isbuiltin(launcher.launch):
-        return launcher.launch
-    return inspect.getclosurevars(launcher.launch).nonlocals.get("launcher")
+    if inspect.isfunction(launcher.launch):  # it encodes descriptors, and calls what it was made around
+        return inspect.getclosurevars(launcher.launch).nonlocals.get("launcher")
+    return launcher.launch
 
 
 def way(compiled: Any) -> tuple[Callable[..., Any], tuple[Any, ...], bool]:

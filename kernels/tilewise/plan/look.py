@@ -1,9 +1,9 @@
 """What a call looks like: everything that decides what the host does for it, and no tensor.
 
 Two requests that look alike are answered by the same launches, at other addresses. `look` takes a request
-apart as `encoding` does: by the fields of a Request, and by the FIELDS of masks and scores. So a field that is
-added is in the look by itself. A part that holds more than its FIELDS say, or something that no look is known
-of, has none; its call goes the long way.
+apart as `encoding` does: by the fields of a Request, and by the FIELDS of masks and scores. So a field that
+is added is in the look by itself. A part that holds more than its FIELDS say, or something that no look is
+known of, has none; its call goes the long way.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ def look(request: Request, return_lse: bool) -> Look | None:
                 words.append(value)
             else:
                 PUT[type(value)](value, words, tensors)
-        for part in request.masks:
-            put_part(part, words, tensors)
-        for part in request.scores:  # a score is no mask, by its class
+        for part in request.plugs:  # a score is no mask, by its class
             put_part(part, words, tensors)
     except (KeyError, HasNoLookError):
         return None

@@ -7,7 +7,7 @@ one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,16 @@ Tensor = torch.Tensor
 MOST = 4096  # steps that are known at a time
 
 
-class Where:
-    """Whose calls are repeated: with TILEWISE_REPLAY=0 in the environment nobody's, as for debugging. On a CPU
-    the kernels are interpreted, beside which the host's work is nothing: tests alone ask for it there."""
+def is_wanted(environment: Mapping[str, str]) -> bool:
+    """With TILEWISE_REPLAY=0 every call goes the long way, as for debugging."""
+    return environment.get("TILEWISE_REPLAY") != "0"
 
-    cuda = os.environ.get("TILEWISE_REPLAY") != "0"
+
+class Where:
+    """Whose calls are repeated. On a CPU the kernels are interpreted, beside which the host's work is
+    nothing: tests alone ask for it there."""
+
+    cuda = is_wanted(os.environ)
     cpu = False
 
     def holds(self, x: Tensor) -> bool:

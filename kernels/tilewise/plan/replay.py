@@ -13,7 +13,8 @@ Its text is written for the one configuration, as `create_function_from_signatur
         c4(64, 1, 1, stream, function, ..., (((p0, p1, p2), c5, ...), ...))
         return (x3, None)
 
-None says that the long way must be gone. Constants are what the recorded launch was given, and hold no tensor.
+None says that the long way must be gone. Constants are what the recorded launch was given, and hold no
+tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import triton
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
-from ..kernels.launch import ALIGNMENT, Again, Launched, again, by_position, surroundings
+from ..kernels.launch import ALIGNMENT, Launched, again, by_position, launch, surroundings
 from .tape import Asked, Empty, Results, Seen, Tape, Value
 
 Tensor = torch.Tensor
@@ -47,7 +48,9 @@ class Program:
 
     def __init__(self, tape: Tape, results: Results) -> None:
         self.tape = tape
-        self.constants: dict[str, Any] = dict(empty_strided=torch.empty_strided, now=surroundings)
+        self.constants: dict[str, Any] = dict(
+            empty_strided=torch.empty_strided, now=surroundings, launch=launch
+        )
         self.lines: list[str] = []
         launches = [step for step in tape.steps if isinstance(step, Launched)]
         self.repeats = {id(launch): again(launch) for launch in launches}
@@ -111,6 +114,11 @@ class Program:
                 raise CannotRepeatError(f"nothing is known of a {type(each).__name__}")
         return repr(thing) if type(thing) in (int, type(None)) else self.constant(thing)
 
+    def given(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> str:
+        """Arguments, tensors among them."""
+        named = [f"{name}={self.text(each, False)}" for name, each in arguments.items()]
+        return ", ".join([*[self.text(each, False) for each in args], *named])
+
     def address(self, value: Value) -> str:
         if value.tensor.numel() == 0:
             return "0"
@@ -134,6 +142,8 @@ class Program:
         if self.is_direct:
             self.constants["then"] = surroundings()
             device = driver.active.get_current_device()
+            if any(value.tensor.is_cuda and value.tensor.device.index != device for value in inputs):
+                raise CannotRepeatError("another device is current")
             self.lines.append(f"stream = {self.constant(driver.active.get_current_stream)}({device})")
         for step in self.tape.steps:
             self.add(step)
@@ -161,9 +171,9 @@ class Program:
         elif self.is_direct:
             self.add_repeat(step)
         else:
-            given = "".join([f"{self.text(each, False)}, " for each in step.args])
-            given += "".join([f"{name}={self.text(each, False)}, " for name, each in step.arguments.items()])
-            self.lines.append(f"{self.constant(step.kernel)}[{step.grid}]({given})")
+            near = f"x{self.tape.inputs[0].number}"
+            given = self.given(step.args, step.arguments)
+            self.lines.append(f"launch({self.constant(step.kernel)}, {step.grid}, {near}, {given})")
 
     def add_empty(self, root: Value) -> None:
         value = self.stands_for.get(root, root)
@@ -175,8 +185,7 @@ class Program:
         self.point(root, f"x{value.number}")
 
     def add_asked(self, step: Asked) -> None:
-        given = "".join([f"{self.text(each, False)}, " for each in step.args])
-        given += "".join([f"{name}={self.text(each, False)}, " for name, each in step.arguments.items()])
+        given = self.given(step.args, step.arguments)
         name = f"x{step.result.number}"
         self.lines.append(f"{name} = {self.constant(step.operator)}({given})")
         self.point(step.result, name)

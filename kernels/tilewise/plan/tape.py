@@ -1,9 +1,9 @@
 """What a step did, written down: the tensors that it made, PyTorch's operators, and launches.
 
-The host's work in a call follows from shapes, strides, dtypes and numbers alone, never from what tensors hold.
-So of two calls that agree in these the second does what the first did, at other addresses. `record` runs a
-step on new views of its inputs and notes what PyTorch is asked for meanwhile; replay.py makes a function of
-it. What cannot be repeated is an `obstacle`: reading a tensor, or one that came from elsewhere.
+The host's work in a call follows from shapes, strides, dtypes and numbers alone, never from what tensors
+hold. So of two calls that agree in these the second does what the first did, at other addresses. `record`
+runs a step on new views of its inputs and notes what PyTorch is asked for meanwhile; replay.py makes a
+function of it. What cannot be repeated is an `obstacle`: reading a tensor, or one that came from elsewhere.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Tape(TorchDispatchMode):
 
     def _new(self, tensor: Tensor, base: Value | None = None) -> Value:
         offset = 0 if base is None else tensor.storage_offset() - base.tensor.storage_offset()
-        value = Value(len(self._values), tensor, base, offset)
+        value = Value(len(self._values), tensor, base, int(offset))
         self._values[id(tensor)] = value
         return value
 

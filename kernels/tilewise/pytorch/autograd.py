@@ -30,7 +30,7 @@ class Attention(torch.autograd.Function):
     def forward(
         ctx: Any, request: Request | None, encoded: Encoded, step: Repeated | None, *tensors: Tensor
     ) -> Any:
-        found = None
+        found: Any = None
         if step is not None and step.replay is not None:
             found = step.replay(*tensors)
         if found is None and step is not None:
@@ -47,9 +47,10 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad[3:]
-        do = torch.zeros_like(ctx.saved_tensors[-2]) if do is None else do
-        tensors = (*ctx.saved_tensors, do) if dlse is None else (*ctx.saved_tensors, do, dlse)
+        needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
+        do = torch.zeros_like(saved[-2]) if do is None else do
+        tensors = (*saved, do) if dlse is None else (*saved, do, dlse)
+        found: Any
         if torch.is_grad_enabled():  # create_graph=True
             with torch.no_grad():
                 found = backward_step(ctx.encoded, needs, *tensors)
@@ -62,7 +63,7 @@ class Attention(torch.autograd.Function):
         grads = iter(found)
         result = [next(grads) if needed else None for needed in needs]
         if torch.is_grad_enabled():
-            result = Undifferentiable.apply(len(result), *result, do, dlse, *ctx.saved_tensors)
+            result = Undifferentiable.apply(len(result), *result, do, dlse, *saved)
         return None, None, None, *result
 
 

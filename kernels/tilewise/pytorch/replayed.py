@@ -46,9 +46,7 @@ def worthwhile(key: object) -> Repeated | None:
     return None if step.is_in_vain else step
 
 
-def forward_step(
-    encoded: Encoded, return_lse: bool, *tensors: Tensor, for_backward: bool = False
-) -> Results:
+def forward_step(encoded: Encoded, return_lse: bool, *tensors: Tensor, for_backward: bool = False) -> Results:
     """out, lse and, for the backward, statistics."""
     q, k, v, *others = tensors
     request = decode(q, k, v, encoded._replace(tensors=others))
