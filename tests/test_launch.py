@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import triton
 
 import tilewise
-from harness.replays import no_long_way, repeating, replays
+from harness.replays import alive, no_long_way, repeating, replays
 from harness.stand_in_gpu import stand_in_gpu
 from tilewise.kernels.forward import forward_kernel
 from tilewise.kernels.tile import HopperTile
@@ -122,6 +122,18 @@ def the_same_launches(call):
             compare(one, other, addresses)
 
 
+def forgets():
+    """What is known of a kernel with descriptors holds no tensor."""
+    with stand_in_gpu() as (_, recorder), replays(torch.device("cpu")) as known:
+        for _ in range(3):
+            given = inputs()
+            left = alive(*given, *hopper(*given))
+            del given
+            recorder.launches.clear()
+            assert left() == 0
+        assert all(step.replay for step in known.values())
+
+
 def goes_the_long_way(call, recorder, disturb):
     """Whether a call that is repeated otherwise is not, while something is disturbed; and is again, after."""
     with contextlib.ExitStack() as stack:
@@ -201,10 +213,11 @@ def unaligned():
             forward(shifted, k, v)
 
 
-OTHERS = {each.__name__: each for each in (watched, streamed, unaligned)}
+OTHERS = {each.__name__: each for each in (watched, streamed, unaligned, forgets)}
 
 
-PROGRAMS = {"portable": [*[name for name in CALLS if name != "hopper"], *OTHERS], "hopper": ["hopper"]}
+HOPPER = ["hopper", "forgets"]
+PROGRAMS = {"portable": [name for name in (*CALLS, *OTHERS) if name not in HOPPER], "hopper": HOPPER}
 
 
 @pytest.mark.parametrize("names", PROGRAMS.values(), ids=PROGRAMS)

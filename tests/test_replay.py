@@ -1,9 +1,7 @@
 """A call that repeats an earlier one gives what the long way gives: the same bits, from its own tensors."""
 
 import contextlib
-import gc
 import sys
-import weakref
 from unittest import mock
 
 import pytest
@@ -14,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tilewise
 from harness.calls import even_keys
 from harness.features import FEATURES
-from harness.replays import drawn, like, no_long_way, nothing_runs, repeating, replays, results
+from harness.replays import alive, drawn, like, no_long_way, nothing_runs, repeating, replays, results
 from tilewise import api
 from tilewise.kernels.launch import ALIGNMENT
 from tilewise.plan import repeated
@@ -114,18 +112,25 @@ def test_no_more_steps_are_known_than_a_number(device):
 
 
 def test_no_tensor_is_kept(device):
+    def once():
+        q, k, v = qkv(device, trained=True)
+        bias, sink, numbers = (
+            randn(device, 5, 5, trained=True),
+            randn(device, 2, trained=True),
+            randn(device, 3),
+        )
+        mask = tilewise.UserMask(even_keys, (numbers,)) & tilewise.Causal()
+        out, lse = attend(q, k, v, mask=mask, bias=bias, sink=sink, return_lse=True)
+        (out.sum() + lse.sum()).backward()
+        return alive(q, k, v, bias, sink, numbers, out, lse, q.grad)
+
     with replays(device) as known:
         for _ in range(3):
-            q, k, v = tensors = qkv(device, trained=True)
-            bias, sink = randn(device, 5, 5, trained=True), randn(device, 2, trained=True)
-            mask = tilewise.UserMask(even_keys, (randn(device, 3),)) & tilewise.Causal()
-            out, lse = attend(q, k, v, mask=mask, bias=bias, sink=sink, return_lse=True)
-            (out.sum() + lse.sum()).backward()
-        assert all(step.replay for step in known.values()) and len(known) == 2
-        dead = [weakref.ref(x) for x in (*tensors, bias, sink, out, lse, q.grad, mask.parts()[0].args[0])]
-        del q, k, v, tensors, bias, sink, mask, out, lse
-        gc.collect()
-        assert not any(each() is not None for each in dead)
+            left = once()
+        assert left() == 0
+        assert len(known) == 2 and all([step.replay for step in known.values()])
+    kept = randn(device, 3)
+    assert alive(kept)() == 1
 
 
 def test_saved_tensors_may_come_back_with_other_strides(device):
@@ -161,6 +166,19 @@ def test_gradients_of_any_result(device, of):
                 same(found, gradients(long_way, *tensors))
 
 
+def test_other_gradients_of_the_same_call(device):
+    """Which are needed is no part of the forward: the same result may be asked for others."""
+    q, k, v = qkv(device, trained=True)
+    with replays(device):
+        for _ in range(2):
+            attend(q, k, v)
+        total = attend(q, k, v).square().sum()
+        for leaves in [(q, k, v), (k,), (q, v)] * 3:
+            found = torch.autograd.grad(total, leaves, retain_graph=True)
+            with repeating():
+                same(found, torch.autograd.grad(long_way(q, k, v).square().sum(), leaves))
+
+
 def test_gradients_that_are_differentiated_again_are_refused(device):
     with replays(device):
         for _ in range(3):
@@ -188,6 +206,23 @@ def test_autocast_and_inference_mode(device):
                     found = attend(*tensors)
                 with around():
                     assert torch.equal(found, long_way(*tensors))
+
+
+def test_what_is_no_tensor_is_refused_in_words(device):
+    _, k, v = qkv(device)
+    with replays(device), pytest.raises(ValueError, match="must be"):
+        attend("q", k, v)
+
+
+def test_what_the_emulator_runs_is_not_repeated():
+    """On a CPU, Hopper's kernel is no launch of Triton's."""
+    with replays(torch.device("cpu")) as known:
+        for _ in range(3):
+            q, k, v = (torch.randn(1, 1, 8, 16, dtype=torch.float16) for _ in range(3))
+            found = tilewise.attention(q, k, v, impl="hopper")
+            with repeating():
+                assert torch.equal(found, tilewise.attention(q, k, v, impl="hopper"))
+        assert [step.is_in_vain for step in known.values()] == [True]
 
 
 class Watching(TorchDispatchMode):
@@ -315,6 +350,19 @@ def calls_of_python(run) -> int:
     finally:
         sys.setprofile(before)
     return count
+
+
+def test_a_part_of_a_new_tensor_is_not_all_of_it():
+    def step(x):
+        made = torch.empty(2, 3)
+        made[0].copy_(x)
+        return (made[0],)
+
+    known = repeated.Repeated()
+    for _ in range(4):
+        x = torch.randn(3)
+        (found,) = known([x], step)
+        assert torch.equal(found, x) and found.untyped_storage().nbytes() == 24
 
 
 # Of Python functions, with Triton's interpreter and all of PyTorch's autograd: what is there today, and room

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -85,6 +86,18 @@ def results(request: Request) -> list[Tensor]:
     # A gradient of lse as well, where it is a number.
     total = (out.float() * 0.5).sum() + torch.where(lse.isfinite(), lse, 0.0).sum()
     return [out, lse, *torch.autograd.grad(total, leaves)]
+
+
+def alive(*tensors: Tensor) -> Callable[[], int]:
+    """What counts how many tensors are left, of any form, in the memory of these."""
+    starts = {x.untyped_storage().data_ptr() for x in tensors}
+
+    def count() -> int:
+        gc.collect()
+        found = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
+        return sum(x.untyped_storage().data_ptr() in starts for x in found)
+
+    return count
 
 
 class Heard:
