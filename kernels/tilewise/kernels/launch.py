@@ -67,6 +67,11 @@ def told(listener: Listener) -> Iterator[None]:
         _thread.listener = before
 
 
+def is_told() -> bool:
+    """Whether this thread's launches are listened to."""
+    return _thread.listener is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], near: torch.Tensor, *args: Any, **arguments: Any) -> None:
     """Run a kernel on the device of `near`. Every launch of a call goes through here, so that none is missed
     by whoever writes them down."""

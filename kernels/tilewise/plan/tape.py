@@ -26,7 +26,6 @@ EMPTY = frozenset({
     aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default,
     aten.new_empty_strided.default,
 })  # fmt: skip
-READS = frozenset({aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default})
 
 
 @dataclass(eq=False)
@@ -108,7 +107,7 @@ class Tape(TorchDispatchMode):
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         made = list(result) if isinstance(result, (list, tuple)) else [result]
-        if func in READS or not all(isinstance(x, Tensor) for x in made):
+        if not all(isinstance(x, Tensor) for x in made):
             self.obstacle = f"{func} reads a tensor"
         elif func in EMPTY:
             self.steps.append(Empty(self._new(result)))
