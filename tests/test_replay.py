@@ -165,6 +165,30 @@ def test_gradients_of_any_result(device, of):
                 same(found, gradients(long_way, *tensors))
 
 
+def test_rows_that_are_written_into_a_cache(device):
+    """With turns of either style and without one, in turns."""
+    tables = [tilewise.nn.Rotary(8, style=style).table(16, device) for style in ("half", "interleaved")]
+    tables.append(None)
+    new = [[randn(device, 2, 2, 1, 8) for _ in range(3)] for _ in range(4)]
+
+    def decode(short):
+        caches = [[torch.zeros(2, 2, 16, 8, device=device) for _ in range(2)] for _ in tables]
+        found = []
+        for number, (q, k, v) in enumerate(new):
+            for table, cache in zip(tables, caches, strict=True):
+                lens = torch.tensor([3, 9], device=device) + number
+                with short() if number > 1 else contextlib.nullcontext():
+                    given = dict(kv_lens=lens, new_k=k, new_v=v, rotary=table)
+                    found.append(tilewise.cached_attention(q, *cache, **given, impl="portable"))
+        return [*found, *[x for cache in caches for x in cache]]
+
+    with replays(device) as known:
+        found = decode(no_long_way)
+        assert all([step.replay for step in known.values()]) and len(known) == 6  # one answer for all
+    with repeating():
+        same(found, decode(contextlib.nullcontext))
+
+
 def test_other_gradients_of_the_same_call(device):
     """Which are needed is no part of the forward: the same result may be asked for others."""
     q, k, v = qkv(device, trained=True)

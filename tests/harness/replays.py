@@ -16,7 +16,7 @@ from tilewise.kernels.forward import forward_kernel
 from tilewise.kernels.launch import ALIGNMENT, Launched, told
 from tilewise.plan import repeated
 from tilewise.plan.request import Request, request_of
-from tilewise.pytorch import replayed
+from tilewise.pytorch import append, replayed
 from tilewise.pytorch.encoding import decode, encode
 
 from .features import build
@@ -46,6 +46,8 @@ def no_long_way() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in ("run_forward", "run_backward"):
             stack.enter_context(mock.patch.object(replayed, name, reached))
+        for name in ("launch_append", "launch_turn"):
+            stack.enter_context(mock.patch.object(append, name, reached))
         for place in ("dispatch", "autograd"):
             stack.enter_context(mock.patch(f"tilewise.pytorch.{place}.run_forward", reached))
         yield

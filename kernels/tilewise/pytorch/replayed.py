@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
@@ -39,6 +39,27 @@ def known_backward(forward: Repeated, needs: tuple[bool, ...], tensors: Sequence
     if is_observed() or not all([type(x) in TENSORS for x in tensors]):
         return None
     return worthwhile((forward, needs, *[of_tensor(x) for x in tensors], *around()))
+
+
+def repeat(step: Callable[..., Results], tensors: Sequence[Tensor | None], *words: Hashable) -> Results:
+    """The results of `step(*words, *tensors)`, a function of a module, in eager mode repeated where it can
+    be. Nothing but the words and what the tensors look like decides what it does."""
+    given = [x for x in tensors if x is not None]
+    if not where.holds(given[0]) or is_observed() or not all([type(x) in TENSORS for x in given]):
+        return step(*words, *tensors)
+    missing = tuple([x is None for x in tensors])
+    again = worthwhile((step, words, missing, *[of_tensor(x) for x in given], *around()))
+    if again is None:
+        return step(*words, *tensors)
+    if again.replay is not None and (results := again.replay(*given)) is not None:
+        return results
+
+    def run(*given: Tensor) -> Results:
+        each = iter(given)
+        return step(*words, *[None if is_missing else next(each) for is_missing in missing])
+
+    found: Results = again(given, run)
+    return found
 
 
 def worthwhile(key: object) -> Repeated | None:
