@@ -45,6 +45,7 @@ _HOST: tuple[Implementation, ...] = (
     Tilewise("portable"),
     Tilewise("hopper"),
     Unlaunched(Tilewise("portable")),
+    Unlaunched(Tilewise("hopper")),
     Compiled(Tilewise("portable")),
     Compiled(Unlaunched(Tilewise("portable"))),
     Sdpa(None),

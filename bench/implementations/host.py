@@ -3,17 +3,20 @@ nothing, so that only the work above Triton's launch is left."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch._functorch.config  # not imported with torch
 from triton.runtime import KernelInterface
 
-from tilewise.kernels import backward, forward, parameters, prepare
+from tilewise.kernels import backward, forward, launch, parameters, prepare
 from tilewise.parts import dropout
+from tilewise.plan import repeated
 from tilewise.tools.inputs import Inputs
 from tilewise_reference.cases import Case
 
@@ -42,9 +45,15 @@ class Unlaunched(Wrapped):
 
     def __init__(self, inner: Implementation) -> None:
         super().__init__(inner, "no launch")
+        self.steps: dict[Any, Any] = {}  # that are repeated: entered anew for each sample
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type == "cpu" and self.inner.name == "tilewise hopper":
+            return "on a CPU an emulator runs in the place of a launch"
+        return super().unavailable(device)
 
     def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
-        return replace(self.inner.prepare(case, inputs, work), during=no_launch)
+        return replace(self.inner.prepare(case, inputs, work), during=partial(no_launch, self.steps))
 
 
 class Compiled(Wrapped):
@@ -62,16 +71,37 @@ class Compiled(Wrapped):
 
 
 @contextmanager
-def no_launch() -> Iterator[None]:
-    """Every kernel of tilewise does nothing when launched."""
+def no_launch(steps: dict[Any, Any] | None = None) -> Iterator[None]:
+    """Every kernel of tilewise does nothing when launched, but for the launches that are written down to be
+    repeated: those know which kernel it is. Calls are repeated in the interpreter too. steps: those that are
+    known, for the next time."""
+    steps = {} if steps is None else steps
     found = [value for module in MODULES for value in vars(module).values()]
     # By class: an instance would have to be replaced in every module that imported it.
     classes = {type(value) for value in found if isinstance(value, KernelInterface)}
-    patches = [patch.object(cls, "run", lambda *args, **options: None) for cls in classes]
-    for each in patches:
-        each.start()
-    try:
+    with ExitStack() as stack:
+        for each in classes:
+            stack.enter_context(patch.object(each, "run", while_written_down(each.run)))
+        stack.enter_context(patch.object(launch, "way", to_nothing(launch.way)))
+        stack.enter_context(patch.dict(repeated.known, steps, clear=True))  # none that launches
+        stack.enter_context(patch.object(repeated.Where, "cpu", True))
         yield
-    finally:
-        for each in patches:
-            each.stop()
+        steps.update(repeated.known)
+
+
+def while_written_down(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel's launch, where somebody writes it down; nothing else."""
+
+    def instead(kernel: Any, *args: Any, **options: Any) -> Any:
+        return run(kernel, *args, **options) if launch.is_told() else None
+
+    return instead
+
+
+def to_nothing(way: Callable[..., Any]) -> Callable[..., Any]:
+    """The way to a repeated launch, but for the last step."""
+    return lambda compiled: (nothing, *way(compiled)[1:])
+
+
+def nothing(*_: Any) -> None:
+    pass

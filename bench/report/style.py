@@ -25,6 +25,7 @@ LOOKS: dict[str, tuple[str, str, Any]] = {  # colour, marker, dashes
     "tilewise portable": ("#E8480C", "o", "-"),
     "tilewise hopper": ("#A81500", "D", "-"),
     "tilewise portable, no launch": ("#F5A98C", "o", ":"),
+    "tilewise hopper, no launch": ("#D98A80", "D", ":"),
     "tilewise portable, compiled": ("#FA8A3C", "o", "--"),
     "tilewise portable, no launch, compiled": ("#F8D3BF", "o", ":"),
     "tilewise torch": ("#F9C4AB", "o", ":"),

@@ -15,7 +15,8 @@ from ..parts.numerics import round_to
 from ..parts.rotary import RotaryTable, turned
 from ..parts.sequences import is_of_a_sequence
 from ..parts.shape import Cache, Packing, Shape
-from .call import on_device_of, power_of_two_tile, programs
+from .call import power_of_two_tile, programs
+from .launch import launch
 from .walk import own_rows
 
 TILE_ROWS = 16
@@ -86,23 +87,25 @@ def launch_append(
     shape = rows_shape(new_k, k, packing, cache)
     grid = programs(shape, shape.q_len, TILE_ROWS, shape.q_heads)
     if grid:
-        with on_device_of(k):
-            append_kernel[(grid,)](
-                (new_k, new_k.stride()),
-                (new_v, new_v.stride()),
-                (k, k.stride()),
-                (v, v.stride()),
-                (shape.q_heads, 1, shape.q_len, shape.kv_len),
-                shape.layout,
-                () if rotary is None else rotary.args(),
-                INTERLEAVED=rotary is not None and rotary.is_interleaved,
-                HEAD_DIM=k.shape[3],
-                VALUE_DIM=v.shape[3],
-                HEAD_TILE=power_of_two_tile(k.shape[3]),
-                VALUE_TILE=power_of_two_tile(v.shape[3]),
-                TILE=TILE_ROWS,
-                enable_fp_fusion=True,
-            )
+        launch(
+            append_kernel,
+            (grid,),
+            k,
+            (new_k, new_k.stride()),
+            (new_v, new_v.stride()),
+            (k, k.stride()),
+            (v, v.stride()),
+            (shape.q_heads, 1, shape.q_len, shape.kv_len),
+            shape.layout,
+            () if rotary is None else rotary.args(),
+            INTERLEAVED=rotary is not None and rotary.is_interleaved,
+            HEAD_DIM=k.shape[3],
+            VALUE_DIM=v.shape[3],
+            HEAD_TILE=power_of_two_tile(k.shape[3]),
+            VALUE_TILE=power_of_two_tile(v.shape[3]),
+            TILE=TILE_ROWS,
+            enable_fp_fusion=True,
+        )
 
 
 def launch_turn(
@@ -117,19 +120,21 @@ def launch_turn(
     shape = rows_shape(q, k, packing, cache)
     grid = programs(shape, shape.q_len, TILE_ROWS, shape.q_heads)
     if grid:
-        with on_device_of(q):
-            turn_kernel[(grid,)](
-                (q, q.stride()),
-                (out, out.stride()),
-                (shape.q_heads, 1, shape.q_len, shape.kv_len),
-                shape.layout,
-                rotary.args(),
-                INTERLEAVED=rotary.is_interleaved,
-                HEAD_DIM=q.shape[3],
-                HEAD_TILE=power_of_two_tile(q.shape[3]),
-                TILE=TILE_ROWS,
-                enable_fp_fusion=True,
-            )
+        launch(
+            turn_kernel,
+            (grid,),
+            q,
+            (q, q.stride()),
+            (out, out.stride()),
+            (shape.q_heads, 1, shape.q_len, shape.kv_len),
+            shape.layout,
+            rotary.args(),
+            INTERLEAVED=rotary.is_interleaved,
+            HEAD_DIM=q.shape[3],
+            HEAD_TILE=power_of_two_tile(q.shape[3]),
+            TILE=TILE_ROWS,
+            enable_fp_fusion=True,
+        )
 
 
 def rows_shape(x: torch.Tensor, k: torch.Tensor, packing: Packing | None, cache: Cache) -> Shape:

@@ -51,7 +51,8 @@ from ..parts.pieces import (
 from ..parts.scores.score import apply_scores, pull_back
 from ..parts.sequences import first_tile, tiles_of
 from ..parts.softmax import softmax_probabilities
-from .call import on_device_of, programs, shared_arguments
+from .call import programs, shared_arguments
+from .launch import launch
 from .prepare import BackwardCall
 from .shares import add_share, finite
 from .tile import Tile
@@ -321,8 +322,7 @@ def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile:
     )
     grid = programs(shape, shape.kv_len, tile.tile_kv, shape.kv_heads)
     if grid:
-        with on_device_of(dk):
-            dkv_kernel[(grid,)](**arguments)
+        launch(dkv_kernel, (grid,), dk, **arguments)
 
 
 def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:
@@ -336,5 +336,4 @@ def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:
     )
     grid = programs(shape, shape.q_len, tile.tile_q, shape.q_heads)
     if grid:
-        with on_device_of(dq):
-            dq_kernel[(grid,)](**arguments)
+        launch(dq_kernel, (grid,), dq, **arguments)

@@ -16,7 +16,8 @@ import triton.language as tl
 from ..parts.numerics import round_to
 from ..parts.shape import ceil_div
 from ..parts.softmax import softmax_finish, softmax_merge, softmax_start
-from .call import on_device_of, power_of_two_tile
+from .call import power_of_two_tile
+from .launch import launch
 
 TILE_ROWS = 16
 
@@ -66,15 +67,17 @@ def launch_combine(
     splits, blocks, q_heads, q_len, value_dim = parts.shape
     rows = blocks * q_heads * q_len
     if rows:
-        with on_device_of(out):
-            combine_kernel[(ceil_div(rows, TILE_ROWS),)](
-                parts,
-                parts_lse,
-                (out, out.stride()),
-                lse,
-                (splits, rows, q_heads, q_len),
-                VALUE_DIM=value_dim,
-                VALUE_TILE=power_of_two_tile(value_dim),
-                TILE=TILE_ROWS,
-                enable_fp_fusion=True,
-            )
+        launch(
+            combine_kernel,
+            (ceil_div(rows, TILE_ROWS),),
+            out,
+            parts,
+            parts_lse,
+            (out, out.stride()),
+            lse,
+            (splits, rows, q_heads, q_len),
+            VALUE_DIM=value_dim,
+            VALUE_TILE=power_of_two_tile(value_dim),
+            TILE=TILE_ROWS,
+            enable_fp_fusion=True,
+        )

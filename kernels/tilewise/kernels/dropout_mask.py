@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..parts.dropout import Dropout, dropout_keep
 from ..parts.shape import Shape, ceil_div
-from .call import on_device_of
+from .launch import launch
 
 
 @triton.jit
@@ -32,8 +32,6 @@ def launch_dropout_mask(dropout: Dropout, shape: Shape) -> torch.Tensor:
     keep = torch.empty(shape.scores, dtype=torch.uint8, device=dropout.seed.device)
     programs = ceil_div(shape.q_len, 32) * ceil_div(shape.kv_len, 32) * shape.q_heads * shape.batch
     if programs:
-        with on_device_of(keep):
-            dropout_mask_kernel[(programs,)](
-                keep, shape.q_heads, shape.q_len, shape.kv_len, dropout.args(), TILE_Q=32, TILE_KV=32
-            )
+        sizes = shape.q_heads, shape.q_len, shape.kv_len
+        launch(dropout_mask_kernel, (programs,), keep, keep, *sizes, dropout.args(), TILE_Q=32, TILE_KV=32)
     return keep.view(torch.bool)

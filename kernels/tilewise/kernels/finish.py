@@ -12,7 +12,8 @@ import triton.language as tl
 from ..parts.addressing import head_of
 from ..parts.pieces import load_pieces, pieces_of, rounded, scaled, store_pieces
 from ..parts.sequences import tiles_of
-from .call import Call, on_device_of, programs, sizes_of
+from .call import Call, programs, sizes_of
+from .launch import launch
 from .walk import own_rows
 
 
@@ -48,18 +49,20 @@ def launch_finish_dq(call: Call, sums: torch.Tensor, dq: torch.Tensor) -> None:
     shape, tile_q = call.shape, sums.shape[3]
     grid = programs(shape, shape.q_len, tile_q, shape.q_heads)
     if grid:
-        with on_device_of(dq):
-            finish_dq_kernel[(grid,)](
-                sums_ptr=sums,
-                queries=(call.q, call.q.stride()),
-                dqueries=(dq, dq.stride()),
-                sizes=sizes_of(shape),
-                layout=shape.layout,
-                unit=call.unit,
-                PROJECT=call.project,
-                HEAD_DIM=shape.head_dim,
-                HEAD_TILE=pieces_of(shape.head_dim),
-                TILE_Q=tile_q,
-                num_warps=8 if tile_q * shape.head_dim > 4096 else 4,
-                enable_fp_fusion=True,
-            )
+        launch(
+            finish_dq_kernel,
+            (grid,),
+            dq,
+            sums_ptr=sums,
+            queries=(call.q, call.q.stride()),
+            dqueries=(dq, dq.stride()),
+            sizes=sizes_of(shape),
+            layout=shape.layout,
+            unit=call.unit,
+            PROJECT=call.project,
+            HEAD_DIM=shape.head_dim,
+            HEAD_TILE=pieces_of(shape.head_dim),
+            TILE_Q=tile_q,
+            num_warps=8 if tile_q * shape.head_dim > 4096 else 4,
+            enable_fp_fusion=True,
+        )

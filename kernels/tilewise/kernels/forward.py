@@ -38,8 +38,9 @@ from ..parts.scores.score import apply_scores
 from ..parts.sequences import is_of_a_sequence
 from ..parts.shape import Shape
 from ..parts.softmax import softmax_end, softmax_join, softmax_start, softmax_step
-from .call import Call, Split, on_device_of, programs, shared_arguments
+from .call import Call, Split, programs, shared_arguments
 from .copies import copies_of
+from .launch import launch
 from .tile import Tile
 from .walk import keys_of_split, load_keys, own_group, step_keys, steps_of, walked
 
@@ -208,5 +209,4 @@ def launch_forward(
     first dimension for them, and each is the result of its own keys."""
     grid, arguments = forward_launch(call, out, lse, statistics, tile, split)
     if grid[0]:
-        with on_device_of(out):
-            forward_kernel[grid](**arguments)
+        launch(forward_kernel, grid, out, **arguments)

@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 
 from .backward import backward_arguments, sum_over_rows
-from .call import on_device_of, programs
+from .call import programs
 from .finish import launch_finish_dq
+from .launch import launch
 from .prepare import BackwardCall
 from .tile import Tile
 from .turns import FIRST_COUNTER, take_number
@@ -87,6 +88,5 @@ def launch_dqkv(
     )
     grid = programs(shape, shape.kv_len, tile.tile_kv, shape.kv_heads)
     if grid:
-        with on_device_of(dk):
-            dqkv_kernel[(grid,)](**arguments)
+        launch(dqkv_kernel, (grid,), dk, **arguments)
     launch_finish_dq(backward.call, sums, dq)

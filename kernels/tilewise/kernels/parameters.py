@@ -30,7 +30,8 @@ from ..parts.sequences import first_tile, sequence_at, tiles_of
 from ..parts.shape import Shape, next_power_of_two
 from ..parts.softmax import softmax_probabilities
 from .backward import backward_arguments
-from .call import on_device_of, sizes_of
+from .call import sizes_of
+from .launch import launch
 from .parameter_walks import EACH_PAIR, ONE, plan
 from .prepare import BackwardCall
 from .tile import Tile
@@ -168,8 +169,7 @@ def parameter_gradient(
         ADD=kept.add,
         STORE=kept.store,
     )
-    with on_device_of(grad):
-        parameter_kernel[(math.prod(own),)](**arguments)
+    launch(parameter_kernel, (math.prod(own),), grad, **arguments)
     if buckets is not None:
         total = grad.sum((0, 2))
     elif kept is ONE and shape.packing is not None and parameter.sizes[0] > 1:
@@ -182,8 +182,6 @@ def parameter_gradient(
 def sequence_sums(sums: torch.Tensor, shape: Shape, tile: int) -> torch.Tensor:
     """From a sum a tile [1, q_heads, tiles, 1] one a packed sequence [batch, q_heads, 1, 1]."""
     grad = sums.new_empty(shape.batch, shape.q_heads, 1, 1)
-    with on_device_of(grad):
-        sequence_sums_kernel[(grad.numel(),)](
-            sums, grad, shape.q_heads, sizes_of(shape), shape.layout, TILE=tile
-        )
+    given = (sums, grad, shape.q_heads, sizes_of(shape), shape.layout)
+    launch(sequence_sums_kernel, (grad.numel(),), grad, *given, TILE=tile)
     return grad

@@ -17,14 +17,8 @@ from ..parts.addressing import head_of, rows_of
 from ..parts.intervals import intersect_intervals, store_range
 from ..parts.pieces import load_pieces, pieces_of, widened
 from ..parts.sequences import tiles_of
-from .call import (
-    Call,
-    function_arguments,
-    on_device_of,
-    programs,
-    sizes_of,
-    tile_count,
-)
+from .call import Call, function_arguments, programs, sizes_of, tile_count
+from .launch import launch
 from .walk import own_rows
 
 
@@ -109,8 +103,7 @@ def prepare(
     backward = BackwardCall(call, out, row_max, sum_log2, do, dlse, delta, ranges, tile_q)
     grid, arguments = prepare_launch(backward)
     if grid[0]:
-        with on_device_of(out):
-            prepare_kernel[grid](**arguments)
+        launch(prepare_kernel, grid, out, **arguments)
     return backward
 
 

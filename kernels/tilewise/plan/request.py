@@ -39,6 +39,7 @@ class Request:
     _shape: Shape | None = field(default=None, init=False)
     _similarity_scores: Similarity | None = field(default=None, init=False)
     _other_tensors: list[tuple[str, torch.Tensor]] | None = field(default=None, init=False)
+    look: Any = field(default=None, init=False)  # look.py; kept from the question to the answer
 
     @property
     def shape(self) -> Shape:

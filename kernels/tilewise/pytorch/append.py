@@ -17,6 +17,7 @@ from ..plan.implementation import implementation
 from ..plan.request import Request
 from .ops import library
 from .pieces import filled_rows
+from .replayed import repeat
 
 Tensor = torch.Tensor
 WHERE = "Tensor kv_lens, Tensor? pages, Tensor? q_offsets"
@@ -68,11 +69,11 @@ def append_to_cache(
     k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor, kv_lens: Tensor, table: Tensor | None,
     q_offsets: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, impl: str,
 ) -> None:  # fmt: skip
-    packing, cache = places(k, kv_lens, table, q_offsets)
-    rotary = None if cos is None or sin is None else RotaryTable(cos, sin, interleaved)
     if impl != "torch":
-        launch_append(new_k, new_v, k, v, packing, cache, rotary)
+        repeat(append_step, (k, v, new_k, new_v, kv_lens, table, q_offsets, cos, sin), interleaved)
         return
+    _, cache = places(k, kv_lens, table, q_offsets)
+    rotary = rotary_of(interleaved, cos, sin)
     for batch, rows in enumerate(rows_of_sequences(new_k, q_offsets)):
         ones_k, ones_v = new_k[rows], new_v[rows]
         length, count = int(kv_lens[batch]), ones_k.shape[2]
@@ -83,16 +84,40 @@ def append_to_cache(
             x.transpose(1, 2)[block, row] = ones[0, :, : len(row)].transpose(0, 1).to(x.dtype)
 
 
+def append_step(
+    interleaved: bool, k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor, kv_lens: Tensor,
+    table: Tensor | None, q_offsets: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+) -> tuple[()]:  # fmt: skip
+    """What the kernel does, to be repeated."""
+    packing, cache = places(k, kv_lens, table, q_offsets)
+    launch_append(new_k, new_v, k, v, packing, cache, rotary_of(interleaved, cos, sin))
+    return ()
+
+
+def rotary_of(interleaved: bool, cos: Tensor | None, sin: Tensor | None) -> RotaryTable | None:
+    return None if cos is None or sin is None else RotaryTable(cos, sin, interleaved)
+
+
+def turn_step(
+    interleaved: bool, q: Tensor, k: Tensor, kv_lens: Tensor, table: Tensor | None,
+    q_offsets: Tensor | None, cos: Tensor, sin: Tensor,
+) -> tuple[Tensor]:  # fmt: skip
+    """The same of `turn_queries`."""
+    packing, cache = places(k, kv_lens, table, q_offsets)
+    out = torch.empty_like(q)
+    launch_turn(q, out, k, packing, cache, RotaryTable(cos, sin, interleaved))
+    return (out,)
+
+
 def turned_queries(
     q: Tensor, k: Tensor, kv_lens: Tensor, table: Tensor | None, q_offsets: Tensor | None, cos: Tensor,
     sin: Tensor, interleaved: bool, impl: str,
 ) -> Tensor:  # fmt: skip
-    packing, cache = places(k, kv_lens, table, q_offsets)
-    rotary, out = RotaryTable(cos, sin, interleaved), torch.empty_like(q)
     if impl != "torch":
-        launch_turn(q, out, k, packing, cache, rotary)
-        return out
-    out.copy_(q)
+        (turned_q,) = repeat(turn_step, (q, k, kv_lens, table, q_offsets, cos, sin), interleaved)
+        assert turned_q is not None
+        return turned_q
+    rotary, out = RotaryTable(cos, sin, interleaved), q.clone()
     for batch, rows in enumerate(rows_of_sequences(q, q_offsets)):
         one = q[rows]
         first = int(kv_lens[batch]) - one.shape[2]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..plan.passes import run_backward, run_forward
+from ..plan.passes import run_forward
+from ..plan.repeated import Repeated
 from ..plan.request import Request
-from .encoding import Encoded, decode
+from .encoding import Encoded
+from .replayed import backward_step, forward_step, known_backward
 
 Tensor = torch.Tensor
 
@@ -19,29 +22,49 @@ SECOND_ORDER = (
 
 
 class Attention(torch.autograd.Function):
-    """The fast path of eager mode: no op dispatch between autograd and the kernels."""
+    """The fast path of eager mode: no op dispatch between autograd and the kernels.
+
+    step: what repeats the forward, if this call may be repeated. Without a request its replay is there."""
 
     @staticmethod
-    def forward(ctx: Any, request: Request, encoded: Encoded, *tensors: Tensor) -> Any:
-        out, lse, statistics = run_forward(request, return_lse=True, for_backward=True)
+    def forward(
+        ctx: Any, request: Request | None, encoded: Encoded, step: Repeated | None, *tensors: Tensor
+    ) -> Any:
+        found: Any = None
+        if step is not None and step.replay is not None:
+            found = step.replay(*tensors)
+        if found is None and step is not None:
+            found = step(tensors, partial(forward_step, encoded, True, for_backward=True))
+        if found is None:
+            assert request is not None
+            found = run_forward(request, return_lse=True, for_backward=True)
+        out, lse, statistics = found
         # Tensors are kept by autograd alone, so that its hooks (checkpointing, offloading) see them all.
-        ctx.encoded = encoded._replace(tensors=[])
+        ctx.encoded, ctx.step = encoded._replace(tensors=[]), step
         ctx.save_for_backward(*tensors, out, statistics)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
-        q, k, v, *others, out, statistics = ctx.saved_tensors
-        request = decode(q, k, v, ctx.encoded._replace(tensors=others))
-        needs = list(ctx.needs_input_grad[2:])
-        with torch.no_grad():
-            do = torch.zeros_like(out) if do is None else do
-            grads = iter(run_backward(request, out, statistics, do, dlse, needs))
-        result = [next(grads) if needed else None for needed in needs]
+        needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
+        do = torch.zeros_like(saved[-2]) if do is None else do
+        tensors = (*saved, do) if dlse is None else (*saved, do, dlse)
+        found: Any
         if torch.is_grad_enabled():  # create_graph=True
-            result = Undifferentiable.apply(len(result), *result, do, dlse, *ctx.saved_tensors)
-        return None, None, *result
+            with torch.no_grad():
+                found = backward_step(ctx.encoded, needs, *tensors)
+        else:
+            step = None if ctx.step is None else known_backward(ctx.step, needs, tensors)
+            found = None if step is None or step.replay is None else step.replay(*tensors)
+            if found is None:
+                run = partial(backward_step, ctx.encoded, needs)
+                found = run(*tensors) if step is None else step(tensors, run)
+        grads = iter(found)
+        result = [next(grads) if needed else None for needed in needs]
+        if torch.is_grad_enabled():
+            result = Undifferentiable.apply(len(result), *result, do, dlse, *saved)
+        return None, None, None, *result
 
 
 class Undifferentiable(torch.autograd.Function):

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
+from ..plan.look import look
 from ..plan.passes import run_forward
+from ..plan.repeated import known, where
 from ..plan.request import Request
 from . import ops
 from .autograd import Attention
 from .encoding import encode
+from .replayed import TENSORS, forward_step, is_observed, known_step
 
 Tensor = torch.Tensor
+
+
+def answer_again(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None] | None:
+    """out and lse, of a request like one that was written down; None: it goes the long way. Nothing that this
+    leaves out decides anything: an eager call, which nobody watches, of tensors on a GPU."""
+    if is_observed() or forward_ad._current_level >= 0:
+        return None
+    q = request.q
+    if type(q) not in TENSORS or not where.holds(q):
+        return None
+    seen = request.look = look(request, return_lse)
+    if seen is None:
+        return None
+    step = known.get(seen.key)
+    if step is None or step.replay is None:
+        return None
+    if step.encoded is not None:  # there are gradients
+        out, lse = Attention.apply(None, step.encoded, step, *seen.tensors)
+        return out, lse if return_lse else None
+    results: Any = step.replay(*seen.tensors)
+    return results
 
 
 def run_portable(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -25,10 +52,16 @@ def run_portable(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | N
         tensors, *words = encode(request)
         # Not the op itself: PyTorch's function transforms do not see an op's autograd.
         return ops.Forward.apply(q, k, v, tuple(words), *tensors)[:2]
+    step = known_step(request, return_lse)
     if not request.needs_gradient or torch.is_inference_mode_enabled():
-        return run_forward(request, return_lse)[:2]
+        if step is None:
+            return run_forward(request, return_lse)[:2]
+        encoded = encode(request)
+        return step((q, k, v, *encoded.tensors), partial(forward_step, encoded, return_lse))
     encoded = encode(request)
-    return Attention.apply(request, encoded, q, k, v, *encoded.tensors)
+    if step is not None:
+        step.encoded = encoded._replace(tensors=[])
+    return Attention.apply(request, encoded, step, q, k, v, *encoded.tensors)
 
 
 def is_plain_eager(request: Request) -> bool:

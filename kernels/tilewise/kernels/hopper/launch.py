@@ -11,7 +11,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...parts.numerics import INTERPRETED
 from ...parts.shape import Shape, ceil_div
-from ..call import Call, function_arguments, on_device_of, power_of_two_tile
+from ..call import Call, function_arguments, power_of_two_tile
+from ..launch import cannot_repeat, launch
 from ..room import has_out_buffer
 from ..tile import HopperTile
 from .forward import hopper_forward_kernel
@@ -32,10 +33,10 @@ def launch_forward(
     if INTERPRETED:
         from ...gluon_emulator import emulate
 
+        cannot_repeat("the emulator runs it")
         emulate(hopper_forward_kernel, grid, arguments)
     else:
-        with on_device_of(out):
-            hopper_forward_kernel[grid](**arguments)
+        launch(hopper_forward_kernel, grid, out, **arguments)
 
 
 def forward_launch(
