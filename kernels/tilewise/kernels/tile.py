@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .hopper.limits import NAMED_BARRIERS, WARPGROUP_ROWS, named_barriers
+from .hopper.limits import NAMED_BARRIERS, WARPGROUP_ROWS, backward_barriers, named_barriers
 
-Pass = Literal["forward", "dkv", "dq", "hopper"]
+Pass = Literal["forward", "dkv", "dq", "hopper", "hopper_backward"]
 
 
 PASSES: tuple[Pass, ...] = ("forward", "dkv", "dq")  # of the portable kernels; "hopper" is a second forward
@@ -56,6 +56,21 @@ class HopperTile(Tile):
     @property
     def warpgroups(self) -> int:
         return self.tile_q // WARPGROUP_ROWS
+
+
+@dataclass(frozen=True)
+class HopperBackwardTile(Tile):
+    """The same for Hopper's backward: two warpgroups of 4 warps own 64 keys each, Q and dO have num_stages
+    buffers each. The producer's warp and the reducer's are not counted."""
+
+    def __post_init__(self) -> None:
+        if self.tile_q not in (64, 128):
+            raise ValueError(f"tile_q={self.tile_q} must be 64 or 128")
+        if (self.tile_kv, self.num_warps) != (2 * WARPGROUP_ROWS, 8):
+            raise ValueError(f"{self} must have tile_kv=128 and num_warps=8: two warpgroups of 64 keys")
+        most = NAMED_BARRIERS - backward_barriers(0)
+        if not 2 <= self.num_stages <= most:
+            raise ValueError(f"num_stages={self.num_stages} must be from 2 to {most}")
 
 
 def describe(tile: Tile) -> str:

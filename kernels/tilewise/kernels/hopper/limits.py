@@ -1,4 +1,4 @@
-"""What the hardware under Hopper's forward prescribes."""
+"""What the hardware under Hopper's kernels prescribes."""
 
 WARPGROUP_ROWS = 64  # query rows of a warpgroup: what one WGMMA multiplies
 WARPGROUP_THREADS = 128
@@ -9,5 +9,10 @@ FARTHEST = 1 << 40  # bytes between neighbours of a dimension, exclusive
 
 
 def named_barriers(warpgroups: int, stages: int) -> int:
-    """How many the kernel needs: forward.py lists them."""
+    """How many the forward needs: forward.py lists them."""
     return 2 + 3 * warpgroups + 2 * stages
+
+
+def backward_barriers(stages: int) -> int:
+    """How many the backward needs: backward/kernel.py lists them."""
+    return 5 + stages + 1 + 4

@@ -67,9 +67,11 @@ def hopper_backward_kernel(
     ds = gl.allocate_shared_memory(DTYPE, [STAGES * WARPGROUPS, KEYS, TILE_Q], DS_LAYOUT)
     dq = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, 1, 1, PIECE, PIECE], dq_desc.layout)
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    rows = gl.allocate_shared_memory(gl.float32, [3 * WARPGROUPS, TILE_Q], NUMBERS)
+    row_max = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, TILE_Q], NUMBERS)
+    sum_log2 = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, TILE_Q], NUMBERS)
+    delta = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, TILE_Q], NUMBERS)
     fence_async_shared()
-    channels = Channels(q, do, k, v, landed, ds, dq, rows)
+    channels = Channels(q, do, k, v, landed, ds, dq, row_max, sum_log2, delta)
     plan = Plan(INTERVALS, SCORES, DERIVATIVES, TILE_Q, COLUMNS, IS_ORDERED, TOGETHER, DQ_FREE, DQ_FULL)
     if IS_ORDERED:
         number = gl.atomic_add(tickets, 1)

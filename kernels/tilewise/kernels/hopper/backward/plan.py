@@ -55,10 +55,12 @@ class Channels:
     landed: gl.shared_memory_descriptor  # [2, 1]: the mbarriers of K and of V
     ds: gl.shared_memory_descriptor  # [STAGES WARPGROUPS, KEYS, TILE_Q]: dSᵀ, at the places of q
     dq: gl.shared_memory_descriptor  # [WARPGROUPS, 1, 1, PIECE, PIECE]
-    numbers: gl.shared_memory_descriptor  # [3 WARPGROUPS, TILE_Q]: row_max, sum_log2 and delta of a step's rows
+    row_max: gl.shared_memory_descriptor  # [WARPGROUPS, TILE_Q] of a step's rows, as the next two
+    sum_log2: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, do, k, v, landed, ds, dq, numbers):
+    def __init__(self, q, do, k, v, landed, ds, dq, row_max, sum_log2, delta):
         self.q = q
         self.do = do
         self.k = k
@@ -66,4 +68,6 @@ class Channels:
         self.landed = landed
         self.ds = ds
         self.dq = dq
-        self.numbers = numbers
+        self.row_max = row_max
+        self.sum_log2 = sum_log2
+        self.delta = delta

@@ -72,4 +72,3 @@ def reduce(plan, channels, keys, dq_desc, ranges, counters, sizes):
             if plan.IS_ORDERED:
                 if is_visit:
                     pass_turn(counters + first_tile + q_tile)
-    wait_added()

@@ -107,10 +107,9 @@ def take_step(
         channels.do.wait_full(place)
     dp_later = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
-    rows = channels.numbers
-    rows.index(3 * WARPGROUP).store(row_max_1)
-    rows.index(3 * WARPGROUP + 1).store(sum_log2_1)
-    rows.index(3 * WARPGROUP + 2).store(delta_1)
+    channels.row_max.index(WARPGROUP).store(row_max_1)
+    channels.sum_log2.index(WARPGROUP).store(sum_log2_1)
+    channels.delta.index(WARPGROUP).store(delta_1)
     q_idx = q_start + gl.arange(0, TILE_Q, S_ROWS)  # [TILE_Q]
     row = gl.minimum(q_idx, q_len - 1)
     kv_idx = kv_start + gl.arange(0, KEYS, gl.SliceLayout(1, S_LAYOUT))  # [KEYS]
@@ -119,8 +118,8 @@ def take_step(
 
     s_t = warpgroup_mma_wait(1, deps=[s_later])
     s_t, inputs = apply_scores(s_t, batch, head, row[None, :], kv_row[:, None], plan.SCORES, score_args)
-    row_max = rows.index(3 * WARPGROUP).load(S_ROWS)
-    sum_log2 = rows.index(3 * WARPGROUP + 1).load(S_ROWS)
+    row_max = channels.row_max.index(WARPGROUP).load(S_ROWS)
+    sum_log2 = channels.sum_log2.index(WARPGROUP).load(S_ROWS)
     p_t = softmax_probabilities(
         s_t, row_max[None, :], sum_log2[None, :], unit[0] if len(unit) != 0 else None
     )
@@ -133,7 +132,7 @@ def take_step(
     dv_later = warpgroup_mma(p, do, dv, is_async=True)
 
     dp_t = warpgroup_mma_wait(1, deps=[dp_later])
-    delta = rows.index(3 * WARPGROUP + 2).load(S_ROWS)
+    delta = channels.delta.index(WARPGROUP).load(S_ROWS)
     ds_t = p_t * (dp_t - delta[None, :])
     ds_t = pull_back(
         ds_t, inputs, batch, head, row[None, :], kv_row[:, None], plan.DERIVATIVES, score_args, 0
