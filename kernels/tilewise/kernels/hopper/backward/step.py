@@ -1,13 +1,18 @@
-"""What a consumer does for one tile of rows: five products, and what is between them.
+"""What a consumer does for one tile of rows: five products, and what runs under them.
 
-    S_T = K Q_T, dP_T = V dO_T            both under way
-    wait for S_T                          P_T = softmax, under dP_T
-    dV += P_T dO                          P_T from registers
-    wait for dP_T                         dS_T = P_T (dP_T - delta), under dV
-    dK += dS_T Q                          dS_T from registers, and to shared memory for the other warpgroup
-    both have written dS_T
-    dQ = dS K                             over the keys of both: one piece a warpgroup
-    wait for all                          dQ to shared memory, for the reducer
+    start Sᵀ = K Qᵀ, dPᵀ = V dOᵀ
+    wait for Sᵀ         Pᵀ = softmax                          under dPᵀ
+    start dV += Pᵀ dO   Pᵀ from registers
+    wait for dPᵀ        dSᵀ = Pᵀ · (dPᵀ - delta), written     under dV
+    wait until the other warpgroup has written its own
+    start dQ = dS K     over the keys of both, one piece each
+    start dK += dSᵀ Q   dSᵀ from registers
+    wait for dQ         dQ to the reducer                     under dK
+    wait for dK
+
+Everything is the transpose of what the forward has, so that Pᵀ and dSᵀ come out of one product as the left
+operands of the next, which tensor cores take from registers. dQ alone needs dS the other way round, and that
+of the other warpgroup too; so dSᵀ is in shared memory as well, from which either way can be read.
 """
 
 from triton.experimental import gluon
@@ -81,7 +86,7 @@ def take_step(
     COLUMNS: gl.constexpr = plan.COLUMNS
     DTYPE: gl.constexpr = channels.q.buffers.dtype
     S_LAYOUT: gl.constexpr = accumulator(TILE_Q)
-    S_ROWS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)  # a number a row, where S_T has it
+    S_ROWS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)  # a number a row, where Sᵀ has it
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, accumulator(COLUMNS), 2)
     BOTH: gl.constexpr = WARPGROUPS * WARPGROUP_THREADS
     DQ_THREADS: gl.constexpr = WARPGROUP_THREADS + 32
@@ -128,7 +133,7 @@ def take_step(
         kept = (kv_idx[:, None] >= lo[None, :]) & (kv_idx[:, None] < hi[None, :]) & (q_idx < q_len)[None, :]
         p_t = gl.where(kept, p_t, 0.0)
     p = gl.convert_layout(round_to(p_t, DTYPE), A_LAYOUT, assert_trivial=True)
-    # dV = dV + P_T dO
+    # dV = dV + Pᵀ dO
     dv_later = warpgroup_mma(p, do, dv, is_async=True)
 
     dp_t = warpgroup_mma_wait(1, deps=[dp_later])
@@ -140,20 +145,22 @@ def take_step(
     if IS_CUT:
         ds_t = gl.where(kept, ds_t, 0.0)
     ds_t = round_to(ds_t, DTYPE)
-    # dK = dK + dS_T Q
-    dk_later = warpgroup_mma(
-        gl.convert_layout(ds_t, A_LAYOUT, assert_trivial=True), q, dk, is_async=True
-    )
     channels.ds.index(place.stage * WARPGROUPS + WARPGROUP).store(ds_t)
     fence_async_shared()
     sync(plan.TOGETHER, BOTH)
     dq_later = product_of_dq(channels, place, which_k, plan, WARPGROUP)
-    dv, dk = warpgroup_mma_wait(WARPGROUPS, deps=[dv_later, dk_later])
-    place = channels.q.release(place)
+    # dK = dK + dSᵀ Q
+    ds = gl.convert_layout(ds_t, A_LAYOUT, assert_trivial=True)
+    dk_later = warpgroup_mma(ds, q, dk, is_async=True)
 
-    dq = warpgroup_mma_wait(0, deps=[dq_later])
+    dv, dq = warpgroup_mma_wait(1, deps=[dv_later, dq_later])
     sync(plan.DQ_FREE + WARPGROUP, DQ_THREADS)
     channels.dq.index(WARPGROUP).reshape([PIECE, PIECE]).store(dq)
     fence_async_shared()
     arrive(plan.DQ_FULL + WARPGROUP, DQ_THREADS)
+    # It landed long ago. But the wait is a loop, a boundary that ptxas moves nothing across: without it, the
+    # wait for dK moves up, and dQ leaves under no product.
+    channels.do.wait_full(place)
+    dk = warpgroup_mma_wait(0, deps=[dk_later])
+    place = channels.q.release(place)
     return dk, dv, place
