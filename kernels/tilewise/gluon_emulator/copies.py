@@ -99,7 +99,6 @@ class Load:
 class Store:
     """A copy out of shared memory, from its issue to the wait for it."""
 
-    outlives = False
     kind = "store"
 
     def __init__(self, memory: Memory, to: Descriptor, corner: list[int], source: SharedMemory) -> None:
@@ -112,6 +111,10 @@ class Store:
         self._access = Access(source.data, self)
         memory.read.append(self._access)
         memory.begin(self)
+
+    @property
+    def outlives(self) -> bool:
+        return False
 
     def happen(self) -> None:
         outside, inside = self._to.window(self._corner)

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 
 class Schedule:
-    """A program, and in it a role goes on until it has to wait, then the next one does. A copy happens when no role can go on:
-    one that somebody waits for, if there is any. Always the same order, and the fastest to emulate."""
+    """A program, and in it a role, goes on until it has to wait, then the next one does. A copy happens when
+    no role can go on: one that somebody waits for, if there is any. Always the same order, and the fastest to
+    emulate."""
 
     def choose(self, running: Role, roles: Sequence[Role], copies: Sequence[Copy]) -> Role | Copy:
         """One of the roles that can go on, or of the copies in flight; those that somebody waits for come

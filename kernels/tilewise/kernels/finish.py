@@ -30,7 +30,7 @@ def finish_dq_kernel(
     TILE_Q: tl.constexpr,
 ):
     # Which sequence a row belongs to does not matter here.
-    block, head, q_idx, _row, where, _tile, _q_tile = own_rows(sizes, ((), ()), TILE_Q)
+    _block, head, q_idx, _row, where, _tile, _q_tile = own_rows(sizes, ((), ()), TILE_Q)
     place, valid = where[0], q_idx < where[2]
     dq = load_tile(head_of(sums, place, head), q_idx, valid, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
     q = load_tile(head_of(queries, place, head), q_idx, valid, HEAD_DIM, HEAD_TILE)

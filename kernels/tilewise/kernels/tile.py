@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .hopper.limits import NAMED_BARRIERS, WARPGROUP_ROWS, backward_barriers, named_barriers
+from .hopper.limits import (
+    HOPPER_COLUMNS,
+    NAMED_BARRIERS,
+    WARPGROUP_ROWS,
+    backward_barriers,
+    named_barriers,
+)
 
 Pass = Literal["forward", "dkv", "dq", "hopper", "hopper_backward"]
 
 
-PASSES: tuple[Pass, ...] = ("forward", "dkv", "dq")  # of the portable kernels; "hopper" is a second forward
+# Of the portable kernels: "hopper" is a second forward, "hopper_backward" a second dkv and dq in one.
+PASSES: tuple[Pass, ...] = ("forward", "dkv", "dq")
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,12 @@ class HopperBackwardTile(Tile):
         most = NAMED_BARRIERS - backward_barriers(0)
         if not 2 <= self.num_stages <= most:
             raise ValueError(f"num_stages={self.num_stages} must be from 2 to {most}")
+
+
+def hopper_backward_tile(dim: int) -> HopperBackwardTile:
+    """The tile for this dimension. There is no other: dQ of a step is one piece of 64 rows and 64 columns for
+    each warpgroup, and shared memory has room for two stages."""
+    return HopperBackwardTile(2 * WARPGROUP_ROWS**2 // max(HOPPER_COLUMNS, dim), 2 * WARPGROUP_ROWS, 8, 2)
 
 
 def describe(tile: Tile) -> str:

@@ -22,7 +22,7 @@ store_async = tma.async_store if NEWER else tma.async_copy_shared_to_global  # (
 wait_for_role = gl.barrier if NEWER else gl.thread_barrier  # all warps of a role wait for one another
 
 if NEWER:
-    add_async = tma.async_atomic_add  # (descriptor, corner, from): what is in shared memory is added to global
+    add_async = tma.async_atomic_add  # (descriptor, corner, from): added to what is there
 else:  # the compiler has it, the language has no name for it
 
     @core.builtin

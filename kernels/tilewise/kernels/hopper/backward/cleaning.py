@@ -32,9 +32,7 @@ def copy_where(source, to, chunk, seen, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def clean_step(
-    plan, channels, keys, q, do, head, q_tile, ranges, sizes, mask_args, WARPGROUP: gl.constexpr
-):
+def clean_step(plan, channels, keys, q, do, head, q_tile, ranges, sizes, mask_args, WARPGROUP: gl.constexpr):
     """Clean the step's Q and dO, in place, and K, if it needs it; says which K is clean: 0, as it came, or 1.
     Both warpgroups come, when Q and dO have landed, and go on when all is clean."""
     _q_heads, _group, q_len, kv_len = sizes

@@ -52,4 +52,5 @@ def consume(asked, dk_desc, dv_desc, WARPGROUP: gl.constexpr):
     store_async(dk_desc, corner, k_out)
     store_async(dv_desc, corner, v_out)
     tma.store_wait(0)
-    sync(plan.DQ_FREE + WARPGROUP, WARPGROUP_THREADS + 32)  # the reducer says so once more than there are steps
+    # The reducer says once more than there are steps that dQ has left.
+    sync(plan.DQ_FREE + WARPGROUP, WARPGROUP_THREADS + 32)

@@ -1,4 +1,4 @@
-"""The producer: a warp that has K and V copied into shared memory once, and Q and dO of each step ahead of need."""
+"""The producer: a warp that has K and V copied into shared memory once, Q and dO of each step in advance."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -51,7 +51,7 @@ def reduce(plan, channels, keys, dq_desc, ranges, counters, sizes):
             q_tile = last - 1 - step
             visited = ranges + (first_tile + q_tile) * 4
             start, stop = gl.load(visited), gl.load(visited + 1)
-            # Between the first and the last tile of rows that visit these keys some may not: they do not count.
+            # Between the first and the last tile of rows that visit these keys some may not.
             is_visit = (start < keys.kv_start + TILE_KV) & (stop > keys.kv_start)
             if plan.IS_ORDERED:
                 if is_visit:

@@ -101,9 +101,7 @@ def take_step(
     which_k = 0
     if IS_CUT:
         channels.do.wait_full(place)
-        which_k = clean_step(
-            plan, channels, keys, q, do, head, q_tile, ranges, sizes, mask_args, WARPGROUP
-        )
+        which_k = clean_step(plan, channels, keys, q, do, head, q_tile, ranges, sizes, mask_args, WARPGROUP)
     k = channels.k.index(WARPGROUP).reshape([KEYS, COLUMNS])
     v = channels.v.index(WARPGROUP).reshape([KEYS, COLUMNS])
     zeros = gl.full([KEYS, TILE_Q], 0.0, gl.float32, S_LAYOUT)
@@ -125,9 +123,7 @@ def take_step(
     s_t, inputs = apply_scores(s_t, batch, head, row[None, :], kv_row[:, None], plan.SCORES, score_args)
     row_max = channels.row_max.index(WARPGROUP).load(S_ROWS)
     sum_log2 = channels.sum_log2.index(WARPGROUP).load(S_ROWS)
-    p_t = softmax_probabilities(
-        s_t, row_max[None, :], sum_log2[None, :], unit[0] if len(unit) != 0 else None
-    )
+    p_t = softmax_probabilities(s_t, row_max[None, :], sum_log2[None, :], unit[0] if len(unit) != 0 else None)
     if IS_CUT:
         lo, hi, _ = intersect_intervals(row, kv_len, batch, head, plan.INTERVALS, mask_args)
         kept = (kv_idx[:, None] >= lo[None, :]) & (kv_idx[:, None] < hi[None, :]) & (q_idx < q_len)[None, :]
