@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from ..instructions import add_async, arrive, fence_async, sync, wait_added
+from ..instructions import add_async, arrive, fence_async, sync, wait_added, wait_for_role
 from .plan import PIECE, TILE_KV, WARPGROUP_THREADS, WARPGROUPS
 from .walk import tile_of_head, visits_of
 
@@ -21,7 +21,7 @@ from .walk import tile_of_head, visits_of
 @gluon.jit
 def wait_for_turn(counter, rank):
     """Until `rank` programs have added; what they have written is there then."""
-    while gl.atomic_add(counter, 0, sem="acquire") < rank:
+    while gl.atomic_add(counter, 0, sem="acquire") < rank:  # a load: Triton adds no 0
         pass
     fence_async()
 
@@ -31,6 +31,7 @@ def pass_turn(counter):
     """The next program may add. Memory has what this one has added."""
     wait_added()
     fence_async()
+    wait_for_role()  # one thread has had it added, and perhaps another says so
     gl.atomic_add(counter, 1, sem="release")
 
 
