@@ -53,10 +53,10 @@ from .language import Machine, loop, own_stand_ins, stand_ins
 from .numbers import interpreted_language, quiet, scalar
 from .programs import Program, Programs
 from .roles import EmulationError, Roles
-from .schedules import PriorityChange, RandomSchedule, Schedule
+from .schedules import PriorityChange, RandomSchedule, Schedule, SlowMemory
 from .translate import Translator, unwrap
 
-__all__ = ["EmulationError", "PriorityChange", "RandomSchedule", "Schedule", "emulate"]
+__all__ = ["EmulationError", "PriorityChange", "RandomSchedule", "Schedule", "SlowMemory", "emulate"]
 
 
 def emulate(

@@ -124,7 +124,10 @@ class Roles:
                     raise Stopped
 
     def can_go_on(self) -> bool:
-        return bool(self.copies) or any(role.can_go_on() for role in self.all)
+        return bool(self.copies) or self.some_can_go_on()
+
+    def some_can_go_on(self) -> bool:
+        return any(role.can_go_on() for role in self.all)
 
     def deadlock(self) -> str:
         waiting = [f"    {role} waits for {role.waits_for}" for role in self.all if not role.is_done]

@@ -38,6 +38,22 @@ class Schedule:
         return programs[0] if running is None else running
 
 
+class SlowMemory(Schedule):
+    """What is to be added to global memory arrives there as late as it can, and that of a program which has
+    waited longer later than that of others: programs with less under way go first."""
+
+    def choose(self, running: Role, roles: Sequence[Role], copies: Sequence[Copy]) -> Role | Copy:
+        return super().choose(running, roles, [copy for copy in copies if not copy.outlives] or copies)
+
+    def choose_program(self, running: Program | None, programs: Sequence[Program]) -> Program:
+        def under_way(program: Program) -> tuple[bool, int, bool]:
+            late = sum(copy.outlives for copy in program.roles.copies)
+            is_stuck = late == len(program.roles.copies) and not program.roles.some_can_go_on()
+            return is_stuck and program.thread is not None, late, program is not running
+
+        return min(programs, key=under_way)
+
+
 class RandomSchedule(Schedule):
     """Every role that can go on is as likely as any other, and as the copies together. The seed fixes the
     order; use one schedule for one `emulate`."""
