@@ -14,6 +14,7 @@ from .mutations_drop_in import MUTATIONS as DROP_IN_MUTATIONS
 from .mutations_flash_impl import MUTATIONS as FLASH_IMPL_MUTATIONS
 from .mutations_float64 import MUTATIONS as FLOAT64_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
+from .mutations_hopper_backward import MUTATIONS as HOPPER_BACKWARD_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
@@ -389,6 +390,7 @@ MUTATIONS = (
     *DROP_IN_MUTATIONS,
     *FLOAT64_MUTATIONS,
     *HOPPER_MUTATIONS,
+    *HOPPER_BACKWARD_MUTATIONS,
     *NN_MUTATIONS,
     *POSITIONS_MUTATIONS,
     *ROWS_MUTATIONS,

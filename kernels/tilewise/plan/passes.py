@@ -119,13 +119,15 @@ def run_backward(
         if needs[1] or needs[2]:
             launch_dkv(backward, grads[1], grads[2], tile)
     others = request.other_tensors
-    slots = [slot for slot in parameter_slots(request) if needs[3 + slot[0]]]
-    if in_hopper and slots:  # their kernel is the portable one, with ranges for tiles of its own
+    slots = parameter_slots(request)
+    # The parameters' kernel is a portable one, with ranges for tiles of its own.
+    if in_hopper and any(needs[3 + slot] for slot, _, _ in slots):
         tile = choose_tile(q, shape, "dkv")
         backward = prepare(backward.call, out, statistics.contiguous(), do, dlse, tile.tile_q)
     for slot, modifier, parameter in slots:
-        grad = parameter_gradient(backward, modifier, parameter, others[slot][1], square_tile(tile))
-        grads[3 + slot] = grad
+        if needs[3 + slot]:
+            grad = parameter_gradient(backward, modifier, parameter, others[slot][1], square_tile(tile))
+            grads[3 + slot] = grad
     for slot, (name, tensor) in enumerate(others):
         if name == "sink" and needs[3 + slot]:
             grads[3 + slot] = sink_gradient(tensor, backward)
