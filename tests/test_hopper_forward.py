@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import tilewise
-from harness.features import FEATURES, build, judge
+from harness.features import FEATURES, judge
 from harness.gradients import check_gradients
+from harness.hopper import DRAWN, HOPPER, REFUSED, problem, taken
 from harness.oracle import check
-from harness.problem import keeps_pairs
 from tilewise import Causal, Padding, Prefix, Softcap, Window
 from tilewise.kernels.hopper import launch
 from tilewise.kernels.tile import HopperTile
@@ -24,35 +24,6 @@ from tilewise.plan.request import make_request
 
 if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU (sm_90), or none: then it runs in the emulator", allow_module_level=True)
-
-HOPPER = dict(impl="hopper")
-# Features that its rules refuse, whatever else a call asks for: those below say which, and why not more.
-REFUSED = {
-    "float32", "no_key", "dropout", "user_score",
-    "documents", "scattered_documents", "intervals", "bool_mask", "user_mask", "user_interval",
-    "sliced_layout", "expanded_layout", "inner_strided_layout",
-    "packed_rows", "packed_apart", "cached_rows", "paged_rows",
-}  # fmt: skip
-# Refused or not: it depends on which numbers are drawn.
-DRAWN = {"mixed_layout", "odd_dims", "value_dim_differs"}
-
-
-def problem(device, *features, seed=0, **sizes):
-    """A problem with these features that asks for the Hopper kernel, in bf16 if they leave the dtype open."""
-    dtype = "float16" if seed % 2 else "bfloat16"
-    names = [*features] if {"float16", "float32"} & {*features} else [*features, dtype]
-    for attempt in range(100):
-        p = build(device, random.Random(str((features, seed, attempt))), names, **sizes)
-        if 0 in (p.batch, p.q_len, p.kv_len) or keeps_pairs(p):
-            p.tile = None  # Hopper's own
-            p.arguments |= HOPPER
-            return p
-    raise AssertionError(f"no pair counts under {features} in 100 draws")
-
-
-def taken(p) -> bool:
-    q, k, v = p.tensors()
-    return tilewise.why_not(q, k, v, **p.keywords()) == []
 
 
 @pytest.mark.parametrize("name", [name for name in FEATURES if FEATURES[name].kind != "tile"])
@@ -209,7 +180,7 @@ def test_a_row_depends_on_itself_alone(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradients_come_from_the_portable_backward(device, dtype):
+def test_gradients(device, dtype):
     q = torch.randn(1, 4, 70, 16, device=device).to(dtype)
     k, v = torch.randn(2, 1, 2, 50, 16, device=device).to(dtype)
     sink = torch.randn(4, device=device)

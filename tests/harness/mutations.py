@@ -15,6 +15,7 @@ from .mutations_drop_in import MUTATIONS as DROP_IN_MUTATIONS
 from .mutations_flash_impl import MUTATIONS as FLASH_IMPL_MUTATIONS
 from .mutations_float64 import MUTATIONS as FLOAT64_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
+from .mutations_hopper_backward import MUTATIONS as HOPPER_BACKWARD_MUTATIONS
 from .mutations_host import MUTATIONS as HOST_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
@@ -393,6 +394,7 @@ MUTATIONS = (
     *FLOAT64_MUTATIONS,
     *HOPPER_MUTATIONS,
     *HOST_MUTATIONS,
+    *HOPPER_BACKWARD_MUTATIONS,
     *NN_MUTATIONS,
     *POSITIONS_MUTATIONS,
     *ROWS_MUTATIONS,

@@ -22,7 +22,8 @@ ELEMENT_BYTES = 2
 @dataclass(frozen=True)
 class Kernel:
     """A warp-specialised kernel, as `tilewise.tools.compiled` writes its PTX. It has consumers of four warps
-    each, the first of which is the default role, and a producer."""
+    each, the first of which is the default role, a producer, and perhaps a reducer, a warp in the producer's
+    warpgroup."""
 
     text: str
     consumers: int
@@ -53,6 +54,7 @@ class Kernel:
     def threads(self) -> dict[int, int]:
         """Of every role that works."""
         found = {self.owner[place]: 128 for place in self.places("wgmma.mma_async")}
+        found |= {self.owner[place]: 32 for place in self.places("cp.reduce")}
         return found | {self.owner[place]: 32 * self.producer_warps for place in self.loads}
 
     @cached_property
@@ -122,14 +124,18 @@ def registers_add_up(kernel: Kernel) -> Iterator[str]:
         yield f"{high} registers for the first warpgroup, while all others have {low}"
     given = {}
     for role in kernel.threads:
-        work = min(i for i in (*kernel.places("wgmma.mma_async"), *kernel.loads) if kernel.owner[i] == role)
+        works = (*kernel.places("wgmma.mma_async"), *kernel.loads, *kernel.places("cp.reduce"))
+        work = min(i for i in works if kernel.owner[i] == role)
         before = [i for i in asked if first(i, work)]
         given[role] = asked[next(i for i in before if all(first(j, i) for j in before if j != i))]
-    if len(given) != kernel.consumers + 1:
-        yield f"{len(given)} roles"
-    if 128 * sum(given.values()) > launched:
-        yield f"{128 * sum(given.values())} registers are asked for, of {launched}"
     producer = given[kernel.owner[kernel.loads[0]]]
+    warpgroups = [given[role] for role, threads in kernel.threads.items() if threads == 128]
+    if kernel.producer_warps < 4:  # it has a warpgroup with others that do little
+        warpgroups.append(producer)
+    if len(warpgroups) != kernel.consumers + 1:
+        yield f"{len(warpgroups)} warpgroups"
+    if 128 * sum(warpgroups) > launched:
+        yield f"{128 * sum(warpgroups)} registers are asked for, of {launched}"
     for place, registers in asked.items():
         role = kernel.owner[place]
         if registers not in (high, low, given.get(role, producer)):
@@ -246,23 +252,30 @@ SEEN, FENCED, WRITTEN = range(3)
 
 
 def writes_are_seen(kernel: Kernel) -> Iterator[str]:
-    """Between what threads write to shared memory and the copy or matmul that reads it, or who is told of it,
-    stand a fence and then a barrier."""
+    """Between what threads write to shared memory and the copy or matmul that reads it stand a fence and then
+    a barrier; who is told of it by `arrive` needs the fence alone. Single numbers are written for threads."""
 
     def step(each: Instruction, state: int) -> int:
-        if each.opcode.startswith(("st.shared", "stmatrix")) and "[global_smem" not in each.operands:
+        if each.opcode.startswith(("st.shared", "stmatrix")) and not is_for_threads(each):
             return WRITTEN
         if each.opcode.startswith("fence.proxy.async"):
             return min(state, FENCED)
-        if each.opcode.startswith(("bar.sync", "bar.warp.sync", "barrier.sync")) and state == FENCED:
+        if each.opcode.startswith(("bar.", "barrier.sync")) and state == FENCED:
             return SEEN
         return state
 
-    asynchronous = ("wgmma.mma_async", "cp.async.bulk.tensor", "mbarrier.arrive.shared", "bar.arrive")
+    asynchronous = ("wgmma.mma_async", "cp.async.bulk.tensor", "mbarrier.arrive.shared")
     for each, state in zip(kernel.code, on_every_way(kernel, max, step), strict=True):
-        if each.opcode.startswith(asynchronous) and state != SEEN:
+        is_told = each.opcode.startswith("bar.arrive") and state == WRITTEN
+        if is_told or (each.opcode.startswith(asynchronous) and state != SEEN):
             missing = "a fence" if state == WRITTEN else "a barrier"
             yield f"{missing} is missing before {each.opcode} {each.operands[-40:]}"
+
+
+def is_for_threads(store: Instruction) -> bool:
+    """Whether what it writes is a number a thread, or one of all: no part of a tile is."""
+    is_single = re.fullmatch(r"st\.shared(::cta)?\.b32|stmatrix\S*\.x1\S*", store.opcode) is not None
+    return is_single or "[global_smem" in store.operands
 
 
 def reads_are_over(kernel: Kernel) -> Iterator[str]:

@@ -21,11 +21,19 @@ from tilewise.kernels.append import launch_append, launch_turn
 from tilewise.kernels.tile import CopiedTile, HopperTile
 from tilewise.parts.rotary import RotaryTable
 from tilewise.parts.shape import Cache, Pages
-from tilewise.tools.compiled.compiler import TARGETS, Compiled, CompileError, Variant, compile_variants
+from tilewise.tools.compiled.compiler import (
+    HOPPER_BACKWARD,
+    TARGETS,
+    Compiled,
+    CompileError,
+    Variant,
+    compile_variants,
+)
 from tilewise.tools.compiled.variants import (
     DTYPES,
     backward_variant,
     forward_variant,
+    hopper_backward_variant,
     hopper_variant,
     launch,
     launch_backward,
@@ -261,6 +269,21 @@ def hopper_variants(part: int | None = None) -> list[Variant]:
     for name, (dim, tile) in HOPPER_TILES.items():
         found.append(hopper_variant("bf16", dim, "causal", tile, f"bf16 {dim} causal, {name}"))
     return found if part is None else found[part::2]
+
+
+def hopper_backward_variants() -> list[Variant]:
+    """Hopper's backward at every dimension, and with features."""
+
+    def features() -> None:
+        lengths = torch.empty(1, dtype=torch.int32, device="meta")
+        mask = tilewise.Causal() & tilewise.Window(100, 0) & tilewise.Padding(lengths)
+        bias = torch.empty(1, 4, 512, 512, device="meta")
+        inputs = plain_inputs("bf16", 64)
+        launch_backward(*inputs, mask=mask, score=tilewise.Softcap(30.0), bias=bias, impl="hopper")
+
+    found = [hopper_backward_variant("bf16", dim, mask) for mask in ("causal", "full") for dim in (64, 128)]
+    found.append(hopper_backward_variant("fp16", 128, "causal"))
+    return [*found, Variant("bf16 64 features", features, (HOPPER_BACKWARD,))]
 
 
 def ones_variant() -> Variant:

@@ -18,10 +18,11 @@ What breaks a rule of the machine raises EmulationError, with the role, the barr
     the end    copies, stores or matmuls that nobody has waited for
 
 What is not checked: layouts, registers and everything else that the compiler decides, races between the warps
-of one role, clusters, what roles tell one another through global memory. What Gluon has and the emulator has
-not raises NotImplementedError.
+of one role, clusters, whether what roles and programs tell one another through global memory is there when
+they look. What Gluon has and the emulator has not raises NotImplementedError.
 
     schedules.py   which role goes on next, and when copies happen
+    programs.py    several programs at once
     roles.py       roles, named barriers, deadlock
     memory.py      shared memory, mbarriers, who may touch what
     order.py       what must have happened before what
@@ -48,19 +49,25 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import interpreter_builder
 
 from .copies import Descriptor
-from .language import Machine, loop, stand_ins
+from .language import Machine, loop, own_stand_ins, stand_ins
 from .numbers import interpreted_language, quiet, scalar
+from .programs import Program, Programs
 from .roles import EmulationError, Roles
-from .schedules import PriorityChange, RandomSchedule, Schedule
+from .schedules import PriorityChange, RandomSchedule, Schedule, SlowMemory
 from .translate import Translator, unwrap
 
-__all__ = ["EmulationError", "PriorityChange", "RandomSchedule", "Schedule", "emulate"]
+__all__ = ["EmulationError", "PriorityChange", "RandomSchedule", "Schedule", "SlowMemory", "emulate"]
 
 
 def emulate(
-    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], schedule: Schedule | None = None
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    schedule: Schedule | None = None,
+    together: int = 1,
 ) -> None:
-    """Do what `kernel[grid](**arguments)` does on a Hopper GPU, program by program.
+    """Do what `kernel[grid](**arguments)` does on a Hopper GPU, program by program, or with as many of them
+    at once as `together` says.
 
     kernel: a `@gluon.jit` function. arguments: its tensors, also those of its descriptors, are on the CPU; of
     the launch options, `num_warps` counts. The process must have been started with TRITON_INTERPRET=1.
@@ -81,7 +88,7 @@ def emulate(
     sizes = (*grid, 1, 1)[:3]
     with interpreted_language():
         machine = Machine()
-        translate = Translator(stand_ins(machine), loop)
+        translate = Translator(stand_ins(machine), own_stand_ins(machine), loop)
         constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
         values = {
             name: translate(unwrap(value)) if name in constant else _in_registers(value)
@@ -89,14 +96,27 @@ def emulate(
         }
         run = translate(kernel)
         interpreter_builder.set_grid_dim(*sizes)
-        for index in itertools.product(*map(range, sizes)):
-            interpreter_builder.set_grid_idx(*index)
-            roles = Roles(schedule, options.get("num_warps", 4))
-            machine.start(roles)
+        warps = options.get("num_warps", 4)
+
+        def enter(program: Program) -> None:
+            interpreter_builder.set_grid_idx(*program.index)
+            machine.go_on(program)
+
+        def run_all_of(program: Program) -> None:
+            run(**values)
+            program.roles.check_all_ended()
+            program.memory.check_ended()
+
+        indices = itertools.product(*map(range, sizes))
+        if together > 1:
+            programs = [Program(index, Roles(schedule, warps)) for index in indices]
+            Programs(programs, together, schedule, enter, run_all_of).run()
+            return
+        for index in indices:
+            program = Program(index, Roles(schedule, warps))
+            enter(program)
             with quiet():
-                run(**values)
-            roles.check_all_ended()
-            machine.memory.check_ended()
+                run_all_of(program)
 
 
 def _in_registers(argument: Any) -> Any:

@@ -2,6 +2,8 @@
 
     load    global ──► shared; lands any time after it was issued, and then counts its bytes at an mbarrier
     store   shared ──► global; reads its source any time between its issue and the role's `tma.store_wait`
+    add     the same, and then adds what it has read to what is there, any time before the role has waited for
+            the bulk group itself; or, where nobody does, even after the program's end
 
 A tile may reach beyond the tensor: what lies outside reads as 0 and is not written.
 """
@@ -55,6 +57,8 @@ class Descriptor:
 class Load:
     """A copy into shared memory, from its issue to its landing."""
 
+    outlives = False
+
     def __init__(
         self, memory: Memory, source: Descriptor, corner: list[int], barrier: MBarrier, to: SharedMemory
     ) -> None:
@@ -95,21 +99,27 @@ class Load:
 class Store:
     """A copy out of shared memory, from its issue to the wait for it."""
 
+    kind = "store"
+
     def __init__(self, memory: Memory, to: Descriptor, corner: list[int], source: SharedMemory) -> None:
         self._memory, self._to, self._corner, self._source = memory, to, corner, source
         self.signals = memory.roles.running
-        self.has_happened = False
-        self._name = f"the store to tile {corner} that {memory.roles.running} issued at {place()}"
-        memory.check_landed(source, "a TMA store")
-        memory.check_seen(source, "a TMA store")
+        self.has_read = self.has_happened = False
+        self._name = f"the {self.kind} to tile {corner} that {memory.roles.running} issued at {place()}"
+        memory.check_landed(source, f"a TMA {self.kind}")
+        memory.check_seen(source, f"a TMA {self.kind}")
         self._access = Access(source.data, self)
         memory.read.append(self._access)
         memory.begin(self)
 
+    @property
+    def outlives(self) -> bool:
+        return False
+
     def happen(self) -> None:
         outside, inside = self._to.window(self._corner)
         self._to.data[outside] = self._source.data[inside]
-        self.has_happened = True
+        self.has_read = self.has_happened = True
 
     def release(self) -> None:
         """The role has waited: the source may be written again."""
@@ -118,6 +128,28 @@ class Store:
 
     def __str__(self) -> str:
         return self._name
+
+
+class Add(Store):
+    """A copy out of shared memory that is added to what is there: it reads, and later it adds."""
+
+    kind = "add"
+    _values: np.ndarray[Any, Any]
+
+    @property
+    def outlives(self) -> bool:
+        return self.has_read
+
+    def happen(self) -> None:
+        if not self.has_read:
+            self._values = self._source.data.copy()
+            self.has_read = True
+            self._memory.roles.copies.append(self)
+            return
+        outside, inside = self._to.window(self._corner)
+        with np.errstate(all="ignore"):
+            self._to.data[outside] += self._values[inside]
+        self.has_happened = True
 
 
 def check_tile(

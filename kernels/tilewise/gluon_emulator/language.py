@@ -6,6 +6,7 @@ runs it, without the layout. The others move data or wait: memory.py, copies.py,
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,25 +17,29 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .copies import Descriptor, Load, Store, check_tile
+from .copies import Add, Descriptor, Load, Store, check_tile
 from .matmul import Product
 from .memory import MBarrier, Memory, SharedMemory
 from .numbers import array, integer, numpy_dtype, register, scalar, to_bfloat16
+from .programs import Program
 from .roles import Roles
 
 # Functions of Gluon that are those of `triton.language`; some have a layout as their last parameter.
 SAME = re.findall(
     r"\w+",
     """
-    abs add assume atomic_add broadcast cast cdiv ceil cos device_assert device_print div_rn erf exp exp2
+    abs add assume broadcast cast cdiv ceil cos device_assert device_print div_rn erf exp exp2
     expand_dims fdiv floor fma join load log log2 max maximum min minimum mul multiple_of max_contiguous
     num_programs permute program_id ravel reshape rsqrt sin split sqrt sqrt_rn static_assert
     static_print store sub sum umulhi where xor_sum
     """,
 )
 
+NUMBERS: dict[int, Any] = {32: ctypes.c_int32, 64: ctypes.c_int64}  # by bits
 BARRIER = re.compile(r"bar\.(sync|arrive) \$1 ?, ?(\d+) ?; ?mov\.b32 \$0 ?, ?\$1 ?;")
 ROUND = re.compile(r"cvt\.rn\.(bf16x2|f16x2)\.f32 \$0 ?, ?\$2 ?, ?\$1 ?;")
+WRITTEN = re.compile(r"cp\.async\.bulk\.wait_group 0 ?; ?mov\.b32 \$0 ?, ?\$1 ?;")
+FENCE = re.compile(r"fence\.proxy\.async\.global ?; ?mov\.b32 \$0 ?, ?\$1 ?;")
 UNPACK = re.compile(r"mov\.b32 \{ ?\$0 ?, ?\$1 ?\} ?, ?\$2 ?;")
 
 
@@ -50,9 +55,12 @@ class Machine:
     roles: Roles
     memory: Memory
 
-    def start(self, roles: Roles) -> None:
-        self.roles, self.memory = roles, Memory(roles)
-        roles.other_barriers = self.memory.mbarriers.values()
+    def go_on(self, program: Program) -> None:
+        """This one runs, from its beginning or from where it was."""
+        if program.memory is None:
+            program.memory = Memory(program.roles)
+            program.roles.other_barriers = program.memory.mbarriers.values()
+        self.roles, self.memory = program.roles, program.memory
 
 
 class Namespace:
@@ -147,7 +155,31 @@ class GluonLanguage(Namespace):
                 register(half.astype(np.uint16).view(numpy_dtype(kind)), kind)
                 for half, kind in zip(halves, dtype, strict=True)
             )
+        if pack == 1 and len(args) == 1 and not is_pure and WRITTEN.fullmatch(text):
+            wait_for_stores(self._roles, 0, read_only=False)
+            return args[0]
+        if pack == 1 and len(args) == 1 and not is_pure and FENCE.fullmatch(text):
+            return args[0]  # global memory is one here
         raise NotImplementedError(f"the emulator does not know the assembly {asm!r} of {len(args)} operands")
+
+    def atomic_add(
+        self, pointer: tl.tensor, val: Any, mask: Any = None, sem: Any = None, scope: Any = None
+    ) -> tl.tensor:
+        """Who adds 0 to the same number again, and finds it as it was, waits until it is not."""
+        self._roles.switch()
+        role = self._roles.running
+        is_poll = mask is None and not isinstance(val, tl.tensor) and val == 0 and not pointer.type.is_block()
+        if not is_poll:
+            return tl.atomic_add(pointer, val, mask, sem, scope)
+        value = tl.atomic_add(pointer, val, mask, sem, scope)
+        address = integer(pointer)
+        if role.polled == (address, integer(value)):
+            number = NUMBERS[value.dtype.primitive_bitwidth].from_address(address)
+            was = integer(value)
+            self._roles.wait(lambda: number.value != was, f"a change of the number at {address:#x}, {was}")
+            value = tl.atomic_add(pointer, val, mask, sem, scope)
+        role.polled = address, integer(value)
+        return value
 
     def _named_barrier(self, instruction: str, numbers: tl.tensor, threads: int) -> None:
         number = int(array(numbers).flat[0])
@@ -160,6 +192,21 @@ class GluonLanguage(Namespace):
             self._memory.barrier()
         else:
             self._roles.arrive(number, threads)
+
+
+def wait_for_stores(roles: Roles, pendings: int, read_only: bool) -> None:
+    """Until all but the last `pendings` stores of the role have read their source, or memory has them too."""
+    role = roles.running
+    kept = role.stores if read_only else role.writes
+    done = kept[: max(len(kept) - pendings, 0)]
+    if read_only:
+        roles.wait(lambda: all(store.has_read for store in done), "its TMA stores", role)
+    else:
+        roles.wait(lambda: all(store.has_happened for store in done), "what its TMA stores write", role)
+        role.writes = [store for store in role.writes if store not in done]
+    for store in [store for store in role.stores if store in done]:
+        store.release()
+        role.stores.remove(store)
 
 
 def _bits(x: np.ndarray[Any, Any], instruction: str) -> np.ndarray[Any, Any]:
@@ -257,9 +304,16 @@ class Tma(Namespace):
             self._roles.copies.append(Load(self._memory, tensor_desc, corner, signals, result))
 
     def async_store(self, tensor_desc: Descriptor, coord: Any, src: SharedMemory) -> None:
+        self._begin(Store, tensor_desc, coord, src)
+
+    def async_atomic_add(self, tensor_desc: Descriptor, coord: Any, src: SharedMemory) -> None:
+        self._begin(Add, tensor_desc, coord, src)
+
+    def _begin(self, kind: type[Store], descriptor: Descriptor, corner: Any, source: SharedMemory) -> None:
         self._roles.switch()
-        store = Store(self._memory, tensor_desc, check_tile(self._memory, tensor_desc, coord, src), src)
+        store = kind(self._memory, descriptor, check_tile(self._memory, descriptor, corner, source), source)
         self._roles.running.stores.append(store)
+        self._roles.running.writes.append(store)
         self._roles.copies.append(store)
 
     if not hasattr(tma, "async_load"):  # Triton 3.6
@@ -267,12 +321,12 @@ class Tma(Namespace):
         async_copy_shared_to_global = async_store
 
     def store_wait(self, pendings: int, read_only: bool = True) -> None:
-        role = self._roles.running
-        done = role.stores[: max(len(role.stores) - pendings, 0)]
-        self._roles.wait(lambda: all(store.has_happened for store in done), "its TMA stores", role)
-        for store in done:
-            store.release()
-        del role.stores[: len(done)]
+        wait_for_stores(self._roles, pendings, read_only)
+
+
+def own_stand_ins(machine: Machine) -> dict[str, Callable[..., Any]]:
+    """What stands in for a function that a kernel adds to Gluon, by its name."""
+    return {"add_async": Tma(machine).async_atomic_add}
 
 
 def stand_ins(machine: Machine) -> dict[int, Callable[..., Any]]:

@@ -17,6 +17,10 @@ class Copy(Protocol):
     def signals(self) -> object:
         """What a role waits for that waits for this copy."""
 
+    @property
+    def outlives(self) -> bool:
+        """Whether it may happen after the program's end."""
+
     def happen(self) -> None: ...
 
 
@@ -29,6 +33,8 @@ class Role:
     warps: int
     products: list[Any] = field(default_factory=list)  # asynchronous matmuls not yet waited for: matmul.py
     stores: list[Any] = field(default_factory=list)  # TMA stores not yet waited for: copies.py
+    writes: list[Any] = field(default_factory=list)  # of these and those before, what memory may not have yet
+    polled: Any = None  # the address that it has read last by an atomic, and the value there
     ready: Callable[[], bool] | None = None  # while it waits: whether it can go on
     waits_for: str = ""
     awaits: object = None  # the `signals` of the copies that it waits for

@@ -74,6 +74,7 @@ class Roles:
         self.copies: list[Copy] = []
         self.named = {number: NamedBarrier(number) for number in range(16)}
         self.other_barriers: Collection[object] = ()  # for the report of a deadlock
+        self.others: Any = None  # the other programs, where several live at once: programs.py
         self._error: BaseException | None = None
 
     def fault(self, text: str) -> EmulationError:
@@ -99,10 +100,14 @@ class Roles:
         role = self.running
         if self._error is not None:
             raise Stopped
+        if self.others is not None:
+            self.others.switch()
         while True:
             ready = [other for other in self.all if other.can_go_on()]
             if not ready and not self.copies:
-                raise EmulationError(self._deadlock())
+                if self.others is not None and self.others.wait():
+                    continue
+                raise EmulationError(self.deadlock() if self.others is None else self.others.deadlock())
             awaited = {id(other.awaits) for other in self.all if other.awaits is not None}
             self.copies.sort(key=lambda copy: id(copy.signals) not in awaited)
             chosen = self.schedule.choose(role, ready, self.copies)
@@ -118,7 +123,13 @@ class Roles:
                 if self._error is not None:
                     raise Stopped
 
-    def _deadlock(self) -> str:
+    def can_go_on(self) -> bool:
+        return bool(self.copies) or self.some_can_go_on()
+
+    def some_can_go_on(self) -> bool:
+        return any(role.can_go_on() for role in self.all)
+
+    def deadlock(self) -> str:
         waiting = [f"    {role} waits for {role.waits_for}" for role in self.all if not role.is_done]
         busy = [barrier for barrier in self.named.values() if barrier.counted or barrier.generation]
         barriers = [f"    {barrier}" for barrier in [*busy, *self.other_barriers]]
@@ -233,6 +244,9 @@ class Roles:
 
     def check_all_ended(self) -> None:
         self.check_ended(self.main)
+        for copy in [copy for copy in self.copies if copy.outlives]:
+            self.copies.remove(copy)
+            copy.happen()
         if self.copies:
             raise self.fault(f"the kernel ends, but nobody has waited for {self.copies[0]}")
         for barrier in self.named.values():

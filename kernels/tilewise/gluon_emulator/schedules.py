@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .role import Copy, Role
 
+if TYPE_CHECKING:
+    from .programs import Program
+
 
 class Schedule:
-    """A role goes on until it has to wait, then the next one does. A copy happens when no role can go on:
-    one that somebody waits for, if there is any. Always the same order, and the fastest to emulate."""
+    """A program, and in it a role, goes on until it has to wait, then the next one does. A copy happens when
+    no role can go on: one that somebody waits for, if there is any. Always the same order, and the fastest to
+    emulate."""
 
     def choose(self, running: Role, roles: Sequence[Role], copies: Sequence[Copy]) -> Role | Copy:
         """One of the roles that can go on, or of the copies in flight; those that somebody waits for come
@@ -26,6 +31,27 @@ class Schedule:
         if roles:
             return next((role for role in roles if role.number > running.number), roles[0])
         return copies[0]
+
+    def choose_program(self, running: Program | None, programs: Sequence[Program]) -> Program:
+        """One of the programs that can go on, or that one that runs; None: it cannot. Where only one lives at
+        a time, nobody asks."""
+        return programs[0] if running is None else running
+
+
+class SlowMemory(Schedule):
+    """What is to be added to global memory arrives there as late as it can, and that of a program which has
+    waited longer later than that of others: programs with less under way go first."""
+
+    def choose(self, running: Role, roles: Sequence[Role], copies: Sequence[Copy]) -> Role | Copy:
+        return super().choose(running, roles, [copy for copy in copies if not copy.outlives] or copies)
+
+    def choose_program(self, running: Program | None, programs: Sequence[Program]) -> Program:
+        def under_way(program: Program) -> tuple[bool, int, bool]:
+            late = sum(copy.outlives for copy in program.roles.copies)
+            is_stuck = late == len(program.roles.copies) and not program.roles.some_can_go_on()
+            return is_stuck and program.thread is not None, late, program is not running
+
+        return min(programs, key=under_way)
 
 
 class RandomSchedule(Schedule):
@@ -38,6 +64,9 @@ class RandomSchedule(Schedule):
     def choose(self, running: Role, roles: Sequence[Role], copies: Sequence[Copy]) -> Role | Copy:
         at = self._random.randrange(len(roles) + bool(copies))
         return roles[at] if at < len(roles) else self._random.choice(copies)
+
+    def choose_program(self, running: Program | None, programs: Sequence[Program]) -> Program:
+        return self._random.choice(programs) if running is None or self._random.random() < 0.1 else running
 
 
 class PriorityChange(Schedule):
@@ -53,6 +82,7 @@ class PriorityChange(Schedule):
     def __init__(self, seed: int, changes: int, steps: int = 500) -> None:
         self._random = random.Random(seed)
         self._points = sorted(self._random.sample(range(steps), changes), reverse=True)
+        self._program_priorities: dict[tuple[int, ...], float] = {}
         self._priorities: dict[int, float] = {}  # by the role's number; the copy engine's is -1
         self._steps = 0
         self._lowest = 0.0
@@ -70,3 +100,11 @@ class PriorityChange(Schedule):
 
     def _priority(self, number: int) -> float:
         return self._priorities.setdefault(number, self._random.random())
+
+    def choose_program(self, running: Program | None, programs: Sequence[Program]) -> Program:
+        if running is not None and self._random.random() > 0.02:
+            return running
+        return max(programs, key=lambda program: self._program_priority(program.index))
+
+    def _program_priority(self, index: tuple[int, ...]) -> float:
+        return self._program_priorities.setdefault(index, self._random.random())

@@ -7,6 +7,7 @@ a function whose globals are translated when they are first needed:
     a function of Gluon itself    its stand-in (language.py), or NotImplementedError, naming it
     a constexpr                   its value
     a constexpr function          the plain function; Triton runs it in Python, too
+    what a kernel adds to it      its stand-in by the same name
     an aggregate                  a plain class with the same `__init__` and methods
     a module                      the module, its attributes translated
     anything else                 itself; a `@triton.jit` function is one that Triton's interpreter runs
@@ -55,9 +56,13 @@ class Module:
 class Translator:
     """Translates values, each once, so that a function stays the same function."""
 
-    def __init__(self, stand_ins: dict[int, Any], loop: Callable[..., Iterator[Any]]) -> None:
-        """stand_ins: by the id of what they stand for. loop: in place of `range`."""
+    def __init__(
+        self, stand_ins: dict[int, Any], own: dict[str, Any], loop: Callable[..., Iterator[Any]]
+    ) -> None:
+        """stand_ins: by the id of what they stand for; own: by the name of what a kernel has added to Gluon.
+        loop: in place of `range`."""
         self._known = dict(stand_ins)
+        self._own = own
         self._loop = loop
         self._globals: dict[int, dict[str, Any]] = {}
         self._kept: list[Any] = []  # ids are of objects that live
@@ -86,8 +91,10 @@ class Translator:
                 f"{value.fn.__module__}.{value.fn.__name__} was made without TRITON_INTERPRET=1: "
                 "set it before the module is imported"
             )
-        if tl.core.is_builtin(value) and value.__module__.startswith(GLUON):
-            return _missing(value)
+        if tl.core.is_builtin(value):
+            if value.__module__.startswith(GLUON):
+                return _missing(value)
+            return self._own.get(value.__name__, value)
         return value
 
     def _function(self, fn: types.FunctionType) -> types.FunctionType:

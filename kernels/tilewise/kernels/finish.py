@@ -19,7 +19,7 @@ from .walk import own_rows
 
 @triton.jit
 def finish_dq_kernel(
-    sums_ptr,  # [blocks, q_heads, tiles, TILE_Q, head_dim] fp32, tiles by the numbers they have in prepare.py
+    sums,  # (pointer, row stride) of [blocks, q_heads, tiles, TILE_Q, head_dim] fp32, tiles as in prepare.py
     queries,  # (pointer, strides), as for dqueries
     dqueries,
     sizes,
@@ -35,7 +35,7 @@ def finish_dq_kernel(
     q_place, valid = where[0], q_idx < where[2]
     tiles = tiles_of(q_rows, layout[0], TILE_Q)
     first = ((q_place[0].to(tl.int64) * q_heads + head) * tiles + tile) * TILE_Q
-    sum_head = sums_ptr + first * HEAD_DIM, HEAD_DIM, 1
+    sum_head = sums[0] + first * sums[1], sums[1], 1
     dq = load_pieces(sum_head, tl.arange(0, TILE_Q), valid, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
     q = load_pieces(head_of(queries, q_place, head), q_idx, valid, HEAD_DIM, HEAD_TILE)
     if unit is not None:
@@ -53,7 +53,7 @@ def launch_finish_dq(call: Call, sums: torch.Tensor, dq: torch.Tensor) -> None:
             finish_dq_kernel,
             (grid,),
             dq,
-            sums_ptr=sums,
+            sums=(sums, sums.stride(3)),
             queries=(call.q, call.q.stride()),
             dqueries=(dq, dq.stride()),
             sizes=sizes_of(shape),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .tile import HopperTile, Pass, Tile
+from .tile import HopperBackwardTile, HopperTile, Pass, Tile
 
 # Shared memory that one block may use, in bytes (CUDA programming guide, "compute capabilities"; CDNA3 ISA).
 SHARED_BYTES = {
@@ -34,6 +34,8 @@ def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass
     times those in flight, and P and dS on their way from one matmul to the next. Hopper's and Blackwell's
     16-bit matmuls take all stages from shared memory, others one less; without pipelining K and V share one
     place in the forward. CDNA keeps what a program owns in registers."""
+    if isinstance(tile, HopperBackwardTile):
+        return hopper_backward_bytes(tile, dim)
     if isinstance(tile, HopperTile):
         return hopper_bytes(tile, dim, dim, has_out_buffer(tile, dim, dim))
     walked = tile.tile_q if work == "dkv" else tile.tile_kv
@@ -54,6 +56,14 @@ def hopper_bytes(tile: HopperTile, head_tile: int, value_tile: int, with_out_buf
     columns = tile.tile_q * head_tile + tile.num_stages * tile.tile_kv * (head_tile + value_tile)
     columns += tile.tile_q * value_tile if with_out_buffer else 0
     return 2 * columns + 512
+
+
+def hopper_backward_bytes(tile: HopperBackwardTile, columns: int) -> int:
+    """Shared memory of Hopper's backward: K, K cleaned and V; the rings of Q and dO; dS of each stage; in
+    fp32 dQ of a step and three numbers a row for each warpgroup; and the barriers."""
+    walked = tile.num_stages * tile.tile_q
+    numbers = 3 * tile.tile_kv * columns + 2 * walked * columns + walked * tile.tile_kv
+    return 2 * numbers + 4 * (tile.tile_q * columns + 2 * 3 * tile.tile_q) + 512
 
 
 def has_out_buffer(tile: HopperTile, head_tile: int, value_tile: int) -> bool:

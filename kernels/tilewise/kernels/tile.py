@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from .hopper.limits import NAMED_BARRIERS, WARPGROUP_ROWS, named_barriers
+from .hopper.limits import (
+    HOPPER_COLUMNS,
+    NAMED_BARRIERS,
+    WARPGROUP_ROWS,
+    backward_barriers,
+    named_barriers,
+)
 
-Pass = Literal["forward", "dkv", "dq", "dqkv", "hopper"]
+Pass = Literal["forward", "dkv", "dq", "dqkv", "hopper", "hopper_backward"]
 
 
-# Of the portable kernels: "dqkv" stands for "dkv" and "dq" together, "hopper" is a second forward.
+# Of the portable kernels: "dqkv" stands for "dkv" and "dq" together. "hopper" is a second forward, and
+# "hopper_backward" a second dqkv.
 PASSES: tuple[Pass, ...] = ("forward", "dkv", "dq", "dqkv")
 
 
@@ -66,6 +73,27 @@ class HopperTile(Tile):
     @property
     def warpgroups(self) -> int:
         return self.tile_q // WARPGROUP_ROWS
+
+
+@dataclass(frozen=True)
+class HopperBackwardTile(Tile):
+    """The same for Hopper's backward: two warpgroups of 4 warps own 64 keys each, Q and dO have num_stages
+    buffers each. The producer's warp and the reducer's are not counted."""
+
+    def __post_init__(self) -> None:
+        if self.tile_q not in (64, 128):
+            raise ValueError(f"tile_q={self.tile_q} must be 64 or 128")
+        if (self.tile_kv, self.num_warps) != (2 * WARPGROUP_ROWS, 8):
+            raise ValueError(f"{self} must have tile_kv=128 and num_warps=8: two warpgroups of 64 keys")
+        most = NAMED_BARRIERS - backward_barriers(0)
+        if not 2 <= self.num_stages <= most:
+            raise ValueError(f"num_stages={self.num_stages} must be from 2 to {most}")
+
+
+def hopper_backward_tile(dim: int) -> HopperBackwardTile:
+    """The tile for this dimension. There is no other: dQ of a step is one piece of 64 rows and 64 columns for
+    each warpgroup, and shared memory has room for two stages."""
+    return HopperBackwardTile(2 * WARPGROUP_ROWS**2 // max(HOPPER_COLUMNS, dim), 2 * WARPGROUP_ROWS, 8, 2)
 
 
 def tile_from(work: Pass, given: Mapping[str, Any]) -> Tile:

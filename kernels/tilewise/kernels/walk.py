@@ -16,7 +16,7 @@ import triton.language as tl
 from ..parts.addressing import keys_of
 from ..parts.intervals import cut_tile
 from ..parts.pieces import copy_pieces, load_pieces
-from ..parts.sequences import tile_of_keys, tile_of_rows, tiles_of, valid_rows
+from ..parts.sequences import head_and_tile, tile_of_keys, tile_of_rows, tiles_of, valid_rows
 
 
 @triton.jit
@@ -63,9 +63,9 @@ def own_keys(program, sizes, layout, TILE_KV: tl.constexpr):
     of keys, seen by the most rows under a causal mask, start first."""
     q_heads, group, _q_rows, kv_rows = sizes
     tiles, kv_heads = tiles_of(kv_rows, layout[1], TILE_KV), q_heads // group
-    kv_head = program // tiles % kv_heads
-    block = program // tiles // kv_heads
-    batch, kv_tile, where = tile_of_keys(program % tiles, block, sizes, layout, TILE_KV)
+    head, tile = head_and_tile(program, tl.num_programs(0), tiles)
+    batch, kv_tile, where = tile_of_keys(tile, head // kv_heads, sizes, layout, TILE_KV)
+    kv_head = head % kv_heads
     return batch, kv_head, kv_tile * TILE_KV, where
 
 

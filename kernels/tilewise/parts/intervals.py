@@ -98,9 +98,16 @@ def q_range(ranges_ptr, q_tiles, kv_start, kv_stop, CHUNK: tl.constexpr):
     """The tiles of rows first..last that visit the keys kv_start..kv_stop (and perhaps some between them that
     do not); of these, full_first..full_last is the first run of tiles in which every pair counts. Without
     any, full_first = full_last = last."""
+    return q_range_of(ranges_ptr, q_tiles, kv_start, kv_stop, tl.arange(0, CHUNK))
+
+
+@triton.jit
+def q_range_of(ranges_ptr, q_tiles, kv_start, kv_stop, offsets):
+    """The same, looking at as many tiles at a time as there are offsets, 0, 1, 2, ..."""
+    CHUNK: tl.constexpr = offsets.shape[0]
     first, last, full_first = q_tiles, q_tiles * 0, q_tiles
     for chunk in range(0, q_tiles, CHUNK):
-        q_tile = chunk + tl.arange(0, CHUNK)
+        q_tile = chunk + offsets
         visits, full = visits_and_full(ranges_ptr, q_tile, q_tiles, kv_start, kv_stop)
         first = tl.minimum(first, tl.min(tl.where(visits, q_tile, q_tiles)))
         last = tl.maximum(last, tl.max(tl.where(visits, q_tile + 1, 0)))
@@ -109,7 +116,7 @@ def q_range(ranges_ptr, q_tiles, kv_start, kv_stop, CHUNK: tl.constexpr):
     full_first = tl.minimum(full_first, last)
     full_last = last
     for chunk in range(full_first // CHUNK * CHUNK, last, CHUNK):
-        q_tile = chunk + tl.arange(0, CHUNK)
+        q_tile = chunk + offsets
         _, full = visits_and_full(ranges_ptr, q_tile, q_tiles, kv_start, kv_stop)
         ends = (q_tile >= full_first) & (full == 0)
         full_last = tl.minimum(full_last, tl.min(tl.where(ends, q_tile, q_tiles)))

@@ -138,6 +138,20 @@ def tile_of_rows(tile, block, sizes, layout, members, TILE_Q: tl.constexpr):
         return block, tile, sequence_at(block, sizes, layout)
 
 
+HEADS_TOGETHER = tl.constexpr(8)
+
+
+@triton.jit
+def head_and_tile(number, programs, tiles):
+    """The head and the tile, of `tiles` a head, that a program of so many owns. Of some heads together come
+    first all first tiles, then all second ones, and so on: under a causal mask the longest start first, and
+    programs that add to the same rows in the order of their tiles start one after another (turns.py)."""
+    first_head = number // (HEADS_TOGETHER * tiles) * HEADS_TOGETHER
+    together = tl.minimum(HEADS_TOGETHER, programs // tiles - first_head)  # the last heads may be fewer
+    within = number - first_head * tiles
+    return first_head + within % together, within // together
+
+
 @triton.jit
 def tile_of_keys(tile, block, sizes, layout, TILE_KV: tl.constexpr):
     """The same for a tile of keys: those of no sequence are seen by no row, so their q_len is 0."""

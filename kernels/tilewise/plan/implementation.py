@@ -1,4 +1,4 @@
-"""Who answers a call: the portable kernels, Hopper's forward, or plain PyTorch?"""
+"""Who answers a call: the portable kernels, Hopper's, or plain PyTorch?"""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def implementation(request: Request) -> str:
     if not INTERPRETED and request.q.device.type not in ("cuda", "meta"):
         return "torch"
     return "hopper" if hopper_rules.is_default(request) else "portable"
+
+
+def backward_implementation(request: Request) -> str:
+    """The one that answers the backward of a fused forward: Hopper's where it is asked for and takes the
+    call. No GPU has shown yet that it is right and faster."""
+    if request.impl == "hopper" and not any(hopper_rules.backward_reasons(request)):
+        return "hopper"
+    return "portable"
 
 
 def is_watched() -> bool:

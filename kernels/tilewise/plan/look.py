@@ -66,8 +66,8 @@ def around() -> tuple[Any, ...]:
     """What the host's work depends on besides the request."""
     forced = tiles._forced
     return (
-        tuple(forced.items()) if forced else None, tiles.PROVEN, float32_precision(), torch.is_grad_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
+        tuple(forced.items()) if forced else None, tiles._walks, tiles.reloads, tiles.PROVEN,
+        float32_precision(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 

@@ -14,11 +14,11 @@ from ..kernels.forward import launch_forward, rows_programs
 from ..kernels.one_walk import launch_dqkv
 from ..kernels.parameters import parameter_gradient
 from ..kernels.prepare import BackwardCall, prepare
-from ..kernels.tile import HopperTile, Tile
+from ..kernels.tile import HopperBackwardTile, HopperTile, Tile
 from ..parts.scores.score import Parameter
 from ..parts.shape import Shape, ceil_div
 from .bind import bind
-from .implementation import implementation
+from .implementation import backward_implementation, implementation
 from .request import Request
 from .rules import hopper as hopper_rules
 from .tiles import choose_tile, choose_walks, square_tile
@@ -102,8 +102,10 @@ def run_backward(
 ) -> list[Tensor]:
     """The gradients of those of (q, k, v, *other tensors) that `needs` names, in order."""
     q, k, v, shape = request.q, request.k, request.v, request.shape
-    in_one_walk = needs[0] and (needs[1] or needs[2]) and choose_walks(q, shape) == 1
-    tile = choose_tile(q, shape, "dqkv" if in_one_walk else "dkv")
+    has_all = needs[0] and (needs[1] or needs[2])
+    in_hopper = has_all and backward_implementation(request) == "hopper"
+    in_one_walk = has_all and not in_hopper and choose_walks(q, shape) == 1
+    tile = choose_tile(q, shape, "hopper_backward" if in_hopper else "dqkv" if in_one_walk else "dkv")
     # The kernels index statistics and dlse as dense arrays.
     dlse = None if dlse is None else dlse.contiguous()
     backward = prepare(bind(request), out, statistics.contiguous(), do, dlse, tile.tile_q)
@@ -112,8 +114,10 @@ def run_backward(
         grads[0] = empty_in_order_of(q, shape.head_dim)
     if needs[1] or needs[2]:
         grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
-    if in_one_walk:
-        in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
+    in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
+    if in_hopper:
+        launch_hopper_backward(backward, grads[0], grads[1], grads[2], tile, in_order)
+    elif in_one_walk:
         launch_dqkv(backward, grads[0], grads[1], grads[2], tile, in_order)
     else:
         if needs[0]:
@@ -121,7 +125,12 @@ def run_backward(
         if needs[1] or needs[2]:
             launch_dkv(backward, grads[1], grads[2], tile)
     others = request.other_tensors
-    for slot, modifier, parameter in parameter_slots(request):
+    slots = parameter_slots(request)
+    # The parameters' kernel is a portable one, with ranges for tiles of its own.
+    if in_hopper and any(needs[3 + slot] for slot, _, _ in slots):
+        tile = choose_tile(q, shape, "dkv")
+        backward = prepare(backward.call, out, statistics.contiguous(), do, dlse, tile.tile_q)
+    for slot, modifier, parameter in slots:
         if needs[3 + slot]:
             grad = parameter_gradient(backward, modifier, parameter, others[slot][1], square_tile(tile))
             grads[3 + slot] = grad
@@ -129,6 +138,17 @@ def run_backward(
         if name == "sink" and needs[3 + slot]:
             grads[3 + slot] = sink_gradient(tensor, backward)
     return [grads[i] for i, needed in enumerate(needs) if needed]
+
+
+def launch_hopper_backward(
+    backward: BackwardCall, dq: Tensor, dk: Tensor, dv: Tensor, tile: Tile, deterministic: bool
+) -> None:
+    """dQ, dK and dV of Hopper's kernel, which Gluon is imported for."""
+    from ..kernels.hopper.backward.launch import launch_backward
+
+    if not isinstance(tile, HopperBackwardTile):  # forced on it by `tiles.use`
+        raise ValueError(f"impl='hopper' needs a HopperBackwardTile, not {tile}")
+    launch_backward(backward, dq, dk, dv, tile, deterministic)
 
 
 def parameter_slots(request: Request) -> list[tuple[int, int, Parameter]]:

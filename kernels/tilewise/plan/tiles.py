@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from ..kernels.room import family, fits
-from ..kernels.tile import PASSES, HopperTile
+from ..kernels.tile import PASSES, HopperTile, hopper_backward_tile
 from ..kernels.tile import Pass as Pass
 from ..kernels.tile import Tile as Tile
 from ..parts.numerics import INTERPRETED
@@ -31,6 +31,8 @@ TABLE: dict[Key, Tile] = {key: row.tile for key, row in _SHIPPED_ROWS.items()}
 def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> Tile:
     """The shipped table's tile, halved until it fits a chip that the table does not list."""
     dim = max(64, dim)
+    if work == "hopper_backward":
+        return hopper_backward_tile(dim)
     if work == "hopper":  # for this chip alone
         return TABLE[work, arch, element_bytes, dim]
     tile = TABLE.get((work, arch, element_bytes, dim)) or TABLE[work, family(arch), element_bytes, dim]
@@ -128,6 +130,8 @@ def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
     if INTERPRETED:  # its cost is by the operation, hardly by the element
         if work == "hopper":
             return HopperTile(128, length_tile(shape.kv_len, 32), 8, 2)
+        if work == "hopper_backward":
+            return hopper_backward_tile(widest(shape))
         if not shape.is_dense:
             return Tile(length_tile(rows_of_a_tile(shape), 32), 32)
         return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
@@ -160,8 +164,13 @@ def user_table(device: torch.device) -> UserTable:
     return read_user_table(name, arch, lambda row: fits(row.tile, arch, row.element_bytes, row.dim, row.work))
 
 
+reloads = 0  # how often: calls that are repeated (repeated.py) have the tiles of before
+
+
 def reload_user_tables() -> None:
     """Read the users' tables again at the next call: `tilewise tune` has changed them."""
+    global reloads
+    reloads += 1
     user_table.cache_clear()
     device_row.cache_clear()
 
@@ -195,7 +204,7 @@ def widest(shape: Shape) -> int:
 def cut_tile(tile: Tile, shape: Shape, dim: int, work: Pass) -> Tile:
     """A row's tile, or fewer rows of it where q_len is short. In the forward fewer warps share them then, or
     fewer keys where O is wide."""
-    if work == "hopper":  # its warpgroups have 64 rows each, whatever q_len is
+    if work in ("hopper", "hopper_backward"):  # its warpgroups have 64 rows each, whatever q_len is
         return tile
     if shape.cache is not None:  # rows of a group and keys in pages have addresses of their own to keep
         tile = replace(tile, tile_kv=min(64, tile.tile_kv))

@@ -77,6 +77,11 @@ class Ring:
         """Producer: wait until the buffer is free, and have the rows that start at `row` copied into it.
         is_unclean: a consumer is told first, and tells the others by `share` that the buffer is full."""
         sync(self.FREE + place.stage, self.THREADS)
+        return self.fill_free(place, descriptor, batch, head, row, is_unclean)
+
+    @gluon.jit
+    def fill_free(self, place, descriptor, batch, head, row, is_unclean=False):
+        """The same for a buffer that is free: its consumers have released another ring's at this place."""
         signal = self.full.index(gl.where(is_unclean, self.STAGES, 0) + place.stage)
         mbarrier.expect(signal, descriptor.block_type.nbytes)
         load_async(descriptor, [batch, head, row, 0], signal, self.buffers.index(place.stage))

@@ -13,12 +13,27 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.language import core
 
 aggregate = getattr(triton, "aggregate", None) or triton.language.core._aggregate  # the latter in 3.6
 NEWER = hasattr(tma, "async_load")
 load_async = tma.async_load if NEWER else tma.async_copy_global_to_shared  # (descriptor, corner, barrier, to)
 store_async = tma.async_store if NEWER else tma.async_copy_shared_to_global  # (descriptor, corner, from)
 wait_for_role = gl.barrier if NEWER else gl.thread_barrier  # all warps of a role wait for one another
+
+if NEWER:
+    add_async = tma.async_atomic_add  # (descriptor, corner, from): added to what is there
+else:  # the compiler has it, the language has no name for it
+
+    @core.builtin
+    def add_async(descriptor, corner, source, _semantic=None):
+        from triton._C.libtriton import ir
+
+        builder = _semantic.builder
+        corner = _semantic._convert_to_ir_values(corner, require_i64=False)
+        builder.create_async_tma_reduce(
+            ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, corner, source.handle
+        )
 
 
 @gluon.constexpr_function
@@ -44,6 +59,18 @@ def sync(barrier, THREADS: gl.constexpr):
 def arrive(barrier, THREADS: gl.constexpr):
     """Be counted at a named barrier, and go on."""
     at_barrier(barrier, barrier_text("bar.arrive", THREADS))
+
+
+@gluon.jit
+def wait_added():
+    """Until global memory has what this warp has had added; `tma.store_wait` waits until it has been read."""
+    at_barrier(0, "cp.async.bulk.wait_group 0; mov.b32 $0, $1;")
+
+
+@gluon.jit
+def fence_async():
+    """Global memory as threads see it, and as the copy engine does, are the same here."""
+    at_barrier(0, "fence.proxy.async.global; mov.b32 $0, $1;")
 
 
 @gluon.constexpr_function

@@ -19,7 +19,9 @@ from .forward import hopper_forward_kernel
 from .limits import ALIGNMENT, HOPPER_COLUMNS, WARPGROUP_ROWS
 
 CACHED_BYTES = 24 << 20  # of keys and values that the L2 cache (50 MB) is trusted to hold
-LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+LAYOUTS = {  # by the bytes of an element
+    size: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * size, rank=4) for size in (2, 4)
+}
 REGISTERS = {2: (240, 24), 3: (160, 32)}  # a thread's, of consumers and producer, by the number of warpgroups
 
 
@@ -83,7 +85,7 @@ def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     aligned = ALIGNMENT // x.element_size()
     # Along a dimension of size 1 nobody steps, and PyTorch may say anything.
     strides = [stride if size > 1 else aligned for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], LAYOUT)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], LAYOUTS[x.element_size()])
 
 
 def heads_together(shape: Shape, element_bytes: int) -> int:

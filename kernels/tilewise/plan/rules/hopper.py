@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ...kernels.hopper.limits import ALIGNMENT, FARTHEST
+from ...kernels.hopper.limits import ALIGNMENT, BACKWARD_COLUMNS, FARTHEST
 from ...parts.masks.mask import Mask
 from ...parts.numerics import INTERPRETED
 from ...parts.scores.user import UserScore
+from ...parts.similarity import Cosine
 from .. import tiles
 from ..request import Request
 
@@ -150,6 +151,47 @@ RULES: tuple[Callable[[Request], str | None], ...] = (
     scores_are_known,
     out_is_aligned,
     tensors_can_be_copied,
+)
+
+
+# ---- The backward. Where it breaks a rule, the portable backward follows Hopper's forward.
+
+
+def backward_reasons(r: Request) -> Iterator[str]:
+    """Why Hopper's backward cannot follow a forward that Hopper's kernel has answered, or could."""
+    for rule in (*RULES, *BACKWARD_RULES):
+        reason = rule(r)
+        if reason is not None:
+            yield reason
+
+
+def similarity_is_the_dot_product(r: Request) -> str | None:
+    if r.similarity != "cosine" and not isinstance(r.similarity, Cosine):
+        return None
+    return "the gradients of cosine similarity multiply unit rows, not those that the copy engine brings"
+
+
+def sums_fit_registers(r: Request) -> str | None:
+    dims = r.q.shape[3], r.v.shape[3]
+    if max(dims) <= BACKWARD_COLUMNS:
+        return None
+    return (
+        f"head_dim={dims[0]}, value_dim={dims[1]}: a warpgroup's registers hold dK and dV of 64 keys up to a "
+        f"dimension of {BACKWARD_COLUMNS}"
+    )
+
+
+def rows_of_dk_are_aligned(r: Request) -> str | None:
+    head_dim, size = r.q.shape[3], r.q.element_size()
+    if head_dim * size % ALIGNMENT == 0:
+        return None
+    return f"{head_dim=} must be a multiple of {ALIGNMENT // size}, so that rows of dK are aligned"
+
+
+BACKWARD_RULES: tuple[Callable[[Request], str | None], ...] = (
+    similarity_is_the_dot_product,
+    sums_fit_registers,
+    rows_of_dk_are_aligned,
 )
 
 

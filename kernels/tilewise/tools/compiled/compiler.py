@@ -42,11 +42,11 @@ from .sums import sums
 # The start of the opcode that multiplies fp16 and bf16 tiles of 64 rows and more, by family.
 MATMUL = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 TARGETS = tuple(MATMUL)  # those that the tests compile for
-HOPPER = "hopper_forward_kernel"
+HOPPER, HOPPER_BACKWARD = "hopper_forward_kernel", "hopper_backward_kernel"
 # Products of a tile step: how many of them are as long as head_dim, and how many as value_dim.
 PRODUCTS = {
     "forward_kernel": (1, 1), HOPPER: (1, 1), "dkv_kernel": (2, 2), "dq_kernel": (2, 1),
-    "parameter_kernel": (1, 1),
+    "parameter_kernel": (1, 1), HOPPER_BACKWARD: (3, 2),
 }  # fmt: skip
 TILE_SIZES = ("TILE_Q", "TILE_KV", "HEAD_TILE", "VALUE_TILE")
 
@@ -73,7 +73,7 @@ class Compiled:
     warps: int  # a program's; with a producer, those that fill up its four included
     stages: int
     registers: int  # a thread's when the program starts
-    role_registers: dict[str, int]  # later, of a "consumer" and the "producer", where warps have these roles
+    role_registers: dict[str, int]  # later, of a "consumer" and the others, where warps have roles
     spill_bytes: int  # a thread's stack; Triton kernels put nothing else there
     shared_bytes: int  # a program's
     tensor_memory: int  # columns, of a program on Blackwell
@@ -220,6 +220,8 @@ def tile_and_inputs(launched: Launched) -> tuple[dict[str, int], torch.Tensor | 
         return tile, base
     q, v = given["q_desc"], given["v_desc"]
     columns = dict(HEAD_TILE=q.block_shape[3], VALUE_TILE=v.block_shape[3])
+    if "dq_desc" in given:  # the backward's two warpgroups own a piece of keys each
+        return tile | columns | dict(TILE_KV=2 * v.block_shape[2]), q.base
     return tile | columns | dict(TILE_Q=q.block_shape[2] * given["WARPGROUPS"]), q.base
 
 
@@ -229,27 +231,29 @@ def columns_of(size: int | tuple[int, ...]) -> int:
 
 
 def loops_of(code: MachineCode, kernel: str, tile: dict[str, int], warps: int, warp: int) -> list[MainLoop]:
-    """A kernel's main loops. In Hopper's, each warpgroup runs its own over its 64 rows, the cut tiles first,
-    and the copy engine brings K and V for all of them."""
+    """A kernel's main loops. In Hopper's, each warpgroup runs its own over its 64 rows, or keys, the cut ones
+    first, and the copy engine brings K and V, or Q and dO, for all of them."""
     flops = tile_flops(kernel, tile)
-    if kernel != HOPPER:
+    if kernel not in (HOPPER, HOPPER_BACKWARD):
         return main_loops(code.instructions, warps, warp, flops)
-    teams = tile["TILE_Q"] // WARPGROUP_ROWS
-    copied = 2 * tile["TILE_KV"] * (tile["HEAD_TILE"] + tile["VALUE_TILE"]) // teams
+    own, walked = ("TILE_Q", "TILE_KV") if kernel == HOPPER else ("TILE_KV", "TILE_Q")
+    teams = tile[own] // WARPGROUP_ROWS
+    copied = 2 * tile[walked] * (tile["HEAD_TILE"] + tile["VALUE_TILE"]) // teams
     assert flops is not None
     return main_loops(code.instructions, 4, warp, flops // teams, ("cut", "full"), copied)
 
 
 def role_registers(code: MachineCode) -> dict[str, int]:
     """What a thread of each role has where it does its work: the consumers multiply, the producer has tiles
-    copied."""
+    copied, the reducer has them added."""
     if not any(each.opcode.startswith("USETMAXREG") for each in code.instructions):
         return {}
     flow = Flow(code.instructions)
     found: dict[str, int] = {}
-    for role, work in (("consumer", MATMUL["sm_90"]), ("producer", "UTMALDG")):
+    for role, work in (("consumer", MATMUL["sm_90"]), ("producer", "UTMALDG"), ("reducer", "UTMAREDG")):
         places = [i for i, each in enumerate(code.instructions) if each.opcode.startswith(work)]
-        found[role] = min(flow.registers(place) or code.registers for place in places)
+        if places:
+            found[role] = min(flow.registers(place) or code.registers for place in places)
     return found
 
 

@@ -26,7 +26,7 @@ from ...plan.passes import parameter_slots, run_backward, run_forward
 from ...plan.request import request_of
 from ...plan.rules import hopper as hopper_rules
 from ..inputs import case_inputs
-from .compiler import Variant
+from .compiler import HOPPER_BACKWARD, Variant
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MASKS = {"causal": Causal(), "full": None}
@@ -115,6 +115,15 @@ def hopper_variant(
             launch(*plain_inputs(dtype, dim), return_lse=True, mask=MASKS[mask], impl="hopper")
 
     return Variant(name or f"{dtype} {dim} {mask}", run)
+
+
+def hopper_backward_variant(dtype: str, dim: int, mask: str) -> Variant:
+    """Hopper's backward under the plainest call."""
+
+    def run() -> None:
+        launch_backward(*plain_inputs(dtype, dim), mask=MASKS[mask], impl="hopper")
+
+    return Variant(f"{dtype} {dim} {mask}", run, (HOPPER_BACKWARD,))
 
 
 def backward_variant(

@@ -1,0 +1,326 @@
+"""What Hopper's backward becomes, read from its machine code and its PTX, as the forward in
+test_hopper_compiled.py: products from registers and under one another, registers by role, spills, barriers,
+and the order of what passes the turn to the next program.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pytest
+
+from harness import ptx
+from harness.variants import compiled_once, hopper_backward_variants, shared_folder
+from tilewise.kernels import room
+from tilewise.kernels.hopper.limits import backward_barriers
+from tilewise.kernels.tile import hopper_backward_tile
+from tilewise.tools.compiled.compiler import Compiled, assembly_file
+from tilewise.tools.compiled.in_flight import touched_in_flight
+from tilewise.tools.compiled.machine_code import Instruction, read_sass
+from tilewise.tools.compiled.main_loop import a_in_registers, loops_by_team
+
+pytestmark = pytest.mark.oldest
+
+NAMES = [variant.name for variant in hopper_backward_variants()]
+PIECE = 64  # rows, and columns, of dQ that a warpgroup computes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What Triton 3.6.0 and 3.9.0 made of a variant: the larger of the two."""
+
+    full: int  # instructions of the longest loop over full tiles
+    spill_bytes: int  # a thread's stack
+    spills: int  # loads and stores of it in a loop over full tiles
+    loads: int = 3  # from global memory: three numbers of rows, a row a thread
+
+
+BUDGETS = {
+    "bf16 64 causal": Budget(824, 352, 55),
+    "bf16 64 full": Budget(807, 296, 41),
+    "bf16 128 causal": Budget(560, 400, 27),
+    "bf16 128 full": Budget(548, 320, 30),
+    "fp16 128 causal": Budget(560, 400, 27),
+    "bf16 64 features": Budget(4424, 1952, 1050, 67),  # the softcap's input is kept until its derivative
+}
+LONGER = 1.05
+
+
+@dataclass(frozen=True)
+class Kernel:
+    compiled: Compiled
+    code: list[Instruction]
+    ptx_text: str
+
+    @cached_property
+    def ptx(self) -> ptx.Kernel:
+        return ptx.Kernel(self.ptx_text, 2, 1)
+
+    @cached_property
+    def loops(self) -> list[tuple[list[Instruction], list[Instruction]]]:
+        """Of each warpgroup, the loops over cut and over full tiles."""
+        return [(cut, full) for cut, full in loops_by_team(self.code)]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> dict[str, Kernel]:
+    """By variant."""
+    folder = shared_folder(tmp_path_factory) / "hopper_backward"
+    options = dict(assembly=folder, messages=True)
+    found = compiled_once("hopper_backward_variants", tmp_path_factory, ["sm_90"], **options)["sm_90"]
+
+    def kernel(each: Compiled) -> Kernel:
+        sass = assembly_file(folder, each.target, each.kernel, each.variant)
+        return Kernel(each, read_sass(sass.read_text()), sass.with_suffix(".ptx").read_text())
+
+    return {each.variant: kernel(each) for each in found}
+
+
+# ---- What a listing must not show, in words; nothing where all is well
+
+
+def count(code: list[Instruction], *names: str) -> int:
+    """Instructions whose opcode, without modifiers, is one of these, and that do something."""
+    return sum(each.opcode.split(".")[0] in names and not each.skipped for each in code)
+
+
+def under_a_product(code: list[Instruction]) -> list[Instruction]:
+    """Those that stand where a product of the same warps is under way."""
+    under_way, found = 0, []
+    for each in code:
+        if each.opcode.startswith("WARPGROUP.DEPBAR"):
+            under_way = min(under_way, int(each.operands.split()[-1], 16))
+        elif each.opcode.startswith("HGMMA"):
+            under_way += each.operands.endswith("gsb0")
+        elif under_way:
+            found.append(each)
+    return found
+
+
+def complaints_of_both_loops(code: list[Instruction], tile: dict[str, int]) -> list[str]:
+    """Five products, P and dS from registers, and all that is between them under one of them."""
+    along_columns, along_rows = tile["HEAD_TILE"] // 16, tile["TILE_Q"] // 16
+    dq = tile["TILE_KV"] // 16
+    found = {
+        "HGMMA": (count(code, "HGMMA"), 2 * along_columns + 2 * along_rows + dq),
+        "HGMMA with A in registers": (sum(map(a_in_registers, code)), 2 * along_rows),
+        "WARPGROUP, 10 of which are needed": (count(code, "WARPGROUP"), 10),
+    }
+    complaints = [f"{what}: {seen}, not {meant}" for what, (seen, meant) in found.items() if seen != meant]
+    under = under_a_product(code)
+    exponentials = sum(each.opcode == "MUFU.EX2" for each in code)
+    if (seen := sum(each.opcode == "MUFU.EX2" for each in under)) < exponentials:
+        complaints.append(f"exponentials under a product: {seen} of {exponentials}")
+    dq_stores = 2 * PIECE * PIECE // 2 // 128 // 2  # STS.64, of PIECE² numbers by 128 threads
+    for what, names, least in (
+        ("roundings", ("F2FP",), count(code, "F2FP")),
+        ("stores of dQ", ("STS",), dq_stores),
+    ):
+        if (seen := count(under, *names)) < least:
+            complaints.append(f"{what} under a product: {seen} of {least}")
+    return complaints
+
+
+def complaints_of_full_loop(code: list[Instruction], budget: Budget) -> list[str]:
+    limits = {
+        "BAR": (count(code, "BAR"), 7),
+        "PRMT": (count(code, "PRMT"), 8),
+        "LDG": (count(code, "LDG"), budget.loads),
+        "LDL, STL": (count(code, "LDL", "STL"), budget.spills),
+        "instructions": (len(code), LONGER * budget.full),
+    }
+    return [f"{what}: {seen}, above {most:g}" for what, (seen, most) in limits.items() if seen > most]
+
+
+def complaints_of_barriers(code: list[Instruction], stages: int) -> list[str]:
+    """(number, threads), as backward/kernel.py numbers them; those of Triton come first, and where the number
+    is in a register it is a buffer's."""
+    together = 5 + stages
+    planned = {(0, 128), (1, None), (2, 128), (together, 256)}
+    planned |= {(number, 160) for number in range(together + 1, together + 5)}
+    planned |= {(number, 288) for number in range(5, together)}
+    assert max(number for number, _ in planned) + 1 == backward_barriers(stages)
+    found = []
+    for each in code:
+        if each.opcode.split(".")[0] == "BAR":
+            number, *threads = (word.strip() for word in each.operands.split(","))
+            counted = int(threads[0], 16) if threads else None
+            is_planned = counted == 288 if number[0] == "R" else (int(number, 16), counted) in planned
+            if not is_planned:
+                found.append(f"{each.opcode} {each.operands}")
+    return found
+
+
+def complaints_of_turns(kernel: ptx.Kernel) -> Iterator[str]:
+    """The reducer looks at the counter, fences, adds; and when memory has what it has added, it counts on."""
+    reducer = {kernel.owner[place] for place in kernel.places("cp.reduce")}
+    names = {
+        "look": "ld.global.gpu.acquire",
+        "meet": "bar.warp.sync",
+        "fence": "fence.proxy.async.global",
+        "add": "cp.reduce.async.bulk.tensor",
+        "have": "cp.async.bulk.wait_group",
+        "pass": ("red.global.gpu.release", "atom.global.gpu.release"),
+    }
+    (role,) = reducer
+    steps = []
+    for place, each in enumerate(kernel.code):
+        for name, opcode in names.items():
+            is_read = each.opcode.endswith(".read")  # of the source alone
+            if kernel.owner[place] == role and each.opcode.startswith(opcode) and not is_read:
+                steps.append(name)
+    order = [name for i, name in enumerate(steps) if i == 0 or steps[i - 1] != name]
+    wanted = ["look", "meet", "fence", "add", "meet", "have", "fence", "meet", "pass"]
+    at = order.index("look") if "look" in order else 0
+    if order[at : at + len(wanted)] != wanted:
+        yield f"in order: {', '.join(order[at : at + len(wanted)])}"
+
+
+# ---- The variants
+
+
+def test_every_variant_has_a_budget():
+    assert set(NAMES) == set(BUDGETS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_assembler_serialises_nothing(kernels, name):
+    assert kernels[name].compiled.assembler.warnings == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spills_are_known(kernels, name):
+    assert kernels[name].compiled.spill_bytes <= BUDGETS[name].spill_bytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_registers_are_handed_over(kernels, name):
+    compiled = kernels[name].compiled
+    assert compiled.role_registers == dict(consumer=240, producer=24, reducer=24)
+    assert compiled.warps == 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tile_is_the_one_that_fits(kernels, name):
+    compiled = kernels[name].compiled
+    dtype, dim = name.split()[:2]
+    tile = hopper_backward_tile(int(dim))
+    sizes = dict(TILE_Q=tile.tile_q, TILE_KV=tile.tile_kv, HEAD_TILE=int(dim), VALUE_TILE=int(dim))
+    assert compiled.tile == sizes and compiled.stages == tile.num_stages
+    assert compiled.dtype == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    estimate = room.shared_bytes(tile, "sm_90", 2, int(dim), "hopper_backward")
+    assert compiled.shared_bytes <= estimate <= room.SHARED_BYTES["sm_90"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_warpgroup_has_a_loop_of_cut_and_one_of_full_tiles(kernels, name):
+    compiled = kernels[name].compiled
+    assert [loop.name for loop in compiled.loops] == ["cut 1", "full 1", "cut 2", "full 2"]
+    for loop in compiled.loops:
+        assert (loop.warps, loop.teams) == (4, 2)
+        assert loop.matmul_flops == loop.tile_flops
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_touches_the_registers_of_a_matmul_in_flight(kernels, name):
+    for loops in kernels[name].loops:
+        for loop in loops:
+            assert touched_in_flight(loop) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_between_products_runs_under_one(kernels, name):
+    kernel = kernels[name]
+    for loops in kernel.loops:
+        for loop in loops:
+            assert complaints_of_both_loops(loop, kernel.compiled.tile) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_tiles_cost_no_more_than_planned(kernels, name):
+    for _, full in kernels[name].loops:
+        assert complaints_of_full_loop(full, BUDGETS[name]) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_barriers_are_the_planned_ones(kernels, name):
+    assert complaints_of_barriers(kernels[name].code, kernels[name].compiled.stages) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_roles_hand_over_as_ptx_demands(kernels, name):
+    assert ptx.complaints(kernels[name].ptx) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_turns_are_passed_on_when_memory_has_the_sums(kernels, name):
+    assert [*complaints_of_turns(kernels[name].ptx)] == []
+
+
+def test_scores_are_summed_as_the_forward_does(kernels):
+    """S and dP in one sum of steps of 16 along the columns; and dQ along the keys."""
+    for each in kernels.values():
+        columns = each.compiled.tile["HEAD_TILE"] // 16
+        assert set(each.compiled.sums) == {f"{columns} HGMMA", "8 HGMMA"}, each.compiled
+
+
+# ---- Each check can fail
+
+
+@pytest.fixture(scope="module")
+def kernel(kernels) -> Kernel:
+    return kernels["bf16 128 full"]
+
+
+@pytest.fixture(scope="module")
+def full(kernel) -> list[Instruction]:
+    return kernel.loops[0][1]
+
+
+def test_a_wait_that_comes_early_is_noticed(kernel, full):
+    """The wait for dK moved up to that for dQ, as ptxas would have it: then dQ leaves under no product."""
+    waits = [i for i, each in enumerate(full) if each.opcode.startswith("WARPGROUP.DEPBAR")]
+    third, last = waits[2:]
+    early = [*full[: third + 1], full[last], *full[third + 1 : last], *full[last + 1 :]]
+    (complaint,) = complaints_of_both_loops(early, kernel.compiled.tile)
+    assert complaint.startswith("stores of dQ under a product: 0 of")
+
+
+def test_what_is_serialised_or_in_shared_memory_is_noticed(kernel, full):
+    wait = Instruction("WARPGROUP.DEPBAR.LE", "gsb0, 0x0")
+    complaints = complaints_of_both_loops([*full, wait], kernel.compiled.tile)
+    assert complaints == ["WARPGROUP, 10 of which are needed: 11, not 10"]
+    at = next(i for i, each in enumerate(full) if a_in_registers(each))
+    product = Instruction("HGMMA.64x128x16.F32.BF16", "R88, gdesc[UR20].tnspB, R88")
+    complaints = complaints_of_both_loops([*full[:at], product, *full[at + 1 :]], kernel.compiled.tile)
+    assert "HGMMA with A in registers: 7, not 8" in complaints
+
+
+def test_a_costlier_loop_is_noticed():
+    budget = Budget(full=20, spill_bytes=0, spills=2)
+    for what, limit, opcode in (("BAR", 7, "BAR.SYNC"), ("PRMT", 8, "PRMT"), ("LDL, STL", 2, "LDL")):
+        code = [Instruction(opcode, "R4, [R1]")] * limit
+        assert complaints_of_full_loop(code, budget) == []
+        assert complaints_of_full_loop([*code, code[0]], budget) == [f"{what}: {limit + 1}, above {limit}"]
+
+
+@pytest.mark.parametrize("operands", ["0x0", "0x4, 0x80", "0x7, 0xa0", "0xc, 0xa0", "R4, 0x100", "R4"])
+def test_a_barrier_that_is_not_planned_is_noticed(kernel, operands):
+    doctored = [*kernel.code, Instruction("BAR.ARV", operands)]
+    assert complaints_of_barriers(doctored, 2) == [f"BAR.ARV {operands}"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (r"ld\.global\.gpu\.acquire", "ld.global"),
+        (r"(atom|red)\.global\.gpu\.release", r"\1.global.gpu.relaxed"),
+        (r"cp\.async\.bulk\.wait_group 0;", "cp.async.bulk.wait_group.read 0;"),
+        (r"fence\.proxy\.async\.global;", ""),
+    ],
+)
+def test_a_turn_passed_on_too_early_is_noticed(kernel, old, new):
+    text, changed = re.subn(old, new, kernel.ptx_text)
+    assert changed
+    assert [*complaints_of_turns(replace(kernel.ptx, text=text))] != []
