@@ -1,8 +1,9 @@
 """Which keys does a program own, and which tiles of rows visit them, in which order?
 
-A program owns a tile of keys of one head of keys and values. Programs are numbered through the heads that are
-taken together, tile by tile (`head_and_tile`), and take their numbers as tickets when they start. For each query head of the group a program walks the
-tiles of rows that visit its keys, from the last to the first, in all roles alike:
+A program owns a tile of keys of one head of keys and values. Programs are numbered tile by tile, through some
+heads together (`head_and_tile`), and take their numbers as tickets when they start. For each query head of
+the group a program walks the tiles of rows that visit its keys, from the last to the first, in all roles
+alike:
 
                       keys ──►
                       0   1   2
