@@ -113,6 +113,7 @@ VARIED = {
     "dropout_seed": lambda device: [None, torch.zeros(1, dtype=torch.int64, device=device)],
     "impl": lambda device: ["portable"],  # the others launch nothing, or what the emulator runs
     "strict": lambda device: [False, True],
+    "deterministic": lambda device: [True, False],
     "packing": lambda device: [None],  # of `packed_attention`, below
     "cache": lambda device: [None],  # of `cached_attention`, below
 }  # fmt: skip
@@ -228,6 +229,7 @@ AROUND = {
     "a forced tile": lambda: tiles.use(tiles.Tile(16, 32)),
     "another": lambda: tiles.use(tiles.Tile(32, 16)),
     "of one pass": lambda: tiles.use(tiles.Tile(16, 32), ["dq"]),
+    "one walk": lambda: tiles.use_walks(1),
     "no gradients": torch.no_grad,
 }
 
@@ -239,6 +241,14 @@ def test_what_is_around_a_call_is_looked_at(device):
         with around():
             keys.append(look(request, False).key)
     assert len(set(keys)) == 2 + len(AROUND)
+
+
+def test_tables_that_were_read_again_are_looked_at(device, monkeypatch):
+    request = make_request(**base(device), impl="portable")
+    before = look(request, False).key
+    monkeypatch.setattr(tiles, "reloads", tiles.reloads)
+    tiles.reload_user_tables()
+    assert look(request, False).key != before
 
 
 class Holds(tilewise.Mask):
