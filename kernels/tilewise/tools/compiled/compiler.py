@@ -42,10 +42,11 @@ from .sums import sums
 # The start of the opcode that multiplies fp16 and bf16 tiles of 64 rows and more, by family.
 MATMUL = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 TARGETS = tuple(MATMUL)  # those that the tests compile for
-HOPPER = "hopper_forward_kernel"
+HOPPER, ONE_WALK = "hopper_forward_kernel", "dqkv_kernel"
 # Products of a tile step: how many of them are as long as head_dim, and how many as value_dim.
 PRODUCTS = {
     "forward_kernel": (1, 1), HOPPER: (1, 1), "dkv_kernel": (2, 2), "dq_kernel": (2, 1),
+    "dqkv_kernel": (3, 2),
     "parameter_kernel": (1, 1),
 }  # fmt: skip
 TILE_SIZES = ("TILE_Q", "TILE_KV", "HEAD_TILE", "VALUE_TILE")
@@ -233,7 +234,8 @@ def loops_of(code: MachineCode, kernel: str, tile: dict[str, int], warps: int, w
     and the copy engine brings K and V for all of them."""
     flops = tile_flops(kernel, tile)
     if kernel != HOPPER:
-        return main_loops(code.instructions, warps, warp, flops)
+        order = ("cut", "full") if kernel == ONE_WALK else ("full", "cut")
+        return main_loops(code.instructions, warps, warp, flops, order)
     teams = tile["TILE_Q"] // WARPGROUP_ROWS
     copied = 2 * tile["TILE_KV"] * (tile["HEAD_TILE"] + tile["VALUE_TILE"]) // teams
     assert flops is not None
