@@ -103,7 +103,7 @@ def test_estimate_of_shared_memory_holds(main_tiles, target, dtype, dim):
     assert main_tiles[target][f"{dtype} {dim} causal"].shared_bytes <= estimate + BARRIER_BYTES
 
 
-KERNELS = {"forward": "forward_kernel", "dkv": "dkv_kernel", "dq": "dq_kernel"}
+KERNELS = {"forward": "forward_kernel", "dkv": "dkv_kernel", "dq": "dq_kernel", "dqkv": "dqkv_kernel"}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -116,7 +116,7 @@ def test_tiles_of_the_backward_fit_shared_memory(backward_tiles, target):
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_estimate_of_the_backwards_shared_memory_holds(backward_tiles, target, dtype, dim):
     element_bytes = 2 if dtype == "bf16" else 4
-    for work in ("dkv", "dq"):
+    for work in ("dkv", "dq", "dqkv"):
         tile = table_tile(target, element_bytes, dim, work)
         estimate = shared_bytes(tile, target, element_bytes, dim, work)
         compiled = backward_tiles[target][f"{dtype} {dim} causal", KERNELS[work]]
@@ -133,13 +133,16 @@ def test_the_backward_multiplies_on_tensor_cores_and_in_ieee_for_float32(backwar
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_feature_compiles_in_the_backward(backward_feature_kernels, target):
     kernels = backward_feature_kernels[target]
-    assert {each.kernel for each in kernels} == {*KERNELS.values(), "prepare_kernel", "parameter_kernel"} - {
-        "forward_kernel"
-    }
-    assert len({each.variant for each in kernels}) == len(backward_feature_variants())
+    assert {each.kernel for each in kernels} == {
+        *KERNELS.values(),
+        "prepare_kernel",
+        "parameter_kernel",
+        "finish_dq_kernel",
+    } - {"forward_kernel"}
+    assert {each.variant for each in kernels} == {each.name for each in backward_feature_variants()}
     for each in kernels:
         assert each.shared_bytes <= SHARED_BYTES[target], each
-        assert each.matmuls or each.kernel == "prepare_kernel", each
+        assert each.matmuls or each.kernel in ("prepare_kernel", "finish_dq_kernel"), each
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -227,10 +230,10 @@ def test_every_feature_compiles(feature_kernels, target):
 @pytest.mark.oldest
 def test_oldest_variants_compile_without_spills(oldest_kernels):
     for found in (oldest_kernels[target] for target in OLDEST_TARGETS):
-        names = ["forward_kernel"] * 2 + ["prepare_kernel", "dq_kernel", "dkv_kernel"]
+        names = ["forward_kernel"] * 2 + ["prepare_kernel", "dq_kernel", "dkv_kernel", "dqkv_kernel"]
         assert [each.kernel for each in found] == names
         assert found[0].spill_bytes == 0 and found[0].uses_tensor_cores
-        assert found[3].matmuls and found[4].matmuls and found[3].spill_bytes == found[4].spill_bytes == 0
+        assert all(each.matmuls and each.spill_bytes == 0 for each in found[3:])
 
 
 def test_every_feature_that_changes_a_kernel_is_in_a_combination():
@@ -256,7 +259,7 @@ OTHER_CHIPS |= {"gfx90a": 64, "gfx950": 160}
 @pytest.mark.parametrize("arch", OTHER_CHIPS)
 @pytest.mark.parametrize("element_bytes", [2, 4])
 @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("work", ["forward", "dkv", "dq"])
+@pytest.mark.parametrize("work", ["forward", "dkv", "dq", "dqkv"])
 def test_chips_that_the_table_does_not_list_get_a_tile_that_fits(arch, element_bytes, dim, work):
     if (arch, element_bytes, dim, work != "forward") == ("sm_75", 4, 256, True):
         with pytest.raises(NotImplementedError, match="sm_75 has too little shared memory"):
@@ -266,7 +269,7 @@ def test_chips_that_the_table_does_not_list_get_a_tile_that_fits(arch, element_b
     estimate = shared_bytes(tile, arch, element_bytes, dim, work)
     assert estimate <= OTHER_CHIPS[arch] * 1024
     # One tile of what the pass walks over, at the least: AMD keeps what a program owns in registers.
-    walked = tile.tile_q if work == "dkv" else tile.tile_kv
+    walked = tile.tile_q if work in ("dkv", "dqkv") else tile.tile_kv
     assert estimate >= element_bytes * walked * dim
 
 

@@ -128,7 +128,7 @@ def test_wrong_names_are_named(change, message):
     ],
 )
 def test_hoppers_forward_is_inspected_where_it_applies(archs, dtypes, cases, applies):
-    expected = ["forward", "hopper", "dkv", "dq"] if applies else ["forward", "dkv", "dq"]
+    expected = ["forward", *["hopper"] * applies, "dkv", "dq", "dqkv"]
     assert applicable(KERNELS, archs, dtypes, cases) == expected
 
 

@@ -73,6 +73,14 @@ def test_tiles_need_not_be_square(device, walked, pair, tile):
     assert walked
 
 
+def test_columns_in_pieces(device, walked):
+    """head_dim 80 is 16 + 64 columns; 40 is 64, of which 24 are padding."""
+    for head_dim in (80, 40):
+        p = build(device, random.Random(0), [], batch=1, q_len=20, kv_len=20, head_dim=head_dim)
+        judge(p, backward=True)
+    assert len(walked) == 2
+
+
 @pytest.mark.parametrize("similarity", ["scaled_dot", "cosine"])
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf], ids=str)
 def test_what_no_query_sees_has_no_influence(device, similarity, junk):

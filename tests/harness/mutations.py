@@ -18,6 +18,7 @@ from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_hopper_backward import MUTATIONS as HOPPER_BACKWARD_MUTATIONS
 from .mutations_host import MUTATIONS as HOST_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
+from .mutations_one_walk import MUTATIONS as ONE_WALK_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
@@ -396,6 +397,7 @@ MUTATIONS = (
     *HOST_MUTATIONS,
     *HOPPER_BACKWARD_MUTATIONS,
     *NN_MUTATIONS,
+    *ONE_WALK_MUTATIONS,
     *POSITIONS_MUTATIONS,
     *ROWS_MUTATIONS,
     *TOOLS_MUTATIONS,

@@ -37,6 +37,7 @@ from tilewise.tools.compiled.variants import (
     hopper_variant,
     launch,
     launch_backward,
+    one_walk_variant,
     plain_inputs,
     target_name,
 )
@@ -196,14 +197,21 @@ def feature_variants() -> list[Variant]:
 
 
 def backward_feature_variants() -> list[Variant]:
-    """Every feature in the backward and in its parameters' gradients; the last two add nothing new there."""
-    return [feature_variant(features, i, launch_backward) for i, features in enumerate(COMBINATIONS[:4])]
+    """Every feature in the backward and in its parameters' gradients; the last two add nothing new there. In
+    one walk the first and the packed one: what they are told of is the same, and so is the code."""
+    found = [feature_variant(features, i, launch_backward) for i, features in enumerate(COMBINATIONS[:4])]
+    in_one = functools.partial(launch_backward, walks=1)
+    for i in (0, 3):
+        variant = feature_variant(COMBINATIONS[i], i, in_one)
+        found.append(dataclasses.replace(variant, kernels=("dqkv_kernel", "finish_dq_kernel")))
+    return found
 
 
 def backward_variants() -> list[Variant]:
     """Every row of the table for the backward."""
     dtypes = ("bf16", "fp32")
     found = [backward_variant(dtype, dim, "causal") for dtype in dtypes for dim in DIMS]
+    found += [one_walk_variant(dtype, dim, "causal") for dtype in dtypes for dim in DIMS]
     return [*found, backward_variant("bf16", 128, "full")]
 
 
@@ -307,6 +315,7 @@ def oldest_variants() -> list[Variant]:
         forward_variant("bf16", 128, "causal"),
         feature_variants()[0],
         backward_variant("bf16", 64, "causal"),
+        one_walk_variant("bf16", 64, "causal"),
     ]
 
 

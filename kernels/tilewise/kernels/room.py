@@ -23,7 +23,7 @@ SHARED_BYTES = {
 }
 SMALLEST_SHARED_BYTES = 65_536
 # Of a thread's 255; the rest goes to addresses, row state and operands, of which dQ's pass has the fewest.
-ACCUMULATOR_REGISTERS = {"forward": 160, "dkv": 168, "dq": 224}
+ACCUMULATOR_REGISTERS = {"forward": 160, "dkv": 168, "dq": 224, "dqkv": 184}
 
 
 HOPPER_REGISTERS = {2: 192, 3: 112}  # by warpgroups: of 240 and 160
@@ -38,8 +38,16 @@ def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass
         return hopper_backward_bytes(tile, dim)
     if isinstance(tile, HopperTile):
         return hopper_bytes(tile, dim, dim, has_out_buffer(tile, dim, dim))
-    walked = tile.tile_q if work == "dkv" else tile.tile_kv
-    owned = {"forward": tile.tile_q, "dq": 2 * tile.tile_q, "dkv": 2 * tile.tile_kv}[work]
+    owns_keys = work in ("dkv", "dqkv")
+    walked = tile.tile_q if owns_keys else tile.tile_kv
+    # One walk has K twice, once without NaN; its share of dQ goes through shared memory to be added by rows.
+    owned = {
+        "forward": tile.tile_q,
+        "dq": 2 * tile.tile_q,
+        "dkv": 2 * tile.tile_kv,
+        "dqkv": 3 * tile.tile_kv,
+    }[work]
+    share = 4 * tile.tile_q * dim if work == "dqkv" else 0
     owned = 0 if arch.startswith("gfx") else owned
     from_shared = element_bytes == 2 and family(arch) in ("sm_90", "sm_100")
     between = 0 if from_shared else tile.tile_q * tile.tile_kv
@@ -47,8 +55,8 @@ def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass
     buffers = 1 if tile.num_stages == 1 and work == "forward" else 2 * in_flight
     if from_shared and family(arch) == "sm_100" and work != "forward":
         buffers += 1  # a transposed copy; and P and dS of the dK and dV pass are operands in shared memory
-        between = 2 * tile.tile_q * tile.tile_kv if work == "dkv" else 0
-    return element_bytes * (owned * dim + between + buffers * walked * dim)
+        between = 2 * tile.tile_q * tile.tile_kv if owns_keys else 0
+    return element_bytes * (owned * dim + between + buffers * walked * dim) + share
 
 
 def hopper_bytes(tile: HopperTile, head_tile: int, value_tile: int, with_out_buffer: bool) -> int:
@@ -79,7 +87,8 @@ def has_out_buffer(tile: HopperTile, head_tile: int, value_tile: int) -> bool:
 
 
 def accumulator_registers(tile: Tile, arch: str, dim: int, work: Pass = "forward") -> int:
-    """Registers a thread that hold what is summed (O; dQ; dK and dV), the scores and what becomes of them."""
+    """Registers a thread that hold what is summed (O; dQ; dK and dV; all three), the scores and what becomes
+    of them."""
     if isinstance(tile, HopperTile):  # as the forward's, and Q where it is kept there
         q = tile.tile_q * dim // 2 if tile.is_q_in_registers else 0
         return (tile.tile_q * (dim + tile.tile_kv + tile.tile_kv // 2) + q) // (32 * tile.num_warps)
@@ -87,7 +96,7 @@ def accumulator_registers(tile: Tile, arch: str, dim: int, work: Pass = "forward
     pairs = tile.tile_q * tile.tile_kv
     if work == "forward":  # S and the rounded P
         return (tile.tile_q * dim + pairs + pairs // 2) // threads
-    sums = tile.tile_q * dim if work == "dq" else 2 * tile.tile_kv * dim
+    sums = {"dq": tile.tile_q, "dkv": 2 * tile.tile_kv, "dqkv": 2 * tile.tile_kv + tile.tile_q}[work] * dim
     return (sums + 2 * pairs + pairs // 2) // threads  # S, dP and the rounded dS
 
 

@@ -114,11 +114,23 @@ def use_walks(walks: int) -> Iterator[None]:
         _walks = before
 
 
+# Where the static model finds one walk faster than two (`tilewise.tools.rank`). No GPU has timed it.
+ONE_WALK = {("sm_90", 2, 64), ("sm_90", 2, 128)}
+
+
 def choose_walks(q: torch.Tensor, shape: Shape) -> int:
-    """In how many walks the backward makes dQ, dK and dV."""
+    """In how many walks the backward makes dQ, dK and dV, if it makes all of them. The interpreter takes two,
+    so that tests which say nothing see both of their kernels; those of one walk ask for it."""
+    if _walks is not None or INTERPRETED:
+        return _walks or 2
+    return arch_walks(architecture(q.device), q.element_size(), shape)
+
+
+def arch_walks(arch: str, element_bytes: int, shape: Shape) -> int:
+    """The same on an architecture by name."""
     if _walks is not None:
         return _walks
-    return 2
+    return 1 if (arch, element_bytes, max(64, widest(shape))) in ONE_WALK else 2
 
 
 def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:

@@ -43,9 +43,10 @@ from .sums import sums
 MATMUL = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 TARGETS = tuple(MATMUL)  # those that the tests compile for
 HOPPER, HOPPER_BACKWARD = "hopper_forward_kernel", "hopper_backward_kernel"
+ONE_WALK = "dqkv_kernel"
 # Products of a tile step: how many of them are as long as head_dim, and how many as value_dim.
 PRODUCTS = {
-    "forward_kernel": (1, 1), HOPPER: (1, 1), "dkv_kernel": (2, 2), "dq_kernel": (2, 1),
+    "forward_kernel": (1, 1), HOPPER: (1, 1), "dkv_kernel": (2, 2), "dq_kernel": (2, 1), ONE_WALK: (3, 2),
     "parameter_kernel": (1, 1), HOPPER_BACKWARD: (3, 2),
 }  # fmt: skip
 TILE_SIZES = ("TILE_Q", "TILE_KV", "HEAD_TILE", "VALUE_TILE")
@@ -235,7 +236,8 @@ def loops_of(code: MachineCode, kernel: str, tile: dict[str, int], warps: int, w
     first, and the copy engine brings K and V, or Q and dO, for all of them."""
     flops = tile_flops(kernel, tile)
     if kernel not in (HOPPER, HOPPER_BACKWARD):
-        return main_loops(code.instructions, warps, warp, flops)
+        order = ("cut", "full") if kernel == ONE_WALK else ("full", "cut")
+        return main_loops(code.instructions, warps, warp, flops, order)
     own, walked = ("TILE_Q", "TILE_KV") if kernel == HOPPER else ("TILE_KV", "TILE_Q")
     teams = tile[own] // WARPGROUP_ROWS
     copied = 2 * tile[walked] * (tile["HEAD_TILE"] + tile["VALUE_TILE"]) // teams

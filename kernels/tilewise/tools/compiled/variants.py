@@ -26,11 +26,11 @@ from ...plan.passes import parameter_slots, run_backward, run_forward
 from ...plan.request import request_of
 from ...plan.rules import hopper as hopper_rules
 from ..inputs import case_inputs
-from .compiler import HOPPER_BACKWARD, Variant
+from .compiler import HOPPER_BACKWARD, ONE_WALK, Variant
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MASKS = {"causal": Causal(), "full": None}
-KERNELS = ("forward", "hopper", "dkv", "dq")
+KERNELS = ("forward", "hopper", "dkv", "dq", "dqkv")
 LENGTH, Q_HEADS, KV_HEADS = 512, 4, 2  # no kernel is another for longer sequences or other heads
 
 
@@ -68,15 +68,15 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool =
         run_forward(request_of(q, k, v, **given), return_lse)
 
 
-def launch_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> None:
-    """What its backward does, with gradients of everything that has one."""
+def launch_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, walks: int = 2, **given: Any) -> None:
+    """What its backward does, with gradients of everything that has one, in so many walks."""
     request = request_of(q, k, v, **given)
     q = request.q
     out = q.new_empty(*q.shape[:3], request.shape.value_dim)
     dlse = q.new_empty(q.shape[:3], dtype=torch.float32)
     slots = {slot for slot, _, _ in parameter_slots(request)}
     needs = [True] * 3 + [slot in slots for slot in range(len(request.other_tensors))]
-    with target_tiles():
+    with target_tiles(), tiles.use_walks(walks):
         run_backward(request, out, dlse.expand(2, *dlse.shape), torch.empty_like(out), dlse, needs)
 
 
@@ -139,6 +139,17 @@ def backward_variant(
     return Variant(f"{dtype}{' tf32' if precision == 'high' else ''} {dim} {mask}", run, only)
 
 
+def one_walk_variant(
+    dtype: str, dim: int, mask: str, kernels: Sequence[str] = (ONE_WALK,), **given: Any
+) -> Variant:
+    """The backward in one walk under the plainest call."""
+
+    def run() -> None:
+        launch_backward(*plain_inputs(dtype, dim), walks=1, mask=MASKS[mask], **given)
+
+    return Variant(f"{dtype} {dim} {mask}", run, tuple(kernels))
+
+
 def parameter_variants(dtype: str, dim: int, mask: str) -> list[Variant]:
     """The gradient of one learned parameter for each of the ways in which its kernel walks the pairs."""
 
@@ -171,6 +182,8 @@ def plain_variants(
             found.append(hopper_variant(dtype, dim, mask))
         if backward:
             found.append(backward_variant(dtype, dim, mask, backward))
+        if "dqkv" in kernels:
+            found.append(one_walk_variant(dtype, dim, mask))
         if "parameter" in kernels:
             found += parameter_variants(dtype, dim, mask)
     return found
@@ -195,7 +208,7 @@ def why_not_hopper(archs: Sequence[str], dtypes: Sequence[str], cases: Sequence[
 def case_variants(names: Sequence[str], kernels: Sequence[str]) -> list[Variant]:
     """The calls of these named cases with all that they ask for; kernels as for `plain_variants`."""
     found = []
-    backward = tuple(f"{name}_kernel" for name in kernels if name not in ("forward", "hopper"))
+    backward = tuple(f"{name}_kernel" for name in kernels if name not in ("forward", "hopper", "dqkv"))
     for name in names:
         q, k, v, given, _ = case_inputs(find_case(name), "meta")
         if "forward" in kernels:
@@ -205,4 +218,7 @@ def case_variants(names: Sequence[str], kernels: Sequence[str]) -> list[Variant]
             found.append(Variant(name, run))
         if backward:
             found.append(Variant(name, functools.partial(launch_backward, q, k, v, **given), backward))
+        if "dqkv" in kernels:
+            run = functools.partial(launch_backward, q, k, v, walks=1, **given)
+            found.append(Variant(name, run, (ONE_WALK,)))
     return found

@@ -312,7 +312,9 @@ def settings() -> Iterator[Finding]:
     yield Finding("settings", "float32 matmul precision", f"{precision}: {meaning}")
     deterministic = "on" if torch.are_deterministic_algorithms_enabled() else "off"
     yield Finding(
-        "settings", "deterministic algorithms", f"{deterministic}; tilewise is deterministic either way"
+        "settings",
+        "deterministic algorithms",
+        f"{deterministic}; tilewise is deterministic but where it is told otherwise",
     )
     ours = ("TRITON_", "TILEWISE_", "CUDA_VISIBLE", "HIP_VISIBLE", "PYTORCH_")
     names = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(ours)]

@@ -18,7 +18,7 @@ from ...parts.similarity import Normalised
 from ...plan.passes import parameter_slots
 from ...plan.quadratic import holds_every_pair, stored_bytes
 from ...plan.request import Request
-from ...plan.tiles import arch_choice, architecture, tile_choice
+from ...plan.tiles import arch_choice, arch_walks, architecture, choose_walks, tile_choice
 from ..chips import Chip
 from .coverage import has_contents
 from .parts import parts_of
@@ -47,7 +47,15 @@ def as_workload(
         of_scores=softcaps,
         of_derivatives=softcaps,
         is_hopper=is_hopper,
+        walks=walks_of(request, chip, on_its_gpu),
     )
+
+
+def walks_of(request: Request, chip: Chip, on_its_gpu: bool) -> int:
+    """In how many walks the backward makes dQ, dK and dV: all three are asked for."""
+    if on_its_gpu and not INTERPRETED:
+        return choose_walks(request.q, request.shape)
+    return arch_walks(chip.arch, request.q.element_size(), request.shape)
 
 
 def tile_choices(q: torch.Tensor, shape: Shape, chip: Chip, on_its_gpu: bool) -> TileChoice:

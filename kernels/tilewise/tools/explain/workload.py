@@ -88,6 +88,12 @@ class Workload:
     of_scores: int = 0
     of_derivatives: int = 0
     is_hopper: bool = False  # the forward is Hopper's
+    walks: int = 2  # of the backward
+
+    @property
+    def over_rows(self) -> Pass:
+        """The pass that walks over rows, whose tiles of rows are the whole backward's."""
+        return "dqkv" if self.walks == 1 else "dkv"
 
     def split(self) -> Split | None:
         """How the keys of a cache are split over programs."""
@@ -124,7 +130,10 @@ def kernels_of(work: Workload) -> tuple[Kernel, ...]:
     if (split := work.split()) is not None:
         kernels.append(combine(work, split))
     if work.training:
-        kernels += [prepare(work), dq(work), dkv(work)]
+        kernels += [
+            prepare(work),
+            *([dqkv(work), finish_dq(work)] if work.walks == 1 else [dq(work), dkv(work)]),
+        ]
         kernels += [gradient(work, parameter) for parameter in work.parameters]
     return tuple(kernels)
 
@@ -302,7 +311,7 @@ def forward_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:
 
 def prepare(work: Workload) -> Kernel:
     """delta = Σ_d dO · O, and the range of keys of every tile of rows: no matmul."""
-    tile, tile_from = work.choose(work.element_bytes, "dkv")
+    tile, tile_from = work.choose(work.element_bytes, work.over_rows)
     started, busy = rows_programs(work, tile.tile_q)
     moved = 2 * rows_bytes(work, work.shape.value_dim) + statistics_bytes(work, 2) + 16 * started
     return Kernel(
@@ -341,9 +350,39 @@ def dkv(work: Workload) -> Kernel:
     )  # fmt: skip
 
 
+def dqkv(work: Workload) -> Kernel:
+    """The same, and dQ = dS K in memory. Additions are the L2 cache's to bear: of them only the sums count
+    here, cleared, read and written once."""
+    tile, tile_from = work.choose(work.element_bytes, "dqkv")
+    tiles = work.parts.covered(walk_over_rows, tile.tile_q, tile.tile_kv)
+    moved = backward_reads(work, tiles, tile) + all_keys_bytes(work) + 3 * sums_bytes(work)
+    return walk(
+        work, "dqkv", (tile, tile_from), keys_programs(work, tile.tile_kv), tiles, (3, 2),
+        1 + work.of_scores + work.of_derivatives, moved,
+    )  # fmt: skip
+
+
+def sums_bytes(work: Workload) -> int:
+    """Of dQ's sums in fp32, a block for every tile of rows."""
+    shape, tile_q = work.shape, work.choose(work.element_bytes, "dqkv")[0].tile_q
+    return 4 * shape.blocks * shape.q_heads * tile_count(shape, shape.q_len, tile_q) * tile_q * shape.head_dim
+
+
+def finish_dq(work: Workload) -> Kernel:
+    """dQ of its sums: no matmul."""
+    tile, tile_from = work.choose(work.element_bytes, "dqkv")
+    started, busy = rows_programs(work, tile.tile_q)
+    moved = sums_bytes(work) + 2 * rows_bytes(work, work.shape.head_dim)
+    return Kernel(
+        "finish dq", tile, tile_from, started, busy,
+        busy / work.chip.multiprocessors, None, 0, 0, 0, moved,
+        limits_of(work.chip, busy, 0, 0, moved, work.element_bytes, work.precision),
+    )  # fmt: skip
+
+
 def gradient(work: Workload, parameter: TrainedParameter) -> Kernel:
     """S = scores(Q Kᵀ) and dP = dO Vᵀ once more, and the sum of dS over the pairs that read an element."""
-    chosen, tile_from = work.choose(work.element_bytes, "dkv")
+    chosen, tile_from = work.choose(work.element_bytes, work.over_rows)
     tile = square_tile(chosen)
     tiles = work.parts.covered(walk_of_a_parameter, tile.tile_q)
     started = parameter.programs(tile.tile_q)
@@ -371,12 +410,20 @@ def memory_of(work: Workload) -> tuple[Allocation, ...]:
             Allocation("lse of each split", of_splits, "during the call"),
         ]
     if work.training:
-        tile, _ = work.choose(work.element_bytes, "dkv")
+        tile, _ = work.choose(work.element_bytes, work.over_rows)
         ranges = shape.blocks * shape.q_heads * tile_count(shape, shape.q_len, tile.tile_q)
         found += [
             Allocation("row statistics", statistics_bytes(work, 2), "for the backward"),
             Allocation("delta", statistics_bytes(work, 1), "during the backward"),
             Allocation("ranges", 16 * ranges, "during the backward"),
+            *(
+                [
+                    Allocation("sums of dq", sums_bytes(work), "during the backward"),
+                    Allocation("turns", 4 * (2 + ranges), "during the backward"),
+                ]
+                if work.walks == 1
+                else []
+            ),
             Allocation("dq", rows_bytes(work, shape.head_dim), "result"),
             Allocation("dk and dv", all_keys_bytes(work), "result"),
         ]

@@ -8,6 +8,7 @@ No GPU has confirmed it. It adds to `bound`, which looks at one loop, what else 
 - a step waits for its copies: with one stage for all of a copy, with more only where it is over before they
   are; and the L2 cache hands out so many bytes a clock to all
 - steps that a mask cuts cost more, and a tile that crosses the diagonal computes what counts for nothing
+- programs that add to dQ in turns start one behind the other, once, and each step asks for a turn
 - programs start, and the last of them leave multiprocessors idle: they are dealt out one by one
 
 Of Hopper's forward a step is what `overlap_machine` says, as its warpgroups exist to run under one another,
@@ -38,7 +39,9 @@ L2_BYTES = 5120
 LATENCY = 500  # clocks from asking for a tile to having it: an assumption
 WAIT = ForwardLoop.latency  # clocks from a result to whoever waits for it: an assumption
 # Waits of a step besides those that are instructions of their own: rounds of the softmax, exponentials.
-CHAIN: dict[Pass, int] = {"forward": 6, "dkv": 2, "dq": 2}
+CHAIN: dict[Pass, int] = {"forward": 6, "dkv": 2, "dq": 2, "dqkv": 3}
+TURN = 2 * LATENCY  # clocks of a step that are spent on turns: one is asked for, and one passed on
+OWN_KEYS: tuple[Pass, ...] = ("dkv", "dqkv")
 HEADS_BYTES = 24 << 20  # of keys and values that Hopper's programs walk over together (hopper/launch.py)
 
 Overlap = Literal["none", "expected", "full"]
@@ -77,6 +80,8 @@ def model_of(compiled: Compiled, work: Pass, dim: int, tile: Tile, chip: Chip) -
     own, walked = rows_of(work, tile)
     wire = L2_BYTES / chip.multiprocessors
     step_bytes, own_bytes = 4 * walked * dim, 4 * own * dim
+    if work == "dqkv":  # what is added to dQ in fp32
+        step_bytes += 4 * walked * dim
     least = step_bytes / wire
     if isinstance(tile, HopperTile):
         first, a_step = hopper_clocks(full[0], dim, tile, chip)
@@ -118,7 +123,8 @@ def alone(work: Pass, loop: MainLoop, b: Bound) -> float:
     way runs under them, by the share of the exponentials that do; and the waits in between."""
     share = loop.overlapped / loop.exponentials if loop.exponentials else 0.0
     hidden = min(max(b.matmul, b.shared), share * (b.exponentials + b.other))
-    return in_turns(b) - hidden + WAIT * (loop.waits + CHAIN[work])
+    turn = TURN if work == "dqkv" else 0
+    return in_turns(b) - hidden + WAIT * (loop.waits + CHAIN[work]) + turn
 
 
 def with_copies(clocks: float, copy: float, stages: int) -> float:
@@ -141,8 +147,9 @@ def hopper_clocks(loop: MainLoop, dim: int, tile: HopperTile, chip: Chip) -> tup
 
 
 def rows_of(work: Pass, tile: Tile) -> tuple[int, int]:
-    """The rows that a program owns, of queries, or in dkv of keys; and those that it walks over in a step."""
-    return (tile.tile_kv, tile.tile_q) if work == "dkv" else (tile.tile_q, tile.tile_kv)
+    """The rows that a program owns, of queries, or in dkv and dqkv of keys; and those that it walks over in a
+    step."""
+    return (tile.tile_kv, tile.tile_q) if work in OWN_KEYS else (tile.tile_q, tile.tile_kv)
 
 
 def steps_of(work: Pass, tile: Tile, length: int, is_causal: bool) -> list[tuple[int, int]]:
@@ -154,14 +161,14 @@ def steps_of(work: Pass, tile: Tile, length: int, is_causal: bool) -> list[tuple
         return [(all_steps, 0)] * -(-length // own)
     found = []
     for first in range(0, length, own):
-        if work == "dkv":  # queries from the first key on; full where the first sees the last key
+        if work in OWN_KEYS:  # queries from the first key on; full where the first sees the last key
             begin, whole = first // walked, -(-(first + own - 1) // walked)
             steps, full = all_steps - begin, max(0, all_steps - whole)
         else:  # keys up to the last query; full where the first query sees the last of them
             steps = min(all_steps, -(-(first + own) // walked))
             full = min(steps, (first + 1) // walked)
         found.append((full, steps - full))
-    return found if work == "dkv" else found[::-1]
+    return found if work in OWN_KEYS else found[::-1]
 
 
 def call_clocks(model: TileModel, case: Case, chip: Chip, overlap: Overlap = "expected") -> float:
@@ -172,12 +179,39 @@ def call_clocks(model: TileModel, case: Case, chip: Chip, overlap: Overlap = "ex
     heads = case.batch * case.q_heads
     if model.work == "hopper":
         return dealt_in_order(hopper_order(a_head, heads, case), chip.multiprocessors)
+    if model.work == "dqkv":
+        ends = in_order(model, steps, heads, full, cut, model.programs * chip.multiprocessors)
+        return ends + finish_seconds(case, chip) * chip.clock
     shared = (model.programs * clocks for _ in range(heads) for clocks in a_head)
     return dealt_to_the_first_free(shared, model.programs * chip.multiprocessors)
 
 
 def call_seconds(model: TileModel, case: Case, chip: Chip, overlap: Overlap = "expected") -> float:
     return call_clocks(model, case, chip, overlap) / chip.clock
+
+
+def in_order(
+    model: TileModel, steps: list[tuple[int, int]], heads: int, full: float, cut: float, places: int
+) -> float:
+    """When the last program of a backward in one walk ends: in each tile of rows, from the last to the first,
+    it adds after the one before it has, which passes its turn on a step later."""
+    free = [0.0] * places
+    for _ in range(heads):
+        before: list[float] = []  # when the program before could pass on each tile of rows, from the last
+        for whole, masked in steps:
+            now, passed = free[0] + model.programs * model.start, []
+            for step in range(whole + masked):
+                now += model.programs * (full if step < whole else cut)
+                now = max(now, before[step]) if step < len(before) else now
+                passed.append(now)
+            before = [*passed[1:], now]
+            heapq.heapreplace(free, now)
+    return max(free)
+
+
+def finish_seconds(case: Case, chip: Chip) -> float:
+    """For dQ's sums, by the memory alone: zeros are written, sums read, q read and dQ written."""
+    return case.batch * case.q_heads * case.q_len * case.head_dim * (4 + 4 + 2 + 2) / chip.memory_bytes
 
 
 def hopper_order(a_head: list[float], heads: int, case: Case) -> Iterable[float]:

@@ -27,7 +27,7 @@ from ...plan import tiles
 from ...plan.user_tiles import kernels_hash
 from ..chips import chip_of_target
 from ..compiled.compiler import MATMUL, Compiled, Variant, compile_variants
-from ..compiled.variants import MASKS, backward_variant, forward_variant, hopper_variant
+from ..compiled.variants import MASKS, backward_variant, forward_variant, hopper_variant, one_walk_variant
 from ..tune.candidates import candidates, distance, nearest_first
 from ..tune.journal import tile_of
 from .call_model import TileModel, call_seconds, model_of
@@ -42,7 +42,7 @@ def say(text: str) -> None:
 SOURCE = "tilewise.tools.rank.rank:variants"
 ARCH, DTYPE, ELEMENT_BYTES, LENGTH = "sm_90", "bf16", 2, 4096
 CHIP = chip_of_target(ARCH)
-WORKS: tuple[Pass, ...] = ("forward", "hopper", "dkv", "dq")
+WORKS: tuple[Pass, ...] = ("forward", "hopper", "dkv", "dq", "dqkv")
 RANKED_DIMS = (128, 64)
 NEAREST, BEST = 26, 5  # tiles compiled of a row, and kept
 SAME = 1.02  # times that differ by less are the same to the model, whose errors are larger
@@ -88,6 +88,8 @@ def plain_variant(work: Pass, dim: int, mask: str) -> Variant:
     """The pass alone, of a plain call."""
     if work == "forward":
         return forward_variant(DTYPE, dim, mask)
+    if work == "dqkv":
+        return one_walk_variant(DTYPE, dim, mask)
     return (
         hopper_variant(DTYPE, dim, mask) if work == "hopper" else backward_variant(DTYPE, dim, mask, (work,))
     )

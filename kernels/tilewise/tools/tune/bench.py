@@ -125,7 +125,7 @@ class Bench:
 
     def _run_forwards(self, workloads: Sequence[Workload]) -> None:
         """What a backward starts from."""
-        if self.work in ("dkv", "dq"):
+        if self.work in ("dkv", "dq", "dqkv"):
             for workload in workloads:
                 workload.forward()
 

@@ -12,6 +12,7 @@ from tilewise_reference.cases import Features
 
 from ...kernels.backward import launch_dkv, launch_dq
 from ...kernels.forward import launch_forward
+from ...kernels.one_walk import launch_dqkv
 from ...kernels.prepare import prepare
 from ...kernels.tile import Pass, Tile
 from ...plan import tiles
@@ -112,8 +113,8 @@ class Workload:
         return self._forward
 
     def launcher(self, work: Pass, tile: Tile) -> Callable[[], None]:
-        """A function that runs this pass alone and keeps nothing; that of dkv includes what prepares it, for
-        they share tile_q."""
+        """A function that runs this pass alone and keeps nothing; those of dkv and dqkv include what prepares
+        them, for they share tile_q, and that of dqkv what clears and finishes dQ."""
         q, k, shape = self.request.q.detach(), self.request.k.detach(), self.request.shape
         tile, call = self.tile(tile, work), bind(self.request)
         if work in FORWARDS:
@@ -128,20 +129,26 @@ class Workload:
             dq = empty_in_order_of(q, shape.head_dim)
             return lambda: launch_dq(backward, dq, tile)
         dk, dv = empty_in_order_of(k, shape.head_dim), empty_in_order_of(k, shape.value_dim)
+        if work == "dqkv":
+            dq = empty_in_order_of(q, shape.head_dim)
+            return lambda: launch_dqkv(
+                prepare(call, out, statistics, self.do, None, tile.tile_q), dq, dk, dv, tile, True
+            )
         return lambda: launch_dkv(prepare(call, out, statistics, self.do, None, tile.tile_q), dk, dv, tile)
 
     def answer(self, work: Pass, tile: Tile) -> dict[str, Tensor]:
         """What the pass gives with this tile, by name; memory that it does not write is NaN."""
-        others = [work == "dkv" and x.requires_grad for _, x in self.request.other_tensors]
-        needs = [work == "dq", work == "dkv", work == "dkv", *others]
+        others = [work in ("dkv", "dqkv") and x.requires_grad for _, x in self.request.other_tensors]
+        needs = [work in ("dq", "dqkv"), *[work in ("dkv", "dqkv")] * 2, *others]
         names = [
             name
             for name in gradient_tensors(self.request)
-            if work not in FORWARDS and (name == "dq") == (work == "dq")
+            if work not in FORWARDS and (work == "dqkv" or (name == "dq") == (work == "dq"))
         ]
         start = None if work in FORWARDS else self.forward()
         request = replace(self.request, impl="hopper") if work == "hopper" else self.request
-        with tiles.use(self.tile(tile, work), (work,)), poisoned_memory(), torch.no_grad():
+        walks = tiles.use_walks(1 if work == "dqkv" else 2)
+        with tiles.use(self.tile(tile, work), (work,)), walks, poisoned_memory(), torch.no_grad():
             if start is None:
                 out, lse, _ = run_forward(request, return_lse=True, for_backward=True)
                 assert lse is not None

@@ -38,6 +38,7 @@ class PassName(str, Enum):
     forward = "forward"
     dkv = "dkv"
     dq = "dq"
+    dqkv = "dqkv"
     hopper = "hopper"
 
 

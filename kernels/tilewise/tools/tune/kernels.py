@@ -15,6 +15,7 @@ KERNELS = {
     "forward": "forward_kernel",
     "dkv": "dkv_kernel",
     "dq": "dq_kernel",
+    "dqkv": "dqkv_kernel",
     "hopper": "hopper_forward_kernel",
 }
 WORKERS = min(16, os.cpu_count() or 1)
