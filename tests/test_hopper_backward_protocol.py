@@ -114,9 +114,19 @@ def test_without_turns_the_order_decides_and_nobody_counts():
     assert any(not torch.equal(dq, wanted[0]) for dq, *_ in found)
 
 
+@pytest.mark.oldest
+def test_programs_add_to_the_same_rows_in_the_order_of_their_keys():
+    problem = prepared(**MANY)
+    wanted = run(*problem)
+    assert torch.equal(wanted[3], torch.tensor([5, 5], dtype=torch.int32))
+    for schedule in (SlowMemory(), RandomSchedule(0), RandomSchedule(1)):
+        for ours, same in zip(run(*problem, schedule, 5), wanted, strict=True):
+            assert torch.equal(ours, same)
+
+
 @gluon.jit
-def nobody_waits(counter, rank):
-    pass
+def nobody_waits(counter, rank, before):
+    reducer.pass_turn(before)
 
 
 @gluon.jit
@@ -125,7 +135,7 @@ def read_is_enough(counter):
     gl.atomic_add(counter, 1, sem="release")
 
 
-@pytest.mark.parametrize("name, other", [("wait_for_turn", nobody_waits), ("pass_turn", read_is_enough)])
+@pytest.mark.parametrize("name, other", [("take_turn", nobody_waits), ("pass_turn", read_is_enough)])
 def test_turns_are_what_keeps_the_order(name, other, monkeypatch):
     """The same schedules without one half of them: some have other bits."""
     problem = prepared(**MANY)
@@ -140,8 +150,8 @@ def test_a_program_that_is_not_there_is_waited_for():
     problem = prepared(**MANY)
     problem[0].ranges[..., 0] = -128  # as if a tile of keys came before the first
     error = catch("no role can go on.*a change of the number at 0x", run, *problem)
-    assert re.search(r"reducer\.py:\d+ wait_for_turn", str(error))
-    catch("no program can go on.*wait_for_turn", run, *problem, RandomSchedule(0), 2)
+    assert re.search(r"reducer\.py:\d+ take_turn", str(error))
+    catch("no program can go on.*take_turn", run, *problem, RandomSchedule(0), 2)
 
 
 def test_tickets_not_the_hardware_say_who_comes_first():

@@ -20,12 +20,12 @@ INSTRUCTIONS = "kernels/tilewise/kernels/hopper/instructions.py"
 PASSES = "kernels/tilewise/plan/passes.py"
 
 ORDERS = tests("hopper_backward_protocol", "every_order_gives_the_same_bits")
+MANY = tests("hopper_backward_protocol", "programs_add_to_the_same_rows_in_the_order_of_their_keys")
 TICKETS = tests("hopper_backward_protocol", "tickets_not_the_hardware_say_who_comes_first")
 UNORDERED = tests("hopper_backward_protocol", "without_turns_the_order_decides_and_nobody_counts")
 GROUPED = tests("hopper_backward", "dimensions[24-16-64]")
 WIDE = tests("hopper_backward", "dimensions[128-128-128]")
 BETWEEN = tests("hopper_backward", "a_window_wider_than_a_tile_has_full_tiles_between_cut_ones")
-APART = tests("hopper_backward", "tiles_of_rows_that_do_not_visit_between_such_that_do")
 NAN_KEYS = tests("hopper_backward", "nan_in_keys_that_no_row_sees_reaches_no_gradient")
 NAN_ROWS = tests("hopper_backward", "nan_in_rows_that_see_no_key")
 NOT_TAKEN = tests("hopper_backward", "what_it_does_not_take_the_portable_backward_does")
@@ -68,25 +68,21 @@ MUTATIONS = (
              GROUPED),
     # ---- Whose turn it is
     Mutation("hopper backward: nobody waits for his turn", REDUCER,
-             'while gl.atomic_add(counter, 0, sem="acquire") < rank:', "while rank < 0:",
-             ORDERS),
+             "    while had < rank:", "    while rank < 0:",
+             MANY),
     Mutation("hopper backward: the turn passed on when dQ is read, not added", REDUCER,
              "    wait_added()\n    fence_async()\n    wait_for_role()",
              "    fence_async()\n    wait_for_role()",
-             ORDERS),
-    Mutation("hopper backward: the turn passed on by another thread than has waited", REDUCER,
-             "    wait_for_role()  # one thread has had it added, and perhaps another says so\n", "",
-             tests(COMPILED, "turns_are_passed_on_when_memory_has_the_sums")),
+             MANY),
+    Mutation("hopper backward: the last turn is not passed on", REDUCER,
+             "    if plan.IS_ORDERED:\n        pass_turn(before)\n", "",
+             MANY),
     Mutation("hopper backward: the turn passed on without release", REDUCER,
              'gl.atomic_add(counter, 1, sem="release")', 'gl.atomic_add(counter, 1, sem="relaxed")',
              tests(COMPILED, "turns_are_passed_on_when_memory_has_the_sums")),
-    Mutation("hopper backward: tiles of rows that do not visit count too", REDUCER,
-             "is_visit = (start < keys.kv_start + TILE_KV) & (stop > keys.kv_start)",
-             "is_visit = stop >= start",
-             APART),
     Mutation("hopper backward: ranks from the first tile of all", REDUCER,
              "keys.kv_start // TILE_KV - start // TILE_KV", "keys.kv_start // TILE_KV",
-             ORDERS),
+             BETWEEN),
     Mutation("hopper backward: the hardware's numbers for tickets", KERNEL,
              "number = gl.atomic_add(tickets, 1)", "number = gl.program_id(0)",
              TICKETS),
@@ -121,7 +117,7 @@ MUTATIONS = (
              GROUPED),
     Mutation("hopper backward: rows beyond the last count", STEP,
              " & (q_idx < q_len)[None, :]", "",
-             tests("hopper_backward", "lengths_around_its_tiles")),
+             tests("hopper_backward", "rows_beyond_the_last_have_no_part")),
     Mutation("hopper backward: no way back through the scores", STEP,
              "row[None, :], kv_row[:, None], plan.DERIVATIVES, score_args, 0",
              "row[None, :], kv_row[:, None], (), score_args, 0",

@@ -69,9 +69,10 @@ class Programs:
         """A switch point of the program that runs: another one may go on first."""
         if self._error is not None:
             raise Stopped
-        chosen = self._schedule.choose_program(self.running, self._candidates())
-        if chosen is not self.running:
-            self._hand_on(chosen)
+        if found := self._candidates():
+            chosen = self._schedule.choose_program(self.running, found)
+            if chosen is not self.running:
+                self._hand_on(chosen)
 
     def wait(self) -> bool:
         """The program that runs cannot go on: another one does. False where none can."""

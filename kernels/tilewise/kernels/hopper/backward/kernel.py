@@ -32,7 +32,7 @@ def hopper_backward_kernel(
     numbers,  # row_max, sum_log2 and delta, each [batch, q_heads, q_len] contiguous
     ranges,  # [batch, q_heads, tiles, 4] int32: prepare.py
     counters,  # [batch, q_heads, tiles] int32
-    tickets,  # [1] int32
+    tickets,  # [1] int32, and behind it a counter of no tile
     sizes,  # (q_heads, group, q_len, kv_len)
     unit,
     mask_args,
@@ -78,6 +78,7 @@ def hopper_backward_kernel(
     else:
         number = gl.program_id(0)
     keys = keys_of(number, sizes)
+    nobodys = tickets + 1
 
     asked = (plan, channels, keys, numbers, ranges, sizes, unit, mask_args, score_args)
     gl.warp_specialize(
@@ -85,7 +86,7 @@ def hopper_backward_kernel(
             (consume, (asked, dk_desc, dv_desc, 0)),
             (consume, (asked, dk_desc, dv_desc, 1)),
             (produce, (plan, channels, keys, q_desc, k_desc, v_desc, do_desc, ranges, sizes)),
-            (reduce, (plan, channels, keys, dq_desc, ranges, counters, sizes)),
+            (reduce, (plan, channels, keys, dq_desc, ranges, (nobodys, counters), sizes)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],

@@ -19,7 +19,7 @@ from .kernel import hopper_backward_kernel
 
 CONSUMER_REGISTERS, OTHER_REGISTERS = 240, 24  # a thread's
 SUMS_ALIGNED = ALIGNMENT // 4  # elements of fp32
-FIRST_COUNTER = 4  # behind the tickets, on a multiple of 16 bytes
+FIRST_COUNTER = 4  # behind the tickets and a counter of no tile, on a multiple of 16 bytes
 
 
 def launch_backward(

@@ -6,7 +6,8 @@ many tiles of keys before its own these rows visit. A counter a tile of rows say
     wait until counter = rank     add, and wait until memory has it     counter + 1
 
 It is the copy engine that adds, so that consumers lose no time: they compute the next step meanwhile, and
-wait only if dQ of the last one has not left shared memory yet.
+wait only if dQ of the last one has not left shared memory yet. While memory takes in what was added, the
+reducer looks at the counter of the next step already.
 """
 
 from triton.experimental import gluon
@@ -19,14 +20,6 @@ from .walk import tile_of_head, visits_of
 
 
 @gluon.jit
-def wait_for_turn(counter, rank):
-    """Until `rank` programs have added; what they have written is there then."""
-    while gl.atomic_add(counter, 0, sem="acquire") < rank:  # a load: Triton adds no 0
-        pass
-    fence_async()
-
-
-@gluon.jit
 def pass_turn(counter):
     """The next program may add. Memory has what this one has added."""
     wait_added()
@@ -36,8 +29,21 @@ def pass_turn(counter):
 
 
 @gluon.jit
-def reduce(plan, channels, keys, dq_desc, ranges, counters, sizes):
-    """dQ of each step, added by both warpgroups' pieces."""
+def take_turn(counter, rank, before):
+    """Pass on the turn of the counter `before`, and wait until `rank` programs have had that of `counter`;
+    what they have added is there then."""
+    had = gl.atomic_add(counter, 0, sem="acquire")  # a load: Triton adds no 0
+    pass_turn(before)
+    while had < rank:
+        had = gl.atomic_add(counter, 0, sem="acquire")
+    fence_async()
+
+
+@gluon.jit
+def reduce(plan, channels, keys, dq_desc, ranges, turns, sizes):
+    """dQ of each step, added by both warpgroups' pieces. turns: a counter of no tile, which is passed on
+    before there was a turn, and the counters of all tiles of rows."""
+    before, counters = turns
     group = sizes[1]
     TILE_Q: gl.constexpr = plan.TILE_Q
     THREADS: gl.constexpr = WARPGROUP_THREADS + 32
@@ -56,7 +62,9 @@ def reduce(plan, channels, keys, dq_desc, ranges, counters, sizes):
             is_visit = (start < keys.kv_start + TILE_KV) & (stop > keys.kv_start)
             if plan.IS_ORDERED:
                 if is_visit:
-                    wait_for_turn(counters + first_tile + q_tile, keys.kv_start // TILE_KV - start // TILE_KV)
+                    counter = counters + first_tile + q_tile
+                    take_turn(counter, keys.kv_start // TILE_KV - start // TILE_KV, before)
+                    before = counter
             for warpgroup in gl.static_range(WARPGROUPS):
                 sync(plan.DQ_FULL + warpgroup, THREADS)
                 if is_visit:
@@ -70,6 +78,5 @@ def reduce(plan, channels, keys, dq_desc, ranges, counters, sizes):
             tma.store_wait(0)  # the copy engine has read them
             for warpgroup in gl.static_range(WARPGROUPS):
                 arrive(plan.DQ_FREE + warpgroup, THREADS)
-            if plan.IS_ORDERED:
-                if is_visit:
-                    pass_turn(counters + first_tile + q_tile)
+    if plan.IS_ORDERED:
+        pass_turn(before)
