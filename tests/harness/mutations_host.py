@@ -96,8 +96,7 @@ MUTATIONS = (
              tests("replay", "no_more_steps_are_known_than_a_number")),
     # ---- Launches
     Mutation("launch: hooks are not called", LAUNCH,
-             "runtime.add_stages_inspection_hook, _hooks(runtime.launch_enter_hook),",
-             "runtime.add_stages_inspection_hook, None,",
+             'getattr(before, "calls", before) or None,', "None,",
              PORTABLE),
     Mutation("launch: pre-run hooks are not called", LAUNCH,
              "        if self.kernel.pre_run_hooks:\n            return False\n", "",

@@ -102,16 +102,12 @@ def surroundings() -> tuple[Any, ...]:
     """What Triton looks at in a launch beside the arguments: while it stays the same, so does the kernel. The
     device must be that of the tensors."""
     runtime, now = knobs.runtime, driver.active
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook  # chains: a profiler's functions
     return (
         now, now.get_current_device(), runtime.debug, knobs.compilation.instrumentation_mode,
-        runtime.add_stages_inspection_hook, _hooks(runtime.launch_enter_hook),
-        _hooks(runtime.launch_exit_hook),
+        runtime.add_stages_inspection_hook, getattr(before, "calls", before) or None,
+        getattr(after, "calls", after) or None,
     )  # fmt: skip
-
-
-def _hooks(chain: Any) -> Any:
-    """The functions that a profiler wants called at each launch; none: None."""
-    return getattr(chain, "calls", chain) or None
 
 
 class Again:

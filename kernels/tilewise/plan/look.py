@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from triton.runtime.jit import KernelInterface
@@ -31,11 +31,8 @@ FIELDS = tuple(each.name for each in dataclasses.fields(Request) if each.init an
 fields_of = operator.attrgetter(*FIELDS)
 
 
-class Look(NamedTuple):
-    """key: hashable. tensors: q, k, v and the others, as `Request.other_tensors` has them."""
-
-    key: tuple[Any, ...]
-    tensors: list[Tensor]
+# Hashable; and q, k, v and the other tensors, as `Request.other_tensors` has them.
+Look = tuple[tuple[Any, ...], list[Tensor]]
 
 
 class HasNoLookError(Exception):
@@ -48,7 +45,7 @@ def look(request: Request, return_lse: bool) -> Look | None:
     tensors: list[Tensor] = []
     try:
         for value in fields_of(request):
-            if value is None:
+            if value is None or value is False:
                 words.append(value)
             else:
                 PUT[type(value)](value, words, tensors)
@@ -58,8 +55,8 @@ def look(request: Request, return_lse: bool) -> Look | None:
         return None
     if torch.is_grad_enabled():
         words += [x.requires_grad for x in tensors]
-    words.append(around())
-    return Look(tuple(words), tensors)
+    words += around()
+    return tuple(words), tensors
 
 
 def around() -> tuple[Any, ...]:

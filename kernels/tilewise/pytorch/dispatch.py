@@ -31,13 +31,14 @@ def answer_again(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | N
     seen = request.look = look(request, return_lse)
     if seen is None:
         return None
-    step = known.get(seen.key)
+    key, given = seen
+    step = known.get(key)
     if step is None or step.replay is None:
         return None
     if step.encoded is not None:  # there are gradients
-        out, lse = Attention.apply(None, step.encoded, step, *seen.tensors)
+        out, lse = Attention.apply(None, step.encoded, step, *given)
         return out, lse if return_lse else None
-    results: Any = step.replay(*seen.tensors)
+    results: Any = step.replay(*given)
     return results
 
 

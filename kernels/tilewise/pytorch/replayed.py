@@ -31,7 +31,7 @@ def known_step(request: Request, return_lse: bool) -> Repeated | None:
     if not where.holds(request.q):
         return None
     seen = request.look or look(request, return_lse)
-    return None if seen is None else worthwhile(seen.key)
+    return None if seen is None else worthwhile(seen[0])
 
 
 def known_backward(forward: Repeated, needs: tuple[bool, ...], tensors: Sequence[Tensor]) -> Repeated | None:
