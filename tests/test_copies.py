@@ -102,8 +102,8 @@ def test_a_descriptor_for_each_piece_of_columns():
     q, k, v = inputs(dims=(80, 96))
     found = descriptors_of(q, k, v)
     assert [[each.block_shape for each in of] for of in found] == [
-        [[1, 1, 16, 64], [1, 1, 16, 16]],
-        [[1, 1, 16, 64], [1, 1, 16, 32]],
+        [[1, 1, 16, 16], [1, 1, 16, 64]],
+        [[1, 1, 16, 32], [1, 1, 16, 64]],
     ]
     assert all(
         each.base.data_ptr() == x.data_ptr() for of, x in zip(found, (k, v), strict=True) for each in of

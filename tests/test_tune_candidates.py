@@ -80,7 +80,7 @@ def test_named_cases_decide_their_own_rows():
     cases = choose_cases(["deepseek-v3-prefill", "minilm-l6-encoder", "bloom-7b1-training"], None)
     assert [*grouped(cases, [], "sm_80")] == [
         ("forward", "sm_80", 2, 256), ("forward", "sm_80", 4, 64), ("forward", "sm_80", 2, 128),
-        ("dkv", "sm_80", 2, 128), ("dq", "sm_80", 2, 128),
+        ("dkv", "sm_80", 2, 128), ("dq", "sm_80", 2, 128), ("dqkv", "sm_80", 2, 128),
     ]  # fmt: skip
     assert [*grouped(cases[:1], ["dq"], "sm_80")] == [("dq", "sm_80", 2, 256)]
     assert {case.dtype for case in choose_cases(["minilm-l6-encoder"], "float16")} == {"float16"}

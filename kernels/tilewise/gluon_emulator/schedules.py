@@ -10,12 +10,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from .role import Copy, Role
 
-if TYPE_CHECKING:
-    from .programs import Program
+
+class Program(Protocol):
+    """What is asked of a program: programs.py."""
+
+    @property
+    def index(self) -> tuple[int, ...]: ...
+    @property
+    def thread(self) -> Any:
+        """None: it has not started."""
+
+    @property
+    def roles(self) -> Any: ...
 
 
 class Schedule:
