@@ -102,7 +102,8 @@ def run_backward(
 ) -> list[Tensor]:
     """The gradients of those of (q, k, v, *other tensors) that `needs` names, in order."""
     q, k, v, shape = request.q, request.k, request.v, request.shape
-    in_one_walk = needs[0] and (needs[1] or needs[2]) and choose_walks(q, shape) == 1
+    in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
+    in_one_walk = needs[0] and (needs[1] or needs[2]) and choose_walks(q, shape, in_order) == 1
     tile = choose_tile(q, shape, "dqkv" if in_one_walk else "dkv")
     # The kernels index statistics and dlse as dense arrays.
     dlse = None if dlse is None else dlse.contiguous()
@@ -113,7 +114,6 @@ def run_backward(
     if needs[1] or needs[2]:
         grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
     if in_one_walk:
-        in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
         launch_dqkv(backward, grads[0], grads[1], grads[2], tile, in_order)
     else:
         if needs[0]:
