@@ -102,7 +102,7 @@ DEFAULTS = dict(archs=["sm_90"], dtypes=["bf16"], dims=[64], masks=["full"], ker
         (dict(masks=["window"]), "mask='window' must be one of causal, full"),
         (
             dict(kernels=["decode"]),
-            "kernel='decode' must be one of forward, hopper, dkv, dq, prepare, parameter",
+            "kernel='decode' must be one of forward, hopper, dkv, dq, dqkv, prepare, parameter",
         ),
         (dict(dims=[257]), "dim=257 must be from 1 to 256"),
         (dict(cases=["llama3-8b"]), "case 'llama3-8b' is not a named case; near it are llama3-8b-"),

@@ -102,9 +102,10 @@ def run_backward(
 ) -> list[Tensor]:
     """The gradients of those of (q, k, v, *other tensors) that `needs` names, in order."""
     q, k, v, shape = request.q, request.k, request.v, request.shape
+    in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
     has_all = needs[0] and (needs[1] or needs[2])
     in_hopper = has_all and backward_implementation(request) == "hopper"
-    in_one_walk = has_all and not in_hopper and choose_walks(q, shape) == 1
+    in_one_walk = has_all and not in_hopper and choose_walks(q, shape, in_order) == 1
     tile = choose_tile(q, shape, "hopper_backward" if in_hopper else "dqkv" if in_one_walk else "dkv")
     # The kernels index statistics and dlse as dense arrays.
     dlse = None if dlse is None else dlse.contiguous()
@@ -114,7 +115,6 @@ def run_backward(
         grads[0] = empty_in_order_of(q, shape.head_dim)
     if needs[1] or needs[2]:
         grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
-    in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
     if in_hopper:
         launch_hopper_backward(backward, grads[0], grads[1], grads[2], tile, in_order)
     elif in_one_walk:

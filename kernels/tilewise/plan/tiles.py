@@ -114,23 +114,25 @@ def use_walks(walks: int) -> Iterator[None]:
         _walks = before
 
 
-# Where the static model finds one walk faster than two (`tilewise.tools.rank`). No GPU has timed it.
-ONE_WALK = {("sm_90", 2, 64), ("sm_90", 2, 128)}
+# Where the static model (`tilewise.tools.rank`) finds one walk of the shipped tiles faster than two, if its
+# programs may add to dQ in any order. In turns it finds that nowhere. No GPU has timed either.
+ONE_WALK = {("sm_90", 2, 64)}
 
 
-def choose_walks(q: torch.Tensor, shape: Shape) -> int:
+def choose_walks(q: torch.Tensor, shape: Shape, in_order: bool) -> int:
     """In how many walks the backward makes dQ, dK and dV, if it makes all of them. The interpreter takes two,
     so that tests which say nothing see both of their kernels; those of one walk ask for it."""
-    if _walks is not None or INTERPRETED:
+    if _walks is not None or INTERPRETED or in_order:
         return _walks or 2
-    return arch_walks(architecture(q.device), q.element_size(), shape)
+    return arch_walks(architecture(q.device), q.element_size(), shape, in_order)
 
 
-def arch_walks(arch: str, element_bytes: int, shape: Shape) -> int:
+def arch_walks(arch: str, element_bytes: int, shape: Shape, in_order: bool) -> int:
     """The same on an architecture by name."""
     if _walks is not None:
         return _walks
-    return 1 if (arch, element_bytes, max(64, widest(shape))) in ONE_WALK else 2
+    key = arch, element_bytes, max(64, widest(shape))
+    return 1 if not in_order and key in ONE_WALK else 2
 
 
 def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:

@@ -53,9 +53,10 @@ def as_workload(
 
 def walks_of(request: Request, chip: Chip, on_its_gpu: bool) -> int:
     """In how many walks the backward makes dQ, dK and dV: all three are asked for."""
+    in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
     if on_its_gpu and not INTERPRETED:
-        return choose_walks(request.q, request.shape)
-    return arch_walks(chip.arch, request.q.element_size(), request.shape)
+        return choose_walks(request.q, request.shape, in_order)
+    return arch_walks(chip.arch, request.q.element_size(), request.shape, in_order)
 
 
 def tile_choices(q: torch.Tensor, shape: Shape, chip: Chip, on_its_gpu: bool) -> TileChoice:
