@@ -15,6 +15,7 @@ from .mutations_flash_impl import MUTATIONS as FLASH_IMPL_MUTATIONS
 from .mutations_float64 import MUTATIONS as FLOAT64_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
+from .mutations_pieces import MUTATIONS as PIECES_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
@@ -390,6 +391,7 @@ MUTATIONS = (
     *FLOAT64_MUTATIONS,
     *HOPPER_MUTATIONS,
     *NN_MUTATIONS,
+    *PIECES_MUTATIONS,
     *POSITIONS_MUTATIONS,
     *ROWS_MUTATIONS,
     *TOOLS_MUTATIONS,
