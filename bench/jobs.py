@@ -207,7 +207,7 @@ def measure_job(setting: Setting, group: str, case: Case, work: Work, names: tup
     return Job(
         (group, case.name, work), f"{case.name}, {work}", do_measure,
         (group, case, work, names, setting.device, setting.seed), timed=True, implementations=names,
-        hopper=(dim_of(case),) if SUSPECT in names else (),
+        hopper=(dim_of(case, "hopper", "sm_90"),) if SUSPECT in names else (),
     )  # fmt: skip
 
 

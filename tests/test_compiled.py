@@ -13,10 +13,12 @@ from harness.baseline import against_baseline, key, load
 from harness.features import of_kind
 from harness.variants import (
     COMBINATIONS,
+    PIECES,
     ByTarget,
     backward_feature_variants,
     compiled_once,
     feature_variants,
+    has_wide_backward,
     shipped,
 )
 from tilewise.kernels.room import SHARED_BYTES, fits, shared_bytes
@@ -101,6 +103,30 @@ def test_estimate_of_shared_memory_holds(main_tiles, target, dtype, dim):
     element_bytes = 2 if dtype == "bf16" else 4
     estimate = shared_bytes(table_tile(target, element_bytes, dim), target, element_bytes, dim)
     assert main_tiles[target][f"{dtype} {dim} causal"].shared_bytes <= estimate + BARRIER_BYTES
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> ByTarget:
+    """By target, and by variant and kernel."""
+    return shipped("pieces_variants", tmp_path_factory).keyed(lambda each: (each.variant, each.kernel))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_in_pieces_and_wide_ones_do_not_spill_and_fit(pieces, target):
+    assert len(pieces[target]) == 3 * len(PIECES) - (0 if has_wide_backward(target, "fp32") else 2)
+    for (variant, _), each in pieces[target].items():
+        assert each.spill_bytes == 0, each
+        assert each.shared_bytes <= SHARED_BYTES[target], each
+        assert bool(each.matmuls) == (variant.startswith("bf16") or target.startswith("gfx")), each
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_rows_in_pieces_are_multiplied_as_they_are(pieces, target):
+    """80 columns are not 128: each product of the forward is made once, and of no other columns."""
+    for dim in (80, 192):
+        compiled = pieces[target][f"bf16 {dim}x{dim} causal", "forward_kernel"]
+        pairs = compiled.tile["TILE_Q"] * compiled.tile["TILE_KV"]
+        assert [loop.matmul_flops for loop in compiled.loops] == [4 * pairs * dim] * 2
 
 
 KERNELS = {"forward": "forward_kernel", "dkv": "dkv_kernel", "dq": "dq_kernel", "dqkv": "dqkv_kernel"}

@@ -59,8 +59,8 @@ ANSWERED = {
 }  # fmt: skip
 NOT_ANSWERED = {
     "too wide": (
-        lambda q: F.scaled_dot_product_attention(*[q.repeat(1, 1, 1, 40)] * 3),
-        PYTORCH, "must be from 1 to 256",
+        lambda q: F.scaled_dot_product_attention(*[q.repeat(1, 1, 1, 80)] * 3),
+        PYTORCH, "must be from 1 to 576",
     ),
     "written out": (written_out, WRITTEN_OUT, "scaled_dot_product_attention"),
     "by einsum": (by_einsum, WRITTEN_OUT, "scaled_dot_product_attention"),
@@ -170,7 +170,7 @@ def with_inputs_of_its_own():
     model = Model()
     model.dummy_inputs = dict(x=torch.randn(1, 2, 5, WIDTH))
     return model
-def wide(): return Model(), torch.randn(1, 2, 5, 300)
+def wide(): return Model(), torch.randn(1, 2, 5, 600)
 def alone(): return Model()
 def nothing(): return None
 def raises(): raise KeyError("the user's own")
@@ -215,7 +215,7 @@ def test_command_for_another_gpu_as_json(doctor):
 def test_command_of_a_call_that_it_does_not_answer(doctor):
     result = doctor("model.py:wide")
     assert result.exit_code == 1
-    assert "→ head_dim=300 and value_dim=300 must be from 1 to 256" in result.output
+    assert "→ head_dim=600 must be from 1 to 576; value_dim=600 must be from 1 to 512" in result.output
     assert "tilewise answers 0 of 1 call of attention" in result.output
 
 

@@ -104,7 +104,7 @@ DEFAULTS = dict(archs=["sm_90"], dtypes=["bf16"], dims=[64], masks=["full"], ker
             dict(kernels=["decode"]),
             "kernel='decode' must be one of forward, hopper, dkv, dq, dqkv, prepare, parameter",
         ),
-        (dict(dims=[257]), "dim=257 must be from 1 to 256"),
+        (dict(dims=[513]), "dim=513 must be from 1 to 512"),
         (dict(cases=["llama3-8b"]), "case 'llama3-8b' is not a named case; near it are llama3-8b-"),
         (dict(kernels=[]), "nothing to inspect"),
         (dict(kernels=["hopper"], archs=["sm_90", "sm_100"]), "'hopper' does not apply: .* arch='sm_100'"),

@@ -13,6 +13,7 @@ from tilewise.tools.compiled.compiler import MATMUL, TARGETS, Compiled
 from tilewise.tools.compiled.machine_code import Instruction, read_sass
 from tilewise.tools.compiled.sums import sums
 
+LISTS = ("main_variants", "backward_variants", "pieces_variants")
 NVIDIA = [target for target in TARGETS if target.startswith("sm")]
 STEP = {"bfloat16": 16, "float16": 16, "float32": 1}  # products of an instruction; 8 in tf32
 
@@ -20,7 +21,7 @@ STEP = {"bfloat16": 16, "float16": 16, "float32": 1}  # products of an instructi
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> dict[str, list[Compiled]]:
     """By target: every row of the table, forward and backward, and the tiles that short queries get."""
-    compiled = [shipped(variants, tmp_path_factory) for variants in ("main_variants", "backward_variants")]
+    compiled = [shipped(variants, tmp_path_factory) for variants in LISTS]
     return {
         target: [each for found in compiled for each in found[target] if each.kernel != "prepare_kernel"]
         for target in NVIDIA
@@ -45,12 +46,14 @@ def instruction(kernel: Compiled) -> str:
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_every_kernel_sums_in_as_many_steps(kernels, target):
-    """head_dim and value_dim are the same in these, so dP, the other sum from zero, looks like S."""
+    """Where head_dim and value_dim are the same, dP, the other sum from zero, looks like S. Two pieces make
+    one sum too: that of 80 columns takes five steps, not one and four."""
     found = [each for each in kernels[target] if "tf32" not in each.variant]
     assert {each.kernel for each in found} == {"forward_kernel", "dq_kernel", *OWN_KEYS}
     for each in found:
-        steps = each.tile["HEAD_TILE"] // STEP[each.dtype]
-        wanted = {f"{steps} {instruction(each)}"}
+        columns = ["HEAD_TILE"] if each.kernel == "forward_kernel" else ["HEAD_TILE", "VALUE_TILE"]
+        steps = {each.tile[name] // STEP[each.dtype] for name in columns}
+        wanted = {f"{count} {instruction(each)}" for count in steps}
         if each.kernel == "dqkv_kernel":  # whose share of dQ is a sum from zero too, along the keys
             of_share = f"{each.tile['TILE_KV'] // STEP[each.dtype]} "
             assert wanted <= set(each.sums), each

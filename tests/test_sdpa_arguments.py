@@ -92,9 +92,9 @@ BOTH_REFUSE: dict[str, tuple[Any, Callable[[], Any]]] = {
 # PyTorch 2.11 and 2.13 answer on a CPU, and we refuse, with these words.
 DIFFERENT: dict[str, tuple[str, Callable[[], Any]]] = {
     "no heads": ("neither may be 0", given(q=(2, 0, 5, 8), k=(2, 0, 7, 8))),
-    "head_dim 0": ("from 1 to 256", given(q=(2, 3, 5, 0), k=(2, 3, 7, 0), v=(2, 3, 7, 8))),
-    "value_dim 0": ("from 1 to 256", given(v=(2, 3, 7, 0))),
-    "head_dim above 256": ("from 1 to 256", given(q=(2, 3, 5, 300), k=(2, 3, 7, 300))),
+    "head_dim 0": ("head_dim=0 must be from 1 to 576", given(q=(2, 3, 5, 0), k=(2, 3, 7, 0), v=(2, 3, 7, 8))),
+    "value_dim 0": ("value_dim=0 must be from 1 to 512", given(v=(2, 3, 7, 0))),
+    "head_dim above 576": ("head_dim=600 must be", given(q=(2, 3, 5, 600), k=(2, 3, 7, 600))),
     "a mask beside is_causal": ("cannot be given together", given(MASK, is_causal=True)),
     "keys and values grouped apart": (
         "head counts k: 3, v: 2",

@@ -99,6 +99,6 @@ def test_nested_regions_answer_a_module_once(device):
     model, x = multi_head().to(device), torch.randn(2, 5, 16, device=device)
     with tilewise.sdpa(), tilewise.sdpa():
         model(x, x, x, need_weights=False)
-        wide, y = nn.MultiheadAttention(300, 1).to(device), torch.randn(5, 2, 300, device=device)
+        wide, y = nn.MultiheadAttention(600, 1).to(device), torch.randn(5, 2, 600, device=device)
         wide(y, y, y, need_weights=False)
     assert who() == [KERNELS, PYTORCH]

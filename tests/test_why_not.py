@@ -28,8 +28,8 @@ def test_every_reason_is_listed(device, nothing_runs):
 HEADS3 = (2, 3, 7, 8)
 TOGETHER = {
     "sizes beside options": (
-        dict(scale=math.nan, sink=zeros(3), impl="fast", k=zeros(3, 2, 7, 8), v=zeros(2, 4, 6, 300)),
-        ("batch", "head counts", "lengths k: 7", "value_dim=300", "scale=nan", "sink=(3,)", "impl='fast'"),
+        dict(scale=math.nan, sink=zeros(3), impl="fast", k=zeros(3, 2, 7, 8), v=zeros(2, 4, 6, 600)),
+        ("batch", "head counts", "lengths k: 7", "value_dim=600", "scale=nan", "sink=(3,)", "impl='fast'"),
     ),
     "a rank beside heads and a dtype": (
         BARE | dict(q=zeros(4, 5, 8, **INT), k=zeros(*HEADS3, **INT), v=zeros(*HEADS3, **INT)),

@@ -87,6 +87,6 @@ def choose_settings(given: dict[str, Any], saved: Settings | None) -> Settings:
         raise ExampleError("--device cuda: torch finds no GPU here")
     if settings.width % settings.heads:
         raise ExampleError(f"--width {settings.width} must be a multiple of --heads {settings.heads}")
-    if settings.width // settings.heads > 256:
-        raise ExampleError(f"--width {settings.width} / --heads {settings.heads} must be at most 256")
+    if settings.width // settings.heads > 512:
+        raise ExampleError(f"--width {settings.width} / --heads {settings.heads} must be at most 512")
     return settings

@@ -81,7 +81,7 @@ def attention(
                 fp16, bf16 or fp32, any strides; or fp64, which plain PyTorch computes in fp64.
     k:          [batch, kv_heads, kv_len, head_dim]; kv_heads divides q_heads (grouped queries,
                 arXiv 2305.13245). Any length may be 0.
-    v:          [batch, kv_heads, kv_len, value_dim]. head_dim and value_dim: 1 to 256.
+    v:          [batch, kv_heads, kv_len, value_dim]. head_dim: 1 to 576; value_dim: 1 to 512.
     mask:       a mask of tilewise (combine with `&`), a bool tensor that broadcasts to
                 [batch, q_heads, q_len, kv_len], True where the pair counts, or a `@triton.jit` keep function.
     bias:       float tensor that broadcasts to [batch, q_heads, q_len, kv_len]; fp64 only where q is.

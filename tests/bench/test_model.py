@@ -8,13 +8,12 @@ import pytest
 from bench.report import model
 from bench.results import Row
 from tilewise.plan import tiles
-from tilewise.plan.tile_table import DIMS
 from tilewise.tools.rank import rank
 from tilewise.tools.rank.call_model import call_seconds
 from tilewise_reference import paper_grid
 
 REFRESH = "python -m tilewise.tools.rank --shipped bench/model.json, with the oldest supported Triton"
-EVERY = [*itertools.product(rank.WORKS, DIMS, rank.MASKS)]
+EVERY = [*itertools.product(rank.WORKS, rank.SHIPPED_DIMS, rank.MASKS)]
 CASES = {case.name: case for case in paper_grid(dtype="bfloat16")}
 
 

@@ -52,19 +52,22 @@ def one_kv_head(p: Problem) -> None:
     p.q_heads, p.kv_heads = p.rng.choice((2, 5, 8)), 1
 
 
-@feature("dims", "head_dim a power of two from 16 to 256")
+@feature("dims", "head_dim a power of two from 16 to 512")
 def power_of_two_dims(p: Problem) -> None:
-    p.head_dim = p.value_dim = p.rng.choice((16, 32, 64, 128, 256))
+    p.head_dim = p.value_dim = p.rng.choice((16, 32, 64, 128, 256, 512))
 
 
-@feature("dims", "any other head_dim from 1 to 255")
+@feature("dims", "any other head_dim from 1 to 576: 80 as 16 + 64 columns, 192 as 64 + 128")
 def odd_dims(p: Problem) -> None:
-    p.head_dim = p.value_dim = p.rng.choice((1, 3, 5, 20, 40, 80, 96, 255))
+    p.head_dim = p.rng.choice((1, 3, 5, 20, 40, 80, 96, 160, 192, 255, 576))
+    p.value_dim = min(p.head_dim, 512)
 
 
-@feature("dims", "value_dim different from head_dim")
+@feature("dims", "value_dim up to 512, different from head_dim")
 def value_dim_differs(p: Problem) -> None:
-    p.head_dim, p.value_dim = p.rng.choice(((24, 16), (16, 40), (1, 33), (65, 3), (48, 128)))
+    p.head_dim, p.value_dim = p.rng.choice(
+        ((24, 16), (16, 40), (1, 33), (65, 3), (48, 128), (192, 128), (576, 512))
+    )
 
 
 @feature("lengths", "q_len = kv_len")

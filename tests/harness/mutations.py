@@ -19,6 +19,7 @@ from .mutations_hopper_backward import MUTATIONS as HOPPER_BACKWARD_MUTATIONS
 from .mutations_host import MUTATIONS as HOST_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_one_walk import MUTATIONS as ONE_WALK_MUTATIONS
+from .mutations_pieces import MUTATIONS as PIECES_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
@@ -398,6 +399,7 @@ MUTATIONS = (
     *HOPPER_BACKWARD_MUTATIONS,
     *NN_MUTATIONS,
     *ONE_WALK_MUTATIONS,
+    *PIECES_MUTATIONS,
     *POSITIONS_MUTATIONS,
     *ROWS_MUTATIONS,
     *TOOLS_MUTATIONS,

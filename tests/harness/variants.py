@@ -119,6 +119,7 @@ SHIPPED = (
     "backward_feature_variants",
     "tf32_variants",
     "cache_variants",
+    "pieces_variants",
 )
 
 
@@ -243,6 +244,34 @@ def cache_variants() -> list[Variant]:
         Variant("bf16 128 decode, pages of 16, split", functools.partial(decode, 128, 16, 1, split_size=512)),
         Variant("bf16 128 prefill", functools.partial(decode, 128, 64, 512, mask=tilewise.Causal())),
         Variant("bf16 80 append and turn", write),
+    ]
+
+
+def has_wide_backward(target: str, dtype: str) -> bool:
+    return dtype != "fp32" or not target.startswith("gfx")
+
+
+PIECES = (("bf16", 80, 80), ("bf16", 192, 192), ("bf16", 576, 512), ("fp32", 576, 512))
+
+
+def pieces_variants() -> list[Variant]:
+    """Rows in two pieces, and the widest, forward and backward; but no backward of wide fp32 rows on AMD,
+    whose shared memory has no room for it."""
+
+    def inputs(dtype: str, dim: int, value_dim: int) -> list[torch.Tensor]:
+        q, k, v = plain_inputs(dtype, dim)
+        return [q, k, v.new_empty(*v.shape[:3], value_dim)]
+
+    def run(launched: Callable[..., None], *given: Any) -> None:
+        if has_wide_backward(target_name(), given[0]) or launched is launch or given[1] <= 256:
+            launched(*inputs(*given), mask=tilewise.Causal())
+
+    return [
+        Variant(
+            f"{dtype} {dim}x{value_dim} causal", functools.partial(run, launched, dtype, dim, value_dim), of
+        )
+        for dtype, dim, value_dim in PIECES
+        for launched, of in ((launch, None), (launch_backward, ("dkv_kernel", "dq_kernel")))
     ]
 
 

@@ -19,7 +19,7 @@ from .call import power_of_two_tile, programs
 from .launch import launch
 from .walk import own_rows
 
-TILE_ROWS = 16
+TILE_ROWS, TILE_COLUMNS = 16, 256  # of a program; fewer rows where they are wider
 
 
 @triton.jit
@@ -84,8 +84,8 @@ def launch_append(
 ) -> None:
     """Write new_k and new_v [batch, kv_heads, new_len, dim], packed [1, kv_heads, tokens, dim], into the
     cache k and v behind the rows that cache.kv_lens says are filled. What has no room is left out."""
-    shape = rows_shape(new_k, k, packing, cache)
-    grid = programs(shape, shape.q_len, TILE_ROWS, shape.q_heads)
+    shape, tile = rows_shape(new_k, k, packing, cache), tile_rows(max(k.shape[3], v.shape[3]))
+    grid = programs(shape, shape.q_len, tile, shape.q_heads)
     if grid:
         launch(
             append_kernel,
@@ -103,7 +103,7 @@ def launch_append(
             VALUE_DIM=v.shape[3],
             HEAD_TILE=power_of_two_tile(k.shape[3]),
             VALUE_TILE=power_of_two_tile(v.shape[3]),
-            TILE=TILE_ROWS,
+            TILE=tile,
             enable_fp_fusion=True,
         )
 
@@ -117,8 +117,8 @@ def launch_turn(
     rotary: RotaryTable,
 ) -> None:
     """Fill out, of q's shape, with q turned by the positions its rows have beside cache.kv_lens keys."""
-    shape = rows_shape(q, k, packing, cache)
-    grid = programs(shape, shape.q_len, TILE_ROWS, shape.q_heads)
+    shape, tile = rows_shape(q, k, packing, cache), tile_rows(k.shape[3])
+    grid = programs(shape, shape.q_len, tile, shape.q_heads)
     if grid:
         launch(
             turn_kernel,
@@ -132,9 +132,14 @@ def launch_turn(
             INTERLEAVED=rotary.is_interleaved,
             HEAD_DIM=q.shape[3],
             HEAD_TILE=power_of_two_tile(q.shape[3]),
-            TILE=TILE_ROWS,
+            TILE=tile,
             enable_fp_fusion=True,
         )
+
+
+def tile_rows(dim: int) -> int:
+    """The rows of a program, which holds all columns of each."""
+    return min(TILE_ROWS, TILE_ROWS * TILE_COLUMNS // power_of_two_tile(dim))
 
 
 def rows_shape(x: torch.Tensor, k: torch.Tensor, packing: Packing | None, cache: Cache) -> Shape:

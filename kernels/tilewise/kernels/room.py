@@ -32,8 +32,8 @@ HOPPER_REGISTERS = {2: 192, 3: 112}  # by warpgroups: of 240 and 160
 def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> int:
     """Shared memory that a pass needs at most: the two tiles that a program owns, the two it walks over,
     times those in flight, and P and dS on their way from one matmul to the next. Hopper's and Blackwell's
-    16-bit matmuls take all stages from shared memory, others one less; without pipelining K and V share one
-    place in the forward. CDNA keeps what a program owns in registers."""
+    16-bit matmuls of 64 rows and more take all stages from shared memory, others one less; without pipelining
+    K and V share one place in the forward. CDNA keeps what a program owns in registers."""
     if isinstance(tile, HopperBackwardTile):
         return hopper_backward_bytes(tile, dim)
     if isinstance(tile, HopperTile):
@@ -49,7 +49,8 @@ def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass
     }[work]
     share = 4 * tile.tile_q * dim if work == "dqkv" else 0
     owned = 0 if arch.startswith("gfx") else owned
-    from_shared = element_bytes == 2 and family(arch) in ("sm_90", "sm_100")
+    rows = tile.tile_kv if work == "dkv" else tile.tile_q
+    from_shared = element_bytes == 2 and rows >= 64 and family(arch) in ("sm_90", "sm_100")
     between = 0 if from_shared else tile.tile_q * tile.tile_kv
     in_flight = tile.num_stages if from_shared else max(1, tile.num_stages - 1)
     buffers = 1 if tile.num_stages == 1 and work == "forward" else 2 * in_flight

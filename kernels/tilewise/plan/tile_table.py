@@ -21,13 +21,14 @@ from typing import Any
 
 from ..kernels.tile import PASSES, Pass, Tile, tile_from
 
-# Pass, architecture, bytes an element (2: fp16 and bf16, 4: fp32), the wider of head_dim and value_dim up to
-# a power of two.
+# Pass, architecture, bytes an element (2: fp16 and bf16, 4: fp32), and the widest head_dim and value_dim that
+# the row serves: down to those of the next narrower row.
 Key = tuple[Pass, str, int, int]
 
 SHIPPED = Path(__file__).with_name("tile_table.json")
 FORMAT = 1
 ELEMENT_BYTES, DIMS = (2, 4), (64, 128, 256)
+OTHER_DIMS = (96, 192, 576)  # have a row where that of the next width does not do, or where there is none
 MOST_WARPS, MOST_STAGES = 32, 8
 
 
@@ -107,7 +108,11 @@ def from_json(given: Any) -> Row:
         for case, value in evidence.get(name, {}).items():
             if isinstance(value, bool) or not isinstance(value, _NUMBER) or not value > 0:
                 raise ValueError(f"{name}[{case!r}]={value!r} must be a positive number")
-    for name, allowed in (("pass", (*PASSES, "hopper")), ("element_bytes", ELEMENT_BYTES), ("dim", DIMS)):
+    for name, allowed in (
+        ("pass", (*PASSES, "hopper")),
+        ("element_bytes", ELEMENT_BYTES),
+        ("dim", sorted(DIMS + OTHER_DIMS)),
+    ):
         if given[name] not in allowed:
             raise ValueError(f"{name}={given[name]!r} must be one of {', '.join(map(str, allowed))}")
     where = given["pass"], given["arch"], given["element_bytes"], given["dim"]

@@ -30,12 +30,13 @@ TABLE: dict[Key, Tile] = {key: row.tile for key, row in _SHIPPED_ROWS.items()}
 @functools.cache
 def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> Tile:
     """The shipped table's tile, halved until it fits a chip that the table does not list."""
-    dim = max(64, dim)
     if work == "hopper_backward":
         return hopper_backward_tile(dim)
+    row = row_dim(arch, element_bytes, dim, work)
     if work == "hopper":  # for this chip alone
-        return TABLE[work, arch, element_bytes, dim]
-    tile = TABLE.get((work, arch, element_bytes, dim)) or TABLE[work, family(arch), element_bytes, dim]
+        return TABLE[work, arch, element_bytes, row]
+    tile = TABLE.get((work, arch, element_bytes, row)) or TABLE[work, family(arch), element_bytes, row]
+    dim = max(dim, row)
     while not fits(tile, arch, element_bytes, dim, work) and tile != Tile(16, 16, tile.num_warps, 1):
         if tile.num_stages > 1:
             tile = replace(tile, num_stages=tile.num_stages - 1)
@@ -49,6 +50,15 @@ def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") 
             f"at a dimension of {dim}: use fp16 or bf16, or impl='torch'"
         )
     return tile
+
+
+@functools.cache
+def row_dim(arch: str, element_bytes: int, dim: int, work: Pass) -> int:
+    """The dimension of the row that serves `dim`: the least that the chip, or its family, has a row for; the
+    widest row where `dim` is wider still."""
+    of_chip, of_family = (work, arch, element_bytes), (work, family(arch), element_bytes)
+    dims = [key[3] for key in TABLE if key[:3] in (of_chip, of_family)]
+    return min([each for each in dims if each >= dim], default=max(dims))
 
 
 @functools.cache
@@ -73,7 +83,8 @@ PROVEN = frozenset(
 
 def is_hopper_proven(arch: str, element_bytes: int, shape: Shape) -> bool:
     """Whether it has been shown for such calls on a chip."""
-    return ("hopper", arch, element_bytes, max(64, widest(shape))) in PROVEN
+    dim = row_dim(arch, element_bytes, widest(shape), "hopper")
+    return ("hopper", arch, element_bytes, dim) in PROVEN
 
 
 def length_tile(length: int, most: int) -> int:
@@ -193,7 +204,7 @@ def reload_user_tables() -> None:
 def device_row(device: torch.device, element_bytes: int, dim: int, work: Pass) -> tuple[Tile, str]:
     """The tile of a pass on a GPU before it is cut for a call, the user's or the shipped one, and whose."""
     table, arch = user_table(device), architecture(device)
-    row: Row | None = table.applied.get((work, arch, element_bytes, max(64, dim)))
+    row: Row | None = table.applied.get((work, arch, element_bytes, row_dim(arch, element_bytes, dim, work)))
     if row is not None:
         return row.tile, f"your table ({table.path})"
     return table_tile(arch, element_bytes, dim, work), "shipped table"
@@ -211,8 +222,8 @@ def gpu_tile(arch: str, element_bytes: int, shape: Shape, work: Pass = "forward"
 
 
 def widest(shape: Shape) -> int:
-    """The dimension that tiles are chosen by: the wider one, up to a power of two."""
-    return next_power_of_two(max(shape.head_dim, shape.value_dim))
+    """The dimension that tiles are chosen by."""
+    return max(shape.head_dim, shape.value_dim)
 
 
 def cut_tile(tile: Tile, shape: Shape, dim: int, work: Pass) -> Tile:

@@ -3,6 +3,7 @@
 WARPGROUP_ROWS = 64  # query rows of a warpgroup: what one WGMMA multiplies
 WARPGROUP_THREADS = 128
 NAMED_BARRIERS = 16  # of a multiprocessor
+WIDEST = 256  # head_dim and value_dim
 HOPPER_COLUMNS = 64  # of a tile at least: 128 bytes, over which rows are swizzled
 BACKWARD_COLUMNS = 128  # of the backward's tiles at most: dK and dV of a warpgroup stay in registers
 ALIGNMENT = 16  # bytes (CUDA driver API, cuTensorMapEncodeTiled)

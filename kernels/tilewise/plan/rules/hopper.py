@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ...kernels.hopper.limits import ALIGNMENT, BACKWARD_COLUMNS, FARTHEST
+from ...kernels.hopper.limits import ALIGNMENT, BACKWARD_COLUMNS, FARTHEST, WIDEST
 from ...parts.masks.mask import Mask
 from ...parts.numerics import INTERPRETED
 from ...parts.scores.user import UserScore
@@ -56,6 +56,13 @@ def dtype_is_16_bits(r: Request) -> str | None:
     if r.q.dtype in (torch.float16, torch.bfloat16):
         return None
     return f"q.dtype={r.q.dtype} must be torch.float16 or torch.bfloat16"
+
+
+def dims_are_narrow(r: Request) -> str | None:
+    head_dim, value_dim = r.q.shape[3], r.v.shape[3]
+    if max(head_dim, value_dim) <= WIDEST:
+        return None
+    return f"{head_dim=} and {value_dim=} must be at most {WIDEST}: wider rows have no room in shared memory"
 
 
 def some_key_is_there(r: Request) -> str | None:
@@ -144,6 +151,7 @@ def first(found: Iterator[str | None]) -> str | None:
 RULES: tuple[Callable[[Request], str | None], ...] = (
     chip_is_hopper,
     dtype_is_16_bits,
+    dims_are_narrow,
     some_key_is_there,
     rows_are_not_packed,
     nothing_is_dropped,

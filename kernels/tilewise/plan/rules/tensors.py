@@ -11,7 +11,7 @@ from ...parts.hints import FLASH_LAYOUT, with_hint
 from ...parts.shape import FLOATS, ceil_div
 from ..request import Request
 
-MAX_DIM = 256
+MAX_HEAD_DIM, MAX_VALUE_DIM = 576, 512
 
 
 def tensors_are_given(r: Request) -> str | None:
@@ -39,7 +39,7 @@ def rank_hint(name: str, x: torch.Tensor) -> str:
     """How a tensor of another rank becomes one of four dimensions."""
     heads = f"{name}.unflatten(-1, (heads, dim)).transpose(1, 2) for [batch, length, heads · dim]"
     if x.dim() == 3:
-        return heads if x.shape[2] > MAX_DIM else f"{name}[None] for [heads, length, dim], {heads}"
+        return heads if x.shape[2] > MAX_HEAD_DIM else f"{name}[None] for [heads, length, dim], {heads}"
     if x.dim() == 5 and 3 in x.shape:
         where = list(x.shape).index(3)
         return f"q, k and v packed into one tensor are {name}.unbind({where}), each with heads before length"
@@ -52,7 +52,7 @@ def with_four_dimensions(r: Request) -> Request | None:
     """The request as if missing leading dimensions were there, in the batch of those that have one, so that
     all else can be judged; None where that is not what is missing."""
     given = r.qkv().values()
-    if not all(2 <= x.dim() <= 4 and (x.dim() == 4 or x.shape[-1] <= MAX_DIM) for x in given):
+    if not all(2 <= x.dim() <= 4 and (x.dim() == 4 or x.shape[-1] <= MAX_HEAD_DIM) for x in given):
         return None
     batch = max([x.shape[0] for x in given if x.dim() == 4], default=1)
     q, k, v = (x if x.dim() == 4 else x[(None,) * (4 - x.dim())].expand(batch, -1, -1, -1) for x in given)
@@ -140,10 +140,9 @@ def head_dims_agree(r: Request) -> str | None:
 
 
 def dims_are_supported(r: Request) -> str | None:
-    head_dim, value_dim = r.q.shape[3], r.v.shape[3]
-    if 1 <= head_dim <= MAX_DIM and 1 <= value_dim <= MAX_DIM:
-        return None
-    return f"{head_dim=} and {value_dim=} must be from 1 to {MAX_DIM}"
+    dims = (("head_dim", r.q.shape[3], MAX_HEAD_DIM), ("value_dim", r.v.shape[3], MAX_VALUE_DIM))
+    wrong = [f"{name}={dim} must be from 1 to {most}" for name, dim, most in dims if not 1 <= dim <= most]
+    return "; ".join(wrong) or None
 
 
 def dtypes_agree(r: Request) -> str | None:

@@ -15,6 +15,7 @@ import triton
 
 from tilewise_reference.cases import find_case
 
+from ...plan.rules.tensors import MAX_VALUE_DIM
 from ...version import __version__
 from ..chips import Chip, chip_of_target
 from ..compiled.bound import Bound, Occupancy, bound, occupancy
@@ -71,7 +72,7 @@ def inspect_kernels(
     """Compile the kernels of the plain calls, or of named cases, and look at what came out.
 
     archs: targets such as "sm_90" and "gfx942", of `tiles.SHARED_BYTES`.
-    dtypes, dims, masks: the plain calls; "fp16", "bf16", "fp32"; head dimensions from 1 to 256; "causal",
+    dtypes, dims, masks: the plain calls; "fp16", "bf16", "fp32"; head dimensions from 1 to 512; "causal",
         "full". Not used where there are cases.
     kernels: of "forward", "hopper", "dkv", "dq", "prepare", "parameter"; None: the first four, but "hopper"
         only where it can do all that is asked for: sm_90, 16 bits, and cases that it takes.
@@ -116,8 +117,8 @@ def check_arguments(
             if value not in known:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
     for dim in dims:
-        if not 1 <= dim <= 256:
-            raise ValueError(f"{dim=} must be from 1 to 256")
+        if not 1 <= dim <= MAX_VALUE_DIM:  # of head_dim and value_dim both
+            raise ValueError(f"{dim=} must be from 1 to {MAX_VALUE_DIM}")
     for case in cases:
         if find_case(case).cache is not None:
             raise ValueError(

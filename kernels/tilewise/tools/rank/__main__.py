@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...plan.tile_table import DIMS, write_whole
+from ...plan.tile_table import write_whole
 from ..compiled.variants import MASKS
-from .rank import RANKED_DIMS, WORKS, best, near, say, shipped_row
+from .rank import RANKED_DIMS, SHIPPED_DIMS, WORKS, best, near, say, shipped_row
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         parser.error("--out FILE or --shipped FILE, or both")
     if options.shipped is not None:
         shipped: list[dict[str, Any]] = []
-        for work, dim, mask in itertools.product(WORKS, DIMS, MASKS):
+        for work, dim, mask in itertools.product(WORKS, SHIPPED_DIMS, MASKS):
             say(f"{work} {dim} {mask}")
             shipped.append(shipped_row(work, dim, mask))
         write_rows(options.shipped, shipped)

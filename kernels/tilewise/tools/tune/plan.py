@@ -14,8 +14,8 @@ from tilewise_reference.cases import find_case
 from ...kernels.tile import PASSES, HopperTile, Pass, Tile
 from ...plan.request import make_request
 from ...plan.rules import hopper as hopper_rules
-from ...plan.tile_table import DIMS, Key
-from ...plan.tiles import length_tile, table_tile, user_table
+from ...plan.tile_table import Key
+from ...plan.tiles import length_tile, row_dim, table_tile, user_table
 from ..inputs import case_inputs, refuse_sequences
 from .candidates import candidates, nearest_first
 
@@ -79,9 +79,9 @@ def why_not_hopper(case: Case, arch: str) -> str:
     return "; ".join(hopper_rules.reasons(make_request(q, k, v, **arguments, impl="hopper")))
 
 
-def dim_of(case: Case) -> int:
+def dim_of(case: Case, work: Pass, arch: str) -> int:
     """The dimension that the case's row stands for."""
-    return next(dim for dim in DIMS if dim >= max(case.head_dim, case.value_dim))
+    return row_dim(arch, case.torch_dtype.itemsize, max(case.head_dim, case.value_dim), work)
 
 
 def grouped(cases: Iterable[Case], asked: Sequence[Pass], arch: str) -> dict[Key, list[Case]]:
@@ -89,7 +89,7 @@ def grouped(cases: Iterable[Case], asked: Sequence[Pass], arch: str) -> dict[Key
     rows: dict[Key, list[Case]] = {}
     for case in cases:
         for work in passes_of(case, asked, arch):
-            key = work, arch, case.torch_dtype.itemsize, dim_of(case)
+            key = work, arch, case.torch_dtype.itemsize, dim_of(case, work, arch)
             rows.setdefault(key, []).append(case)
     return dict(sorted(rows.items(), key=lambda row: ORDER.index(row[0][0])))
 
@@ -131,7 +131,7 @@ def smoke_jobs(cases: Sequence[Case], asked: Sequence[Pass]) -> list[Job]:
     tiny = replace(case, batch=1, q_heads=1, kv_heads=1, features=features)
     jobs = []
     for work in passes_of(case, asked, SMOKE_ARCH):
-        size = tiny.torch_dtype.itemsize, dim_of(tiny)
+        size = tiny.torch_dtype.itemsize, dim_of(tiny, work, SMOKE_ARCH)
         start, pool = Tile(32, 32), SMOKE_HOPPER
         if work == "hopper":
             start = pool[0]
