@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from ..parts.shape import next_power_of_two
 from .hopper.limits import (
     HOPPER_COLUMNS,
     NAMED_BARRIERS,
@@ -93,7 +94,8 @@ class HopperBackwardTile(Tile):
 def hopper_backward_tile(dim: int) -> HopperBackwardTile:
     """The tile for this dimension. There is no other: dQ of a step is one piece of 64 rows and 64 columns for
     each warpgroup, and shared memory has room for two stages."""
-    return HopperBackwardTile(2 * WARPGROUP_ROWS**2 // max(HOPPER_COLUMNS, dim), 2 * WARPGROUP_ROWS, 8, 2)
+    columns = max(HOPPER_COLUMNS, next_power_of_two(dim))
+    return HopperBackwardTile(2 * WARPGROUP_ROWS**2 // columns, 2 * WARPGROUP_ROWS, 8, 2)
 
 
 def tile_from(work: Pass, given: Mapping[str, Any]) -> Tile:
