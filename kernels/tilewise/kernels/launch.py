@@ -15,6 +15,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -116,7 +117,7 @@ class Again:
         call(x, y, z, stream, *between, *arguments)         is_packed: arguments are one tuple
 
     with the arguments by position, and for each tensor its address; a descriptor stands there as its map,
-    sizes and strides, which `described` gives.
+    sizes and strides, which `Described` gives. describe: what makes that of a descriptor, one for each.
     """
 
     def __init__(self, launched: Launched) -> None:
@@ -127,7 +128,7 @@ class Again:
         now = [(where, name, where.get(name)) for (name, _), (_, where) in globals_of(self.kernel)]
         self.globals = [(*each, getattr(each[2], "value", None)) for each in now]
         self.grid = (*launched.grid, 1, 1)[:3]
-        self.encodings = encodings(self.compiled)
+        self.describe = [partial(Described, each) for each in encodings(self.compiled)]
         self.call, self.between, self.is_packed = way(self.compiled)
 
     def is_current(self) -> bool:
@@ -139,10 +140,6 @@ class Again:
             if where.get(name) is not thing or getattr(thing, "value", None) is not value:
                 return False
         return True
-
-    def described(self, descriptor: Any, number: int) -> Described:
-        """What gives the arguments that the kernel's descriptor of this number becomes."""
-        return Described(descriptor, self.encodings[number])
 
 
 def globals_of(kernel: Any) -> Any:
@@ -201,7 +198,7 @@ class Described:
 
     MOST = 256
 
-    def __init__(self, descriptor: Any, encoding: Any) -> None:
+    def __init__(self, encoding: Any, descriptor: Any) -> None:
         self._like, self._encoding = copy.copy(descriptor), encoding
         self._like.base = None
         self._encode = triton.backends.nvidia.driver.make_tensordesc_arg

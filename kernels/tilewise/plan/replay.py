@@ -19,7 +19,7 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Program:
             empty_strided=torch.empty_strided, now=surroundings, launch=launch
         )
         self.lines: list[str] = []
+        self.describing: Iterator[Any] = iter(())  # for the descriptors of a launch, in their order
         launches = [step for step in tape.steps if isinstance(step, Launched)]
         self.repeats = {id(launch): again(launch) for launch in launches}
         self.is_direct = bool(launches) and None not in self.repeats.values()
@@ -103,7 +104,12 @@ class Program:
     # ---- Text
 
     def text(self, thing: Any, is_address: bool) -> str:
-        """An expression for an argument."""
+        """An expression for an argument; of a descriptor, for several."""
+        if is_descriptor(thing) and is_address:
+            describe = next(self.describing, None)
+            if describe is None:
+                raise CannotRepeatError("nothing is known of how a descriptor is encoded")
+            return f"*{self.constant(describe(thing))}({self.address(self.known(thing.base))})"
         if isinstance(thing, Tensor):
             return self.address(self.known(thing)) if is_address else f"x{self.known(thing).number}"
         if type(thing) in (tuple, list) and any(True for _ in tensors_in(thing)):
@@ -201,17 +207,10 @@ class Program:
     def add_repeat(self, step: Launched) -> None:
         repeat = self.repeats[id(step)]
         assert repeat is not None
-        given, number = [], 0
-        for each in by_position(step):
-            if is_descriptor(each):
-                described = self.constant(repeat.described(each, number))
-                given.append(f"*{described}({self.address(self.known(each.base))})")
-                number += 1
-            else:
-                given.append(self.text(each, True))
+        self.describing = iter(repeat.describe)
         x, y, z = repeat.grid
         between = "".join([f"{None if each is None else self.constant(each)}, " for each in repeat.between])
-        arguments = "".join([f"{each}, " for each in given])
+        arguments = "".join([f"{self.text(each, True)}, " for each in by_position(step)])
         arguments = f"({arguments})" if repeat.is_packed else arguments
         self.lines.append(f"{self.constant(repeat.call)}({x}, {y}, {z}, stream, {between}{arguments})")
 
