@@ -29,9 +29,9 @@ from tilewise.tools.rank.call_model import (
     call_seconds,
     dealt_in_order,
     dealt_to_the_first_free,
-    hopper_order,
     in_turns,
     model_of,
+    numbered,
     steps_of,
     with_copies,
 )
@@ -119,7 +119,8 @@ def test_a_causal_call_takes_about_half_and_pays_for_cut_tiles():
 def test_hopper_s_programs_take_the_last_rows_of_the_heads_that_fit_the_cache():
     # 2 MiB of keys and values a head at 4096 and 128, in 24 MiB.
     assert HEADS_BYTES == CACHED_BYTES
-    order = [*hopper_order([2.0, 1.0], 14, FULL)]
+    together = HEADS_BYTES // (4 * FULL.kv_len * FULL.head_dim)
+    order = [*numbered([2.0, 1.0], 14, together)]
     assert order == [2.0] * 12 + [1.0] * 12 + [2.0] * 2 + [1.0] * 2
     tile = HopperTile(128, 128, 8, 2)
     hopper = model(work="hopper", tile=tile)

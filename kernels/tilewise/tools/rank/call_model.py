@@ -26,6 +26,7 @@ from typing import Literal
 from tilewise_reference import Case
 
 from ...kernels.tile import HopperTile, Pass, Tile
+from ...parts.sequences import HEADS_TOGETHER
 from ..chips import Chip
 from ..compiled.bound import Bound, bound, occupancy
 from ..compiled.compiler import Compiled
@@ -178,16 +179,26 @@ def call_clocks(model: TileModel, case: Case, chip: Chip, overlap: Overlap = "ex
     a_head = [model.start + full * f + cut * c for f, c in steps]
     heads = case.batch * case.q_heads
     if model.work == "hopper":
-        return dealt_in_order(hopper_order(a_head, heads, case), chip.multiprocessors)
+        together = max(1, HEADS_BYTES // (4 * case.kv_len * case.head_dim))
+        return dealt_in_order(numbered(a_head, heads, together), chip.multiprocessors)
     if model.work == "dqkv":
         ends = in_order(model, steps, heads, full, cut, model.programs * chip.multiprocessors)
         return ends + finish_seconds(case, chip) * chip.clock
-    shared = (model.programs * clocks for _ in range(heads) for clocks in a_head)
+    together = HEADS_TOGETHER.value if model.work in OWN_KEYS else 1
+    shared = (model.programs * clocks for clocks in numbered(a_head, heads, together))
     return dealt_to_the_first_free(shared, model.programs * chip.multiprocessors)
 
 
 def call_seconds(model: TileModel, case: Case, chip: Chip, overlap: Overlap = "expected") -> float:
     return call_clocks(model, case, chip, overlap) / chip.clock
+
+
+def numbered(a_head: list[float], heads: int, together: int) -> Iterable[float]:
+    """The programs in the order of their numbers: of the heads that are taken together all first ones (of
+    rows the last tiles), then all second ones, and so on."""
+    for first in range(0, heads, together):
+        for clocks in a_head:
+            yield from [clocks] * min(together, heads - first)
 
 
 def in_order(
@@ -196,30 +207,25 @@ def in_order(
     """When the last program of a backward in one walk ends: in each tile of rows, from the last to the first,
     it adds after the one before it has, which passes its turn on a step later."""
     free = [0.0] * places
-    for _ in range(heads):
-        before: list[float] = []  # when the program before could pass on each tile of rows, from the last
+    for first in range(0, heads, HEADS_TOGETHER.value):
+        group = range(min(HEADS_TOGETHER.value, heads - first))
+        # When the program before could pass on each tile of rows, from the last, by head.
+        before: list[list[float]] = [[] for _ in group]
         for whole, masked in steps:
-            now, passed = free[0] + model.programs * model.start, []
-            for step in range(whole + masked):
-                now += model.programs * (full if step < whole else cut)
-                now = max(now, before[step]) if step < len(before) else now
-                passed.append(now)
-            before = [*passed[1:], now]
-            heapq.heapreplace(free, now)
+            for head in group:
+                now, passed = free[0] + model.programs * model.start, []
+                for step in range(whole + masked):
+                    now += model.programs * (full if step < whole else cut)
+                    now = max(now, before[head][step]) if step < len(before[head]) else now
+                    passed.append(now)
+                before[head] = [*passed[1:], now]
+                heapq.heapreplace(free, now)
     return max(free)
 
 
 def finish_seconds(case: Case, chip: Chip) -> float:
     """For dQ's sums, by the memory alone: zeros are written, sums read, q read and dQ written."""
     return case.batch * case.q_heads * case.q_len * case.head_dim * (4 + 4 + 2 + 2) / chip.memory_bytes
-
-
-def hopper_order(a_head: list[float], heads: int, case: Case) -> Iterable[float]:
-    """Tiles of rows as Hopper's schedule takes them: of the heads that fit the cache the last rows first."""
-    together = max(1, HEADS_BYTES // (4 * case.kv_len * case.head_dim))
-    for first in range(0, heads, together):
-        for clocks in a_head:
-            yield from [clocks] * min(together, heads - first)
 
 
 def dealt_in_order(work: Iterable[float], programs: int) -> float:
