@@ -294,3 +294,8 @@ def broken_on_amd_variants() -> list[Variant]:
         launch(*plain_inputs("bf16", 64))
 
     return [Variant("broken on AMD", run)]
+
+
+def turns_variants() -> list[Variant]:
+    """The kernel whose programs take turns."""
+    return [one_walk_variant("bf16", 64, "causal")]
