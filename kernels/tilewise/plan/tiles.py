@@ -33,6 +33,11 @@ def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") 
     dim = max(64, dim)
     if work == "hopper":  # for this chip alone
         return TABLE[work, arch, element_bytes, dim]
+    if not has_tile(element_bytes, dim, work):
+        raise NotImplementedError(
+            f"one walk has no tile for {element_bytes} bytes an element at a dimension of {dim}: all spill "
+            "registers; take two walks"
+        )
     tile = TABLE.get((work, arch, element_bytes, dim)) or TABLE[work, family(arch), element_bytes, dim]
     while not fits(tile, arch, element_bytes, dim, work) and tile != Tile(16, 16, tile.num_warps, 1):
         if tile.num_stages > 1:
@@ -47,6 +52,11 @@ def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") 
             f"at a dimension of {dim}: use fp16 or bf16, or impl='torch'"
         )
     return tile
+
+
+def has_tile(element_bytes: int, dim: int, work: Pass) -> bool:
+    """Whether the table has rows of a pass for these: fp32 in one walk spills registers at 256."""
+    return (work, element_bytes, max(64, dim)) != ("dqkv", 4, 256)
 
 
 @functools.cache
