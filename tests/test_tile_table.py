@@ -57,7 +57,11 @@ def choice(index=0, work="forward", shape=SHAPE):
 def test_shipped_table_has_a_row_for_every_pass_family_width_and_dimension():
     rows = load(SHIPPED)
     families = ("sm_80", "sm_90", "sm_100", "gfx942")
-    assert {*rows} >= {*itertools.product(PASSES, families, (2, 4), DIMS)}
+    wanted = itertools.product(PASSES, families, (2, 4), DIMS)
+    assert {*rows} >= {key for key in wanted if tiles.has_tile(*key[2:], key[0])}
+    assert ("dqkv", "sm_90", 4, 256) not in rows
+    with pytest.raises(NotImplementedError, match="take two walks"):
+        tiles.table_tile("sm_90", 4, 256, "dqkv")
     assert {key: each.tile for key, each in rows.items()} == tiles.TABLE
     assert all(
         each.evidence.triton and each.evidence.registers and each.evidence.shared_bytes

@@ -54,7 +54,8 @@ def add_share(
 @triton.jit
 def product_by_keys(dsT, k, PRECISION: tl.constexpr):
     """dS K of one piece, [TILE_Q, columns]."""
-    if k.shape[1] >= 64 and cuda_capability_geq(9):  # whose tensor cores want 64 rows
+    # Hopper's and Blackwell's tensor cores want 64 rows of 16 bits.
+    if k.dtype.primitive_bitwidth == 16 and k.shape[1] >= 64 and cuda_capability_geq(9):
         dqT = matmul(tl.trans(k), dsT, tl.zeros([k.shape[1], dsT.shape[1]], tl.float32), PRECISION)
         return tl.trans(dqT)
     else:

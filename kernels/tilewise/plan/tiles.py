@@ -35,6 +35,11 @@ def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") 
     row = row_dim(arch, element_bytes, dim, work)
     if work == "hopper":  # for this chip alone
         return TABLE[work, arch, element_bytes, row]
+    if not has_tile(element_bytes, dim, work):
+        raise NotImplementedError(
+            f"one walk has no tile for {element_bytes} bytes an element at a dimension of {dim}: all spill "
+            "registers; take two walks"
+        )
     tile = TABLE.get((work, arch, element_bytes, row)) or TABLE[work, family(arch), element_bytes, row]
     dim = max(dim, row)
     while not fits(tile, arch, element_bytes, dim, work) and tile != Tile(16, 16, tile.num_warps, 1):
@@ -50,6 +55,11 @@ def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") 
             f"at a dimension of {dim}: use fp16 or bf16, or impl='torch'"
         )
     return tile
+
+
+def has_tile(element_bytes: int, dim: int, work: Pass) -> bool:
+    """Whether the table has rows of a pass for these: one walk spills registers where rows are wider."""
+    return work != "dqkv" or dim <= (256 if element_bytes == 2 else 128)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from ...kernels.tile import PASSES, HopperTile, Pass, Tile
 from ...plan.request import make_request
 from ...plan.rules import hopper as hopper_rules
 from ...plan.tile_table import Key
-from ...plan.tiles import length_tile, row_dim, table_tile, user_table
+from ...plan.tiles import has_tile, length_tile, row_dim, table_tile, user_table
 from ..inputs import case_inputs, refuse_sequences
 from .candidates import candidates, nearest_first
 
@@ -90,7 +90,8 @@ def grouped(cases: Iterable[Case], asked: Sequence[Pass], arch: str) -> dict[Key
     for case in cases:
         for work in passes_of(case, asked, arch):
             key = work, arch, case.torch_dtype.itemsize, dim_of(case, work, arch)
-            rows.setdefault(key, []).append(case)
+            if has_tile(key[2], max(case.head_dim, case.value_dim), work):
+                rows.setdefault(key, []).append(case)
     return dict(sorted(rows.items(), key=lambda row: ORDER.index(row[0][0])))
 
 
