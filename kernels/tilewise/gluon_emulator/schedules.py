@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-from .role import Copy, Role
+from .role import Copy, ProgramLike, Role
 
-if TYPE_CHECKING:
-    from .programs import Program
+Program = TypeVar("Program", bound=ProgramLike)
 
 
 class Schedule:
