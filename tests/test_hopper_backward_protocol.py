@@ -69,7 +69,7 @@ def run(
     """The sums of dq in fp32, dk, dv and the counters under a schedule."""
     call = backward.call
     dk, dv = (torch.full_like(x, torch.nan) for x in (call.k, call.v))
-    sums = launch.empty_sums(call.q)
+    sums = launch.empty_sums(backward)
     grid, arguments = launch.backward_launch(backward, sums, dk, dv, tile, deterministic)
     emulate(hopper_backward_kernel, grid, arguments, schedule, together)
     return sums, dk, dv, arguments["counters"]

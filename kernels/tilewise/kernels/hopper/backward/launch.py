@@ -17,7 +17,6 @@ from ..limits import ALIGNMENT, FARTHEST, HOPPER_COLUMNS, WARPGROUP_ROWS
 from .kernel import hopper_backward_kernel
 
 CONSUMER_REGISTERS, OTHER_REGISTERS = 240, 24  # a thread's
-SUMS_ALIGNED = ALIGNMENT // 4  # elements of fp32
 FIRST_COUNTER = 4  # behind the tickets and a counter of no tile, on a multiple of 16 bytes
 
 
@@ -35,7 +34,7 @@ def launch_backward(
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    sums = empty_sums(dq)
+    sums = empty_sums(backward)
     grid, arguments = backward_launch(backward, sums, dk, dv, tile, deterministic)
     if INTERPRETED:
         from ....gluon_emulator import emulate
@@ -47,11 +46,12 @@ def launch_backward(
     launch_finish_dq(backward.call, sums, dq)
 
 
-def empty_sums(dq: torch.Tensor) -> torch.Tensor:
-    """Zeros of dq's shape, fp32, whose rows begin on multiples of 16 bytes."""
-    *rows, head_dim = dq.shape
-    columns = ceil_div(head_dim, SUMS_ALIGNED) * SUMS_ALIGNED
-    return torch.zeros(*rows, columns, dtype=torch.float32, device=dq.device)[..., :head_dim]
+def empty_sums(backward: BackwardCall) -> torch.Tensor:
+    """Zeros for the sums of dQ, [batch, q_heads, tiles, tile_q, head_dim] fp32."""
+    call = backward.call
+    tiles = backward.ranges.shape[:3]
+    sizes = (*tiles, backward.tile_q, call.shape.head_dim)
+    return torch.zeros(sizes, dtype=torch.float32, device=call.q.device)
 
 
 def backward_columns(shape: Shape) -> int:
@@ -70,7 +70,7 @@ def backward_launch(
     """The grid and the arguments with which `hopper_backward_kernel` answers `backward`."""
     call = backward.call
     shape, columns = call.shape, backward_columns(call.shape)
-    tiles = ceil_div(shape.q_len, tile.tile_q) * shape.q_heads * shape.batch
+    tiles = backward.ranges.numel() // 4
     turns = torch.zeros(FIRST_COUNTER + tiles, dtype=torch.int32, device=sums.device)
     arguments = dict(
         q_desc=descriptor(call.q, tile.tile_q, columns),
@@ -79,7 +79,7 @@ def backward_launch(
         do_desc=descriptor(copyable(backward.do), tile.tile_q, columns),
         dk_desc=descriptor(dk, WARPGROUP_ROWS, columns),
         dv_desc=descriptor(dv, WARPGROUP_ROWS, columns),
-        dq_desc=descriptor(sums, WARPGROUP_ROWS, WARPGROUP_ROWS),
+        dq_desc=descriptor(sums.flatten(2, 3), WARPGROUP_ROWS, WARPGROUP_ROWS),
         numbers=(backward.row_max, backward.sum_log2, backward.delta),
         ranges=backward.ranges,
         counters=turns[FIRST_COUNTER:],
