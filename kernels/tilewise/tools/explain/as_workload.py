@@ -18,6 +18,7 @@ from ...parts.similarity import Normalised
 from ...plan.passes import parameter_slots
 from ...plan.quadratic import holds_every_pair, stored_bytes
 from ...plan.request import Request
+from ...plan.rules.hopper import BACKWARD_RULES
 from ...plan.tiles import arch_choice, architecture, tile_choice
 from ..chips import Chip
 from .coverage import has_contents
@@ -29,7 +30,7 @@ def as_workload(
     request: Request, chip: Chip, training: bool, return_lse: bool, on_its_gpu: bool, is_hopper: bool = False
 ) -> Workload:
     """The request as the model sees it. on_its_gpu: `chip` is the GPU that q is on, whose own tiles count.
-    is_hopper: the forward is Hopper's."""
+    is_hopper: the forward is Hopper's, and the backward where its rules let it."""
     computed = tuple(computed_tensors(request))
     softcaps = sum(isinstance(score, Softcap) for score in request.scores)
     return Workload(
@@ -47,7 +48,13 @@ def as_workload(
         of_scores=softcaps,
         of_derivatives=softcaps,
         is_hopper=is_hopper,
+        is_hopper_backward=is_hopper and request.impl == "hopper" and not any(backward_rules(request)),
     )
+
+
+def backward_rules(request: Request) -> Iterator[str]:
+    """Why Hopper's backward does not take a call whose forward is Hopper's."""
+    return (reason for rule in BACKWARD_RULES if (reason := rule(request)) is not None)
 
 
 def tile_choices(q: torch.Tensor, shape: Shape, chip: Chip, on_its_gpu: bool) -> TileChoice:
@@ -125,6 +132,9 @@ def looks_swapped(shape: Shape) -> bool:
 
 def notes(request: Request, work: Workload) -> Iterator[str]:
     """What a reader of the counts must know."""
+    if work.training and work.is_hopper:
+        for reason in backward_rules(request):
+            yield f"the portable backward follows, for Hopper's does not take the call: {reason}"
     if looks_swapped(work.shape) and work.shape.packing is not None:
         yield (
             f"{work.shape.q_heads} heads of {work.shape.q_len} tokens: if q, k and v are [heads, tokens, "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ...kernels.call import Split, power_of_two_tile, programs, tile_count
 from ...kernels.combine import TILE_ROWS as COMBINED_ROWS
 from ...kernels.forward import rows_programs as programs_over_rows
-from ...kernels.hopper.limits import HOPPER_COLUMNS
+from ...kernels.hopper.limits import FIRST_COUNTER, HOPPER_COLUMNS
 from ...kernels.tile import Pass, Tile
 from ...parts.shape import Shape, ceil_div
 from ...plan.passes import split_keys
@@ -87,6 +87,12 @@ class Workload:
     of_scores: int = 0
     of_derivatives: int = 0
     is_hopper: bool = False  # the forward is Hopper's
+    is_hopper_backward: bool = False  # so is the backward
+
+    @property
+    def over_rows(self) -> Pass:
+        """The pass that walks over rows, whose tiles of rows are the whole backward's."""
+        return "hopper_backward" if self.is_hopper_backward else "dkv"
 
     def split(self) -> Split | None:
         """How the keys of a cache are split over programs."""
@@ -123,7 +129,9 @@ def kernels_of(work: Workload) -> tuple[Kernel, ...]:
     if (split := work.split()) is not None:
         kernels.append(combine(work, split))
     if work.training:
-        kernels += [prepare(work), dq(work), dkv(work)]
+        kernels.append(prepare(work))
+        of_hopper = work.is_hopper_backward
+        kernels += [hopper_backward(work), finish_dq(work)] if of_hopper else [dq(work), dkv(work)]
         kernels += [gradient(work, parameter) for parameter in work.parameters]
     return tuple(kernels)
 
@@ -299,7 +307,7 @@ def forward_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:
 
 def prepare(work: Workload) -> Kernel:
     """delta = Σ_d dO · O, and the range of keys of every tile of rows: no matmul."""
-    tile, tile_from = work.choose(work.element_bytes, "dkv")
+    tile, tile_from = work.choose(work.element_bytes, work.over_rows)
     started, busy = rows_programs(work, tile.tile_q)
     moved = 2 * rows_bytes(work, work.shape.value_dim) + statistics_bytes(work, 2) + 16 * started
     return Kernel(
@@ -338,6 +346,38 @@ def dkv(work: Workload) -> Kernel:
     )  # fmt: skip
 
 
+def hopper_backward(work: Workload) -> Kernel:
+    """All of these products by one walk, with dQ = dS K added in memory. Additions are the L2 cache's to bear:
+    of them only the sums count here, cleared, read and written once. Tiles are as wide as the wider of head
+    and value."""
+    tile, tile_from = work.choose(work.element_bytes, work.over_rows)
+    tiles = work.parts.covered(walk_over_rows, tile.tile_q, tile.tile_kv)
+    columns = max(HOPPER_COLUMNS, power_of_two_tile(max(work.shape.head_dim, work.shape.value_dim)))
+    moved = backward_reads(work, tiles, tile) + all_keys_bytes(work) + 3 * sums_bytes(work)
+    return walk(
+        work, "hopper backward", (tile, tile_from), keys_programs(work, tile.tile_kv), tiles, (3, 2),
+        1 + work.of_scores + work.of_derivatives, moved, columns,
+    )  # fmt: skip
+
+
+def sums_bytes(work: Workload) -> int:
+    """Of dQ's sums in fp32, a block for every tile of rows."""
+    shape, tile_q = work.shape, work.choose(work.element_bytes, work.over_rows)[0].tile_q
+    return 4 * shape.blocks * shape.q_heads * tile_count(shape, shape.q_len, tile_q) * tile_q * shape.head_dim
+
+
+def finish_dq(work: Workload) -> Kernel:
+    """dQ of its sums: no matmul."""
+    tile, tile_from = work.choose(work.element_bytes, work.over_rows)
+    started, busy = rows_programs(work, tile.tile_q)
+    moved = sums_bytes(work) + rows_bytes(work, work.shape.head_dim)
+    return Kernel(
+        "finish dq", tile, tile_from, started, busy,
+        busy / work.chip.multiprocessors, None, 0, 0, 0, moved,
+        limits_of(work.chip, busy, 0, 0, moved, work.element_bytes, work.precision),
+    )  # fmt: skip
+
+
 def gradient(work: Workload, parameter: TrainedParameter) -> Kernel:
     """S = scores(Q Kᵀ) and dP = dO Vᵀ once more, and the sum of dS over the pairs that read an element."""
     chosen, tile_from = work.choose(work.element_bytes, "dkv")
@@ -368,8 +408,11 @@ def memory_of(work: Workload) -> tuple[Allocation, ...]:
             Allocation("lse of each split", of_splits, "during the call"),
         ]
     if work.training:
-        tile, _ = work.choose(work.element_bytes, "dkv")
+        tile, _ = work.choose(work.element_bytes, work.over_rows)
         ranges = shape.blocks * shape.q_heads * tile_count(shape, shape.q_len, tile.tile_q)
+        if work.is_hopper_backward:
+            found.append(Allocation("sums of dq", sums_bytes(work), "during the backward"))
+            found.append(Allocation("counters", 4 * (FIRST_COUNTER + ranges), "during the backward"))
         found += [
             Allocation("row statistics", statistics_bytes(work, 2), "for the backward"),
             Allocation("delta", statistics_bytes(work, 1), "during the backward"),
@@ -377,6 +420,7 @@ def memory_of(work: Workload) -> tuple[Allocation, ...]:
             Allocation("dq", rows_bytes(work, shape.head_dim), "result"),
             Allocation("dk and dv", all_keys_bytes(work), "result"),
         ]
+        tile, _ = work.choose(work.element_bytes, "dkv")  # of the parameters' kernels
         for parameter in work.parameters:
             written, is_gradient = parameter.sums(tile.tile_q)
             if not is_gradient:

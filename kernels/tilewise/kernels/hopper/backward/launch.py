@@ -13,11 +13,10 @@ from ...finish import launch_finish_dq
 from ...prepare import BackwardCall
 from ...tile import HopperBackwardTile
 from ..launch import descriptor
-from ..limits import ALIGNMENT, FARTHEST, HOPPER_COLUMNS, WARPGROUP_ROWS
+from ..limits import ALIGNMENT, FARTHEST, FIRST_COUNTER, HOPPER_COLUMNS, WARPGROUP_ROWS
 from .kernel import hopper_backward_kernel
 
 CONSUMER_REGISTERS, OTHER_REGISTERS = 240, 24  # a thread's
-FIRST_COUNTER = 4  # behind the tickets and a counter of no tile, on a multiple of 16 bytes
 
 
 def launch_backward(
