@@ -347,9 +347,9 @@ def dkv(work: Workload) -> Kernel:
 
 
 def hopper_backward(work: Workload) -> Kernel:
-    """All of these products by one walk, with dQ = dS K added in memory. Additions are the L2 cache's to bear:
-    of them only the sums count here, cleared, read and written once. Tiles are as wide as the wider of head
-    and value."""
+    """All of these products by one walk, with dQ = dS K added in memory. Additions are the L2 cache's to
+    bear: of them only the sums count here, cleared, read and written once. Tiles are as wide as the wider of
+    head and value."""
     tile, tile_from = work.choose(work.element_bytes, work.over_rows)
     tiles = work.parts.covered(walk_over_rows, tile.tile_q, tile.tile_kv)
     columns = max(HOPPER_COLUMNS, power_of_two_tile(max(work.shape.head_dim, work.shape.value_dim)))
