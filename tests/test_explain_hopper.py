@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import tilewise
 from harness.explained import attend, meta
+from tilewise.kernels.tile import hopper_backward_tile
 from tilewise.parts.shape import Shape
 from tilewise.plan.bind import bind
 from tilewise.plan.request import make_request
@@ -34,6 +35,32 @@ def test_hoppers_forward_is_explained_where_it_is_asked_for(nothing_runs):
     assert found.implementation == found.on_gpu == "hopper" and not found.refused
     assert "On an H200 (as asked for) the hopper kernels answer: impl='hopper' asks for it." in text
     assert "Hopper's forward has not run on a GPU yet." in text
+
+
+def test_hoppers_backward_is_explained_too(nothing_runs):
+    q, k, v = attend(dim=128)
+    found = tilewise.explain(q, k, v, impl="hopper", gpu="H200", work="training", mask=tilewise.Causal())
+    names = ["hopper forward", "prepare", "hopper backward", "finish dq"]
+    assert [kernel.name for kernel in found.kernels] == names
+    kernel = found.kernels[2]
+    assert kernel.tile == hopper_backward_tile(128) and found.kernels[1].tile == kernel.tile
+    # 32 tiles of 128 keys a head; tile j visits the last 64 - 2j of 64 tiles of rows, of which it cuts two.
+    assert kernel.programs == 16 * 32 and kernel.tiles.visited == 16 * sum(64 - 2 * j for j in range(32))
+    assert kernel.tiles.masked == 16 * 32 * 2
+    assert kernel.executed_flops == 5 * 2 * kernel.tiles.visited * 64 * 128 * 128
+    memory = {each.name: each.bytes for each in found.memory}
+    assert memory["sums of dq"] == 16 * 4096 * 128 * 4 and memory["turns"] == 4 * (4 + 16 * 64)
+    assert "portable backward" not in str(found)
+
+
+def test_where_the_portable_backward_follows_explain_says_why():
+    q, k, v = attend(dim=256)
+    found = tilewise.explain(q, k, v, impl="hopper", gpu="H200", work="training")
+    assert [kernel.name for kernel in found.kernels][1:] == ["prepare", "dq", "dkv"]
+    text = " ".join(str(found).split())
+    assert "The portable backward follows, for Hopper's does not take the call: head_dim=256" in text
+    forward = tilewise.explain(q, k, v, impl="hopper", gpu="H200")
+    assert "portable backward" not in str(forward)
 
 
 def found_shape(found: Any) -> Shape:

@@ -269,8 +269,8 @@ def test_another_tile_is_refused(device):
 
 
 def test_gradients_of_parameters_are_the_portable_kernels(device, launches):
-    """Whose tiles of rows are others, so that they look up ranges of their own."""
-    q, k, v = random_qkv(device, 2, 1, 140, 140, 16)
+    """Whose tiles are square, so that they look up ranges of their own."""
+    q, k, v = random_qkv(device, 2, 1, 70, 140, 128)
     slopes = torch.randn(2, device=device)
     score = [Softcap(3.0), tilewise.ALiBi(slopes)]
     check_gradients(q, k, v, mask=Window(20, 0, "top_left"), score=score, **HOPPER)

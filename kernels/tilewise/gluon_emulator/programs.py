@@ -22,7 +22,7 @@ class Program:
 
     def __init__(self, index: tuple[int, ...], roles: Roles) -> None:
         self.index = index
-        self.roles = roles
+        self.roles: Any = roles
         self.memory: Any = None
         self.thread: threading.Thread | None = None  # None: not started
         self.is_done = False

@@ -1,4 +1,4 @@
-"""Some warps that run the same code, and a copy in flight: what a schedule picks from."""
+"""Some warps that run the same code, a copy in flight, a program: what a schedule picks from."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ class Copy(Protocol):
         """Whether it may happen after the program's end."""
 
     def happen(self) -> None: ...
+
+
+class ProgramLike(Protocol):
+    """One of several programs that live at once: programs.py."""
+
+    index: tuple[int, ...]
+    roles: Any
+    thread: threading.Thread | None  # None: it has not started
 
 
 @dataclass(eq=False)

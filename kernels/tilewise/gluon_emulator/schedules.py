@@ -10,25 +10,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
-from .role import Copy, Role
+from .role import Copy, ProgramLike, Role
 
-
-class Program(Protocol):
-    """What is asked of a program: programs.py."""
-
-    @property
-    def index(self) -> tuple[int, ...]: ...
-    @property
-    def thread(self) -> Any:
-        """None: it has not started."""
-
-    @property
-    def roles(self) -> Any: ...
-
-
-P = TypeVar("P", bound=Program)
+Program = TypeVar("Program", bound=ProgramLike)
 
 
 class Schedule:
@@ -45,7 +31,7 @@ class Schedule:
             return next((role for role in roles if role.number > running.number), roles[0])
         return copies[0]
 
-    def choose_program(self, running: P | None, programs: Sequence[P]) -> P:
+    def choose_program(self, running: Program | None, programs: Sequence[Program]) -> Program:
         """One of the programs that can go on, or that one that runs; None: it cannot. Where only one lives at
         a time, nobody asks."""
         return programs[0] if running is None else running
@@ -58,8 +44,8 @@ class SlowMemory(Schedule):
     def choose(self, running: Role, roles: Sequence[Role], copies: Sequence[Copy]) -> Role | Copy:
         return super().choose(running, roles, [copy for copy in copies if not copy.outlives] or copies)
 
-    def choose_program(self, running: P | None, programs: Sequence[P]) -> P:
-        def under_way(program: P) -> tuple[bool, int, bool]:
+    def choose_program(self, running: Program | None, programs: Sequence[Program]) -> Program:
+        def under_way(program: Program) -> tuple[bool, int, bool]:
             late = sum(copy.outlives for copy in program.roles.copies)
             is_stuck = late == len(program.roles.copies) and not program.roles.some_can_go_on()
             return is_stuck and program.thread is not None, late, program is not running
@@ -78,7 +64,7 @@ class RandomSchedule(Schedule):
         at = self._random.randrange(len(roles) + bool(copies))
         return roles[at] if at < len(roles) else self._random.choice(copies)
 
-    def choose_program(self, running: P | None, programs: Sequence[P]) -> P:
+    def choose_program(self, running: Program | None, programs: Sequence[Program]) -> Program:
         return self._random.choice(programs) if running is None or self._random.random() < 0.1 else running
 
 
@@ -114,7 +100,7 @@ class PriorityChange(Schedule):
     def _priority(self, number: int) -> float:
         return self._priorities.setdefault(number, self._random.random())
 
-    def choose_program(self, running: P | None, programs: Sequence[P]) -> P:
+    def choose_program(self, running: Program | None, programs: Sequence[Program]) -> Program:
         if running is not None and self._random.random() > 0.02:
             return running
         return max(programs, key=lambda program: self._program_priority(program.index))

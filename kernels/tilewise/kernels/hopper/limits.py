@@ -6,6 +6,7 @@ NAMED_BARRIERS = 16  # of a multiprocessor
 WIDEST = 256  # head_dim and value_dim
 HOPPER_COLUMNS = 64  # of a tile at least: 128 bytes, over which rows are swizzled
 BACKWARD_COLUMNS = 128  # of the backward's tiles at most: dK and dV of a warpgroup stay in registers
+FIRST_COUNTER = 4  # of the backward, behind its tickets and a counter of no tile: on a multiple of 16 bytes
 ALIGNMENT = 16  # bytes (CUDA driver API, cuTensorMapEncodeTiled)
 FARTHEST = 1 << 40  # bytes between neighbours of a dimension, exclusive
 

@@ -18,6 +18,7 @@ from ...parts.similarity import Normalised
 from ...plan.passes import parameter_slots
 from ...plan.quadratic import holds_every_pair, stored_bytes
 from ...plan.request import Request
+from ...plan.rules.hopper import BACKWARD_RULES
 from ...plan.tiles import arch_choice, arch_walks, architecture, choose_walks, tile_choice
 from ..chips import Chip
 from .coverage import has_contents
@@ -29,7 +30,7 @@ def as_workload(
     request: Request, chip: Chip, training: bool, return_lse: bool, on_its_gpu: bool, is_hopper: bool = False
 ) -> Workload:
     """The request as the model sees it. on_its_gpu: `chip` is the GPU that q is on, whose own tiles count.
-    is_hopper: the forward is Hopper's."""
+    is_hopper: the forward is Hopper's, and the backward where its rules let it."""
     computed = tuple(computed_tensors(request))
     softcaps = sum(isinstance(score, Softcap) for score in request.scores)
     return Workload(
@@ -48,11 +49,17 @@ def as_workload(
         of_derivatives=softcaps,
         is_hopper=is_hopper,
         walks=walks_of(request, chip, on_its_gpu),
+        is_hopper_backward=is_hopper and request.impl == "hopper" and not any(backward_rules(request)),
     )
 
 
+def backward_rules(request: Request) -> Iterator[str]:
+    """Why Hopper's backward does not take a call whose forward is Hopper's."""
+    return (reason for rule in BACKWARD_RULES if (reason := rule(request)) is not None)
+
+
 def walks_of(request: Request, chip: Chip, on_its_gpu: bool) -> int:
-    """In how many walks the backward makes dQ, dK and dV: all three are asked for."""
+    """In how many walks the portable backward makes dQ, dK and dV: all three are asked for."""
     in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
     if on_its_gpu and not INTERPRETED:
         return choose_walks(request.q, request.shape, in_order)
@@ -134,6 +141,9 @@ def looks_swapped(shape: Shape) -> bool:
 
 def notes(request: Request, work: Workload) -> Iterator[str]:
     """What a reader of the counts must know."""
+    if work.training and work.is_hopper:
+        for reason in backward_rules(request):
+            yield f"the portable backward follows, for Hopper's does not take the call: {reason}"
     if looks_swapped(work.shape) and work.shape.packing is not None:
         yield (
             f"{work.shape.q_heads} heads of {work.shape.q_len} tokens: if q, k and v are [heads, tokens, "

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...kernels import turns
 from ...kernels.call import Split, power_of_two_tile, programs, tile_count
 from ...kernels.combine import TILE_ROWS as COMBINED_ROWS
 from ...kernels.forward import rows_programs as programs_over_rows
-from ...kernels.hopper.limits import HOPPER_COLUMNS
+from ...kernels.hopper.limits import FIRST_COUNTER, HOPPER_COLUMNS
 from ...kernels.tile import Pass, Tile
 from ...parts.pieces import padded_columns
 from ...parts.shape import Shape, ceil_div
@@ -88,11 +89,14 @@ class Workload:
     of_scores: int = 0
     of_derivatives: int = 0
     is_hopper: bool = False  # the forward is Hopper's
-    walks: int = 2  # of the backward
+    walks: int = 2  # of the portable backward
+    is_hopper_backward: bool = False  # the backward is Hopper's, as the forward
 
     @property
     def over_rows(self) -> Pass:
         """The pass that walks over rows, whose tiles of rows are the whole backward's."""
+        if self.is_hopper_backward:
+            return "hopper_backward"
         return "dqkv" if self.walks == 1 else "dkv"
 
     def split(self) -> Split | None:
@@ -130,10 +134,11 @@ def kernels_of(work: Workload) -> tuple[Kernel, ...]:
     if (split := work.split()) is not None:
         kernels.append(combine(work, split))
     if work.training:
-        kernels += [
-            prepare(work),
-            *([dqkv(work), finish_dq(work)] if work.walks == 1 else [dq(work), dkv(work)]),
-        ]
+        kernels.append(prepare(work))
+        if work.is_hopper_backward:
+            kernels += [hopper_backward(work), finish_dq(work)]
+        else:
+            kernels += [dqkv(work), finish_dq(work)] if work.walks == 1 else [dq(work), dkv(work)]
         kernels += [gradient(work, parameter) for parameter in work.parameters]
     return tuple(kernels)
 
@@ -353,24 +358,34 @@ def dkv(work: Workload) -> Kernel:
 def dqkv(work: Workload) -> Kernel:
     """The same, and dQ = dS K in memory. Additions are the L2 cache's to bear: of them only the sums count
     here, cleared, read and written once."""
-    tile, tile_from = work.choose(work.element_bytes, "dqkv")
+    return one_walk(work, "dqkv", padded_columns)
+
+
+def hopper_backward(work: Workload) -> Kernel:
+    """The same by Hopper's kernel, whose tiles are as wide as the wider of head and value."""
+    columns = max(HOPPER_COLUMNS, power_of_two_tile(max(work.shape.head_dim, work.shape.value_dim)))
+    return one_walk(work, "hopper backward", lambda _: columns)
+
+
+def one_walk(work: Workload, name: str, columns: Callable[[int], int]) -> Kernel:
+    tile, tile_from = work.choose(work.element_bytes, work.over_rows)
     tiles = work.parts.covered(walk_over_rows, tile.tile_q, tile.tile_kv)
     moved = backward_reads(work, tiles, tile) + all_keys_bytes(work) + 3 * sums_bytes(work)
     return walk(
-        work, "dqkv", (tile, tile_from), keys_programs(work, tile.tile_kv), tiles, (3, 2),
-        1 + work.of_scores + work.of_derivatives, moved,
+        work, name, (tile, tile_from), keys_programs(work, tile.tile_kv), tiles, (3, 2),
+        1 + work.of_scores + work.of_derivatives, moved, columns,
     )  # fmt: skip
 
 
 def sums_bytes(work: Workload) -> int:
     """Of dQ's sums in fp32, a block for every tile of rows."""
-    shape, tile_q = work.shape, work.choose(work.element_bytes, "dqkv")[0].tile_q
+    shape, tile_q = work.shape, work.choose(work.element_bytes, work.over_rows)[0].tile_q
     return 4 * shape.blocks * shape.q_heads * tile_count(shape, shape.q_len, tile_q) * tile_q * shape.head_dim
 
 
 def finish_dq(work: Workload) -> Kernel:
     """dQ of its sums: no matmul."""
-    tile, tile_from = work.choose(work.element_bytes, "dqkv")
+    tile, tile_from = work.choose(work.element_bytes, work.over_rows)
     started, busy = rows_programs(work, tile.tile_q)
     moved = sums_bytes(work) + 2 * rows_bytes(work, work.shape.head_dim)
     return Kernel(
@@ -412,21 +427,18 @@ def memory_of(work: Workload) -> tuple[Allocation, ...]:
     if work.training:
         tile, _ = work.choose(work.element_bytes, work.over_rows)
         ranges = shape.blocks * shape.q_heads * tile_count(shape, shape.q_len, tile.tile_q)
+        if work.is_hopper_backward or work.walks == 1:
+            before = FIRST_COUNTER if work.is_hopper_backward else turns.FIRST_COUNTER.value
+            found.append(Allocation("sums of dq", sums_bytes(work), "during the backward"))
+            found.append(Allocation("turns", 4 * (before + ranges), "during the backward"))
         found += [
             Allocation("row statistics", statistics_bytes(work, 2), "for the backward"),
             Allocation("delta", statistics_bytes(work, 1), "during the backward"),
             Allocation("ranges", 16 * ranges, "during the backward"),
-            *(
-                [
-                    Allocation("sums of dq", sums_bytes(work), "during the backward"),
-                    Allocation("turns", 4 * (2 + ranges), "during the backward"),
-                ]
-                if work.walks == 1
-                else []
-            ),
             Allocation("dq", rows_bytes(work, shape.head_dim), "result"),
             Allocation("dk and dv", all_keys_bytes(work), "result"),
         ]
+        tile, _ = work.choose(work.element_bytes, "dkv")  # of the parameters' kernels
         for parameter in work.parameters:
             written, is_gradient = parameter.sums(tile.tile_q)
             if not is_gradient:

@@ -28,7 +28,7 @@ def hopper_backward_kernel(
     do_desc,
     dk_desc,  # as k
     dv_desc,
-    dq_desc,  # [batch, q_heads, q_len, head_dim] fp32 in pieces of [1, 1, PIECE, PIECE]
+    dq_desc,  # [batch, q_heads, tiles · TILE_Q, head_dim] fp32 in pieces of [1, 1, PIECE, PIECE]
     numbers,  # row_max, sum_log2 and delta, each [batch, q_heads, q_len] contiguous
     ranges,  # [batch, q_heads, tiles, 4] int32: prepare.py
     counters,  # [batch, q_heads, tiles] int32

@@ -14,12 +14,10 @@ from ...launch import cannot_repeat, launch
 from ...prepare import BackwardCall
 from ...tile import HopperBackwardTile
 from ..launch import descriptor
-from ..limits import ALIGNMENT, FARTHEST, HOPPER_COLUMNS, WARPGROUP_ROWS
+from ..limits import ALIGNMENT, FARTHEST, FIRST_COUNTER, HOPPER_COLUMNS, WARPGROUP_ROWS
 from .kernel import hopper_backward_kernel
 
 CONSUMER_REGISTERS, OTHER_REGISTERS = 240, 24  # a thread's
-SUMS_ALIGNED = ALIGNMENT // 4  # elements of fp32
-FIRST_COUNTER = 4  # behind the tickets and a counter of no tile, on a multiple of 16 bytes
 
 
 def launch_backward(
@@ -51,7 +49,8 @@ def launch_backward(
 def empty_sums(backward: BackwardCall) -> torch.Tensor:
     """Zeros [batch, q_heads, tiles, tile_q, head_dim] in fp32, whose rows begin on multiples of 16 bytes."""
     head_dim = backward.call.shape.head_dim
-    columns = ceil_div(head_dim, SUMS_ALIGNED) * SUMS_ALIGNED
+    aligned = ALIGNMENT // 4  # elements of fp32
+    columns = ceil_div(head_dim, aligned) * aligned
     rows = *backward.ranges.shape[:3], backward.tile_q
     return backward.delta.new_zeros(*rows, columns)[..., :head_dim]
 
@@ -72,7 +71,7 @@ def backward_launch(
     """The grid and the arguments with which `hopper_backward_kernel` answers `backward`."""
     call = backward.call
     shape, columns = call.shape, backward_columns(call.shape)
-    tiles = ceil_div(shape.q_len, tile.tile_q) * shape.q_heads * shape.batch
+    tiles = backward.ranges.numel() // 4
     turns = torch.zeros(FIRST_COUNTER + tiles, dtype=torch.int32, device=sums.device)
     arguments = dict(
         q_desc=descriptor(call.q, tile.tile_q, columns),
