@@ -16,7 +16,7 @@ from tilewise.plan import tiles
 from tilewise.tools.compiled.bound import bound
 from tilewise.tools.compiled.compiler import Compiled
 from tilewise.tools.compiled.main_loop import MainLoop
-from tilewise.tools.rank import rank
+from tilewise.tools.rank import call_model, rank
 from tilewise.tools.rank.__main__ import write_rows
 from tilewise.tools.rank.call_model import (
     HEADS_BYTES,
@@ -296,3 +296,28 @@ def test_where_the_model_sees_no_difference_one_change_at_a_time_is_tried():
     # What is clearly better comes first, however far away.
     far = ranked(replace(shipped, tile_q=192, num_warps=12, tile_kv=64, has_turns=False), 0.5)
     assert rank.choose([*usable, far], shipped)[0] is far
+
+
+# ---- One walk
+
+
+def one_walk_model() -> call_model.TileModel:
+    step = call_model.Step(1.0, 1.0, 1.0)
+    return call_model.TileModel("dqkv", 64, Tile(16, 16), 1, 0.0, step, step, "matmul")
+
+
+def test_in_turns_each_program_runs_a_step_behind_the_one_before():
+    """Three programs of four steps; then those of a second head, which find the stagger there."""
+    model = one_walk_model()
+    assert call_model.in_order(model, [(4, 0)] * 3, 1, 1.0, 1.0, 3) == 4 + 2
+    assert call_model.in_order(model, [(4, 0)] * 3, 2, 1.0, 1.0, 3) == 8 + 2
+    assert call_model.in_order(model, [(4, 0)] * 3, 1, 1.0, 1.0, 1) == 3 * 4  # one after another: no wait
+
+
+def test_one_walk_owns_keys_and_has_its_sums_finished():
+    tile = Tile(32, 64)
+    assert call_model.rows_of("dqkv", tile) == call_model.rows_of("dkv", tile) == (64, 32)
+    assert call_model.steps_of("dqkv", tile, 256, True) == call_model.steps_of("dkv", tile, 256, True)
+    case = rank.case_of(64, "full")
+    elements = case.batch * case.q_heads * case.q_len * case.head_dim
+    assert call_model.finish_seconds(case, rank.CHIP) == elements * 12 / rank.CHIP.memory_bytes
