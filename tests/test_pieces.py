@@ -24,8 +24,6 @@ from tilewise.parts.pieces import (
     store_pieces,
     zero_pieces,
 )
-from tilewise.plan.request import request_of
-from tilewise.plan.rules.hopper import reasons
 from tilewise.plan.rules.tensors import MAX_HEAD_DIM, MAX_VALUE_DIM
 
 
@@ -184,9 +182,3 @@ def test_a_gradient_in_one_piece_alone(device):
 
 def test_a_program_that_appends_holds_as_much_whatever_the_width():
     assert [tile_rows(dim) for dim in (16, 256, 300, 512, 576)] == [16, 16, 8, 8, 4]
-
-
-def test_hoppers_forward_says_what_it_does_not_take():
-    q, v = (torch.empty(1, 1, 3, dim, dtype=torch.float16, device="meta") for dim in (576, 128))
-    request = request_of(q, q, v, impl="hopper")
-    assert any(reason.startswith("head_dim=576 and value_dim=128 must be") for reason in reasons(request))
