@@ -18,7 +18,7 @@ TILES = "kernels/tilewise/plan/tiles.py"
 # fmt: off
 MUTATIONS = (
     Mutation("pieces: padded to the next power of two", PIECES,
-             "return (rest, half) if rest + half < whole else (whole,)", "return (whole,)",
+             "if dim > UNDIVIDED and rest + half < whole else", "if False else",
              tests("pieces", "pieces_of_some_dimensions[80-pieces4]")),
     Mutation("pieces: narrower than a matmul takes", PIECES,
              "rest = max(NARROWEST, next_power_of_two(dim - half))", "rest = next_power_of_two(dim - half)",
