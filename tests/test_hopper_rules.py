@@ -51,6 +51,9 @@ REFUSED = [
         name: torch.zeros(*shape, device=d) for name, shape in
         (("q", (BATCH, Q_HEADS, Q_LEN, DIM)), ("k", K), ("v", K))
     }),
+    ("dims_are_narrow", ("head_dim=16", "value_dim=264", "at most 256"), lambda d: dict(
+        v=halves(*K[:3], 264, device=d),
+    )),
     ("some_key_is_there", ("kv_len=0",), lambda d: dict(
         k=halves(BATCH, KV_HEADS, 0, DIM, device=d), v=halves(BATCH, KV_HEADS, 0, DIM, device=d), bias=None,
     )),

@@ -102,7 +102,7 @@ MUTATIONS = (
              tests("forward", "score[alibi-float32]")),
     # ---- The kernel
     Mutation("forward: o not rescaled", FORWARD,
-             "v, o * rescale[:, None], PRECISION)", "v, o, PRECISION)",
+             "v, scaled(o, rescale[:, None]), PRECISION)", "v, o, PRECISION)",
              tests("forward", "mask[causal-(37, 37)]")),
     Mutation("forward: key head by remainder", FORWARD,
              "keys_of(keys, kv_place, kv_head, layout)", "keys_of(keys, kv_place, head % group, layout)",
@@ -130,7 +130,7 @@ MUTATIONS = (
              "(kv_idx >= span[0]) & (kv_idx < span[1])", "kv_idx < span[1]",
              tests("data", "unseen_keys_and_values_have_no_influence[left padding-torch.float32]")),
     Mutation("forward: value of a key that no row sees", FORWARD,
-             "v = tl.where(seen[:, None], v, tl.zeros_like(v))", "v = tl.where(seen[:, None], v, v)",
+             "v = where_rows(seen, v)", "v = v",
              tests("data", "unseen_keys_and_values_have_no_influence[columns-torch.float32]")),
     Mutation("forward: one cut tile too few", WALK,
              "return last - first - (full_last - full_first)",

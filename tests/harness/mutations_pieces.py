@@ -18,7 +18,7 @@ TILES = "kernels/tilewise/plan/tiles.py"
 # fmt: off
 MUTATIONS = (
     Mutation("pieces: padded to the next power of two", PIECES,
-             "return (rest, half) if rest + half < whole else (whole,)", "return (whole,)",
+             "if dim > UNDIVIDED and rest + half < whole else", "if False else",
              tests("pieces", "pieces_of_some_dimensions[80-pieces4]")),
     Mutation("pieces: narrower than a matmul takes", PIECES,
              "rest = max(NARROWEST, next_power_of_two(dim - half))", "rest = next_power_of_two(dim - half)",
@@ -69,10 +69,10 @@ MUTATIONS = (
              tests("pieces", "a_program_that_appends_holds_as_much_whatever_the_width")),
     Mutation("wide: handed to Hopper's forward", HOPPER_RULES,
              "if max(head_dim, value_dim) <= WIDEST:", "if min(head_dim, value_dim) <= WIDEST:",
-             tests("pieces", "hoppers_forward_says_what_it_does_not_take")),
+             tests("hopper_rules", "every_rule_has_a_case", "what_is_refused_says_why")),
     Mutation("wide: a row of another width", TILES,
-             "return min([each for each in dims if each >= dim], default=max(dims))",
-             "return min([each for each in dims if each > dim], default=max(dims))",
+             "return min([each for each in dims if each >= dim],",
+             "return min([each for each in dims if each > dim],",
              tests("compiled", "every_row_of_the_table_fits")),
     Mutation("wide: shared memory as for larger instructions", ROOM,
              "from_shared = element_bytes == 2 and rows >= 64 and", "from_shared = element_bytes == 2 and",

@@ -65,10 +65,10 @@ def has_tile(element_bytes: int, dim: int, work: Pass) -> bool:
 @functools.cache
 def row_dim(arch: str, element_bytes: int, dim: int, work: Pass) -> int:
     """The dimension of the row that serves `dim`: the least that the chip, or its family, has a row for; the
-    widest row where `dim` is wider still."""
+    widest row where `dim` is wider still, and `dim` itself where there are no rows."""
     of_chip, of_family = (work, arch, element_bytes), (work, family(arch), element_bytes)
     dims = [key[3] for key in TABLE if key[:3] in (of_chip, of_family)]
-    return min([each for each in dims if each >= dim], default=max(dims))
+    return min([each for each in dims if each >= dim], default=max(dims, default=dim))
 
 
 @functools.cache
