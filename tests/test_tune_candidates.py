@@ -21,6 +21,8 @@ from tilewise_reference import CASES, FEATURE_CASES
 @pytest.mark.parametrize("work", PASSES)
 def test_candidates_are_feasible_and_hold_the_shipped_tile(arch, work):
     for element_bytes, dim in itertools.product((2, 4), (64, 128, 256)):
+        if not tiles.has_tile(element_bytes, dim, work):
+            continue
         found = candidates(work, arch, element_bytes, dim)
         assert len({*found}) == len(found)
         assert all(fits(tile, arch, element_bytes, dim, work) for tile in found)
