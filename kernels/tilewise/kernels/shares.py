@@ -66,9 +66,9 @@ def product_by_keys(dsT, k, PRECISION: tl.constexpr):
 def add_tile(ptr, tile, START: tl.constexpr, DIM: tl.constexpr):
     """Add to the columns from START on of rows that lie in memory one behind the other, without padding.
     Offsets that the compiler knows take no registers."""
-    columns = START + tl.arange(0, tile.shape[1])
-    ptrs = ptr + (tl.arange(0, tile.shape[0])[:, None] * DIM + columns[None, :])
+    rows, columns = tl.arange(0, tile.shape[0]), START + tl.arange(0, tile.shape[1])
+    ptrs = ptr + (rows[:, None] * DIM + columns[None, :])
     if START + tile.shape[1] <= DIM:
         tl.atomic_add(ptrs, tile, sem="relaxed")
     else:
-        tl.atomic_add(ptrs, tile, mask=(columns < DIM)[None, :], sem="relaxed")
+        tl.atomic_add(ptrs, tile, mask=(rows[:, None] >= 0) & (columns[None, :] < DIM), sem="relaxed")
