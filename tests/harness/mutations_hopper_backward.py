@@ -126,7 +126,7 @@ MUTATIONS = (
              "        dk = dk * unit[0]\n", "        pass\n",
              GROUPED),
     Mutation("hopper backward: the unit left out of dQ", FINISH,
-             "        dq *= unit\n", "        pass\n",
+             "        dq = scaled(dq, unit)\n", "        pass\n",
              GROUPED),
     Mutation("hopper backward: one query head of a group", CONSUMER,
              "    for member in range(group):\n", "    for member in range(1):\n",
