@@ -6,8 +6,6 @@ corner. It moves whole tiles, so it is asked only for steps in which every pair 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -17,12 +15,16 @@ from .hopper.limits import ALIGNMENT, FARTHEST
 from .tile import CopiedTile, Tile
 
 
-def copies_of(call: Call, tile: Tile) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Descriptors of K and of V, one for each piece of columns; () and () where threads load them."""
+def copies_of(call: Call, tile: Tile) -> dict[str, TensorDescriptor | None]:
+    """Descriptors of K and of V for each of at most two pieces of columns, by the names of the kernel's
+    arguments: Triton 3.6 launches no kernel that is given them in a tuple. None where threads load."""
+    found: dict[str, TensorDescriptor | None] = dict.fromkeys(("k_copy", "k_copy_2", "v_copy", "v_copy_2"))
     in_pages = call.shape.cache is not None and call.shape.cache.pages is not None
     if not isinstance(tile, CopiedTile) or in_pages or not (can_be_copied(call.k) and can_be_copied(call.v)):
-        return (), ()
-    return descriptors(call.k, tile.tile_kv), descriptors(call.v, tile.tile_kv)
+        return found
+    for name, x in (("k_copy", call.k), ("v_copy", call.v)):
+        found |= dict(zip((name, f"{name}_2"), descriptors(x, tile.tile_kv), strict=False))
+    return found
 
 
 def can_be_copied(x: torch.Tensor) -> bool:

@@ -62,7 +62,10 @@ def forward_kernel(
     sum_ptr,
     sink_ptr,  # [q_heads], or None
     sink_stride,
-    copies,  # of K and of V, descriptors for the copy engine: copies.py; or ((), ())
+    k_copy,  # what the copy engine knows of K and V, a descriptor for each piece: copies.py; or None
+    k_copy_2,
+    v_copy,
+    v_copy_2,
     split,  # (), or keys of a split and strides of `out` and `lse_ptr` from one to the next
     IS_GROUPED: tl.constexpr,  # a tile of rows holds those of all heads of a group
     HAS_GAPS: tl.constexpr,  # some key inside a row tile's range may be seen by none of its rows
@@ -80,8 +83,8 @@ def forward_kernel(
 
     q_head = head_of(queries, q_place, head_column)
     q = load_pieces(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-    k_walk = walked(keys, copies[0], kv_place, kv_head, layout)
-    v_walk = walked(values, copies[1], kv_place, kv_head, layout)
+    k_walk = walked(keys, (k_copy, k_copy_2), kv_place, kv_head, layout)
+    v_walk = walked(values, (v_copy, v_copy_2), kv_place, kv_head, layout)
     row_max, row_sum = softmax_start(TILE_Q)
     o = zero_pieces(TILE_Q, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
 
@@ -174,7 +177,7 @@ def forward_launch(
         max_ptr=row_max,
         sum_ptr=row_sum,
         sink_ptr=call.sink,
-        copies=copies_of(call, tile),
+        **copies_of(call, tile),
         sink_stride=0 if call.sink is None else call.sink.stride(0),
         split=() if split is None or lse is None else (split.size, out.stride(0), lse.stride(0)),
         IS_GROUPED=call.is_grouped,

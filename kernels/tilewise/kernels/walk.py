@@ -112,7 +112,7 @@ def step_keys(step, span, kv_len, IS_CUT: tl.constexpr, TILE_KV: tl.constexpr):
 @triton.jit
 def walked(x, copies, place, head, layout):
     """Keys or values of one head, for `load_keys`; copies: what the copy engine knows of them, a descriptor
-    for each piece of columns, or ()."""
+    for each piece of columns, or None for each."""
     return keys_of(x, place, head, layout), copies, (place[0], head, place[1])
 
 
@@ -122,7 +122,7 @@ def load_keys(x, kv_start, kv_idx, span, IS_CUT: tl.constexpr, DIM: tl.constexpr
     x_head, copies, first = x
     if IS_CUT:
         return load_pieces(x_head, kv_idx, (kv_idx >= span[0]) & (kv_idx < span[1]), DIM, PIECES)
-    elif len(copies) > 0:
+    elif copies[0] is not None:
         return copy_pieces(copies, first, kv_start, PIECES)
     else:
         return load_pieces(x_head, kv_idx, None, DIM, PIECES)
