@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.overlap": {SHARED},
     "tools.compiled": {SHARED, "plan", "kernels", "parts"},
     "tools.explain": {SHARED, "pytorch", "plan", "kernels", "parts"},
-    "tools.inspect": {SHARED, "tools.compiled", "version"},
+    "tools.inspect": {SHARED, "tools.compiled", "plan", "version"},
     "tools.tune": {SHARED, "pytorch", "plan", "kernels", "parts"},
     "tools.rank": {SHARED, "tools.compiled", "tools.overlap", "tools.tune", "plan", "kernels", "parts"},
     "tools.doctor": {SHARED, "tools.explain", "drop_in", "api", "plan", "kernels", "parts", "version"},
