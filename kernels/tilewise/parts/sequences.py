@@ -147,9 +147,11 @@ def head_and_tile(number, programs, tiles):
     first all first tiles, then all second ones, and so on: under a causal mask the longest start first, and
     programs that add to the same rows in the order of their tiles start one after another (turns.py)."""
     first_head = number // (HEADS_TOGETHER * tiles) * HEADS_TOGETHER
-    together = tl.minimum(HEADS_TOGETHER, programs // tiles - first_head)  # the last heads may be fewer
-    within = number - first_head * tiles
-    return first_head + within % together, within // together
+    # The last heads may be fewer. The maximum and the last remainder change nothing: they tell the compiler
+    # that no tile is negative, which spares steps that a mask cuts up to a tenth of their instructions.
+    together = tl.maximum(tl.minimum(HEADS_TOGETHER, programs // tiles - first_head), 1)
+    within = number % (HEADS_TOGETHER * tiles)
+    return first_head + within % together, within // together % tiles
 
 
 @triton.jit
