@@ -246,8 +246,8 @@ def dq_kernel(
     span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
     q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
-    k_walk = walked(keys, (None, None), kv_place, head // group, layout)
-    v_walk = walked(values, (None, None), kv_place, head // group, layout)
+    k_walk = walked(keys, (), kv_place, head // group, layout)
+    v_walk = walked(values, (), kv_place, head // group, layout)
     q = load_pieces(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
     do = load_pieces(do_head, q_idx, q_idx < q_len, VALUE_DIM, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
     rows_ptr = rows_of(q_place, head, q_heads, q_rows)

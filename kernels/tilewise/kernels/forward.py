@@ -42,7 +42,7 @@ from .call import Call, Split, programs, shared_arguments
 from .copies import copies_of
 from .launch import launch
 from .tile import Tile
-from .walk import keys_of_split, load_keys, own_group, step_keys, steps_of, walked
+from .walk import in_pieces, keys_of_split, load_keys, own_group, step_keys, steps_of, walked
 
 
 @triton.jit
@@ -83,8 +83,8 @@ def forward_kernel(
 
     q_head = head_of(queries, q_place, head_column)
     q = load_pieces(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
-    k_walk = walked(keys, (k_copy, k_copy_2), kv_place, kv_head, layout)
-    v_walk = walked(values, (v_copy, v_copy_2), kv_place, kv_head, layout)
+    k_walk = walked(keys, in_pieces(k_copy, k_copy_2), kv_place, kv_head, layout)
+    v_walk = walked(values, in_pieces(v_copy, v_copy_2), kv_place, kv_head, layout)
     row_max, row_sum = softmax_start(TILE_Q)
     o = zero_pieces(TILE_Q, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
 

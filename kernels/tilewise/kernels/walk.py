@@ -110,9 +110,20 @@ def step_keys(step, span, kv_len, IS_CUT: tl.constexpr, TILE_KV: tl.constexpr):
 
 
 @triton.jit
+def in_pieces(copy, copy_2):
+    """Descriptors, of which there may be one or none, as a tuple: Triton 3.6 hands no None in one around."""
+    if copy is None:
+        return ()
+    elif copy_2 is None:
+        return (copy,)
+    else:
+        return copy, copy_2
+
+
+@triton.jit
 def walked(x, copies, place, head, layout):
     """Keys or values of one head, for `load_keys`; copies: what the copy engine knows of them, a descriptor
-    for each piece of columns, or None for each."""
+    for each piece of columns, or ()."""
     return keys_of(x, place, head, layout), copies, (place[0], head, place[1])
 
 
@@ -122,7 +133,7 @@ def load_keys(x, kv_start, kv_idx, span, IS_CUT: tl.constexpr, DIM: tl.constexpr
     x_head, copies, first = x
     if IS_CUT:
         return load_pieces(x_head, kv_idx, (kv_idx >= span[0]) & (kv_idx < span[1]), DIM, PIECES)
-    elif copies[0] is not None:
+    elif len(copies) > 0:
         return copy_pieces(copies, first, kv_start, PIECES)
     else:
         return load_pieces(x_head, kv_idx, None, DIM, PIECES)
