@@ -23,7 +23,7 @@ import tilewise
 from harness.replays import alive, no_long_way, repeating, replays
 from harness.stand_in_gpu import stand_in_gpu
 from tilewise.kernels.forward import forward_kernel
-from tilewise.kernels.tile import HopperTile
+from tilewise.kernels.tile import CopiedTile, HopperTile, hopper_backward_tile
 from tilewise.plan import tiles
 
 TILE = tiles.Tile(16, 16, num_stages=1)
@@ -63,7 +63,28 @@ def hopper(q, k, v):
         return [tilewise.attention(q, k, v, mask=tilewise.Causal(), impl="hopper")]
 
 
-CALLS = {each.__name__: each for each in (forward, training, split, packed, hopper)}
+def copied(q, k, v):
+    with torch.no_grad(), tiles.use(CopiedTile(16, 16, num_stages=1), ["forward"]):
+        return [tilewise.attention(q, k, v, impl="portable")]
+
+
+def one_walk(q, k, v):
+    with tiles.use_walks(1):
+        return training(q, k, v)
+
+
+def hopper_training(q, k, v):
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    forward, backward = HopperTile(128, 64, 8, 2), hopper_backward_tile(64)
+    with tiles.use(forward, ["hopper"]), tiles.use(backward, ["hopper_backward"]):
+        out = tilewise.attention(q, k, v, mask=tilewise.Causal(), impl="hopper")
+        return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
+
+
+CALLS = {
+    each.__name__: each
+    for each in (forward, training, split, packed, copied, one_walk, hopper, hopper_training)
+}
 
 
 def inputs():
@@ -105,7 +126,7 @@ def compare(long, short, addresses):
 
 
 def the_same_launches(call):
-    with stand_in_gpu() as (_, recorder), tiles.use(TILE, ["forward", "dq", "dkv"]):
+    with stand_in_gpu() as (_, recorder), tiles.use(TILE, ["forward", "dq", "dkv", "dqkv"]):
         with replays(torch.device("cpu")) as known:
             call(*inputs()), call(*inputs())
             assert all(step.replay for step in known.values())
@@ -219,7 +240,7 @@ def unaligned():
 OTHERS = {each.__name__: each for each in (watched, streamed, unaligned, forgets)}
 
 
-HOPPER = ["hopper", "forgets"]
+HOPPER = ["hopper", "hopper_training", "forgets"]
 PROGRAMS = {"portable": [name for name in (*CALLS, *OTHERS) if name not in HOPPER], "hopper": HOPPER}
 
 
