@@ -1,6 +1,6 @@
-"""Is Hopper's forward right, in every kind of call that it takes, and always the same?
+"""Are Hopper's forward and backward right, in every kind of call that they take, and always the same?
 
-No GPU has run it yet, so nothing that it does is taken for granted. Each check is a job of its own, in a
+No GPU has run them yet, so nothing that they do is taken for granted. Each check is a job of its own, in a
 process that can be replaced: a barrier that waits for ever costs one check. Without a GPU they run in the
 emulator, on tiny problems.
 """
@@ -137,6 +137,24 @@ def same_bits(causal: bool, device: torch.device, seed: int) -> str:
     return f"{times} repeats, length {shape[2]}"
 
 
+def same_gradients(causal: bool, device: torch.device, seed: int) -> str:
+    """50 times the same backward: its programs add to dQ in turns. In the emulator, twice and tiny."""
+    times, shape = (50, (2, 16, 4096, 128)) if device.type == "cuda" else (2, (1, 2, 140, 64))
+    leaves = [x.requires_grad_() for x in qkv(device, shape, shape, shape)]
+    mask = tilewise.Causal() if causal else None
+    out = tilewise.attention(*leaves, mask=mask, impl="hopper")
+    do = torch.randn_like(out)
+    first = torch.autograd.grad(out, leaves, do, retain_graph=True)
+    differ = torch.zeros(3, dtype=torch.int64, device=device)
+    for _ in range(times):
+        again = torch.autograd.grad(out, leaves, do, retain_graph=True)
+        differ += torch.stack([(one != other).any() for one, other in zip(first, again, strict=True)])
+    assert all(bool(x.isfinite().all()) and bool(x.any()) for x in first), "no value, or values without end"
+    found = dict(zip(("dq", "dk", "dv"), differ.tolist(), strict=True))
+    assert not any(found.values()), f"of {times} repeats so many differed: {found}"
+    return f"{times} repeats, length {shape[2]}"
+
+
 # ---- The checks, in order: first what its canary leaves open
 
 
@@ -174,6 +192,12 @@ HOPPER: list[Trial] = [
     _trial("values wider than heads", 128, judged, ("causal", "float16"), 64, False, value_dim=128),
     _trial("values narrower than heads", 192, judged, ("causal", "bfloat16"), 192, False, value_dim=128),
     _trial("gradients, causal", 128, judged, ("causal", "bfloat16"), 128, True),
+    _trial("gradients, full", 128, judged, ("float16",), 128, True),
+    _trial("gradients, full, width 64", 64, judged, ("bfloat16",), 64, True),
+    _trial("gradients, grouped and padded", 64, judged, ("right_padding", "alibi", "float16"), 64, True),
+    _trial("gradients, window, width 80", 128, judged, ("window", "bfloat16"), 80, True),
+    _trial("the same gradients again, causal", 128, same_gradients, True),
+    _trial("the same gradients again, full", 128, same_gradients, False),
     _trial("gradients, sink and softcap", 64, judged, ("sink", "softcap", "float16"), 64, True),
     _trial("gradients, width 256", 256, judged, ("window", "bfloat16"), 256, True),
 ]
