@@ -27,11 +27,12 @@ from ..chips import Chip, chip_of_target, find_chip
 from .as_workload import as_workload, notes
 from .coverage import has_contents, pairs_that_count
 from .findings import Cached, Findings, Packed, Work
+from .memory import memory_of
 from .parts import Parts
 from .splits import split_of
 from .suggestions import Look, suggestions
 from .text import plain_text
-from .workload import Allocation, Kernel, Workload, kernels_of, memory_of
+from .workload import Allocation, Kernel, Workload, kernels_of
 
 Tensor = torch.Tensor
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...kernels import turns
 from ...kernels.call import Split, power_of_two_tile, programs, tile_count
 from ...kernels.combine import TILE_ROWS as COMBINED_ROWS
 from ...kernels.forward import rows_programs as programs_over_rows
-from ...kernels.hopper.limits import FIRST_COUNTER, HOPPER_COLUMNS
+from ...kernels.hopper.limits import HOPPER_COLUMNS
 from ...kernels.tile import Pass, Tile
 from ...parts.pieces import padded_columns
 from ...parts.shape import Shape, ceil_div
@@ -363,7 +362,7 @@ def dqkv(work: Workload) -> Kernel:
 
 def hopper_backward(work: Workload) -> Kernel:
     """The same by Hopper's kernel, whose tiles are as wide as the wider of head and value."""
-    columns = max(HOPPER_COLUMNS, power_of_two_tile(max(work.shape.head_dim, work.shape.value_dim)))
+    columns = hopper_columns(max(work.shape.head_dim, work.shape.value_dim))
     return one_walk(work, "hopper backward", lambda _: columns)
 
 
@@ -406,42 +405,3 @@ def gradient(work: Workload, parameter: TrainedParameter) -> Kernel:
         work, f"gradient of {parameter.name}", (tile, tile_from), (started, started), tiles, (1, 1),
         1 + work.of_scores + work.of_derivatives, moved,
     )  # fmt: skip
-
-
-# ---- Memory
-
-
-def memory_of(work: Workload) -> tuple[Allocation, ...]:
-    """What the kernels' launchers allocate."""
-    shape = work.shape
-    found = [Allocation("out", rows_bytes(work, shape.value_dim), "result"), *work.computed]
-    if work.return_lse or work.training:
-        kept = "result" if work.return_lse else "for the backward"
-        found.append(Allocation("lse", statistics_bytes(work, 1), kept))
-    if (split := work.split()) is not None:
-        of_splits = split.programs * statistics_bytes(work, 1)
-        found += [
-            Allocation("out of each split", of_splits * shape.value_dim, "during the call"),
-            Allocation("lse of each split", of_splits, "during the call"),
-        ]
-    if work.training:
-        tile, _ = work.choose(work.element_bytes, work.over_rows)
-        ranges = shape.blocks * shape.q_heads * tile_count(shape, shape.q_len, tile.tile_q)
-        if work.is_hopper_backward or work.walks == 1:
-            before = FIRST_COUNTER if work.is_hopper_backward else turns.FIRST_COUNTER.value
-            found.append(Allocation("sums of dq", sums_bytes(work), "during the backward"))
-            found.append(Allocation("turns", 4 * (before + ranges), "during the backward"))
-        found += [
-            Allocation("row statistics", statistics_bytes(work, 2), "for the backward"),
-            Allocation("delta", statistics_bytes(work, 1), "during the backward"),
-            Allocation("ranges", 16 * ranges, "during the backward"),
-            Allocation("dq", rows_bytes(work, shape.head_dim), "result"),
-            Allocation("dk and dv", all_keys_bytes(work), "result"),
-        ]
-        tile, _ = work.choose(work.element_bytes, "dkv")  # of the parameters' kernels
-        for parameter in work.parameters:
-            written, is_gradient = parameter.sums(tile.tile_q)
-            if not is_gradient:
-                found.append(Allocation(f"sums of {parameter.name}", written, "during the backward"))
-            found.append(Allocation(f"gradient of {parameter.name}", parameter.bytes, "result"))
-    return tuple(found)
