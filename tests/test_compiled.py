@@ -14,11 +14,11 @@ from harness.features import of_kind
 from harness.variants import (
     COMBINATIONS,
     PIECES,
+    WIDE_FP32_TARGETS,
     ByTarget,
     backward_feature_variants,
     compiled_once,
     feature_variants,
-    has_wide_backward,
     shipped,
 )
 from tilewise.kernels.room import SHARED_BYTES, fits, shared_bytes
@@ -113,11 +113,18 @@ def pieces(tmp_path_factory) -> ByTarget:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_rows_in_pieces_and_wide_ones_do_not_spill_and_fit(pieces, target):
-    assert len(pieces[target]) == 3 * len(PIECES) - (0 if has_wide_backward(target, "fp32") else 2)
+    assert len(pieces[target]) == 3 * len(PIECES) - 2
     for (variant, _), each in pieces[target].items():
         assert each.spill_bytes == 0, each
         assert each.shared_bytes <= SHARED_BYTES[target], each
         assert bool(each.matmuls) == (variant.startswith("bf16") or target.startswith("gfx")), each
+
+
+@pytest.mark.parametrize("target", WIDE_FP32_TARGETS)
+def test_the_backward_of_wide_fp32_rows_does_not_spill_and_fits(tmp_path_factory, target):
+    kernels = compiled_once("wide_fp32_variants", tmp_path_factory, WIDE_FP32_TARGETS)[target]
+    assert [each.kernel for each in kernels] == ["dq_kernel", "dkv_kernel"]
+    assert all(each.spill_bytes == 0 and each.shared_bytes <= SHARED_BYTES[target] for each in kernels)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
@@ -195,8 +202,9 @@ def test_each_kernel_has_a_loop_of_full_tiles_and_a_longer_one_of_cut_tiles(
         if each.kernel == "prepare_kernel":
             assert not each.loops
             continue
-        full, cut = each.loops
-        assert (full.name, cut.name) == ("full", "cut"), each
+        loops = {loop.name: loop for loop in each.loops}
+        assert [*loops] == (["cut", "full"] if each.kernel == "dqkv_kernel" else ["full", "cut"]), each
+        full, cut = loops["full"], loops["cut"]
         assert full.instructions < cut.instructions and full.spills == 0, each
         threads = each.warps * (64 if target.startswith("gfx") else 32)
         pairs = each.tile["TILE_Q"] * each.tile["TILE_KV"]

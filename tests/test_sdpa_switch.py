@@ -160,7 +160,7 @@ def twice(x):
 
 
 PASSED_ON = {
-    "wide heads": (lambda q, k, v: attend(*wide(q, k, v)), "head_dim=304"),
+    "wide heads": (lambda q, k, v: attend(*wide(q, k, v)), "head_dim=608"),
     "a subclass": (lambda q, k, v: attend(q.as_subclass(Marked), k, v), "Marked, which may have"),
     "a wrapper": (
         lambda q, k, v: attend(q, twice(k), v),

@@ -138,7 +138,7 @@ def test_the_command_stores_what_calls_then_use_and_forgets_it(fake_gpu, tmp_pat
 def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(fake_gpu, tmp_path):
     fake_gpu.stop_at = 2
     stopped = tune_with(*CAUSAL_128)
-    assert stopped.exit_code == 130 and "1 of 4 rows are done" in stopped.output
+    assert stopped.exit_code == 130 and "1 of 5 rows are done" in stopped.output
     path = tmp_path / "tiles" / "nvidia-h200.json"
     assert [*load(path)] == [("forward", "sm_90", 2, 128)]
     assert tune_with(*CAUSAL_128).exit_code == 0

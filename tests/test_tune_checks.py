@@ -121,10 +121,13 @@ def test_launches_are_watched_and_compiled_ahead_through_the_same_door(monkeypat
 
 
 def test_every_pass_has_a_kernel_that_is_watched():
-    from tilewise.kernels import backward, forward
+    from tilewise.kernels import backward, forward, one_walk
     from tilewise.kernels.hopper.forward import hopper_forward_kernel
 
-    kernels = dict(forward=forward.forward_kernel, dkv=backward.dkv_kernel, dq=backward.dq_kernel)
+    kernels = dict(
+        forward=forward.forward_kernel, dkv=backward.dkv_kernel, dq=backward.dq_kernel,
+        dqkv=one_walk.dqkv_kernel,
+    )  # fmt: skip
     named = {
         work: kernel.fn.__name__ for work, kernel in (kernels | dict(hopper=hopper_forward_kernel)).items()
     }

@@ -235,14 +235,16 @@ class Sanitizer:
 
     # The accesses.
 
-    def _load(self, original: Any, builder: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
+    def _load(
+        self, original: Any, builder: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any
+    ) -> Any:
         lanes = np.broadcast_to(mask.data, ptrs.data.shape)
         self._access("load", ptrs, lanes)
         dtype = ptrs.get_element_ty()
         if other is None and not lanes.all():
             other = interpreter.TensorHandle(_poison(ptrs.data.shape, dtype), dtype)
             self._poisoned_at = self._poisoned_at or _source_line()
-        out = original(builder, ptrs, mask, other, *rest)
+        out = original(builder, ptrs, mask, other, *rest, **named)
         self._read_nonfinite |= dtype.is_floating() and bool(_nonfinite(out.data, dtype)[lanes].any())
         return out
 

@@ -33,7 +33,7 @@ def qkv(*shape: int, device: Any = None, dtype: torch.dtype = torch.float32) -> 
 
 def wide(*tensors: Tensor) -> list[Tensor]:
     """Tensors of a head_dim that tilewise does not support."""
-    return [x.repeat(1, 1, 1, 300 // x.shape[3] + 1) for x in tensors]
+    return [x.repeat(1, 1, 1, 600 // x.shape[3] + 1) for x in tensors]
 
 
 def who() -> list[str]:

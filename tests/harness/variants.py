@@ -248,32 +248,30 @@ def cache_variants() -> list[Variant]:
     ]
 
 
-def has_wide_backward(target: str, dtype: str) -> bool:
-    return dtype != "fp32" or not target.startswith("gfx")
-
-
 PIECES = (("bf16", 80, 80), ("bf16", 192, 192), ("bf16", 576, 512), ("fp32", 576, 512))
+WIDE_FP32_TARGETS = ("sm_80", "sm_90", "sm_100")  # AMD's shared memory has no room for that backward
+
+
+def pieces_variant(backward: bool, dtype: str, dim: int, value_dim: int) -> Variant:
+    def run() -> None:
+        q, k, v = plain_inputs(dtype, dim)
+        launched = launch_backward if backward else launch
+        launched(q, k, v.new_empty(*v.shape[:3], value_dim), mask=tilewise.Causal())
+
+    return Variant(
+        f"{dtype} {dim}x{value_dim} causal", run, ("dkv_kernel", "dq_kernel") if backward else None
+    )
 
 
 def pieces_variants() -> list[Variant]:
-    """Rows in two pieces, and the widest, forward and backward; but no backward of wide fp32 rows on AMD,
-    whose shared memory has no room for it."""
+    """Rows in two pieces, and the widest, forward and backward, but for the backward of wide fp32 rows."""
+    forward = [pieces_variant(False, *given) for given in PIECES]
+    return [*forward, *(pieces_variant(True, *given) for given in PIECES[:-1])]
 
-    def inputs(dtype: str, dim: int, value_dim: int) -> list[torch.Tensor]:
-        q, k, v = plain_inputs(dtype, dim)
-        return [q, k, v.new_empty(*v.shape[:3], value_dim)]
 
-    def run(launched: Callable[..., None], *given: Any) -> None:
-        if has_wide_backward(target_name(), given[0]) or launched is launch or given[1] <= 256:
-            launched(*inputs(*given), mask=tilewise.Causal())
-
-    return [
-        Variant(
-            f"{dtype} {dim}x{value_dim} causal", functools.partial(run, launched, dtype, dim, value_dim), of
-        )
-        for dtype, dim, value_dim in PIECES
-        for launched, of in ((launch, None), (launch_backward, ("dkv_kernel", "dq_kernel")))
-    ]
+def wide_fp32_variants() -> list[Variant]:
+    """That backward."""
+    return [pieces_variant(True, *PIECES[-1])]
 
 
 def tf32_variants() -> list[Variant]:
