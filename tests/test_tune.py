@@ -142,7 +142,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(fake_gpu, tmp_pa
     path = tmp_path / "tiles" / "nvidia-h200.json"
     assert [*load(path)] == [("forward", "sm_90", 2, 128)]
     assert tune_with(*CAUSAL_128).exit_code == 0
-    assert len(load(path)) == 4
+    assert len(load(path)) == 5
 
 
 def test_the_tile_in_use_is_tried_even_when_there_is_no_time(fake_gpu, tmp_path):
