@@ -54,9 +54,10 @@ def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass
     between = 0 if from_shared else tile.tile_q * tile.tile_kv
     in_flight = tile.num_stages if from_shared else max(1, tile.num_stages - 1)
     buffers = 1 if tile.num_stages == 1 and work == "forward" else 2 * in_flight
-    if from_shared and family(arch) == "sm_100" and work != "forward":
+    if element_bytes == 2 and family(arch) == "sm_100" and work != "forward":
         buffers += 1  # a transposed copy; and P and dS of the dK and dV pass are operands in shared memory
-        between = 2 * tile.tile_q * tile.tile_kv if owns_keys else 0
+        if from_shared:
+            between = 2 * tile.tile_q * tile.tile_kv if owns_keys else 0
     return element_bytes * (owned * dim + between + buffers * walked * dim) + share
 
 
