@@ -180,7 +180,7 @@ MUTATIONS = (
     Mutation("hopper: maxima for the backward in another unit", CONSUMER,
              "gl.store(statistics[0] + at, row_max, mask=valid)",
              "gl.store(statistics[0] + at, natural_max, mask=valid)",
-             tests("hopper_forward", "gradients_come_from_the_portable_backward")),
+             tests("hopper_forward", "gradients")),
     Mutation("hopper: rows beyond q_len written", CONSUMER,
              "valid = q_idx < q_len", "valid = q_idx < q_len + 64",
              tests("hopper_forward", "every_feature_is_taken_and_right_or_refused[fewer_queries]")),
