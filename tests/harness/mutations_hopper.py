@@ -9,6 +9,7 @@ CONSUMER = "kernels/tilewise/kernels/hopper/consumer.py"
 FORWARD = "kernels/tilewise/kernels/hopper/forward.py"
 HOPPER = "kernels/tilewise/plan/rules/hopper.py"
 INSTRUCTIONS = "kernels/tilewise/kernels/hopper/instructions.py"
+COPIES = "kernels/tilewise/kernels/copies.py"
 LAUNCH = "kernels/tilewise/kernels/hopper/launch.py"
 PRODUCER = "kernels/tilewise/kernels/hopper/producer.py"
 ROOM = "kernels/tilewise/kernels/room.py"
@@ -220,7 +221,7 @@ MUTATIONS = (
     Mutation("hopper: proven by a wrong result", TILES,
              "evidence.error is not None and evidence.error <= 1", "evidence.error is not None",
              tests("hopper_rules", "a_result_proves_only_what_a_gpu_showed_right_and_faster")),
-    Mutation("hopper: strides of dimensions of one looked at", LAUNCH,
+    Mutation("hopper: strides of dimensions of one looked at", COPIES,
              "[stride if size > 1 else aligned for", "[stride for",
              tests("hopper_rules", "a_dimension_of_one_may_have_any_stride")),
 )

@@ -41,11 +41,15 @@ def can_be_copied(x: torch.Tensor) -> bool:
 
 def descriptors(x: torch.Tensor, rows: int) -> tuple[TensorDescriptor, ...]:
     """x in pieces of [1, 1, rows, columns], one for each of `pieces_of` its columns."""
-    aligned = ALIGNMENT // x.element_size()
-    # Along a dimension of size 1 nobody steps, and PyTorch may say anything.
-    steps = [step if n > 1 else aligned for n, step in zip(x.shape[:3], x.stride(), strict=False)]
-    strides = [*steps, 1]
     return tuple(
-        TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns])
+        TensorDescriptor(x, list(x.shape), described_strides(x), [1, 1, rows, columns])
         for columns in pieces_of(x.shape[3])
     )
+
+
+def described_strides(x: torch.Tensor) -> list[int]:
+    """The strides of x [batch, heads, length, dim] as a descriptor has them."""
+    aligned = ALIGNMENT // x.element_size()
+    # Along a dimension of size 1 nobody steps, and PyTorch may say anything.
+    strides = [stride if size > 1 else aligned for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
+    return [*strides, 1]

@@ -12,11 +12,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ...parts.numerics import INTERPRETED
 from ...parts.shape import Shape, ceil_div
 from ..call import Call, function_arguments, power_of_two_tile
+from ..copies import described_strides
 from ..launch import cannot_repeat, launch
 from ..room import has_out_buffer
 from ..tile import HopperTile
 from .forward import hopper_forward_kernel
-from .limits import ALIGNMENT, HOPPER_COLUMNS, WARPGROUP_ROWS
+from .limits import HOPPER_COLUMNS, WARPGROUP_ROWS
 
 CACHED_BYTES = 24 << 20  # of keys and values that the L2 cache (50 MB) is trusted to hold
 LAYOUTS = {  # by the bytes of an element
@@ -82,10 +83,8 @@ def forward_launch(
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """x [batch, heads, length, dim] for the copy engine, in pieces of [1, 1, rows, columns]. What a piece has
     beyond x reads as 0, and is not written."""
-    aligned = ALIGNMENT // x.element_size()
-    # Along a dimension of size 1 nobody steps, and PyTorch may say anything.
-    strides = [stride if size > 1 else aligned for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], LAYOUTS[x.element_size()])
+    layout = LAYOUTS[x.element_size()]
+    return TensorDescriptor(x, list(x.shape), described_strides(x), [1, 1, rows, columns], layout)
 
 
 def heads_together(shape: Shape, element_bytes: int) -> int:

@@ -9,12 +9,13 @@ import torch
 from ....parts.numerics import INTERPRETED
 from ....parts.shape import Shape, ceil_div
 from ...call import function_arguments, power_of_two_tile
+from ...copies import can_be_copied
 from ...finish import launch_finish_dq
 from ...launch import cannot_repeat, launch
 from ...prepare import BackwardCall
 from ...tile import HopperBackwardTile
 from ..launch import descriptor
-from ..limits import ALIGNMENT, FARTHEST, FIRST_COUNTER, HOPPER_COLUMNS, WARPGROUP_ROWS
+from ..limits import ALIGNMENT, FIRST_COUNTER, HOPPER_COLUMNS, WARPGROUP_ROWS
 from .kernel import hopper_backward_kernel
 
 CONSUMER_REGISTERS, OTHER_REGISTERS = 240, 24  # a thread's
@@ -102,10 +103,6 @@ def backward_launch(
 
 def copyable(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy of it where the copy engine cannot take it as it lies: a gradient may be broadcast."""
-    size = x.element_size()
-    steps = [step * size for step, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-    is_whole = x.shape[3] == 1 or x.stride(3) == 1
-    is_aligned = all(step % ALIGNMENT == 0 and 0 < step < FARTHEST for step in steps)
-    if is_whole and is_aligned and (x.is_meta or x.data_ptr() % ALIGNMENT == 0):
+    if can_be_copied(x):
         return x
     return x.contiguous().clone() if x.is_contiguous() else x.contiguous()
