@@ -49,7 +49,7 @@ def test_features_of_every_kind_at_once(device, seed):
 
 # ---- Sizes
 
-DIMS = [(8, 8), (64, 64), (72, 72), (128, 128), (192, 128), (64, 256), (256, 256)]
+DIMS = [(8, 8), (64, 64), (72, 72), (128, 128), (192, 128), (64, 256), (256, 256), (80, 40), (96, 160)]
 
 
 @pytest.mark.parametrize("head_dim, value_dim", DIMS)
@@ -86,15 +86,18 @@ TILES = {
     "Q in registers": HopperTile(128, 32, 8, 2, is_q_in_registers=True),
     "four producer warps": HopperTile(128, 16, 8, 2, producer_warps=4),
     "O through Q's place": HopperTile(128, 64, 8, 3),
+    "O through a piece of Q's place": HopperTile(128, 128, 8, 2),
 }
+WIDE = {"O through Q's place": (256, 256), "O through a piece of Q's place": (192, 128)}
 
 
 @pytest.mark.parametrize("name", TILES)
 def test_tiles(device, name):
-    dim = 256 if name == "O through Q's place" else 32
-    q = torch.randn(1, 2, 250 if dim == 32 else 150, dim, device=device).bfloat16()
-    k, v = torch.randn(2, 1, 1, 100, dim, device=device).bfloat16()
-    assert launch.has_out_buffer(TILES[name], max(64, dim), max(64, dim)) == (dim == 32)
+    head_dim, value_dim = WIDE.get(name, (32, 32))
+    q = torch.randn(1, 2, 150 if name in WIDE else 250, head_dim, device=device).bfloat16()
+    k = torch.randn(1, 1, 100, head_dim, device=device).bfloat16()
+    v = torch.randn(1, 1, 100, value_dim, device=device).bfloat16()
+    assert launch.has_out_buffer(TILES[name], head_dim, value_dim) == (name not in WIDE)
     with tiles.use(TILES[name], passes=["hopper"]):
         check(q, k, v, mask=Causal(), **HOPPER)
         check(
@@ -120,11 +123,15 @@ def test_every_tile_has_its_turn_in_any_order(device, cached_bytes, programs, mo
 # ---- Values that nobody may see
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_no_query_sees_does_not_matter(device, side, value):
-    q = torch.randn(2, 2, 70, 16, device=device).bfloat16()
-    k, v = torch.randn(2, 2, 2, 100, 16, device=device).bfloat16()
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "side, value, value_dim", [("right", NAN, 16), ("left", INF, 16), ("right", INF, 72), ("left", NAN, 72)]
+)
+def test_what_no_query_sees_does_not_matter(device, side, value, value_dim):
+    q, k = (torch.randn(2, 2, n, 16, device=device).bfloat16() for n in (70, 100))
+    v = torch.randn(2, 2, 100, value_dim, device=device).bfloat16()
     lens = torch.tensor([41, 0], device=device)
     mask = Padding(lens, side)
     want = tilewise.attention(q, k, v, mask=mask, return_lse=True, **HOPPER)
@@ -186,6 +193,19 @@ def test_gradients(device, dtype):
     sink = torch.randn(4, device=device)
     check_gradients(q, k, v, mask=Causal(), score=Softcap(3.0), sink=sink, **HOPPER)
     check_gradients(q, k, v, scale=0.3, **HOPPER)
+
+
+def test_two_pieces_with_all_at_once(device):
+    """Rows of K and of V in two pieces, 96 = 32 + 64 and 80 = 16 + 64, under all that acts on them."""
+    q = torch.randn(2, 4, 70, 96, device=device).bfloat16()
+    k = torch.randn(2, 2, 100, 96, device=device).bfloat16()
+    v = torch.randn(2, 2, 100, 80, device=device).bfloat16()
+    mask = Window(60, 0, "bottom_right") & Padding(torch.tensor([100, 83], device=device))
+    given = dict(mask=mask, score=Softcap(3.0), sink=torch.randn(4, device=device), **HOPPER)
+    check_gradients(q, k, v, bias=torch.randn(1, 4, 70, 100, device=device), **given)
+    tile = HopperTile(192, 32, 12, 2, has_turns=False, is_q_in_registers=True)
+    with tiles.use(tile, passes=["hopper"]):
+        check(q, k, v, **given)
 
 
 def test_a_compiled_graph_asks_for_it_too(device):

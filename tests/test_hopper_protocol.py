@@ -49,15 +49,23 @@ def draw(rng: random.Random) -> dict[str, Any]:
         programs=rng.choice((1, 1, 2, 3)),
         has_out_buffer=rng.random() < 0.5,
         q_in_registers=rng.random() < 0.3,
+        dims=rng.choice(((16, 16), (72, 72), (72, 64))),
     )
 
 
-def run(schedule: Schedule, *, q_len, kv_len, heads, mask, tile, programs, has_out_buffer, q_in_registers):
-    """out and lse of a problem under a schedule."""
+def run(
+    schedule: Schedule, *, q_len, kv_len, heads, mask, tile, programs, has_out_buffer, q_in_registers,
+    dims=(16, 16),
+):  # fmt: skip
+    """out and lse of a problem under a schedule. dims: of head and value."""
     generator = torch.Generator().manual_seed(q_len + kv_len)
-    q, k, v = (torch.randn(1, heads, n, 16, generator=generator).half() for n in (q_len, kv_len, kv_len))
+    q, k = (torch.randn(1, heads, n, dims[0], generator=generator).half() for n in (q_len, kv_len))
+    v = torch.randn(1, heads, kv_len, dims[1], generator=generator).half()
     request = make_request(q, k, v, mask=mask, impl="hopper")
-    out, lse = torch.full_like(q, torch.nan), torch.full((1, heads, q_len), torch.nan)
+    out, lse = (
+        torch.full((1, heads, q_len, dims[1]), torch.nan).half(),
+        torch.full((1, heads, q_len), torch.nan),
+    )
     grid, arguments = launch.forward_launch(bind(request), out, lse, None, tile)
     arguments |= dict(HAS_OUT_BUFFER=has_out_buffer, IS_Q_IN_REGISTERS=q_in_registers)
     emulate(hopper_forward_kernel, (min(grid[0], programs),), arguments, schedule)
@@ -108,5 +116,6 @@ def test_the_problems_that_are_drawn_hold_what_matters():
         assert {p[name] for p in drawn} == {True, False}
     assert {p["tile"].has_turns for p in drawn} == {True, False}
     assert {p["tile"].producer_warps for p in drawn} == {1, 4}
+    assert {p["dims"] for p in drawn if not p["has_out_buffer"]} == {(16, 16), (72, 72), (72, 64)}
     steps = [-(-p["kv_len"] // TILE_KV) / p["tile"].num_stages for p in drawn]
     assert min(steps) < 1 and max(steps) > 2

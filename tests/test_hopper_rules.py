@@ -209,9 +209,42 @@ def test_it_is_the_default_where_it_is_proven(device, monkeypatch):
     assert not is_default()
 
 
+def shape_of(head_dim: int, value_dim: int) -> Any:
+    q, v = (torch.empty(1, 1, 128, dim, dtype=torch.float16, device="meta") for dim in (head_dim, value_dim))
+    return make_request(q, q, v).shape
+
+
+def test_a_result_for_one_piece_proves_nothing_for_two(monkeypatch):
+    """96 has the tile of 128, and other code."""
+    monkeypatch.setattr(tiles, "PROVEN", frozenset({("hopper", "sm_90", 2, 128)}))
+    proven = {dims for dims in ((128, 128), (96, 96), (128, 96)) if is_proven_for(*dims)}
+    assert proven == {(128, 128)}
+    monkeypatch.setattr(tiles, "PROVEN", frozenset({("hopper", "sm_90", 2, 160)}))
+    assert is_proven_for(160, 160) and is_proven_for(192, 128) and not is_proven_for(192, 192)
+
+
+def is_proven_for(head_dim: int, value_dim: int) -> bool:
+    return tiles.is_hopper_proven("sm_90", 2, shape_of(head_dim, value_dim))
+
+
+@pytest.mark.parametrize(
+    "dims, tile_kv",
+    [
+        ((128, 128), 128), ((192, 128), 128), ((160, 160), 128), ((192, 192), 64), ((128, 192), 64),
+        ((256, 64), 64), ((256, 256), 64),
+    ],
+)  # fmt: skip
+def test_a_tile_for_what_shared_memory_and_registers_hold(dims, tile_kv):
+    """Twice as many keys a step where K and V together are narrow enough, and O can share Q's place."""
+    tile = tiles.gpu_tile("sm_90", 2, shape_of(*dims), "hopper")
+    assert isinstance(tile, HopperTile) and tile.tile_kv == tile_kv
+    assert room.hopper_bytes(tile, *dims, room.has_out_buffer(tile, *dims)) <= room.SHARED_BYTES["sm_90"]
+
+
 def test_o_without_a_place_is_refused():
-    """O leaves through Q's place only where both are as wide."""
+    """O leaves through Q's place only where that has pieces as wide as its own."""
     wide, narrow = HopperTile(128, 64, 8, 3), HopperTile(128, 64, 8, 2)
+    assert not room.has_out_buffer(HopperTile(128, 128, 8, 2), 192, 128)
     assert not room.has_out_buffer(narrow, 256, 256) and room.has_out_buffer(narrow, 256, 128)
-    with pytest.raises(NotImplementedError, match=r"no room for O.*256 and 128"):
+    with pytest.raises(NotImplementedError, match=r"no room for O.*head_dim=256 and value_dim=128"):
         room.has_out_buffer(wide, 256, 128)

@@ -120,7 +120,7 @@ def changed(of="forward", **changes):
         (changed(tile_q=48), r"row 1: tile_q=48 must be a power of two"),
         (changed(num_warps=3), r"row 1: num_warps=3 must be a power of two from 1 to 32"),
         (changed(num_stages=0), r"row 1: num_stages=0 must be from 1 to 8"),
-        (changed(dim=100), r"row 1: dim=100 must be one of 64, 96, 128, 192, 256, 576"),
+        (changed(dim=100), r"row 1: dim=100 must be one of 64, 96, 128, 160, 192, 256, 576"),
         ({**changed(), "pass": "sideways"}, r"pass='sideways' must be one of forward, dkv, dq"),
         (changed(of="hopper", tile_q=64), r"row 1: tile_q=64 must be 128 or 192"),
         (changed(of="hopper", tile_kv=512), r"row 1: tile_kv=512 must be a power of two from 16 to 256"),

@@ -11,12 +11,14 @@ HOPPER = "kernels/tilewise/plan/rules/hopper.py"
 INSTRUCTIONS = "kernels/tilewise/kernels/hopper/instructions.py"
 COPIES = "kernels/tilewise/kernels/copies.py"
 LAUNCH = "kernels/tilewise/kernels/hopper/launch.py"
+PIECES = "kernels/tilewise/kernels/hopper/pieces.py"
 PRODUCER = "kernels/tilewise/kernels/hopper/producer.py"
 ROOM = "kernels/tilewise/kernels/room.py"
 SCHEDULE = "kernels/tilewise/kernels/hopper/schedule.py"
 TILES = "kernels/tilewise/plan/tiles.py"
 
 STEPS = tests("hopper_protocol", "fewer_steps_than_stages_and_more")
+DIMENSIONS = tests("hopper_forward", "dimensions")
 ORDERS = tests("hopper_protocol", "every_order_gives_the_same_bits")
 LENGTHS = tests("hopper_forward", "lengths_around_its_tiles")
 UNSEEN = tests("hopper_forward", "what_no_query_sees_does_not_matter", "keys_outside_a_mask_do_not_matter")
@@ -36,8 +38,8 @@ MUTATIONS = (
              "return self.fill_free",
              STEPS),
     Mutation("hopper: fewer bytes expected than come", CHANNELS,
-             "mbarrier.expect(signal, descriptor.block_type.nbytes)",
-             "mbarrier.expect(signal, descriptor.block_type.nbytes // 2)",
+             "mbarrier.expect(signal, bytes_of(descriptors))",
+             "mbarrier.expect(signal, bytes_of(descriptors) // 2)",
              STEPS),
     Mutation("hopper: the producer does not collect in the end", PRODUCER,
              "    k.collect()\n", "",
@@ -49,18 +51,19 @@ MUTATIONS = (
              "kv_head, step - 1, kv_len, TILE_KV)", "kv_head, step, kv_len, TILE_KV)",
              LENGTHS),
     Mutation("hopper: K released before it is read", CONSUMER,
-             "                s = warpgroup_mma_wait(1, deps=[s_later])\n",
+             "                s = warpgroup_mma_wait(len(o), deps=[s_later])\n",
              "                k_ring.release(k_place)\n"
-             "                s = warpgroup_mma_wait(1, deps=[s_later])\n",
+             "                s = warpgroup_mma_wait(len(o), deps=[s_later])\n",
              STEPS),
     Mutation("hopper: V released while it is multiplied", CONSUMER,
-             "                o = warpgroup_mma_wait(0, deps=[o_later])\n"
+             "                o = wait_products(o_later)\n"
              "                v_place = v_ring.release(v_place)\n",
              "                v_place = v_ring.release(v_place)\n"
-             "                o = warpgroup_mma_wait(0, deps=[o_later])\n",
+             "                o = wait_products(o_later)\n",
              ORDERS + STEPS),
     Mutation("hopper: S read before it is there", CONSUMER,
-             "s = warpgroup_mma_wait(1, deps=[s_later])", "s = warpgroup_mma_wait(2, deps=[s_later])",
+             "s = warpgroup_mma_wait(len(o), deps=[s_later])",
+             "s = warpgroup_mma_wait(len(o) + 1, deps=[s_later])",
              STEPS),
     Mutation("hopper: V multiplied before it has landed", CONSUMER,
              "                v_ring.wait_full(v_place)\n                # O", "                # O",
@@ -89,8 +92,8 @@ MUTATIONS = (
              "            tma.store_wait(0)  # the copy engine has read the last tile's\n", "",
              ORDERS),
     Mutation("hopper: O leaves before all have written it", CONSUMER,
-             "        fence_async_shared()\n        wait_for_role()\n        store_async(",
-             "        store_async(",
+             "        fence_async_shared()\n        wait_for_role()\n        for i",
+             "        for i",
              STEPS),
     Mutation("hopper: ends while O is read", CONSUMER,
              "    tma.store_wait(0)\n    if plan.HAS_TURNS", "    if plan.HAS_TURNS",
@@ -112,11 +115,11 @@ MUTATIONS = (
              STEPS),
     # ---- What is computed
     Mutation("hopper: O not rescaled", CONSUMER,
-             "o = o * gl.convert_layout(rescale, O_ROWS, assert_trivial=True)[:, None]", "o = o * 1.0",
+             "                o = scaled(o, rescale)", "                o = scaled(o, rescale * 0 + 1)",
              LENGTHS),
     Mutation("hopper: the last product missing", CONSUMER,
-             "deps=[warpgroup_mma(p, v_ring.tile(v_place), o, is_async=True)]",
-             "deps=[warpgroup_mma(p, v_ring.tile(v_place), o * 0.0, is_async=True)]",
+             "wait_products(start_products(p, v_ring.tile(v_place), o))",
+             "wait_products(start_products(p, v_ring.tile(v_place), scaled(o, row_sum * 0)))",
              LENGTHS),
     Mutation("hopper: the first step unmasked", CONSUMER,
              "plan.SCORES, True)", "plan.SCORES, False)",
@@ -174,8 +177,7 @@ MUTATIONS = (
              "                p = unpack_pairs(pairs, DTYPE, P_LAYOUT)  # [ROWS, TILE_KV]\n",
              UNSEEN + ORDERS),
     Mutation("hopper: a sink forgotten in O", CONSUMER,
-             "row_max, row_sum, o = softmax_merge(row_max, row_sum, o, sink_max, sink_sum, sink_o)",
-             "row_max, row_sum, _ = softmax_merge(row_max, row_sum, o, sink_max, sink_sum, sink_o)",
+             "            o = scaled(o, rescale)\n        natural_max", "        natural_max",
              tests("hopper_forward", "every_feature_is_taken_and_right_or_refused[sink]",
                    "features_of_every_kind_at_once")),
     Mutation("hopper: maxima for the backward in another unit", CONSUMER,
@@ -185,6 +187,29 @@ MUTATIONS = (
     Mutation("hopper: rows beyond q_len written", CONSUMER,
              "valid = q_idx < q_len", "valid = q_idx < q_len + 64",
              tests("hopper_forward", "every_feature_is_taken_and_right_or_refused[fewer_queries]")),
+    # ---- Columns in two pieces
+    Mutation("hopper: the second piece has the columns of the first", CHANNELS,
+             "in [*descriptors][:i]]", "in [*descriptors][:0]]",
+             DIMENSIONS),
+    Mutation("hopper: bytes of one piece expected", CHANNELS,
+             "sum([each.block_type.nbytes for each in descriptors])", "descriptors[0].block_type.nbytes",
+             ORDERS),
+    Mutation("hopper: scores of the first piece", PIECES,
+             "    for i in gl.static_range(len(a)):\n", "    for i in gl.static_range(1):\n",
+             DIMENSIONS),
+    Mutation("hopper: scores of the last piece", PIECES,
+             "use_acc=i > 0", "use_acc=False",
+             DIMENSIONS),
+    Mutation("hopper: unseen values of the second piece", CONSUMER,
+             "        for i in gl.static_range(len(v)):\n            zero_unseen",
+             "        for i in gl.static_range(1):\n            zero_unseen",
+             UNSEEN),
+    Mutation("hopper: a narrow piece swizzled as a wide one", LAUNCH,
+             "width = min(SWIZZLED_BYTES, columns * element_bytes)", "width = SWIZZLED_BYTES",
+             DIMENSIONS),
+    Mutation("hopper: O leaves through the other piece of Q's place", FORWARD,
+             "if buffers[0].shape[4] == COLUMNS:", "if buffers[0].shape[4] != COLUMNS:",
+             tests("hopper_forward", "tiles")),
     # ---- Which tile comes next
     Mutation("hopper: the last heads counted as many", SCHEDULE,
              "together = gl.minimum(heads_together, heads - first_head)", "together = heads_together",
@@ -201,8 +226,14 @@ MUTATIONS = (
                    "features_of_every_kind_at_once")),
     # ---- The call
     Mutation("hopper: O shares a place that it does not fit", ROOM,
-             "if head_tile == value_tile:\n        return False", "if head_tile > 0:\n        return False",
+             "return {*hopper_pieces(value_dim)} <= {*hopper_pieces(head_dim)}", "return True",
              tests("hopper_rules", "o_without_a_place_is_refused")),
+    Mutation("hopper: half a row's bytes trusted to fit as a whole one's", TILES,
+             'if work == "hopper" and out_fits_q(head_dim, value_dim):', 'if work == "hopper":',
+             tests("hopper_rules", "a_tile_for_what_shared_memory_and_registers_hold")),
+    Mutation("hopper: two pieces proven by one", TILES,
+             " in PROVEN and most <= len(hopper_pieces(dim))", " in PROVEN",
+             tests("hopper_rules", "a_result_for_one_piece_proves_nothing_for_two")),
     Mutation("hopper: strides forgotten in what passed", HOPPER,
              "(x.stride(), start_of(x) % ALIGNMENT)", "x.dtype",
              tests("hopper_rules", "a_call_that_passed_and_one_that_only_looks_like_it")),

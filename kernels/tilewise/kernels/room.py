@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from .hopper.limits import hopper_pieces
 from .tile import HopperBackwardTile, HopperTile, Pass, Tile
 
 # Shared memory that one block may use, in bytes (CUDA programming guide, "compute capabilities"; CDNA3 ISA).
@@ -61,8 +62,9 @@ def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass
     return element_bytes * (owned * dim + between + buffers * walked * dim) + share
 
 
-def hopper_bytes(tile: HopperTile, head_tile: int, value_tile: int, with_out_buffer: bool) -> int:
+def hopper_bytes(tile: HopperTile, head_dim: int, value_dim: int, with_out_buffer: bool) -> int:
     """Shared memory of Hopper's forward: Q, the rings of K and V, O on its way out, and the barriers."""
+    head_tile, value_tile = sum(hopper_pieces(head_dim)), sum(hopper_pieces(value_dim))
     columns = tile.tile_q * head_tile + tile.num_stages * tile.tile_kv * (head_tile + value_tile)
     columns += tile.tile_q * value_tile if with_out_buffer else 0
     return 2 * columns + 512
@@ -76,16 +78,21 @@ def hopper_backward_bytes(tile: HopperBackwardTile, columns: int) -> int:
     return 2 * numbers + 4 * (tile.tile_q * columns + 2 * 3 * tile.tile_q) + 512
 
 
-def has_out_buffer(tile: HopperTile, head_tile: int, value_tile: int) -> bool:
+def has_out_buffer(tile: HopperTile, head_dim: int, value_dim: int) -> bool:
     """Whether O has a place of its own there, so that the next tile's Q can be on its way while O leaves.
     Otherwise O leaves through Q's."""
-    if hopper_bytes(tile, head_tile, value_tile, True) <= SHARED_BYTES["sm_90"]:
+    if hopper_bytes(tile, head_dim, value_dim, True) <= SHARED_BYTES["sm_90"]:
         return True
-    if head_tile == value_tile:
+    if out_fits_q(head_dim, value_dim):
         return False
     raise NotImplementedError(
-        f"{tile} has no room for O in shared memory beside Q, K and V of {head_tile} and {value_tile} columns"
+        f"{tile} has no room for O in shared memory beside Q, K and V of {head_dim=} and {value_dim=}"
     )
+
+
+def out_fits_q(head_dim: int, value_dim: int) -> bool:
+    """Whether O can leave through Q's place: each of its pieces through one as wide."""
+    return {*hopper_pieces(value_dim)} <= {*hopper_pieces(head_dim)}
 
 
 def accumulator_registers(tile: Tile, arch: str, dim: int, work: Pass = "forward") -> int:

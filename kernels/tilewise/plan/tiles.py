@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from ..kernels.room import family, fits
+from ..kernels.hopper.limits import hopper_pieces
+from ..kernels.room import family, fits, out_fits_q
 from ..kernels.tile import PASSES, HopperTile, hopper_backward_tile
 from ..kernels.tile import Pass as Pass
 from ..kernels.tile import Tile as Tile
@@ -92,9 +93,11 @@ PROVEN = frozenset(
 
 
 def is_hopper_proven(arch: str, element_bytes: int, shape: Shape) -> bool:
-    """Whether it has been shown for such calls on a chip."""
-    dim = row_dim(arch, element_bytes, widest(shape), "hopper")
-    return ("hopper", arch, element_bytes, dim) in PROVEN
+    """Whether it has been shown for such calls on a chip. What was shown of rows in one piece says nothing
+    about those in two."""
+    dim = row_dim(arch, element_bytes, tile_dim(shape.head_dim, shape.value_dim, "hopper"), "hopper")
+    most = max(len(hopper_pieces(each)) for each in (shape.head_dim, shape.value_dim))
+    return ("hopper", arch, element_bytes, dim) in PROVEN and most <= len(hopper_pieces(dim))
 
 
 def length_tile(length: int, most: int) -> int:
@@ -170,7 +173,7 @@ def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
         if not shape.is_dense:
             return Tile(length_tile(rows_of_a_tile(shape), 32), 32)
         return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
-    dim = widest(shape)
+    dim = tile_dim(shape.head_dim, shape.value_dim, work)
     return cut_tile(device_row(q.device, q.element_size(), dim, work)[0], shape, dim, work)
 
 
@@ -182,7 +185,9 @@ def tile_choice(q: torch.Tensor, shape: Shape, work: Pass) -> tuple[Tile, str]:
         return tile, "given by tiles.use"
     if INTERPRETED:
         return tile, "interpreter"
-    return tile, device_row(q.device, q.element_size(), widest(shape), work)[1]
+    return tile, device_row(
+        q.device, q.element_size(), tile_dim(shape.head_dim, shape.value_dim, work), work
+    )[1]
 
 
 def arch_choice(arch: str, element_bytes: int, shape: Shape, work: Pass) -> tuple[Tile, str]:
@@ -227,13 +232,21 @@ def square_tile(tile: Tile) -> Tile:
 
 def gpu_tile(arch: str, element_bytes: int, shape: Shape, work: Pass = "forward") -> Tile:
     """The tile that the shipped table gives a pass over a call on a chip."""
-    dim = widest(shape)
+    dim = tile_dim(shape.head_dim, shape.value_dim, work)
     return cut_tile(table_tile(arch, element_bytes, dim, work), shape, dim, work)
 
 
 def widest(shape: Shape) -> int:
-    """The dimension that tiles are chosen by."""
     return max(shape.head_dim, shape.value_dim)
+
+
+def tile_dim(head_dim: int, value_dim: int, work: Pass) -> int:
+    """The dimension that a tile is chosen by: the wider one. But Hopper's forward has rows of K and V side by
+    side in shared memory, and in registers those of O alone: it is what K and V have on average where O is no
+    wider and can leave through Q's place."""
+    if work == "hopper" and out_fits_q(head_dim, value_dim):
+        return (sum(hopper_pieces(head_dim)) + sum(hopper_pieces(value_dim))) // 2
+    return max(head_dim, value_dim)
 
 
 def cut_tile(tile: Tile, shape: Shape, dim: int, work: Pass) -> Tile:

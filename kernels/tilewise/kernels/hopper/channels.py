@@ -50,9 +50,28 @@ def first_place():
     return place_at(0)
 
 
+@gluon.jit
+def tile_at(buffer, stage):
+    """One of the tiles that a buffer [n, 1, 1, rows, columns] holds, [rows, columns]."""
+    shape: gl.constexpr = buffer.shape
+    return buffer.index(stage).reshape([shape[3], shape[4]])
+
+
+@gluon.constexpr_function
+def bytes_of(descriptors):
+    """What the copy engine counts for all pieces of a tile."""
+    return sum([each.block_type.nbytes for each in descriptors])
+
+
+@gluon.constexpr_function
+def columns_before(descriptors, i):
+    """Where a piece begins among the columns."""
+    return sum([each.block_type.shape[3] for each in [*descriptors][:i]])
+
+
 @aggregate
 class Ring:
-    buffers: gl.shared_memory_descriptor  # [stages, 1, 1, rows, columns]
+    buffers: gl.tuple  # for each piece of a tile's columns, [stages, 1, 1, rows, columns]
     full: gl.shared_memory_descriptor  # [stages, 1]; where tiles are cleaned [2 stages, 1]
     FREE: gl.constexpr  # the named barrier of the first buffer; the others' follow
     STAGES: gl.constexpr
@@ -68,23 +87,28 @@ class Ring:
 
     @gluon.jit
     def tile(self, place):
-        """The buffer, [rows, columns]."""
-        shape: gl.constexpr = self.buffers.shape
-        return self.buffers.index(place.stage).reshape([shape[3], shape[4]])
+        """The buffer, in pieces of [rows, columns]."""
+        pieces = ()
+        for i in gl.static_range(len(self.buffers)):
+            pieces = pieces + (tile_at(self.buffers[i], place.stage),)  # type: ignore[assignment]
+        return pieces
 
     @gluon.jit
-    def fill(self, place, descriptor, batch, head, row, is_unclean=False):
-        """Producer: wait until the buffer is free, and have the rows that start at `row` copied into it.
-        is_unclean: a consumer is told first, and tells the others by `share` that the buffer is full."""
+    def fill(self, place, descriptors, batch, head, row, is_unclean=False):
+        """Producer: wait until the buffer is free, and have the rows that start at `row` copied into it, each
+        piece by its descriptor. is_unclean: a consumer is told first, and tells the others by `share` that
+        the buffer is full."""
         sync(self.FREE + place.stage, self.THREADS)
-        return self.fill_free(place, descriptor, batch, head, row, is_unclean)
+        return self.fill_free(place, descriptors, batch, head, row, is_unclean)
 
     @gluon.jit
-    def fill_free(self, place, descriptor, batch, head, row, is_unclean=False):
+    def fill_free(self, place, descriptors, batch, head, row, is_unclean=False):
         """The same for a buffer that is free: its consumers have released another ring's at this place."""
         signal = self.full.index(gl.where(is_unclean, self.STAGES, 0) + place.stage)
-        mbarrier.expect(signal, descriptor.block_type.nbytes)
-        load_async(descriptor, [batch, head, row, 0], signal, self.buffers.index(place.stage))
+        mbarrier.expect(signal, bytes_of(descriptors))
+        for i in gl.static_range(len(descriptors)):
+            corner = [batch, head, row, columns_before(descriptors, i)]
+            load_async(descriptors[i], corner, signal, self.buffers[i].index(place.stage))
         return place.next(self.STAGES)
 
     @gluon.jit
@@ -131,18 +155,24 @@ class Ring:
 
 
 @gluon.jit
+def buffer_for(descriptor, COUNT: gl.constexpr):
+    """Room for so many of the tiles that it describes."""
+    shape: gl.constexpr = descriptor.block_type.shape
+    return gl.allocate_shared_memory(descriptor.dtype, [COUNT, 1, 1, shape[2], shape[3]], descriptor.layout)
+
+
+@gluon.jit
 def make_ring(
-    descriptor,
+    descriptors,
     FREE: gl.constexpr,
     STAGES: gl.constexpr,
     THREADS: gl.constexpr,
     IS_CLEANED: gl.constexpr = False,
 ):
-    """A ring for the tiles that `descriptor` describes, its barriers ready for use."""
-    shape: gl.constexpr = descriptor.block_type.shape
-    buffers = gl.allocate_shared_memory(
-        descriptor.dtype, [STAGES, 1, 1, shape[2], shape[3]], descriptor.layout
-    )
+    """A ring for tiles whose pieces `descriptors` describe, its barriers ready for use."""
+    buffers = ()
+    for i in gl.static_range(len(descriptors)):
+        buffers = buffers + (buffer_for(descriptors[i], STAGES),)  # type: ignore[assignment]
     SIGNALS: gl.constexpr = 2 * STAGES if IS_CLEANED else STAGES
     full = gl.allocate_shared_memory(gl.int64, [SIGNALS, 1], mbarrier.MBarrierLayout())
     for signal in gl.static_range(SIGNALS):

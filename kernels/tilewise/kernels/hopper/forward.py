@@ -28,18 +28,33 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from .channels import make_ring
+from .channels import buffer_for, make_ring
 from .consumer import consume
-from .plan import NAMED_BARRIERS, ROWS, WARPGROUP_THREADS, Channels, Plan
+from .pieces import in_pieces
+from .plan import NAMED_BARRIERS, WARPGROUP_THREADS, Channels, Plan
 from .producer import produce
 
 
 @gluon.jit
+def place_as_wide(buffers, COLUMNS: gl.constexpr):
+    """The one of these that has so many columns: no two pieces of a row have as many."""
+    if buffers[0].shape[4] == COLUMNS:
+        return buffers[0]
+    else:
+        return buffers[1]
+
+
+@gluon.jit
 def hopper_forward_kernel(
+    # Each with a second one for the second piece of columns, or None: pieces.py.
     q_desc,  # [batch, q_heads, q_len, head_dim] in pieces of [1, 1, ROWS, HEAD_TILE]
+    q_desc_2,
     k_desc,  # [batch, kv_heads, kv_len, head_dim] in pieces of [1, 1, TILE_KV, HEAD_TILE]
+    k_desc_2,
     v_desc,  # [batch, kv_heads, kv_len, value_dim] in pieces of [1, 1, TILE_KV, VALUE_TILE]
+    v_desc_2,
     out_desc,  # [batch, q_heads, q_len, value_dim] in pieces of [1, 1, ROWS, VALUE_TILE]
+    out_desc_2,
     lse,  # ([batch, q_heads, q_len] contiguous,), or () where nobody asks for it
     statistics,  # (row_max, log2 row_sum), each as lse, or ()
     sink,  # (pointer, stride) of [q_heads], or ()
@@ -55,7 +70,7 @@ def hopper_forward_kernel(
     TILE_KV: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_TURNS: gl.constexpr,
-    HAS_OUT_BUFFER: gl.constexpr,  # False: O leaves through Q's place
+    HAS_OUT_BUFFER: gl.constexpr,  # False: O leaves through the pieces of Q's place that are as wide
     IS_Q_IN_REGISTERS: gl.constexpr,
     PRODUCER_WARPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
@@ -68,21 +83,24 @@ def hopper_forward_kernel(
     K_FREE: gl.constexpr = Q_FREE + WARPGROUPS
     V_FREE: gl.constexpr = K_FREE + STAGES
     gl.static_assert(V_FREE + STAGES <= NAMED_BARRIERS, "a multiprocessor has no more named barriers")
-    q = make_ring(q_desc, Q_FREE, WARPGROUPS, WARPGROUP_THREADS + PRODUCER_THREADS)
-    k = make_ring(k_desc, K_FREE, STAGES, THREADS)
-    v = make_ring(v_desc, V_FREE, STAGES, THREADS, IS_CLEANED=True)
-    out = q.buffers
-    if HAS_OUT_BUFFER:
-        columns: gl.constexpr = out_desc.block_type.shape[3]
-        shape: gl.constexpr = [WARPGROUPS, 1, 1, ROWS, columns]
-        out = gl.allocate_shared_memory(out_desc.dtype, shape, out_desc.layout)
+    q_descs, k_descs = in_pieces(q_desc, q_desc_2), in_pieces(k_desc, k_desc_2)
+    v_descs, out_descs = in_pieces(v_desc, v_desc_2), in_pieces(out_desc, out_desc_2)
+    q = make_ring(q_descs, Q_FREE, WARPGROUPS, WARPGROUP_THREADS + PRODUCER_THREADS)
+    k = make_ring(k_descs, K_FREE, STAGES, THREADS)
+    v = make_ring(v_descs, V_FREE, STAGES, THREADS, IS_CLEANED=True)
+    out = ()
+    for i in gl.static_range(len(out_descs)):
+        if HAS_OUT_BUFFER:
+            out = out + (buffer_for(out_descs[i], WARPGROUPS),)  # type: ignore[assignment]
+        else:
+            out = out + (place_as_wide(q.buffers, out_descs[i].block_type.shape[3]),)  # type: ignore[assignment]
     fence_async_shared()
     channels = Channels(q, k, v, out)
     plan = Plan(INTERVALS, SCORES, WARPGROUPS, TILE_KV, TURN, HAS_TURNS, HAS_OUT_BUFFER, IS_Q_IN_REGISTERS)
 
     gl.static_assert(WARPGROUPS == 2 or WARPGROUPS == 3)
-    asked = (plan, channels, out_desc, lse, statistics, sink, order, sizes, unit, mask_args, score_args)
-    producer = (plan, channels, q_desc, k_desc, v_desc, order, sizes, group, mask_args)
+    asked = (plan, channels, out_descs, lse, statistics, sink, order, sizes, unit, mask_args, score_args)
+    producer = (plan, channels, q_descs, k_descs, v_descs, order, sizes, group, mask_args)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [(consume, (asked, 0)), (consume, (asked, 1)), (produce, producer)],

@@ -11,18 +11,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...parts.numerics import INTERPRETED
 from ...parts.shape import Shape, ceil_div
-from ..call import Call, function_arguments, power_of_two_tile
+from ..call import Call, function_arguments
 from ..copies import described_strides
 from ..launch import cannot_repeat, launch
 from ..room import has_out_buffer
 from ..tile import HopperTile
 from .forward import hopper_forward_kernel
-from .limits import HOPPER_COLUMNS, WARPGROUP_ROWS
+from .limits import SWIZZLED_BYTES, WARPGROUP_ROWS, hopper_pieces
 
 CACHED_BYTES = 24 << 20  # of keys and values that the L2 cache (50 MB) is trusted to hold
-LAYOUTS = {  # by the bytes of an element
-    size: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * size, rank=4) for size in (2, 4)
-}
 REGISTERS = {2: (240, 24), 3: (160, 32)}  # a thread's, of consumers and producer, by the number of warpgroups
 
 
@@ -47,16 +44,14 @@ def forward_launch(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the arguments with which `hopper_forward_kernel` answers `call`."""
     shape = call.shape
-    head_tile = max(HOPPER_COLUMNS, power_of_two_tile(shape.head_dim))
-    value_tile = max(HOPPER_COLUMNS, power_of_two_tile(shape.value_dim))
     tiles = ceil_div(shape.q_len, tile.tile_q) * shape.q_heads * shape.batch
     heads = shape.batch * shape.q_heads
     consumer_registers, producer_registers = REGISTERS[tile.warpgroups]
     arguments = dict(
-        q_desc=descriptor(call.q, WARPGROUP_ROWS, head_tile),
-        k_desc=descriptor(call.k, tile.tile_kv, head_tile),
-        v_desc=descriptor(call.v, tile.tile_kv, value_tile),
-        out_desc=descriptor(out, WARPGROUP_ROWS, value_tile),
+        **descriptors("q_desc", call.q, WARPGROUP_ROWS),
+        **descriptors("k_desc", call.k, tile.tile_kv),
+        **descriptors("v_desc", call.v, tile.tile_kv),
+        **descriptors("out_desc", out, WARPGROUP_ROWS),
         lse=() if lse is None else (lse,),
         statistics=() if statistics is None else tuple(statistics.unbind(0)),
         sink=() if call.sink is None else (call.sink, call.sink.stride(0)),
@@ -69,7 +64,7 @@ def forward_launch(
         TILE_KV=tile.tile_kv,
         STAGES=tile.num_stages,
         HAS_TURNS=tile.has_turns,
-        HAS_OUT_BUFFER=has_out_buffer(tile, head_tile, value_tile),
+        HAS_OUT_BUFFER=has_out_buffer(tile, shape.head_dim, shape.value_dim),
         IS_Q_IN_REGISTERS=tile.is_q_in_registers,
         PRODUCER_WARPS=tile.producer_warps,
         CONSUMER_REGISTERS=consumer_registers,
@@ -80,10 +75,23 @@ def forward_launch(
     return (min(tiles, resident_programs(out.device)),), arguments
 
 
+def descriptors(name: str, x: torch.Tensor, rows: int) -> dict[str, TensorDescriptor | None]:
+    """One for each of at most two pieces of x's columns, by the names of the kernel's arguments."""
+    found = [descriptor(x, rows, columns) for columns in hopper_pieces(x.shape[3])]
+    return dict(zip((name, f"{name}_2"), (*found, None), strict=False))
+
+
+@functools.cache
+def swizzled(columns: int, element_bytes: int) -> gl.NVMMASharedLayout:
+    """How a tile's rows lie in shared memory: swizzled over their width, as far as the hardware goes."""
+    width = min(SWIZZLED_BYTES, columns * element_bytes)
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * element_bytes, rank=4)
+
+
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """x [batch, heads, length, dim] for the copy engine, in pieces of [1, 1, rows, columns]. What a piece has
     beyond x reads as 0, and is not written."""
-    layout = LAYOUTS[x.element_size()]
+    layout = swizzled(columns, x.element_size())
     return TensorDescriptor(x, list(x.shape), described_strides(x), [1, 1, rows, columns], layout)
 
 

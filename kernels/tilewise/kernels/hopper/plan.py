@@ -48,7 +48,7 @@ class Channels:
     q: Ring  # a buffer a warpgroup
     k: Ring
     v: Ring
-    out: gl.shared_memory_descriptor  # [WARPGROUPS, 1, 1, ROWS, VALUE_TILE]
+    out: gl.tuple  # for each piece of O's columns, [WARPGROUPS, 1, 1, ROWS, columns]
 
     @gluon.constexpr_function
     def __init__(self, q, k, v, out):

@@ -50,6 +50,7 @@ PRODUCTS = {
     "parameter_kernel": (1, 1), HOPPER_BACKWARD: (3, 2),
 }  # fmt: skip
 TILE_SIZES = ("TILE_Q", "TILE_KV", "HEAD_TILE", "VALUE_TILE")
+DESCRIBED = {"HEAD_TILE": "q_desc", "VALUE_TILE": "v_desc"}  # where Hopper's kernels have their columns
 
 
 @dataclass(frozen=True)
@@ -220,10 +221,16 @@ def tile_and_inputs(launched: Launched) -> tuple[dict[str, int], torch.Tensor | 
         (base, *_), *_ = given.get("call", (given.get("out", (None, None)),))
         return tile, base
     q, v = given["q_desc"], given["v_desc"]
-    columns = dict(HEAD_TILE=q.block_shape[3], VALUE_TILE=v.block_shape[3])
+    columns = {size: described_columns(given, name) for size, name in DESCRIBED.items()}
     if "dq_desc" in given:  # the backward's two warpgroups own a piece of keys each
         return tile | columns | dict(TILE_KV=2 * v.block_shape[2]), q.base
     return tile | columns | dict(TILE_Q=q.block_shape[2] * given["WARPGROUPS"]), q.base
+
+
+def described_columns(given: dict[str, Any], name: str) -> int:
+    """The columns that a descriptor's tiles have, and those of a second piece, if there is one."""
+    pieces = (given[name], given.get(f"{name}_2"))
+    return sum(int(piece.block_shape[3]) for piece in pieces if piece is not None)
 
 
 def columns_of(size: int | tuple[int, ...]) -> int:

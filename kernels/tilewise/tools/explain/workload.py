@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ...kernels.call import Split, power_of_two_tile, programs, tile_count
 from ...kernels.combine import TILE_ROWS as COMBINED_ROWS
 from ...kernels.forward import rows_programs as programs_over_rows
-from ...kernels.hopper.limits import HOPPER_COLUMNS
+from ...kernels.hopper.limits import HOPPER_COLUMNS, hopper_pieces
 from ...kernels.tile import Pass, Tile
 from ...parts.pieces import padded_columns
 from ...parts.shape import Shape, ceil_div
@@ -234,8 +234,8 @@ def keys_programs(work: Workload, tile_kv: int) -> tuple[int, int]:
 
 
 def hopper_columns(dim: int) -> int:
-    """The columns of a tile of Hopper's forward, which has them in one piece."""
-    return max(HOPPER_COLUMNS, power_of_two_tile(dim))
+    """The columns of a tile of Hopper's forward."""
+    return sum(hopper_pieces(dim))
 
 
 def forward(work: Workload) -> Kernel:
@@ -361,8 +361,9 @@ def dqkv(work: Workload) -> Kernel:
 
 
 def hopper_backward(work: Workload) -> Kernel:
-    """The same by Hopper's kernel, whose tiles are as wide as the wider of head and value."""
-    columns = hopper_columns(max(work.shape.head_dim, work.shape.value_dim))
+    """The same by Hopper's kernel, whose tiles have as many columns as the wider of head and value, in one
+    piece."""
+    columns = max(HOPPER_COLUMNS, power_of_two_tile(max(work.shape.head_dim, work.shape.value_dim)))
     return one_walk(work, "hopper backward", lambda _: columns)
 
 

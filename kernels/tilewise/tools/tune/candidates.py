@@ -32,7 +32,7 @@ def candidates(work: Pass, arch: str, element_bytes: int, dim: int) -> list[Tile
 
 def hopper_tiles(dim: int) -> Iterator[Tile]:
     """Those of Hopper's forward, in turns or not, Q in registers or not."""
-    keys = (64, 128) if dim <= 128 else (32, 64)
+    keys = (64, 128) if dim <= 160 else (32, 64)
     for warpgroups, all_stages in HOPPER_STAGES.items():
         rows, warps = WARPGROUP_ROWS * warpgroups, 4 * warpgroups
         for tile_kv, stages, *switched in itertools.product(keys, all_stages, (True, False), (False, True)):

@@ -15,7 +15,7 @@ from ...kernels.tile import PASSES, HopperTile, Pass, Tile
 from ...plan.request import make_request
 from ...plan.rules import hopper as hopper_rules
 from ...plan.tile_table import Key
-from ...plan.tiles import has_tile, length_tile, row_dim, table_tile, user_table
+from ...plan.tiles import has_tile, length_tile, row_dim, table_tile, tile_dim, user_table
 from ..inputs import case_inputs, refuse_sequences
 from .candidates import candidates, nearest_first
 
@@ -81,7 +81,8 @@ def why_not_hopper(case: Case, arch: str) -> str:
 
 def dim_of(case: Case, work: Pass, arch: str) -> int:
     """The dimension that the case's row stands for."""
-    return row_dim(arch, case.torch_dtype.itemsize, max(case.head_dim, case.value_dim), work)
+    dim = tile_dim(case.head_dim, case.value_dim, work)
+    return row_dim(arch, case.torch_dtype.itemsize, dim, work)
 
 
 def grouped(cases: Iterable[Case], asked: Sequence[Pass], arch: str) -> dict[Key, list[Case]]:

@@ -7,8 +7,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ....parts.numerics import round_to
 from ..channels import first_place
 from ..instructions import store_async, sync, wait_for_role
+from ..pieces import accumulator
 from .plan import KEYS, WARPGROUP_THREADS, WARPGROUPS
-from .step import accumulator, take_step
+from .step import take_step
 from .walk import visits_of
 
 
@@ -17,7 +18,7 @@ def consume(asked, dk_desc, dv_desc, WARPGROUP: gl.constexpr):
     """Everything for the keys of one warpgroup."""
     plan, channels, keys, _numbers, ranges, sizes, unit, _mask_args, _score_args = asked
     group = sizes[1]
-    DTYPE: gl.constexpr = channels.q.buffers.dtype
+    DTYPE: gl.constexpr = channels.q.buffers[0].dtype
     LAYOUT: gl.constexpr = accumulator(plan.COLUMNS)
     channels.q.release_all()
     place = first_place()

@@ -56,8 +56,8 @@ def hopper_backward_kernel(
     gl.static_assert(STAGES >= 2, "dS of a step is read while that of the next is written")
     gl.static_assert(DQ_FULL + WARPGROUPS <= NAMED_BARRIERS, "a multiprocessor has no more named barriers")
     DTYPE: gl.constexpr = q_desc.dtype
-    q = make_ring(q_desc, Q_FREE, STAGES, THREADS)
-    do = make_ring(do_desc, Q_FREE, STAGES, THREADS)
+    q = make_ring((q_desc,), Q_FREE, STAGES, THREADS)
+    do = make_ring((do_desc,), Q_FREE, STAGES, THREADS)
     k = gl.allocate_shared_memory(DTYPE, [2 * WARPGROUPS, 1, 1, KEYS, COLUMNS], k_desc.layout)
     v = gl.allocate_shared_memory(DTYPE, [WARPGROUPS, 1, 1, KEYS, COLUMNS], v_desc.layout)
     landed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

@@ -32,6 +32,6 @@ def produce(plan, channels, keys, q_desc, k_desc, v_desc, do_desc, ranges, sizes
         first, _full_first, _full_last, last = visits_of(keys, head, ranges, sizes, TILE_Q)
         for step in range(last - first):
             q_start = (last - 1 - step) * TILE_Q
-            channels.q.fill(place, q_desc, keys.batch, head, q_start)
-            place = channels.do.fill_free(place, do_desc, keys.batch, head, q_start)
+            channels.q.fill(place, (q_desc,), keys.batch, head, q_start)
+            place = channels.do.fill_free(place, (do_desc,), keys.batch, head, q_start)
     channels.q.collect()

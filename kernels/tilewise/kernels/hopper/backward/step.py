@@ -28,14 +28,9 @@ from ....parts.numerics import round_to
 from ....parts.scores.score import apply_scores, pull_back
 from ....parts.softmax import softmax_probabilities
 from ..instructions import arrive, sync, wait_for_role
+from ..pieces import accumulator
 from .cleaning import clean_step
 from .plan import KEYS, PIECE, WARPGROUP_THREADS, WARPGROUPS
-
-
-@gluon.constexpr_function
-def accumulator(columns):
-    """A warpgroup's 64 rows of a product."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit
@@ -84,7 +79,7 @@ def take_step(
     q_heads, _group, q_len, kv_len = sizes
     TILE_Q: gl.constexpr = plan.TILE_Q
     COLUMNS: gl.constexpr = plan.COLUMNS
-    DTYPE: gl.constexpr = channels.q.buffers.dtype
+    DTYPE: gl.constexpr = channels.q.buffers[0].dtype
     S_LAYOUT: gl.constexpr = accumulator(TILE_Q)
     S_ROWS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)  # a number a row, where Sᵀ has it
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, accumulator(COLUMNS), 2)
@@ -97,7 +92,7 @@ def take_step(
     row_max_1, sum_log2_1, delta_1 = load_numbers(numbers, first_row, q_start, q_len, TILE_Q)
 
     channels.q.wait_full(place)
-    q, do = channels.q.tile(place), channels.do.tile(place)  # [TILE_Q, COLUMNS]
+    q, do = channels.q.tile(place)[0], channels.do.tile(place)[0]  # [TILE_Q, COLUMNS]
     which_k = 0
     if IS_CUT:
         channels.do.wait_full(place)
