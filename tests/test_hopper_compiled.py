@@ -15,6 +15,7 @@ from harness import ptx
 from harness.baseline import against_baseline
 from harness.variants import HOPPER_TILES, compiled_once, hopper_variants, shared_folder
 from tilewise.kernels import room
+from tilewise.kernels.hopper.limits import hopper_pieces
 from tilewise.kernels.tile import HopperTile
 from tilewise.plan import tiles
 from tilewise.tools.compiled.compiler import Compiled, assembly_file
@@ -48,6 +49,8 @@ BUDGETS = {
     "bf16 256 full": Budget(457),
     "fp16 128 causal": Budget(478),
     "bf16 64 features": Budget(1990, spill_bytes=8),  # nearly all of it is tanh
+    "bf16 160 causal": Budget(573, spill_bytes=8),
+    "bf16 192x128 causal": Budget(532, spill_bytes=16),
     "bf16 64 causal, three warpgroups": Budget(278),
     "bf16 128 causal, no turns": Budget(476),
     "bf16 128 causal, Q in registers": Budget(551, spill_bytes=80, spills=8),
@@ -55,6 +58,12 @@ BUDGETS = {
     "bf16 64 causal, three warpgroups, four producer warps": Budget(278),
 }
 LONGER = 1.05
+
+
+def dims_of(name: str) -> tuple[int, int]:
+    """Of head and value: "bf16 128 causal", "bf16 192x128 causal"."""
+    head, _, value = name.split()[1].partition("x")
+    return int(head), int(value or head)
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,16 @@ class Kernel:
         name = self.compiled.variant.partition(", ")[2]
         if name:
             return HOPPER_TILES[name][1]
-        return tiles.table_tile("sm_90", 2, self.compiled.tile["HEAD_TILE"], "hopper")
+        return tiles.table_tile("sm_90", 2, tiles.tile_dim(*self.dims, "hopper"), "hopper")
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        return dims_of(self.compiled.variant)
 
     @cached_property
     def ptx(self) -> ptx.Kernel:
-        return ptx.Kernel(self.ptx_text, self.warpgroups, self.tile.producer_warps)
+        products = len(hopper_pieces(self.dims[1]))
+        return ptx.Kernel(self.ptx_text, self.warpgroups, self.tile.producer_warps, products)
 
     @cached_property
     def loops(self) -> list[tuple[list[Instruction], list[Instruction]]]:
@@ -110,14 +124,17 @@ def count(code: list[Instruction], *names: str) -> int:
 def complaints_of_both_loops(
     code: list[Instruction], tile: dict[str, int], q_in_registers: bool
 ) -> list[str]:
-    """O += P V with P in registers, two products under way at once, and the softmax under the second."""
-    along_head, along_kv = tile["HEAD_TILE"] // 16, tile["TILE_KV"] // 16
+    """O += P V with P in registers, two products under way at once, and the softmax under the second. Where
+    columns are in pieces, a product is one for each."""
+    head_pieces, value_pieces = (len(hopper_pieces(tile[name])) for name in ("HEAD_TILE", "VALUE_TILE"))
+    along_head, along_kv = tile["HEAD_TILE"] // 16, value_pieces * tile["TILE_KV"] // 16
+    needed = head_pieces + value_pieces + 2
     in_registers = along_kv + q_in_registers * along_head
     exponentials = sum(each.opcode == "MUFU.EX2" for each in code)
     found = {
         "HGMMA": (count(code, "HGMMA"), along_head + along_kv),
         "HGMMA with A in registers": (sum(map(a_in_registers, code)), in_registers),
-        "WARPGROUP, 4 of which are needed": (count(code, "WARPGROUP"), 4),
+        f"WARPGROUP, {needed} of which are needed": (count(code, "WARPGROUP"), needed),
     }
     complaints = [f"{what}: {seen}, not {meant}" for what, (seen, meant) in found.items() if seen != meant]
     if overlapped(code) < 0.9 * exponentials:
@@ -203,17 +220,19 @@ def test_registers_are_handed_over(kernels, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_shared_memory_is_as_estimated(kernels, name):
     kernel = kernels[name]
-    dim = kernel.compiled.tile["HEAD_TILE"]
-    estimate = room.shared_bytes(kernel.tile, "sm_90", 2, dim, "hopper")
+    with_out_buffer = room.has_out_buffer(kernel.tile, *kernel.dims)
+    estimate = room.hopper_bytes(kernel.tile, *kernel.dims, with_out_buffer)
     assert kernel.compiled.shared_bytes <= min(SHARED_BYTES, estimate)
+    if kernel.dims[0] == kernel.dims[1]:
+        assert estimate == room.shared_bytes(kernel.tile, "sm_90", 2, kernel.dims[0], "hopper")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_tile_is_the_one_asked_for(kernels, name):
     kernel = kernels[name]
     compiled, tile = kernel.compiled, kernel.tile
-    dtype, dim = name.split()[:2]
-    sizes = dict(TILE_Q=tile.tile_q, TILE_KV=tile.tile_kv, HEAD_TILE=int(dim), VALUE_TILE=int(dim))
+    dtype, (head_dim, value_dim) = name.split()[0], kernel.dims
+    sizes = dict(TILE_Q=tile.tile_q, TILE_KV=tile.tile_kv, HEAD_TILE=head_dim, VALUE_TILE=value_dim)
     assert compiled.tile == sizes and compiled.stages == tile.num_stages
     assert compiled.dtype == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
 
@@ -229,7 +248,7 @@ def test_each_warpgroup_has_a_loop_of_cut_and_one_of_full_tiles(kernels, name):
     pairs = 64 * compiled.tile["TILE_KV"]
     for loop in compiled.loops:
         assert (loop.warps, loop.teams) == (4, kernel.warpgroups)
-        assert loop.matmul_flops == loop.tile_flops == 4 * pairs * compiled.tile["HEAD_TILE"]
+        assert loop.matmul_flops == loop.tile_flops == 2 * pairs * sum(kernel.dims)
     for cut, full in kernel.loops:
         assert count(cut, "FSEL") >= count(full, "FSEL") + pairs // 128
 

@@ -28,6 +28,7 @@ class Kernel:
     text: str
     consumers: int
     producer_warps: int
+    products: int = 1  # under way at most where a buffer is given back: of the pieces that V has
 
     @cached_property
     def code(self) -> list[Instruction]:
@@ -296,7 +297,7 @@ GROUPS, BEGUN, UNFENCED = 3, 4, 8
 
 
 def matmuls_are_fenced_and_waited_for(kernel: Kernel) -> Iterator[str]:
-    """fence, products, commit; K's buffer is given back with at most V's product under way, and nothing is
+    """fence, products, commit; K's buffer is given back with at most V's products under way, and nothing is
     under way where a role ends."""
 
     def step(each: Instruction, state: int) -> int:
@@ -323,7 +324,7 @@ def matmuls_are_fenced_and_waited_for(kernel: Kernel) -> Iterator[str]:
             yield f"no wgmma.fence before {text}"
         elif each.opcode.startswith(("wgmma.wait_group", "bar.arrive", "barrier.sync")) and state & BEGUN:
             yield f"no wgmma.commit_group before {text}"
-        elif each.opcode.startswith("bar.arrive") and state % 4 > 1:
+        elif each.opcode.startswith("bar.arrive") and state % 4 > kernel.products:
             if int(each.operands.split(",")[1].split(";")[0]) != 256:
                 yield f"{state % 4} groups under way at {text}"
         elif each.opcode.startswith(("barrier.sync", "ret")) and state % 4:

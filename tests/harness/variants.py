@@ -290,8 +290,8 @@ HOPPER_TILES = {
 
 
 def hopper_variants(part: int | None = None) -> list[Variant]:
-    """Hopper's forward: every row of the table, other tiles, and a call with features. They take a minute, so
-    that two processes may have a part each, 0 or 1."""
+    """Hopper's forward: every row of the table, the dimensions of multi-head latent attention, other tiles,
+    and a call with features. They take a minute, so that two processes may have a part each, 0 or 1."""
 
     def features() -> None:
         lengths = torch.empty(1, dtype=torch.int32, device="meta")
@@ -300,8 +300,13 @@ def hopper_variants(part: int | None = None) -> list[Variant]:
         inputs = plain_inputs("bf16", 64)
         launch(*inputs, return_lse=True, mask=mask, score=tilewise.Softcap(30.0), sink=sink, impl="hopper")
 
+    def latent() -> None:
+        q, k, v = plain_inputs("bf16", 192)
+        launch(q, k, v[..., :128], return_lse=True, mask=tilewise.Causal(), impl="hopper")
+
     found = [hopper_variant("bf16", dim, mask) for mask in ("causal", "full") for dim in DIMS]
     found += [hopper_variant("fp16", 128, "causal"), Variant("bf16 64 features", features)]
+    found += [hopper_variant("bf16", 160, "causal"), Variant("bf16 192x128 causal", latent)]
     for name, (dim, tile) in HOPPER_TILES.items():
         found.append(hopper_variant("bf16", dim, "causal", tile, f"bf16 {dim} causal, {name}"))
     return found if part is None else found[part::2]
