@@ -1,7 +1,8 @@
 """What the kernels become on a GPU, read from their machine code: no GPU needed, none replaced by it.
 
-Every variant that ships compiles for every target; the tiles of the table do not spill, stay within the
-chip's shared memory and the estimate that `room.fits` relies on, and multiply on tensor cores.
+Every row of the table compiles for every target, and every feature for AMD's and one of NVIDIA's. Tiles of
+the table do not spill, stay within the chip's shared memory and the estimate that `room.fits` relies on, and
+multiply on tensor cores.
 """
 
 import pytest
