@@ -76,21 +76,23 @@ def test_a_tile_of_rows_that_sees_nothing_visits_one_tile():
     assert portable.kernels[0].tiles == Coverage(total=8, skipped=6, masked=2, full=0)
 
 
-@pytest.mark.parametrize("heads, lengths", [(1, (300, 40)), (64, (300, 700))])
-def test_programs_and_columns_are_those_of_hoppers_launch(heads, lengths, monkeypatch):
+@pytest.mark.parametrize("heads, lengths, dim", [(1, (300, 40), 24), (64, (300, 700), 96)])
+def test_programs_and_columns_are_those_of_hoppers_launch(heads, lengths, dim, monkeypatch):
     from tilewise.kernels.hopper import launch
 
     monkeypatch.setattr(launch, "resident_programs", lambda device: 132)
-    q, k = (torch.zeros(1, heads, length, 24, dtype=torch.float16) for length in lengths)
+    q, k = (torch.zeros(1, heads, length, dim, dtype=torch.float16) for length in lengths)
     request = make_request(q, k, k, impl="hopper")
     grid, arguments = launch.forward_launch(
         bind(request), q, None, None, gpu_tile("sm_90", 2, request.shape, "hopper")
     )
     found = tilewise.explain(q, k, k, impl="hopper", gpu="H200").kernels[0]
     assert (found.programs,) == grid
-    assert arguments["k_desc"].block_shape[3] == workload.HOPPER_COLUMNS
+    pieces = [arguments[name] for name in ("k_desc", "k_desc_2") if arguments[name] is not None]
+    columns = sum(piece.block_shape[3] for piece in pieces)
+    assert columns == {24: workload.HOPPER_COLUMNS, 96: 32 + 64}[dim]
     pairs = found.tiles.visited * found.tile.tile_q * found.tile.tile_kv
-    assert found.executed_flops == 2 * pairs * 2 * 64
+    assert found.executed_flops == 2 * pairs * 2 * columns
 
 
 BY_DOCUMENT = tilewise.Documents(torch.arange(4096) // 1000)

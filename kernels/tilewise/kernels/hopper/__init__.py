@@ -5,6 +5,7 @@
     forward.py        the kernel: which roles there are, what they share, who waits for whom
     producer.py       a warp, or four, that has tiles copied
     consumer.py       a warpgroup that computes: the loop
+    pieces.py         its products, of tiles whose columns are in pieces
     plan.py           what all roles know
     channels.py       how they hand tiles to one another
     schedule.py       which tile comes next

@@ -13,6 +13,8 @@ is who does what, and when. A program is a producer and two or three warpgroups 
     out  [WARPGROUPS, 64, VALUE_TILE]          -                          the copy engine, which reads it
     turn                                       -                          the warpgroup before
 
+HEAD_TILE and VALUE_TILE columns are in one piece or two, each with a buffer of its own: pieces.py.
+
 "full" is an mbarrier a buffer (channels.py); the others are named barriers, of which a multiprocessor has 16:
 
     0 .. WARPGROUPS + 1    Triton's own: the default role, the switch between roles, one for each other role
@@ -46,7 +48,7 @@ def place_as_wide(buffers, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def hopper_forward_kernel(
-    # Each with a second one for the second piece of columns, or None: pieces.py.
+    # Each with another for the second piece of columns, or None.
     q_desc,  # [batch, q_heads, q_len, head_dim] in pieces of [1, 1, ROWS, HEAD_TILE]
     q_desc_2,
     k_desc,  # [batch, kv_heads, kv_len, head_dim] in pieces of [1, 1, TILE_KV, HEAD_TILE]
