@@ -229,7 +229,7 @@ MUTATIONS = (
              "return {*hopper_pieces(value_dim)} <= {*hopper_pieces(head_dim)}", "return True",
              tests("hopper_rules", "o_without_a_place_is_refused")),
     Mutation("hopper: half a row's bytes trusted to fit as a whole one's", TILES,
-             'if work == "hopper" and out_fits_q(head_dim, value_dim):', 'if work == "hopper":',
+             "if out_fits_q(head_dim, value_dim):", "if head_dim > 0:",
              tests("hopper_rules", "a_tile_for_what_shared_memory_and_registers_hold")),
     Mutation("hopper: two pieces proven by one", TILES,
              " in PROVEN and most <= len(hopper_pieces(dim))", " in PROVEN",

@@ -185,9 +185,8 @@ def tile_choice(q: torch.Tensor, shape: Shape, work: Pass) -> tuple[Tile, str]:
         return tile, "given by tiles.use"
     if INTERPRETED:
         return tile, "interpreter"
-    return tile, device_row(
-        q.device, q.element_size(), tile_dim(shape.head_dim, shape.value_dim, work), work
-    )[1]
+    dim = tile_dim(shape.head_dim, shape.value_dim, work)
+    return tile, device_row(q.device, q.element_size(), dim, work)[1]
 
 
 def arch_choice(arch: str, element_bytes: int, shape: Shape, work: Pass) -> tuple[Tile, str]:
@@ -240,13 +239,18 @@ def widest(shape: Shape) -> int:
     return max(shape.head_dim, shape.value_dim)
 
 
+@functools.cache
 def tile_dim(head_dim: int, value_dim: int, work: Pass) -> int:
     """The dimension that a tile is chosen by: the wider one. But Hopper's forward has rows of K and V side by
     side in shared memory, and in registers those of O alone: it is what K and V have on average where O is no
-    wider and can leave through Q's place."""
-    if work == "hopper" and out_fits_q(head_dim, value_dim):
+    wider and can leave through Q's place. Otherwise O needs a place of its own, for which only tiles of
+    powers of two leave room."""
+    widest = max(head_dim, value_dim)
+    if work != "hopper":
+        return widest
+    if out_fits_q(head_dim, value_dim):
         return (sum(hopper_pieces(head_dim)) + sum(hopper_pieces(value_dim))) // 2
-    return max(head_dim, value_dim)
+    return next_power_of_two(widest)
 
 
 def cut_tile(tile: Tile, shape: Shape, dim: int, work: Pass) -> Tile:

@@ -1,5 +1,7 @@
 """What the hardware under Hopper's kernels prescribes."""
 
+import functools
+
 from ...parts.pieces import pieces_of
 
 WARPGROUP_ROWS = 64  # query rows of a warpgroup: what one WGMMA multiplies
@@ -14,6 +16,7 @@ ALIGNMENT = 16  # bytes (CUDA driver API, cuTensorMapEncodeTiled)
 FARTHEST = 1 << 40  # bytes between neighbours of a dimension, exclusive
 
 
+@functools.cache
 def hopper_pieces(dim: int) -> tuple[int, ...]:
     """The columns of the pieces that hold rows of `dim` in the forward: those of the portable kernels, but no
     fewer than HOPPER_COLUMNS together."""
