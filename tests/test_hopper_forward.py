@@ -95,8 +95,7 @@ WIDE = {"O through Q's place": (256, 256), "O through a piece of Q's place": (19
 def test_tiles(device, name):
     head_dim, value_dim = WIDE.get(name, (32, 32))
     q = torch.randn(1, 2, 150 if name in WIDE else 250, head_dim, device=device).bfloat16()
-    k = torch.randn(1, 1, 100, head_dim, device=device).bfloat16()
-    v = torch.randn(1, 1, 100, value_dim, device=device).bfloat16()
+    k, v = (torch.randn(1, 1, 100, dim, device=device).bfloat16() for dim in (head_dim, value_dim))
     assert launch.has_out_buffer(TILES[name], head_dim, value_dim) == (name not in WIDE)
     with tiles.use(TILES[name], passes=["hopper"]):
         check(q, k, v, mask=Causal(), **HOPPER)
@@ -197,15 +196,15 @@ def test_gradients(device, dtype):
 
 def test_two_pieces_with_all_at_once(device):
     """Rows of K and of V in two pieces, 96 = 32 + 64 and 80 = 16 + 64, under all that acts on them."""
-    q = torch.randn(2, 4, 70, 96, device=device).bfloat16()
-    k = torch.randn(2, 2, 100, 96, device=device).bfloat16()
-    v = torch.randn(2, 2, 100, 80, device=device).bfloat16()
-    mask = Window(60, 0, "bottom_right") & Padding(torch.tensor([100, 83], device=device))
-    given = dict(mask=mask, score=Softcap(3.0), sink=torch.randn(4, device=device), **HOPPER)
-    check_gradients(q, k, v, bias=torch.randn(1, 4, 70, 100, device=device), **given)
-    tile = HopperTile(192, 32, 12, 2, has_turns=False, is_q_in_registers=True)
+    q = torch.randn(1, 2, 70, 96, device=device).bfloat16()
+    k = torch.randn(1, 1, 60, 96, device=device).bfloat16()
+    v = torch.randn(1, 1, 60, 80, device=device).bfloat16()
+    mask = Window(40, 0, "bottom_right") & Padding(torch.tensor([50], device=device))
+    given = dict(mask=mask, score=Softcap(3.0), sink=torch.randn(2, device=device), **HOPPER)
+    check_gradients(q, k, v, **given)
+    tile = HopperTile(192, 16, 12, 2, has_turns=False, is_q_in_registers=True)
     with tiles.use(tile, passes=["hopper"]):
-        check(q, k, v, **given)
+        check(q, k, v, bias=torch.randn(1, 2, 70, 60, device=device), **given)
 
 
 def test_a_compiled_graph_asks_for_it_too(device):
