@@ -22,7 +22,7 @@ from typing import Any
 from ..kernels.tile import PASSES, Pass, Tile, tile_from
 
 # Pass, architecture, bytes an element (2: fp16 and bf16, 4: fp32), and the widest head_dim and value_dim that
-# the row serves: down to those of the next narrower row. Of Hopper's forward `tiles.tile_dim` says what counts.
+# the row serves: down to those of the next narrower row; of Hopper's forward, see `tiles.tile_dim`.
 Key = tuple[Pass, str, int, int]
 
 SHIPPED = Path(__file__).with_name("tile_table.json")
