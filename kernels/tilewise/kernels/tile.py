@@ -21,6 +21,7 @@ Pass = Literal["forward", "dkv", "dq", "dqkv", "hopper", "hopper_backward"]
 # Of the portable kernels: "dqkv" stands for "dkv" and "dq" together. "hopper" is a second forward, and
 # "hopper_backward" a second dqkv.
 PASSES: tuple[Pass, ...] = ("forward", "dkv", "dq", "dqkv")
+HOPPER_PASSES: tuple[Pass, ...] = ("hopper", "hopper_backward")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def hopper_backward_tile(dim: int) -> HopperBackwardTile:
 
 def tile_from(work: Pass, given: Mapping[str, Any]) -> Tile:
     """A pass' tile, by the names of its fields; other names may be there."""
-    kind = HopperTile if work == "hopper" else CopiedTile if given.get("is_copied") else Tile
+    portable = CopiedTile if given.get("is_copied") else Tile
+    of_hopper: dict[Pass, type[Tile]] = {"hopper": HopperTile, "hopper_backward": HopperBackwardTile}
+    kind = of_hopper.get(work, portable)
     return kind(**{each.name: given[each.name] for each in fields(kind)})
 
 

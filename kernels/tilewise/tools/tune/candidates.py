@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from ...kernels.hopper.limits import WARPGROUP_ROWS
 from ...kernels.room import family, fits
-from ...kernels.tile import CopiedTile, HopperTile, Pass, Tile
+from ...kernels.tile import CopiedTile, HopperTile, Pass, Tile, hopper_backward_tile
 
 SIZES = (16, 32, 64, 128, 256)
 STAGES = (1, 2, 3, 4)
@@ -20,6 +20,8 @@ def candidates(work: Pass, arch: str, element_bytes: int, dim: int) -> list[Tile
     its copies by the engine, where the chip has one."""
     if work == "hopper":
         return [tile for tile in hopper_tiles(dim) if fits(tile, arch, element_bytes, dim, work)]
+    if work == "hopper_backward":
+        return [hopper_backward_tile(dim)]
     has_engine = work == "forward" and family(arch) in ("sm_90", "sm_100")
     tiles = (
         made(tile_q, tile_kv, warps, stages)
