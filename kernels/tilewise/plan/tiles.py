@@ -139,8 +139,9 @@ def use_walks(walks: int) -> Iterator[None]:
         _walks = before
 
 
-# Where the static model (`tilewise.tools.rank`) finds one walk of the shipped tiles faster than two, if its
-# programs may add to dQ in any order. In turns it finds that nowhere. No GPU has timed either.
+# Where the static model (`tilewise.tools.rank`) finds one walk of the shipped tiles faster than two at every
+# length, if its programs may add to dQ in any order. In turns it finds that for long calls at 64, but not
+# beside two walks of the tiles that it ranks first (docs/backward.md). No GPU has timed any of them.
 ONE_WALK = {("sm_90", 2, 64)}
 
 
