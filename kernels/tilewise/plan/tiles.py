@@ -96,7 +96,7 @@ PROVEN = frozenset(
 
 
 def is_hopper_proven(arch: str, element_bytes: int, shape: Shape) -> bool:
-    """Whether it has been shown of the forward for such calls on a chip."""
+    """Whether it has been shown for such calls on a chip."""
     dim = row_dim(arch, element_bytes, widest(shape), "hopper")
     return ("hopper", arch, element_bytes, dim) in PROVEN
 
