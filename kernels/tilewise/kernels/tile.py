@@ -93,8 +93,8 @@ class HopperBackwardTile(Tile):
 
 
 def hopper_backward_tile(dim: int) -> HopperBackwardTile:
-    """The tile for this dimension. There is no other: dQ of a step is one piece of 64 rows and 64 columns for
-    each warpgroup, and shared memory has room for two stages."""
+    """The tile for this dimension: dQ of a step is one piece of 64 rows and 64 columns for each warpgroup,
+    and shared memory has room for two stages. At 128 there is no other."""
     columns = max(HOPPER_COLUMNS, next_power_of_two(dim))
     return HopperBackwardTile(2 * WARPGROUP_ROWS**2 // columns, 2 * WARPGROUP_ROWS, 8, 2)
 

@@ -31,9 +31,9 @@ TABLE: dict[Key, Tile] = {key: row.tile for key, row in _SHIPPED_ROWS.items()}
 @functools.cache
 def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> Tile:
     """The shipped table's tile, halved until it fits a chip that the table does not list."""
-    if work == "hopper_backward":
-        return hopper_backward_tile(dim)
     row = row_dim(arch, element_bytes, dim, work)
+    if work == "hopper_backward":
+        return TABLE.get((work, arch, element_bytes, row)) or hopper_backward_tile(dim)
     if work == "hopper":  # for this chip alone
         return TABLE[work, arch, element_bytes, row]
     if not has_tile(element_bytes, dim, work):
@@ -66,8 +66,8 @@ def has_tile(element_bytes: int, dim: int, work: Pass) -> bool:
 @functools.cache
 def row_dim(arch: str, element_bytes: int, dim: int, work: Pass) -> int:
     """The dimension of the row that serves `dim`: the least that the chip, or its family, has a row for; the
-    widest row where `dim` is wider still, and `dim` itself where there are no rows. Hopper's backward has
-    none: it is the columns of its tiles."""
+    widest row where `dim` is wider still, and `dim` itself where there are no rows. Of Hopper's backward
+    it is the columns of its tiles."""
     if work == "hopper_backward":
         return max(HOPPER_COLUMNS, next_power_of_two(dim))
     of_chip, of_family = (work, arch, element_bytes), (work, family(arch), element_bytes)
