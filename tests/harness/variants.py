@@ -18,7 +18,7 @@ from filelock import FileLock
 
 import tilewise
 from tilewise.kernels.append import launch_append, launch_turn
-from tilewise.kernels.tile import CopiedTile, HopperTile
+from tilewise.kernels.tile import CopiedTile, HopperBackwardTile, HopperTile
 from tilewise.parts.rotary import RotaryTable
 from tilewise.parts.shape import Cache, Pages
 from tilewise.tools.compiled.compiler import (
@@ -338,6 +338,12 @@ def hopper_backward_variants() -> list[Variant]:
 
     found = [hopper_backward_variant("bf16", dim, mask) for mask in ("causal", "full") for dim in (64, 128)]
     found.append(hopper_backward_variant("fp16", 128, "causal"))
+
+    def fewer_rows() -> None:
+        with tilewise.tiles.use(HopperBackwardTile(64, 128, 8, 3), ["hopper_backward"]):
+            launch_backward(*plain_inputs("bf16", 64), mask=tilewise.Causal(), impl="hopper")
+
+    found.append(Variant("bf16 64 causal, 64 rows", fewer_rows, (HOPPER_BACKWARD,)))
     return [*found, Variant("bf16 64 features", features, (HOPPER_BACKWARD,))]
 
 
