@@ -19,11 +19,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch._dynamo.comptime import comptime
-from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.variables import UserDefinedObjectVariable
-from torch._dynamo.variables.functions import TritonKernelVariable
-from triton.runtime.jit import KernelInterface
 
 from ..parts.dropout import Dropout
 from ..parts.shape import Cache, Packing, Pages
@@ -44,7 +39,6 @@ class Encoded(NamedTuple):
     spec: str
 
 
-@torch.compiler.assume_constant_result  # else a compiled graph would run before the name is registered
 def registered_name(thing: Any) -> str:
     """A name that `_registry` has for this class or function, and for no other."""
     origin = getattr(thing, "fn", thing)  # a jit function wraps the Python function that it was
@@ -54,37 +48,22 @@ def registered_name(thing: Any) -> str:
     return name
 
 
+def name_of(thing: Any) -> str:
+    """`registered_name`, wherever this runs. Only who compiles pays for importing Dynamo."""
+    if torch.compiler.is_dynamo_compiling():
+        from . import traced_names
+
+        name: str = traced_names.registered_name(thing)
+        return name
+    return registered_name(thing)
+
+
 def traced_name(value: Any) -> str:
-    """`registered_name` of a jit function in code that Dynamo traces; "" for anything else.
+    """That of a jit function in code that Dynamo traces; "" for anything else."""
+    from . import traced_names
 
-    To Dynamo a jit function is a variable of a kind that it can neither ask for its type nor hand to a
-    function that it calls (before torch 2.13; on a machine without a GPU the kind is another). So `note`,
-    which runs while it traces, looks behind the variable.
-    """
-    comptime(note)
-    return noted_name()
-
-
-_noted = [""]  # one place will do: Dynamo traces under a lock
-
-
-def note(context: Any) -> None:
-    """Note the name of what `value` is in the code being traced, and tie the graph to that very function."""
-    variable = context.get_local("value")._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
-    value: Any = None
-    if isinstance(variable, TritonKernelVariable):
-        value = variable.kernel
-    elif isinstance(variable, UserDefinedObjectVariable):
-        value = variable.value
-    _noted[0] = ""
-    if isinstance(value, KernelInterface):
-        install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))
-        _noted[0] = registered_name(value)
-
-
-@torch.compiler.assume_constant_result
-def noted_name() -> str:
-    return _noted[0]
+    name: str = traced_names.traced_name(value)
+    return name
 
 
 def registered(name: str) -> Any:
@@ -112,7 +91,7 @@ def encode(request: Request) -> Encoded:
     for parts in (request.masks, request.scores):
         words.append(f"({len(parts)}")
         for part in parts:
-            words.append(f"f:{registered_name(type(part))}")
+            words.append(f"f:{name_of(type(part))}")
             for name in part.FIELDS:
                 _put(getattr(part, name), encoded, words)
     if implementation(request) == "torch":  # nobody else asks a user's function for its twin
@@ -144,7 +123,7 @@ def _put(value: Any, encoded: Encoded, words: list[str]) -> None:
         for each in value:
             _put(each, encoded, words)
     else:
-        words.append(f"f:{registered_name(value)}")
+        words.append(f"f:{name_of(value)}")
 
 
 def as_tuples(cache: Cache) -> tuple[Any, ...]:
