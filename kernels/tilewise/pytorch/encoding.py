@@ -7,14 +7,12 @@ Masks and scores are objects that hold jit functions, which no op schema knows. 
     f:tilewise.parts.masks.user:UserMask f:my:keep (1 I N         a function; a tuple, its length first; None
 
 joined by line breaks. Tensors stay tensors, so that autograd, tracing and devices see them; numbers stay
-numbers, so that a length that changes does not compile a new graph. Functions and classes are kept in a
-registry: two functions of one name (in a notebook, a cell run twice) get two names.
+numbers, so that a length that changes does not compile a new graph. What the names of functions and classes
+stand for is in a registry: names.py.
 """
 
 from __future__ import annotations
 
-import importlib
-import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -25,8 +23,8 @@ from ..parts.shape import Cache, Packing, Pages
 from ..parts.similarity import Cosine
 from ..plan.implementation import implementation
 from ..plan.request import Request
+from .names import registered, registered_name
 
-_registry: dict[str, Any] = {}
 ANY_ORDER = "any order"  # the first word where deterministic is False, and nowhere else
 
 
@@ -37,15 +35,6 @@ class Encoded(NamedTuple):
     ints: list[int]
     floats: list[float]
     spec: str
-
-
-def registered_name(thing: Any) -> str:
-    """A name that `_registry` has for this class or function, and for no other."""
-    origin = getattr(thing, "fn", thing)  # a jit function wraps the Python function that it was
-    name = f"{origin.__module__}:{origin.__qualname__}"
-    while _registry.setdefault(name, thing) is not thing:
-        name += "'"
-    return name
 
 
 def name_of(thing: Any) -> str:
@@ -64,14 +53,6 @@ def traced_name(value: Any) -> str:
 
     name: str = traced_names.traced_name(value)
     return name
-
-
-def registered(name: str) -> Any:
-    """What the name stands for; in a process that has only loaded a program, what its module holds."""
-    if name not in _registry:
-        module, _, path = name.partition(":")
-        _registry[name] = operator.attrgetter(path)(importlib.import_module(module))
-    return _registry[name]
 
 
 def encode(request: Request) -> Encoded:

@@ -11,10 +11,10 @@ from torch._dynamo.variables import UserDefinedObjectVariable
 from torch._dynamo.variables.functions import TritonKernelVariable
 from triton.runtime.jit import KernelInterface
 
-from . import encoding
+from . import names
 
 # Else a compiled graph would run before the name is registered.
-registered_name = torch.compiler.assume_constant_result(encoding.registered_name)
+registered_name = torch.compiler.assume_constant_result(names.registered_name)
 
 
 def traced_name(value: Any) -> str:
