@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilewise
 from tilewise.nn import CrossAttention, SelfAttention
-from tilewise.pytorch import encoding
+from tilewise.pytorch import names
+from tilewise.pytorch.encoding import encode
 
 BATCH, HEADS = 1, 2
 SIZES = ((5, 7), (6, 11))  # (q_len, kv_len), one after the other
@@ -22,7 +23,7 @@ SIZES = ((5, 7), (6, 11))  # (q_len, kv_len), one after the other
 def forget_graphs(monkeypatch):
     """Every test as in a process of its own: no graphs, and no name that an earlier call has registered."""
     torch._dynamo.reset()
-    monkeypatch.setattr(encoding, "_registry", type(encoding._registry)())
+    monkeypatch.setattr(names, "_registry", type(names._registry)())
     yield
     torch._dynamo.reset()
 
@@ -336,9 +337,7 @@ def test_calls_in_between_do_not_recompile(device):
     )
     attend(x)
     with torch.no_grad():
-        encoding.encode(
-            tilewise.api.make_request(x, x, x, mask=tilewise.Window(1, 1), score=tilewise.Softcap(1.0))
-        )
+        encode(tilewise.api.make_request(x, x, x, mask=tilewise.Window(1, 1), score=tilewise.Softcap(1.0)))
     attend(x)
     assert counter.frame_count == 1
 

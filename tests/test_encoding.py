@@ -12,8 +12,9 @@ from harness.features import FEATURES, KINDS, build, of_kind
 from tilewise.parts.dropout import Dropout
 from tilewise.parts.similarity import Cosine
 from tilewise.plan.request import make_request, request_of
-from tilewise.pytorch import encoding
-from tilewise.pytorch.encoding import decode, encode, registered_name
+from tilewise.pytorch import names
+from tilewise.pytorch.encoding import decode, encode
+from tilewise.pytorch.names import registered_name
 
 NOT_ENCODED = {"_twin"}  # a plain PyTorch function, which no kernel needs
 
@@ -173,10 +174,10 @@ def test_what_differs_in_kind_differs_in_the_spec(device):
 
 def test_two_functions_of_one_name_get_two_names(device, monkeypatch):
     monkeypatch.setattr(every_third_keep.fn, "__qualname__", every_other_keep.fn.__qualname__)
-    monkeypatch.setattr(encoding, "_registry", type(encoding._registry)())
-    names = [registered_name(f) for f in (every_other_keep, every_third_keep)]
-    assert len(set(names)) == 2
-    assert [registered_name(f) for f in (every_third_keep, every_other_keep)] == names[::-1]
+    monkeypatch.setattr(names, "_registry", type(names._registry)())
+    told = [registered_name(f) for f in (every_other_keep, every_third_keep)]
+    assert len(set(told)) == 2
+    assert [registered_name(f) for f in (every_third_keep, every_other_keep)] == told[::-1]
     q, k, v = (torch.zeros(1, 1, 2, 4, device=device) for _ in range(3))
     for keep in (every_third_keep, every_other_keep):
         request = make_request(q, k, v, mask=tilewise.UserMask(keep))
@@ -190,10 +191,10 @@ def test_the_registry_does_not_grow_with_calls(device):
     requests = [drawn_request([feature], device) for feature in of_kind("mask")]
     for request in requests:
         encode(request)
-    size = len(encoding._registry)
+    size = len(names._registry)
     for request in requests * 3:
         encode(request)
-    assert len(encoding._registry) == size
+    assert len(names._registry) == size
 
 
 def test_a_spec_is_understood_where_nothing_was_encoded(device, monkeypatch):
@@ -201,6 +202,6 @@ def test_a_spec_is_understood_where_nothing_was_encoded(device, monkeypatch):
     q, k, v = (torch.zeros(1, 1, 2, 4, device=device) for _ in range(3))
     request = make_request(q, k, v, mask=tilewise.Causal(), score=tilewise.Softcap(2.0))
     encoded = encode(request)
-    monkeypatch.setattr(encoding, "_registry", type(encoding._registry)())
+    monkeypatch.setattr(names, "_registry", type(names._registry)())
     found = decode(q, k, v, encoded)
     assert same(request.masks, found.masks) and same(request.scores, found.scores)

@@ -100,6 +100,10 @@ def test_importing_needs_no_gpu_and_compiles_nothing(installed: Path, tmp_path: 
         "print(tilewise.__file__); print(tilewise_reference.__file__)\n"
         "assert not torch.cuda.is_available(), 'a GPU is in sight'\n"
         "assert not torch.cuda.is_initialized(), 'importing tilewise started CUDA'\n"
+        "import sys\n"
+        "late = {'torch._dynamo', 'sympy', 'tilewise.drop_in.switch'} & set(sys.modules)\n"
+        "assert not late, f'importing tilewise imported {late}, which take as long as PyTorch'\n"
+        "assert type(tilewise.sdpa()).__name__ == 'Region'\n"
     )
     ran = run_python(["-c", program], installed, TRITON_CACHE_DIR=str(cache))
     assert ran.returncode == 0, ran.stderr

@@ -1,10 +1,11 @@
 """tilewise: fused attention kernels in Triton for PyTorch."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import compat, integrations, nn
 from .api import attention, dropout_mask, why_not
 from .cached import cached_attention
 from .drop_in import flash_impl as _flash_impl  # makes its name known to PyTorch
-from .drop_in.switch import sdpa
 from .joining import merge
 from .packed import check_offsets, packed_attention
 from .parts.masks.causal import Causal
@@ -28,6 +29,9 @@ from .plan import tiles
 from .scaled_dot_product import scaled_dot_product_attention
 from .tools.explain.explain import explain
 from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .drop_in.switch import sdpa
 
 __all__ = [
     "ALiBi",
@@ -70,3 +74,13 @@ del _flash_impl
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """`sdpa`, when it is first asked for: it imports Dynamo, for as long as PyTorch takes itself."""
+    if name != "sdpa":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .drop_in.switch import sdpa
+
+    globals()[name] = sdpa
+    return sdpa

@@ -11,6 +11,8 @@ CHECKS = "kernels/tilewise/plan/checks.py"
 DISPATCH = "kernels/tilewise/pytorch/dispatch.py"
 DROPOUT = "kernels/tilewise/parts/dropout.py"
 ENCODING = "kernels/tilewise/pytorch/encoding.py"
+NAMES = "kernels/tilewise/pytorch/names.py"
+TRACED_NAMES = "kernels/tilewise/pytorch/traced_names.py"
 FORWARD = "kernels/tilewise/kernels/forward.py"
 INTERVALS = "kernels/tilewise/parts/intervals.py"
 NESTED = "kernels/tilewise/pytorch/nested.py"
@@ -370,10 +372,10 @@ MUTATIONS = (
     Mutation("ops: FLOPs of dV and dK exchanged", OPS,
              "(3 * q[3] + 2 * v[3])", "(2 * q[3] + 3 * v[3])",
              tests("ops", "flops[4-1-5-3]")),
-    Mutation("encoding: two functions of one name", ENCODING,
+    Mutation("encoding: two functions of one name", NAMES,
              "        name += \"'\"", "        break",
              tests("encoding", "two_functions_of_one_name_get_two_names")),
-    Mutation("encoding: a graph for any function in the place of the first", ENCODING,
+    Mutation("encoding: a graph for any function in the place of the first", TRACED_NAMES,
              "        install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))\n", "",
              tests("compile", "another_mask_of_the_same_kind_is_not_taken_for_the_first")),
     Mutation("encoding: bool taken for int", ENCODING,

@@ -7,31 +7,24 @@ Masks and scores are objects that hold jit functions, which no op schema knows. 
     f:tilewise.parts.masks.user:UserMask f:my:keep (1 I N         a function; a tuple, its length first; None
 
 joined by line breaks. Tensors stay tensors, so that autograd, tracing and devices see them; numbers stay
-numbers, so that a length that changes does not compile a new graph. Functions and classes are kept in a
-registry: two functions of one name (in a notebook, a cell run twice) get two names.
+numbers, so that a length that changes does not compile a new graph. What the names of functions and classes
+stand for is in a registry: names.py.
 """
 
 from __future__ import annotations
 
-import importlib
-import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch._dynamo.comptime import comptime
-from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.variables import UserDefinedObjectVariable
-from torch._dynamo.variables.functions import TritonKernelVariable
-from triton.runtime.jit import KernelInterface
 
 from ..parts.dropout import Dropout
 from ..parts.shape import Cache, Packing, Pages
 from ..parts.similarity import Cosine
 from ..plan.implementation import implementation
 from ..plan.request import Request
+from .names import registered, registered_name
 
-_registry: dict[str, Any] = {}
 ANY_ORDER = "any order"  # the first word where deterministic is False, and nowhere else
 
 
@@ -44,55 +37,22 @@ class Encoded(NamedTuple):
     spec: str
 
 
-@torch.compiler.assume_constant_result  # else a compiled graph would run before the name is registered
-def registered_name(thing: Any) -> str:
-    """A name that `_registry` has for this class or function, and for no other."""
-    origin = getattr(thing, "fn", thing)  # a jit function wraps the Python function that it was
-    name = f"{origin.__module__}:{origin.__qualname__}"
-    while _registry.setdefault(name, thing) is not thing:
-        name += "'"
-    return name
+def name_of(thing: Any) -> str:
+    """`registered_name`, wherever this runs. Only who compiles pays for importing Dynamo."""
+    if torch.compiler.is_dynamo_compiling():
+        from . import traced_names
+
+        name: str = traced_names.registered_name(thing)
+        return name
+    return registered_name(thing)
 
 
 def traced_name(value: Any) -> str:
-    """`registered_name` of a jit function in code that Dynamo traces; "" for anything else.
+    """That of a jit function in code that Dynamo traces; "" for anything else."""
+    from . import traced_names
 
-    To Dynamo a jit function is a variable of a kind that it can neither ask for its type nor hand to a
-    function that it calls (before torch 2.13; on a machine without a GPU the kind is another). So `note`,
-    which runs while it traces, looks behind the variable.
-    """
-    comptime(note)
-    return noted_name()
-
-
-_noted = [""]  # one place will do: Dynamo traces under a lock
-
-
-def note(context: Any) -> None:
-    """Note the name of what `value` is in the code being traced, and tie the graph to that very function."""
-    variable = context.get_local("value")._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
-    value: Any = None
-    if isinstance(variable, TritonKernelVariable):
-        value = variable.kernel
-    elif isinstance(variable, UserDefinedObjectVariable):
-        value = variable.value
-    _noted[0] = ""
-    if isinstance(value, KernelInterface):
-        install_guard(variable.source.make_guard(GuardBuilder.ID_MATCH))
-        _noted[0] = registered_name(value)
-
-
-@torch.compiler.assume_constant_result
-def noted_name() -> str:
-    return _noted[0]
-
-
-def registered(name: str) -> Any:
-    """What the name stands for; in a process that has only loaded a program, what its module holds."""
-    if name not in _registry:
-        module, _, path = name.partition(":")
-        _registry[name] = operator.attrgetter(path)(importlib.import_module(module))
-    return _registry[name]
+    name: str = traced_names.traced_name(value)
+    return name
 
 
 def encode(request: Request) -> Encoded:
@@ -112,7 +72,7 @@ def encode(request: Request) -> Encoded:
     for parts in (request.masks, request.scores):
         words.append(f"({len(parts)}")
         for part in parts:
-            words.append(f"f:{registered_name(type(part))}")
+            words.append(f"f:{name_of(type(part))}")
             for name in part.FIELDS:
                 _put(getattr(part, name), encoded, words)
     if implementation(request) == "torch":  # nobody else asks a user's function for its twin
@@ -144,7 +104,7 @@ def _put(value: Any, encoded: Encoded, words: list[str]) -> None:
         for each in value:
             _put(each, encoded, words)
     else:
-        words.append(f"f:{registered_name(value)}")
+        words.append(f"f:{name_of(value)}")
 
 
 def as_tuples(cache: Cache) -> tuple[Any, ...]:

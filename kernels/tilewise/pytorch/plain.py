@@ -31,7 +31,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 import tilewise_reference
@@ -97,6 +96,8 @@ def causal_of(request: Request) -> bool | None:
     if isinstance(first, Tensor):
         return None
     if torch.compiler.is_compiling():  # a graph for lengths to come must not compare them
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
         if isinstance(mask.align, int) or not statically_known_true(shape.q_len == shape.kv_len):
             return None
     elif first != 0:
