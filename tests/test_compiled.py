@@ -113,9 +113,12 @@ def pieces(tmp_path_factory) -> ByTarget:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_rows_in_pieces_and_wide_ones_do_not_spill_and_fit(pieces, target):
-    assert len(pieces[target]) == 3 * len(PIECES) - 2
+    assert len(pieces[target]) == 3 * len(PIECES) - 2 + 1  # of wide rows dK and dV apart
+    # Before Triton 3.9 a few registers of wide rows lie in memory, but not in the loop over full tiles.
+    known = 0 if Version(triton.__version__) >= Version("3.9") else 24
     for (variant, _), each in pieces[target].items():
-        assert each.spill_bytes == 0, each
+        assert each.spill_bytes <= (known if variant.startswith("bf16 576") else 0), each
+        assert all(loop.spills == 0 for loop in each.loops if loop.name == "full"), each
         assert each.shared_bytes <= SHARED_BYTES[target], each
         assert bool(each.matmuls) == (variant.startswith("bf16") or target.startswith("gfx")), each
 
@@ -134,6 +137,15 @@ def test_rows_in_pieces_are_multiplied_as_they_are(pieces, target):
         compiled = pieces[target][f"bf16 {dim}x{dim} causal", "forward_kernel"]
         pairs = compiled.tile["TILE_Q"] * compiled.tile["TILE_KV"]
         assert [loop.matmul_flops for loop in compiled.loops] == [4 * pairs * dim] * 2
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("sm")])
+def test_wide_rows_are_multiplied_once(pieces, target):
+    """No two warps compute the same numbers."""
+    kernels = [each for (variant, _), each in pieces[target].items() if variant.startswith("bf16 576")]
+    assert {each.kernel for each in kernels} == {f"{name}_kernel" for name in ("forward", "dq", "dk", "dv")}
+    for each in kernels:
+        assert [loop.matmul_flops / loop.tile_flops for loop in each.loops] == [1, 1], each
 
 
 KERNELS = {"forward": "forward_kernel", "dkv": "dkv_kernel", "dq": "dq_kernel", "dqkv": "dqkv_kernel"}
