@@ -1,6 +1,7 @@
 """What a call costs the host, Triton's launch included, on a machine without a GPU.
 
-    python -m bench.host_without_gpu
+    python -m bench.host_without_gpu            all calls; it takes a C compiler
+    python -m bench.host_without_gpu forward    those named, as the table has them
 
 Triton compiles for a Hopper GPU, and its own driver, launchers and C code run as ever, over a libcuda that
 does nothing. Tensors are the CPU's, so PyTorch's allocator is too; all else is what the host does before a
@@ -15,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +63,13 @@ int cuTensorMapEncodeTiled(void *map, int t, unsigned r, void *p, const u64 *siz
 """
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set: nothing is launched then")
+    if shutil.which("cc") is None:
+        raise SystemExit("there is no cc on the PATH: a library that stands for CUDA's is compiled with it")
     with tempfile.TemporaryDirectory() as folder, gpu_that_does_nothing(Path(folder)):
-        rows = measure()
+        rows = measure(names)
     print(f"{'µs a call, fastest round':36}{'long way':>10}{'repeated':>10}{'sdpa':>10}{'ratio':>10}")
     for name, (long, short, theirs) in rows.items():
         print(f"{name:36}{long:10.1f}{short:10.1f}{theirs:10.1f}{short / theirs:10.2f}")
@@ -104,8 +109,8 @@ def gpu_that_does_nothing(folder: Path) -> Iterator[None]:
     yield
 
 
-def measure() -> dict[str, tuple[float, float, float]]:
-    """µs of each call: the long way, repeated, and PyTorch's attention in the same rounds."""
+def measure(names: Sequence[str]) -> dict[str, tuple[float, float, float]]:
+    """µs of each call, or of those named: the long way, repeated, PyTorch's attention in the same rounds."""
     import torch
 
     import tilewise
@@ -138,7 +143,9 @@ def measure() -> dict[str, tuple[float, float, float]]:
         "forward, recorded for the backward": (lambda: ours(*leaves), lambda: sdpa(*leaves)),
         "forward and backward": (both(ours), both(sdpa)),
     }
-    return {name: taken(call, theirs) for name, (call, theirs) in calls.items()}
+    if unknown := set(names) - calls.keys():
+        raise SystemExit(f"{', '.join(sorted(unknown))}: not one of the calls {', '.join(calls)}")
+    return {name: taken(*calls[name]) for name in names or calls}
 
 
 def taken(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, float, float]:
@@ -160,4 +167,4 @@ def taken(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, fl
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -21,7 +21,7 @@ from tilewise.kernels.tile import Pass, Tile, tile_from
 from tilewise.plan import tiles
 from tilewise.plan.tile_table import Key, load
 from tilewise.tools.compiled.variants import MASKS
-from tilewise.tools.rank.rank import RANKED_DIMS, SEARCHED, case_of, read_rows
+from tilewise.tools.rank.rank import RANKED, case_of, read_rows
 from tilewise.tools.tune.bench import Bench, DeviceLost, Rejected
 from tilewise.tools.tune.case import CHECK_LENGTH, small, with_every_feature
 from tilewise.tools.tune.command import SMOKE_ROUNDS, short, title
@@ -43,7 +43,7 @@ SMOKE_TILES = 2
 def tuned_rows() -> list[tuple[Pass, int]]:
     """The rows, those that most calls use first. Hopper's forward is timed beside the portable one, which is
     tuned by then."""
-    return [(work, dim) for dim in RANKED_DIMS for work in SEARCHED]
+    return [*RANKED]
 
 
 def ranked_tiles(work: Pass, dim: int) -> list[Tile]:

@@ -77,8 +77,9 @@ def test_tune_says_that_it_looks_at_dense_tensors():
 
 def test_inspect_compiles_packed_calls_and_none_of_hoppers():
     assert [each.name for each in case_variants([MIXED], ["forward", "dkv"])] == [MIXED, MIXED]
-    reason = why_not_hopper(["sm_90"], [], [MIXED])
-    assert reason is not None and reason.startswith(f"case='{MIXED}': q_offsets pack sequences")
+    for kernel in ("hopper", "hopper_backward"):
+        reason = why_not_hopper(kernel, ["sm_90"], [], [], [MIXED])
+        assert reason is not None and reason.startswith(f"case='{MIXED}': q_offsets pack sequences")
 
 
 # ---- Keys and values in a cache

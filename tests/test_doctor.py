@@ -49,16 +49,17 @@ def test_a_machine_that_works(device):
     assert test.found.startswith(f"portable on {device.type}, fp32") and test.verdict == "ok"
 
 
-def test_hoppers_forward_has_its_line_and_its_test(device):
-    """In the interpreter it runs in an emulator; on a GPU that is no Hopper, it says what the GPU is."""
+def test_hoppers_kernels_have_their_lines_and_their_tests(device):
+    """In the interpreter they run in an emulator; on a GPU that is no Hopper, it says what the GPU is."""
     found = examine()
-    line = only(found, f"impl='hopper' on {device.type}")
-    tests = [f for f in found.findings if f.subject == "attention, impl='hopper'"]
-    if device.type == "cpu":
-        assert (line.found, line.verdict) == ("available, in an emulator", "ok")
-        assert tests[0].found.startswith("hopper on cpu, fp16") and tests[0].verdict == "ok"
-    else:
-        assert (line.verdict == "ok" and bool(doctor.PROVEN)) == bool(tests)
+    for work, line, test in (("hopper", "", "attention"), ("hopper_backward", ", gradients", "gradients")):
+        line = only(found, f"impl='hopper' on {device.type}{line}")
+        tests = [f for f in found.findings if f.subject == f"{test}, impl='hopper'"]
+        if device.type == "cpu":
+            assert (line.found, line.verdict) == ("available, in an emulator", "ok")
+            assert tests[0].found.startswith("hopper on cpu, fp16") and tests[0].verdict == "ok"
+        else:
+            assert (line.verdict == "ok" and doctor.has_proven(work)) == bool(tests)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_hoppers_forward_has_its_line_and_its_test(device):
         ("sm_80", "NVIDIA A100", "note", "it needs a Hopper GPU (sm_90), and cuda:0 is NVIDIA A100 (sm_80)"),
     ],
 )
-def test_hoppers_forward_on_gpus_that_are_not_here(arch, name, verdict, said, monkeypatch):
+def test_hoppers_kernels_on_gpus_that_are_not_here(arch, name, verdict, said, monkeypatch):
     """The probe asks for tensors on the GPU; fake ones have no memory, and need none. A torch that is built
     for CUDA would still start the GPU for them."""
     monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
@@ -76,8 +77,19 @@ def test_hoppers_forward_on_gpus_that_are_not_here(arch, name, verdict, said, mo
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
     monkeypatch.setattr("tilewise.plan.tiles.architecture", lambda device: arch)
     with FakeTensorMode():
-        (line,) = (f for f in doctor.implementations() if f.subject == "impl='hopper' on cuda")
-    assert line.verdict == verdict and said in line.found
+        lines = [f for f in doctor.implementations() if f.subject.startswith("impl='hopper' on cuda")]
+    # Without Hopper's forward there is nothing for its backward to follow.
+    assert [f.subject.partition(", ")[2] for f in lines] == ["", "gradients"][: 2 if verdict == "ok" else 1]
+    assert all(line.verdict == verdict and said in line.found for line in lines)
+
+
+def test_what_a_gpu_has_proven_of_hoppers_forward_says_nothing_of_its_backward(monkeypatch):
+    unproven = doctor.hopper_here("cuda", "hopper_backward")
+    monkeypatch.setattr(doctor, "PROVEN", {("hopper", "sm_90", 2, 128)})
+    assert doctor.hopper_here("cuda", "hopper") == "available"
+    assert doctor.hopper_here("cuda", "hopper_backward") == unproven
+    monkeypatch.setattr(doctor, "PROVEN", {("hopper_backward", "sm_90", 2, 128)})
+    assert doctor.hopper_here("cuda", "hopper_backward") == "available where it is asked for"
 
 
 def test_the_command_prints_every_finding(command):
@@ -114,10 +126,15 @@ def test_a_broken_probe_stops_no_other(monkeypatch):
 
 def test_a_wrong_result_is_a_problem(device, monkeypatch):
     right = doctor.attention
-    for impl, dtype, factor in ((None, torch.float32, 1.001), ("hopper", torch.float16, 1.01)):
+    of_hopper = "hopper", torch.float16, device.type
+    for given, factor in (
+        ((None, torch.float32, device.type), 1.001),
+        (of_hopper, 1.01),
+        ((*of_hopper, True), 1.01),
+    ):
         for by in (factor, torch.nan):
             monkeypatch.setattr(doctor, "attention", lambda *a, by=by, **b: right(*a, **b) * by)
-            finding = doctor.tested(impl, dtype, device.type)
+            finding = doctor.tested(*given)
             assert finding.verdict == "problem" and "wrong" in finding.advice
 
 

@@ -78,6 +78,15 @@ def test_dimensions(device, dim, value_dim, columns, launches):
     assert launches == [HopperBackwardTile(rows, 128, 8, 2)]
 
 
+def test_a_step_of_fewer_rows(device, launches):
+    """dQ is then two pieces of 32 columns."""
+    tile = HopperBackwardTile(64, 128, 8, 3)
+    q, k, v = random_qkv(device, 2, 1, 133, 150, 48)
+    with tiles.use(tile, ["hopper_backward"]):
+        check_gradients(q, k, v, mask=Causal(), **HOPPER)
+    assert launches == [tile]
+
+
 LENGTHS = [(1, 1), (1, 300), (200, 3), (128, 128), (129, 127)]
 
 

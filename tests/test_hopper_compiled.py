@@ -13,14 +13,22 @@ import pytest
 
 from harness import ptx
 from harness.baseline import against_baseline
-from harness.variants import HOPPER_TILES, compiled_once, hopper_variants, shared_folder
+from harness.hopper_code import (
+    LONGER,
+    HopperCode,
+    above,
+    complaints_of_barriers,
+    count,
+    others_than,
+    read_kernels,
+)
+from harness.variants import HOPPER_TILES, hopper_variants
 from tilewise.kernels import room
 from tilewise.kernels.tile import HopperTile
 from tilewise.plan import tiles
-from tilewise.tools.compiled.compiler import Compiled, assembly_file
 from tilewise.tools.compiled.in_flight import touched_in_flight
-from tilewise.tools.compiled.machine_code import Instruction, read_sass
-from tilewise.tools.compiled.main_loop import a_in_registers, loops_by_team, overlapped
+from tilewise.tools.compiled.machine_code import Instruction
+from tilewise.tools.compiled.main_loop import a_in_registers, overlapped
 from tilewise.tools.inspect.inspect import inspect_one
 
 pytestmark = pytest.mark.oldest
@@ -54,15 +62,10 @@ BUDGETS = {
     "bf16 128 causal, four producer warps": Budget(478),
     "bf16 64 causal, three warpgroups, four producer warps": Budget(278),
 }
-LONGER = 1.05
 
 
 @dataclass(frozen=True)
-class Kernel:
-    compiled: Compiled
-    code: list[Instruction]
-    ptx_text: str
-
+class Kernel(HopperCode):
     @cached_property
     def warpgroups(self) -> int:
         return self.compiled.tile["TILE_Q"] // 64
@@ -78,33 +81,14 @@ class Kernel:
     def ptx(self) -> ptx.Kernel:
         return ptx.Kernel(self.ptx_text, self.warpgroups, self.tile.producer_warps)
 
-    @cached_property
-    def loops(self) -> list[tuple[list[Instruction], list[Instruction]]]:
-        """Of each warpgroup, the loops over cut and over full tiles."""
-        return [(cut, full) for cut, full in loops_by_team(self.code)]
-
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> dict[str, Kernel]:
     """By variant."""
-    folder = shared_folder(tmp_path_factory) / "hopper"
-    parts = [dict(part=0), dict(part=1)]
-    options = dict(parts=parts, assembly=folder, messages=True)
-    found = compiled_once("hopper_variants", tmp_path_factory, ["sm_90"], **options)["sm_90"]
-
-    def kernel(each: Compiled) -> Kernel:
-        sass = assembly_file(folder, each.target, each.kernel, each.variant)
-        return Kernel(each, read_sass(sass.read_text()), sass.with_suffix(".ptx").read_text())
-
-    return {each.variant: kernel(each) for each in found}
+    return read_kernels(Kernel, "hopper_variants", tmp_path_factory, [dict(part=0), dict(part=1)])
 
 
 # ---- What a listing must not show, in words; nothing where all is well
-
-
-def count(code: list[Instruction], *names: str) -> int:
-    """Instructions whose opcode, without modifiers, is one of these, and that do something."""
-    return sum(each.opcode.split(".")[0] in names and not each.skipped for each in code)
 
 
 def complaints_of_both_loops(
@@ -119,7 +103,7 @@ def complaints_of_both_loops(
         "HGMMA with A in registers": (sum(map(a_in_registers, code)), in_registers),
         "WARPGROUP, 4 of which are needed": (count(code, "WARPGROUP"), 4),
     }
-    complaints = [f"{what}: {seen}, not {meant}" for what, (seen, meant) in found.items() if seen != meant]
+    complaints = others_than(found)
     if overlapped(code) < 0.9 * exponentials:
         complaints.append(f"exponentials under a product: {overlapped(code)} of {exponentials}")
     return complaints
@@ -128,21 +112,19 @@ def complaints_of_both_loops(
 def complaints_of_full_loop(code: list[Instruction], budget: Budget) -> list[str]:
     """Nothing of the softmax goes through shared memory, nobody waits more often than planned, no 16-bit
     number has a register of its own, nothing is spilled."""
-    limits = {
+    return above({
         "LDS, STS, LDSM, STSM": (count(code, "LDS", "STS", "LDSM", "STSM"), 0),
         "BAR": (count(code, "BAR"), 5),
         "PRMT": (count(code, "PRMT"), 8),
         "LDL, STL": (count(code, "LDL", "STL"), budget.spills),
         "instructions": (len(code), LONGER * budget.full),
-    }
-    return [f"{what}: {seen}, above {most:g}" for what, (seen, most) in limits.items() if seen > most]
+    })  # fmt: skip
 
 
 def planned_barriers(warpgroups: int, stages: int, producer_warps: int = 1) -> set[tuple[int, int | None]]:
     """(number, threads that it counts), as hopper/forward.py numbers them; Triton's own come first: a barrier
     of each role of more than a warp, and 1, where the workers wait for a role."""
-    producer = 32 * producer_warps
-    everyone = 128 * warpgroups + producer
+    producer, everyone = 32 * producer_warps, all_threads(warpgroups, producer_warps)
     first_turn = warpgroups + 2
     first_q, first_ring = first_turn + warpgroups, first_turn + 2 * warpgroups
     return (
@@ -154,21 +136,8 @@ def planned_barriers(warpgroups: int, stages: int, producer_warps: int = 1) -> s
     )
 
 
-def complaints_of_barriers(
-    code: list[Instruction], warpgroups: int, stages: int, producer_warps: int = 1
-) -> list[str]:
-    """Only the buffers of K and V are told apart at run time: their barriers' number is in a register."""
-    planned = planned_barriers(warpgroups, stages, producer_warps)
-    everyone = 128 * warpgroups + 32 * producer_warps
-    found = []
-    for each in code:
-        if each.opcode.split(".")[0] == "BAR":
-            number, *threads = (word.strip() for word in each.operands.split(","))
-            counted = int(threads[0], 16) if threads else None
-            is_planned = counted == everyone if number[0] == "R" else (int(number, 16), counted) in planned
-            if not is_planned:
-                found.append(f"{each.opcode} {each.operands}")
-    return found
+def all_threads(warpgroups: int, producer_warps: int = 1) -> int:
+    return 128 * warpgroups + 32 * producer_warps
 
 
 # ---- The variants
@@ -260,8 +229,9 @@ def test_full_tiles_cost_no_more_than_planned(kernels, name):
 def test_named_barriers_are_the_planned_ones(kernels, name):
     kernel = kernels[name]
     tile = kernel.tile
-    planned = (kernel.warpgroups, tile.num_stages, tile.producer_warps)
-    assert complaints_of_barriers(kernel.code, *planned) == []
+    planned = planned_barriers(kernel.warpgroups, tile.num_stages, tile.producer_warps)
+    everyone = all_threads(kernel.warpgroups, tile.producer_warps)
+    assert complaints_of_barriers(kernel.code, planned, everyone) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -339,7 +309,7 @@ def test_p_in_shared_memory_is_noticed(kernel, full):
 def test_a_barrier_that_is_not_planned_is_noticed(kernel, operands):
     """Of two warpgroups: role, turns 4 and 5, q 6 and 7, k and v 8 to 11."""
     doctored = changed(kernel.code, "BAR", Instruction("BAR.ARV", operands))
-    assert complaints_of_barriers(doctored, 2, 2) == [f"BAR.ARV {operands}"]
+    assert complaints_of_barriers(doctored, planned_barriers(2, 2), all_threads(2)) == [f"BAR.ARV {operands}"]
 
 
 def test_scores_are_summed_as_the_portable_kernels_do(kernels):

@@ -102,7 +102,7 @@ DEFAULTS = dict(archs=["sm_90"], dtypes=["bf16"], dims=[64], masks=["full"], ker
         (dict(masks=["window"]), "mask='window' must be one of causal, full"),
         (
             dict(kernels=["decode"]),
-            "kernel='decode' must be one of forward, hopper, dkv, dq, dqkv, prepare, parameter",
+            "must be one of forward, hopper, dkv, dq, dqkv, hopper_backward, prepare, parameter",
         ),
         (dict(dims=[513]), "dim=513 must be from 1 to 512"),
         (dict(cases=["llama3-8b"]), "case 'llama3-8b' is not a named case; near it are llama3-8b-"),
@@ -110,6 +110,14 @@ DEFAULTS = dict(archs=["sm_90"], dtypes=["bf16"], dims=[64], masks=["full"], ker
         (dict(kernels=["hopper"], archs=["sm_90", "sm_100"]), "'hopper' does not apply: .* arch='sm_100'"),
         (dict(kernels=["hopper"], dtypes=["fp32"]), "'hopper' does not apply: .* dtype='fp32'"),
         (dict(kernels=["hopper"], cases=["feature-dropout"]), "case='feature-dropout': dropout_p=0.1"),
+        (
+            dict(kernels=["hopper_backward"], dims=[256]),
+            "'hopper_backward' does not apply: dim=256: .* of 128",
+        ),
+        (
+            dict(kernels=["hopper_backward"], cases=["swinv2-b-window16"]),
+            "the gradients of cosine similarity",
+        ),
     ],
 )
 def test_wrong_names_are_named(change, message):
@@ -118,18 +126,31 @@ def test_wrong_names_are_named(change, message):
 
 
 @pytest.mark.parametrize(
-    ("archs", "dtypes", "cases", "applies"),
+    ("archs", "dtypes", "dims", "cases", "forward", "backward"),
     [
-        (["sm_90"], ["bf16", "fp16"], [], True),
-        (["sm_90"], ["bf16", "fp32"], [], False),
-        (["sm_90", "sm_80"], ["bf16"], [], False),
-        (["sm_90"], ["bf16"], ["feature-softcap"], True),
-        (["sm_90"], ["bf16"], ["feature-softcap", "feature-dropout"], False),
+        (["sm_90"], ["bf16", "fp16"], [128, 256], [], True, True),
+        (["sm_90"], ["bf16"], [256], [], True, False),
+        (["sm_90"], ["bf16"], [512], [], False, False),
+        (["sm_90"], ["bf16", "fp32"], [64], [], False, False),
+        (["sm_90", "sm_80"], ["bf16"], [64], [], False, False),
+        (["sm_90"], ["bf16"], [64], ["feature-softcap"], True, True),
+        (["sm_90"], ["bf16"], [64], ["feature-softcap", "feature-dropout"], False, False),
     ],
 )
-def test_hoppers_forward_is_inspected_where_it_applies(archs, dtypes, cases, applies):
-    expected = ["forward", *["hopper"] * applies, "dkv", "dq", "dqkv"]
-    assert applicable(KERNELS, archs, dtypes, cases) == expected
+def test_hoppers_kernels_are_inspected_where_they_apply(archs, dtypes, dims, cases, forward, backward):
+    expected = ["forward", *["hopper"] * forward, "dkv", "dq", "dqkv", *["hopper_backward"] * backward]
+    assert applicable(KERNELS, archs, dtypes, dims, cases) == expected
+
+
+def test_of_hoppers_backward_those_dimensions_are_inspected_that_it_takes():
+    asked = dict(dims=[64, 128, 256], kernels=["hopper", "hopper_backward"])
+    found = variants(**check_arguments(**DEFAULTS | asked))
+    assert [each.name for each in found if each.kernels] == ["bf16 64 full", "bf16 128 full"]
+    assert [each.name for each in found if not each.kernels][-1] == "bf16 256 full"
+    (case,) = variants(
+        **check_arguments(**DEFAULTS | asked | dict(kernels=["hopper_backward"], cases=["feature-softcap"]))
+    )
+    assert (case.name, case.kernels) == ("feature-softcap", ("hopper_backward_kernel",))
 
 
 def test_what_is_compiled():

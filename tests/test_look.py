@@ -2,7 +2,6 @@
 addresses. So everything that changes a launch must be in the look."""
 
 import collections
-import contextlib
 import dataclasses
 import itertools
 from inspect import signature
@@ -12,6 +11,7 @@ import torch
 import triton
 
 import tilewise
+from harness.around import AROUND
 from harness.calls import doubled, even_keys
 from harness.features import FEATURES
 from harness.replays import drawn, launches_of, like
@@ -200,38 +200,6 @@ def test_the_tensors_of_a_look_are_those_of_the_request_in_order(device):
         assert len(found) == 3 + len(named)
         expected = [request.q, request.k, request.v, *named]
         assert all(x is y for x, y in zip(found, expected, strict=True))
-
-
-@contextlib.contextmanager
-def precision(name):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def deterministic(wanted):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=True)
-
-
-# What decides about a launch and is no argument.
-AROUND = {
-    "precision": lambda: precision("high"),
-    "deterministic mode": lambda: deterministic(False),
-    "a forced tile": lambda: tiles.use(tiles.Tile(16, 32)),
-    "another": lambda: tiles.use(tiles.Tile(32, 16)),
-    "of one pass": lambda: tiles.use(tiles.Tile(16, 32), ["dq"]),
-    "one walk": lambda: tiles.use_walks(1),
-    "no gradients": torch.no_grad,
-}
 
 
 def test_what_is_around_a_call_is_looked_at(device):

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from tilewise.kernels.hopper.launch import CACHED_BYTES
-from tilewise.kernels.tile import HopperTile, Tile, tile_from
+from tilewise.kernels.tile import CopiedTile, HopperTile, Tile, tile_from
 from tilewise.plan import tiles
 from tilewise.tools.compiled.bound import bound
 from tilewise.tools.compiled.compiler import Compiled
@@ -202,7 +202,10 @@ def test_the_five_best_are_kept_in_order_without_the_shipped_one(monkeypatch):
     faked(monkeypatch, lambda tile: 128 if tile.tile_kv == 128 else 200)
     chosen = rank.near("forward", 128)
     shipped = tiles.table_tile("sm_90", 2, 128)
-    assert chosen[0] == shipped and len(chosen) == rank.NEAREST + 1
+    # By either way of loading: so many of each.
+    assert chosen[0] == shipped and len(chosen) == 2 * rank.NEAREST + 1
+    assert Tile(128, 32, 8, 2) in chosen and CopiedTile(128, 64, 8, 2) in chosen
+    assert len(rank.near("dq", 128)) == rank.NEAREST + 1
     assert {*chosen} <= {*candidates("forward", "sm_90", 2, 128)}
     rows = rank.best("forward", 128)
     figures = [row["model"]["over_shipped"] for row in rows]
@@ -221,7 +224,7 @@ def test_the_five_best_are_kept_in_order_without_the_shipped_one(monkeypatch):
 def test_a_row_without_a_usable_shipped_tile_or_five_others_is_an_error(monkeypatch):
     shipped = tiles.table_tile("sm_90", 2, 128)
     faked(monkeypatch, lambda tile: 200, {*rank.near("forward", 128)})
-    with pytest.raises(ValueError, match="forward 128: only 0 tiles are left of 27"):
+    with pytest.raises(ValueError, match="forward 128: only 0 tiles are left of 53"):
         rank.best("forward", 128)
     monkeypatch.setattr(rank, "compile_tiles", lambda *a: dict.fromkeys(a[3], "CompilationError"))
     with pytest.raises(ValueError, match=r"forward 128: the shipped tile, 128 x 128, .*, is out itself"):

@@ -7,28 +7,34 @@ from unittest import mock
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewise
 from harness.calls import even_keys
 from harness.features import FEATURES
-from harness.replays import alive, drawn, like, no_long_way, nothing_runs, repeating, replays, results
+from harness.replays import (
+    Watching,
+    alive,
+    attend,
+    drawn,
+    like,
+    long_way,
+    no_long_way,
+    nothing_runs,
+    qkv,
+    repeating,
+    replays,
+    results,
+    same,
+)
 from tilewise import api
 from tilewise.kernels.launch import ALIGNMENT
 from tilewise.plan import repeated
 from tilewise.plan.replay import program
 from tilewise.plan.tape import record
-from tilewise.pytorch.autograd import SECOND_ORDER
 
 SMALL = dict(batch=1, q_heads=2, kv_heads=1)
 # Whose gradients take the same way through the host, whatever they are.
 ALIKE = ("dtype", "heads", "dims", "lengths", "tile")
-
-
-def same(some, others) -> None:
-    for one, other in zip(some, others, strict=True):
-        assert one.dtype == other.dtype and one.stride() == other.stride()
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def is_aligned(request) -> bool:
@@ -64,25 +70,8 @@ def test_every_feature_with_gradients(feature, device):
     assert_repeats(drawn(device, feature, **sizes), device, trained=True)
 
 
-def randn(device, *shape, trained=False):
-    return torch.randn(shape, device=device, requires_grad=trained)
-
-
-def qkv(device, trained=False):
-    return [randn(device, 1, 2, 5, 8, trained=trained) for _ in range(3)]
-
-
-def attend(q, k, v, **given):
-    return tilewise.attention(q, k, v, impl="portable", **given)
-
-
-def long_way(*tensors, **given):
-    with repeating():
-        return attend(*tensors, **given)
-
-
 def test_a_tensor_given_twice_is_not_taken_for_one(device):
-    x, lengths = randn(device, 1, 2, 5, 8), torch.tensor([3], device=device)
+    x, lengths = torch.randn(1, 2, 5, 8, device=device), torch.tensor([3], device=device)
     with replays(device):
         for _ in range(2):
             attend(x, x, x, mask=tilewise.Padding(lengths) & tilewise.Prefix(lengths, "top_left"))
@@ -115,9 +104,9 @@ def test_no_tensor_is_kept(device):
     def once():
         q, k, v = qkv(device, trained=True)
         bias, sink, numbers = (
-            randn(device, 5, 5, trained=True),
-            randn(device, 2, trained=True),
-            randn(device, 3),
+            torch.randn(5, 5, device=device, requires_grad=True),
+            torch.randn(2, device=device, requires_grad=True),
+            torch.randn(3, device=device),
         )
         mask = tilewise.UserMask(even_keys, (numbers,)) & tilewise.Causal()
         out, lse = attend(q, k, v, mask=mask, bias=bias, sink=sink, return_lse=True)
@@ -128,48 +117,15 @@ def test_no_tensor_is_kept(device):
         left = [once() for _ in range(3)]
         assert [count() for count in left] == [0, 0, 0]
         assert len(known) == 2 and all([step.replay for step in known.values()])
-    kept = randn(device, 3)
+    kept = torch.randn(3, device=device)
     assert alive(kept)() == 1
-
-
-def test_saved_tensors_may_come_back_with_other_strides(device):
-    """Hooks put what they like in the place of what was saved."""
-
-    def transposed(x):
-        return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else x
-
-    with replays(device):
-        for hook in (lambda x: x, lambda x: x, transposed, transposed):
-            tensors = qkv(device, trained=True)
-            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, hook):
-                found = torch.autograd.grad(attend(*tensors).square().sum(), tensors)
-            expected = torch.autograd.grad(long_way(*tensors).square().sum(), tensors)
-            assert all(map(torch.equal, found, expected))
-
-
-@pytest.mark.parametrize("of", ["out", "lse", "both", "expanded", "some"])
-def test_gradients_of_any_result(device, of):
-    def gradients(attend, q, k, v):
-        out, lse = attend(q, k, v, return_lse=True)
-        total = {"out": out.square().sum(), "lse": lse.square().sum(), "expanded": out.sum()}.get(
-            of, out.square().sum() + lse.square().sum()
-        )
-        return torch.autograd.grad(total, (k,) if of == "some" else (q, k, v))
-
-    with replays(device):
-        for number in range(3):
-            tensors = qkv(device, trained=True)
-            with no_long_way() if number == 2 else contextlib.nullcontext():
-                found = gradients(attend, *tensors)
-            with mock.patch.object(repeated, "known", {}):
-                same(found, gradients(long_way, *tensors))
 
 
 def test_rows_that_are_written_into_a_cache(device):
     """With turns of either style and without one, in turns."""
     tables = [tilewise.nn.Rotary(8, style=style).table(16, device) for style in ("half", "interleaved")]
     tables.append(None)
-    new = [[randn(device, 2, 2, 1, 8) for _ in range(3)] for _ in range(4)]
+    new = [[torch.randn(2, 2, 1, 8, device=device) for _ in range(3)] for _ in range(4)]
 
     def decode(short):
         caches = [[torch.zeros(2, 2, 16, 8, device=device) for _ in range(2)] for _ in tables]
@@ -187,28 +143,6 @@ def test_rows_that_are_written_into_a_cache(device):
         assert all([step.replay for step in known.values()]) and len(known) == 6  # one answer for all
     with repeating():
         same(found, decode(contextlib.nullcontext))
-
-
-def test_other_gradients_of_the_same_call(device):
-    """Which are needed is no part of the forward: the same result may be asked for others."""
-    q, k, v = qkv(device, trained=True)
-    with replays(device):
-        for _ in range(2):
-            attend(q, k, v)
-        total = attend(q, k, v).square().sum()
-        for leaves in [(q, k, v), (k,), (q, v)] * 3:
-            found = torch.autograd.grad(total, leaves, retain_graph=True)
-            with repeating():
-                same(found, torch.autograd.grad(long_way(q, k, v).square().sum(), leaves))
-
-
-def test_gradients_that_are_differentiated_again_are_refused(device):
-    with replays(device):
-        for _ in range(3):
-            q, k, v = qkv(device, trained=True)
-            (dq,) = torch.autograd.grad(attend(q, k, v).square().sum(), q, create_graph=True)
-            with pytest.raises(NotImplementedError, match=SECOND_ORDER[:40]):
-                dq.sum().backward()
 
 
 def test_dropout_is_drawn_anew(device):
@@ -246,12 +180,6 @@ def test_what_the_emulator_runs_is_not_repeated():
             with repeating():
                 assert torch.equal(found, tilewise.attention(q, k, v, impl="hopper"))
         assert [step.is_in_vain for step in known.values()] == [True]
-
-
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen = True
-        return func(*args, **(kwargs or {}))
 
 
 class Subclass(torch.Tensor):
@@ -308,16 +236,6 @@ def test_watchers_are_told_of_every_call(device):
         for _ in range(4):
             attend(*tensors)
     assert len(seen) == 4
-
-
-def test_a_backward_that_is_watched_goes_the_long_way(device):
-    with replays(device):
-        for _ in range(2):
-            q, k, v = qkv(device, trained=True)
-            attend(q, k, v).sum().backward()
-        out = attend(q, k, v).sum()
-        with pytest.raises(AssertionError, match="the long way"), no_long_way(), Watching():
-            out.backward()
 
 
 FOREIGN = torch.ones(3)
@@ -390,7 +308,7 @@ MOST_CALLS = {"forward": 50, "training": 150}
 def test_a_repeated_call_is_short(device):
     """What the host does, counted."""
     q, k, v = qkv(device)
-    leaves, dout = qkv(device, trained=True), randn(device, 1, 2, 5, 8)
+    leaves, dout = qkv(device, trained=True), torch.randn(1, 2, 5, 8, device=device)
 
     def forward():
         attend(q, k, v, mask=tilewise.Causal())

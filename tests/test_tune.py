@@ -11,7 +11,7 @@ import torch
 import triton
 
 from harness.fake_bench import FASTEST, KEY, SHIPPED, WHERE, FakeBench, by_distance, searched
-from tilewise.kernels.tile import PASSES
+from tilewise.kernels.tile import HOPPER_PASSES, PASSES
 from tilewise.plan import tiles, user_tiles
 from tilewise.plan.tile_table import load, save
 from tilewise.tools.tune import command as tune_command
@@ -128,7 +128,12 @@ def test_the_command_stores_what_calls_then_use_and_forgets_it(fake_gpu, tmp_pat
 
     exported = tmp_path / "shared.json"
     assert tune_with("--export", str(exported)).exit_code == 0
-    assert load(exported) == load(path)
+    shared, key = load(exported), ("hopper_backward", "sm_90", 2, 128)
+    # Of one tile there is no other to win: its row confirms it, and says what a GPU has shown.
+    assert {k: row for k, row in shared.items() if k != key} == load(path)
+    assert shared[key].tile == tiles.table_tile("sm_90", 2, 128, "hopper_backward")
+    faster = f"{shared[key].evidence.over_portable:.3f} times as fast as the portable backward"
+    assert f"hopper_backward 16-bit 128: {faster}" in done.output and tiles.is_proven(shared[key].evidence)
 
     assert tune_with("--forget").exit_code == 0
     assert [*path.parent.iterdir()] == []
@@ -138,7 +143,7 @@ def test_the_command_stores_what_calls_then_use_and_forgets_it(fake_gpu, tmp_pat
 def test_ctrl_c_keeps_what_is_finished_and_the_next_run_goes_on(fake_gpu, tmp_path):
     fake_gpu.stop_at = 2
     stopped = tune_with(*CAUSAL_128)
-    assert stopped.exit_code == 130 and "1 of 5 rows are done" in stopped.output
+    assert stopped.exit_code == 130 and "1 of 6 rows are done" in stopped.output
     path = tmp_path / "tiles" / "nvidia-h200.json"
     assert [*load(path)] == [("forward", "sm_90", 2, 128)]
     assert tune_with(*CAUSAL_128).exit_code == 0
@@ -171,9 +176,9 @@ def test_short_cases_try_no_tile_longer_than_they_are(fake_gpu):
 
 def test_smoke_jobs_are_tiny():
     jobs = smoke_jobs(choose_cases([], None), [])
-    assert [job.key[0] for job in jobs] == [*PASSES, "hopper"]
+    assert [job.key[0] for job in jobs] == [*PASSES, *HOPPER_PASSES]
     for job in jobs:
-        assert len(job.pool) == 3 and job.key[1] == "interpreter"
+        assert len(job.pool) == (1 if job.key[0] == "hopper_backward" else 3) and job.key[1] == "interpreter"
         assert all(case.q_heads == case.batch == 1 for case in job.cases)
 
 
@@ -184,6 +189,6 @@ def test_the_command_runs_in_the_interpreter_and_stores_nothing(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "Its times mean nothing" in done.stdout and "Nothing was stored" in done.stdout
-    assert all(f"{work} 16-bit 64" in done.stdout for work in (*PASSES, "hopper"))
+    assert all(f"{work} 16-bit 64" in done.stdout for work in (*PASSES, *HOPPER_PASSES))
     assert "times as fast" not in done.stdout
     assert not (tmp_path / "cache").exists()

@@ -7,7 +7,7 @@ import pytest
 
 from harness.fake_bench import SHIPPED
 from tilewise.kernels.room import fits
-from tilewise.kernels.tile import PASSES, Tile
+from tilewise.kernels.tile import HOPPER_PASSES, PASSES, Tile, hopper_backward_tile
 from tilewise.plan import tiles
 from tilewise.tools.tune.candidates import candidates, distance, nearest_first
 from tilewise.tools.tune.case import small
@@ -63,6 +63,15 @@ def test_candidates_of_hoppers_forward(dim, keys):
     assert distance(shipped, replace(shipped, num_stages=3, is_q_in_registers=True)) == 1.0
 
 
+@pytest.mark.parametrize("dim, found", [(64, {(64, 2), (64, 3), (64, 4), (128, 2)}), (128, {(64, 2)})])
+def test_candidates_of_hoppers_backward(dim, found):
+    """Rows and stages; nothing else fits."""
+    chosen = candidates("hopper_backward", "sm_90", 2, dim)
+    assert {(tile.tile_q, tile.num_stages) for tile in chosen} == found and len(chosen) == len(found)
+    shipped = tiles.table_tile("sm_90", 2, dim, "hopper_backward")
+    assert shipped == hopper_backward_tile(dim) and shipped in chosen
+
+
 # ---- Cases
 
 
@@ -70,7 +79,10 @@ def test_default_cases_are_the_papers_grid_at_4096():
     cases = choose_cases([], None)
     assert {case.q_len for case in cases} == {4096} and {case.dtype for case in cases} == {"bfloat16"}
     rows = grouped(cases, [], "sm_90")
-    assert [*rows] == [(work, "sm_90", 2, dim) for work in (*PASSES, "hopper") for dim in (128, 64, 256)]
+    assert [*rows] == [
+        *((work, "sm_90", 2, dim) for work in (*PASSES, "hopper") for dim in (128, 64, 256)),
+        *(("hopper_backward", "sm_90", 2, dim) for dim in (128, 64)),
+    ]
     assert [*grouped(cases, [], "sm_80")] == [
         (work, "sm_80", 2, dim) for work in PASSES for dim in (128, 64, 256)
     ]
@@ -86,6 +98,11 @@ def test_named_cases_decide_their_own_rows():
     ]  # fmt: skip
     assert [*grouped(cases[:1], ["dq"], "sm_80")] == [("dq", "sm_80", 2, 256)]
     assert {case.dtype for case in choose_cases(["minilm-l6-encoder"], "float16")} == {"float16"}
+    # A prefill has no backward; and one tile of Hopper's backward serves all dimensions up to 128.
+    narrow = replace(cases[2], head_dim=80, value_dim=80)
+    assert [*grouped([narrow], [], "sm_90")][-1] == ("hopper_backward", "sm_90", 2, 128)
+    prefill = replace(narrow, phase="prefill")
+    assert [key[0] for key in grouped([prefill], [], "sm_90")] == ["forward", "hopper"]
 
 
 @pytest.mark.parametrize(
@@ -121,8 +138,9 @@ def test_a_small_case_asks_for_the_same_features(case):
         (["feature-dropout"], None, "sm_90", "case feature-dropout: dropout_p="),
     ],
 )
-def test_what_hoppers_forward_cannot_answer_is_not_tuned(names, dtype, arch, said):
+def test_what_hoppers_kernels_cannot_answer_is_not_tuned(names, dtype, arch, said):
     cases = choose_cases(names, dtype)
-    with pytest.raises(ValueError, match=said):
-        grouped(cases, ["hopper"], arch)
-    assert "hopper" not in [key[0] for key in grouped(cases, [], arch)]
+    for work in HOPPER_PASSES:
+        with pytest.raises(ValueError, match=said.replace("--pass hopper", f"--pass {work}")):
+            grouped(cases, [work], arch)
+    assert not {*HOPPER_PASSES} & {key[0] for key in grouped(cases, [], arch)}

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from harness.fake_bench import case_named
-from tilewise.kernels.tile import PASSES, HopperTile, Tile
+from tilewise.kernels.tile import HOPPER_PASSES, PASSES, HopperTile, Tile, hopper_backward_tile
 from tilewise.plan import passes, tiles
 from tilewise.tools.tune import case as tune_case
 from tilewise.tools.tune import kernels as tune_kernels
@@ -122,35 +122,57 @@ def test_launches_are_watched_and_compiled_ahead_through_the_same_door(monkeypat
 
 def test_every_pass_has_a_kernel_that_is_watched():
     from tilewise.kernels import backward, forward, one_walk
+    from tilewise.kernels.hopper.backward.kernel import hopper_backward_kernel
     from tilewise.kernels.hopper.forward import hopper_forward_kernel
 
     kernels = dict(
         forward=forward.forward_kernel, dkv=backward.dkv_kernel, dq=backward.dq_kernel,
-        dqkv=one_walk.dqkv_kernel,
+        dqkv=one_walk.dqkv_kernel, hopper=hopper_forward_kernel, hopper_backward=hopper_backward_kernel,
     )  # fmt: skip
-    named = {
-        work: kernel.fn.__name__ for work, kernel in (kernels | dict(hopper=hopper_forward_kernel)).items()
-    }
-    assert named == tune_kernels.KERNELS
+    assert {work: kernel.fn.__name__ for work, kernel in kernels.items()} == tune_kernels.KERNELS
     # Gluon's launches go through the same door as Triton's.
     assert type(hopper_forward_kernel).run is tune_kernels.JITFunction.run
 
 
-def test_hoppers_answers_are_checked_in_the_emulator(device, monkeypatch):
+@pytest.mark.parametrize(
+    "work, tile, launch, result",
+    [
+        ("hopper", HopperTile(128, 16, 8, 2), "launch_hopper", "out"),
+        ("hopper_backward", hopper_backward_tile(64), "launch_hopper_backward", "dq"),
+    ],
+    ids=HOPPER_PASSES,
+)
+def test_hoppers_answers_are_checked_in_the_emulator(device, monkeypatch, work, tile, launch, result):
     if tiles.INTERPRETED is False and tiles.architecture(device) != "sm_90":
         pytest.skip("it needs a Hopper GPU")
-    case = replace(case_named("paper-d64-causal-4096"), q_heads=4, kv_heads=2)
-    bench = Bench("hopper", [small(case, 48)], device, 48)
-    tile = HopperTile(128, 16, 8, 2)
+    case = replace(case_named("paper-d64-causal-4096"), q_heads=2, kv_heads=1)
+    bench = Bench(work, [small(case, 48)], device, 48)
     assert 0 < bench.check(tile).error <= 1 and 0 < bench.check_every_feature(tile).error <= 1
     (name,) = bench.cases
     assert bench.time(name, tile, 1)[0] > 0 and bench.time_portable(name, 1)[0] > 0
-    right = passes.launch_hopper
+    right = getattr(passes, launch)
 
-    def wrong(request, call, out, *rest):
-        right(request, call, out, *rest)
-        out[0, 1, 40, 3] += 0.05
+    def wrong(*given):
+        right(*given)
+        given[2 if work == "hopper" else 1][0, 1, 40, 3] += 0.05  # out or dq
 
-    monkeypatch.setattr(passes, "launch_hopper", wrong)
-    with pytest.raises(Rejected, match="wrong: out is"):
+    monkeypatch.setattr(passes, launch, wrong)
+    with pytest.raises(Rejected, match=f"wrong: {result} is"):
         bench.check(tile)
+
+
+def test_hoppers_kernels_are_timed_beside_all_that_does_their_work(workloads, monkeypatch):
+    launched = []
+    for name in ("forward", "dkv", "dq"):
+        monkeypatch.setattr(tune_case, f"launch_{name}", lambda *_, name=name: launched.append(name))
+    for work in HOPPER_PASSES:
+        workloads["plain"].portable_launcher(work)()
+    assert launched == ["forward", "dkv", "dq"]
+
+
+def test_what_hoppers_backward_does_not_take_is_not_checked_with_another(device):
+    """It would be the portable backward that is right."""
+    cosine = replace(case_named("swinv2-b-window16"), batch=1, q_heads=1, kv_heads=1)
+    workload = Workload(small(cosine, 48), device)
+    with pytest.raises(ValueError, match="the gradients of cosine similarity"):
+        workload.answer("hopper_backward", hopper_backward_tile(64))

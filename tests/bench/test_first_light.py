@@ -159,7 +159,7 @@ def test_the_second_run_begins_with_hoppers_canary_and_ends_with_what_there_was_
     for name in PLANS.keys() - {"canary", "hopper"}:
         assert plans[name].jobs(ON_GPU) == [], name
     tuned = [job.name for job in plans["tuning"].jobs(ON_GPU)]
-    assert len(tuned) == 8 and tuned[0] == "tuning: forward 16-bit 128"
+    assert len(tuned) == 9 and tuned[0] == "tuning: forward 16-bit 128"
     flex = plans["FlexAttention"].jobs(ON_GPU)
     assert {job.arguments[1].q_len for job in flex} == {4096, 16384}
     assert all(job.implementations[-1] == "flex" for job in flex)

@@ -34,6 +34,9 @@ COMPILED = "hopper_backward_compiled"
 # fmt: off
 MUTATIONS = (
     # ---- Who waits for whom
+    Mutation("hopper backward: pieces of dQ too far apart", REDUCER,
+             "column = warpgroup * plan.DQ_COLUMNS", "column = warpgroup * PIECE",
+             tests("hopper_backward", "a_step_of_fewer_rows")),
     Mutation("hopper backward: dS read before the other warpgroup has written it", STEP,
              "    sync(plan.TOGETHER, BOTH)\n    dq_later", "    wait_for_role()\n    dq_later",
              ORDERS),
@@ -135,7 +138,7 @@ MUTATIONS = (
              "gl.where(part == 0, last, full_first)", "gl.where(part == 0, full_last, full_first)",
              BETWEEN),
     Mutation("hopper backward: both warpgroups make the same piece of dQ", STEP,
-             "            k = k.slice(WARPGROUP * PIECE, PIECE, 1)", "            k = k.slice(0, PIECE, 1)",
+             "            k = k.slice(WARPGROUP * WIDTH, WIDTH, 1)", "            k = k.slice(0, WIDTH, 1)",
              WIDE),
     Mutation("hopper backward: pieces side by side that lie one below the other", REDUCER,
              "row += warpgroup * PIECE", "column = warpgroup * PIECE",

@@ -19,9 +19,10 @@ ALIKE = tests("look", "calls_that_look_alike_launch_the_same[dense]")
 AROUND = tests("look", "what_is_around_a_call_is_looked_at")
 PORTABLE = tests("launch", "in_a_child[portable]")
 HOPPERS = tests("launch", "in_a_child[hopper]")
-HOOKS = tests("replay", "saved_tensors_may_come_back_with_other_strides")
+HOOKS = tests("replay_backward", "saved_tensors_may_come_back_with_other_strides")
 KEPT = tests("replay", "no_tensor_is_kept")
 LOOKED_ON = tests("replay", "who_looks_on_sees_the_long_way")
+ONE_KEY = tests("replay_backward", "backwards_of_one_key_do_the_same[none]")
 REPEATED_STEP = tests("replay", "new_tensors_views_and_operators_are_repeated")
 TWICE = tests("replay", "a_tensor_given_twice_is_not_taken_for_one")
 
@@ -147,6 +148,15 @@ MUTATIONS = (
              "return worthwhile((forward, needs, *[of_tensor(x) for x in tensors], *around()))",
              "return worthwhile((forward, needs, len(tensors), *around()))",
              HOOKS),
+    Mutation("replayed: a backward whatever gradients are needed", REPLAYED,
+             "worthwhile((forward, needs, *[", "worthwhile((forward, *[",
+             ONE_KEY),
+    Mutation("replayed: a backward whatever is around it", REPLAYED,
+             "for x in tensors], *around()))\n\n\ndef repeat(", "for x in tensors]))\n\n\ndef repeat(",
+             ONE_KEY),
+    Mutation("replayed: a backward whatever the layout of lse's gradient", REPLAYED,
+             "needs, *[of_tensor(x) for x in tensors]", "needs, *[of_tensor(x) for x in tensors[:-1]]",
+             ONE_KEY),
     Mutation("replayed: words are not looked at", REPLAYED,
              "worthwhile((step, words, missing,", "worthwhile((step, missing,",
              tests("replay", "rows_that_are_written_into_a_cache")),

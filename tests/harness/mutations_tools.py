@@ -18,6 +18,8 @@ PADDING = "kernels/tilewise/parts/masks/padding.py"
 PLAIN = "kernels/tilewise/pytorch/plain.py"
 QUADRATIC = "kernels/tilewise/plan/quadratic.py"
 SPLITS = "kernels/tilewise/tools/explain/splits.py"
+TUNE_CASE = "kernels/tilewise/tools/tune/case.py"
+VARIANTS = "kernels/tilewise/tools/compiled/variants.py"
 SUGGESTIONS = "kernels/tilewise/tools/explain/suggestions.py"
 WORKLOAD = "kernels/tilewise/tools/explain/workload.py"
 WINDOW = "kernels/tilewise/parts/masks/window.py"
@@ -119,6 +121,18 @@ MUTATIONS = (
              "strict=strict,\n        deterministic=deterministic,\n        packing",
              "strict=strict and jagged is None,\n        deterministic=deterministic,\n        packing",
              tests("strict", "nested_tensors_are_linear")),
+    Mutation("tune: the portable backward checked in place of Hopper's", TUNE_CASE,
+             'impl="hopper") if work in HOPPER_PASSES', 'impl="hopper") if work == "hopper"',
+             tests("tune_checks", "hoppers_answers_are_checked_in_the_emulator[hopper_backward]")),
+    Mutation("tune: Hopper's backward beside half of the portable one", TUNE_CASE,
+             'in FORWARDS else ("dkv", "dq")', 'in FORWARDS else ("dkv",)',
+             tests("tune_checks", "hoppers_kernels_are_timed_beside_all_that_does_their_work")),
+    Mutation("inspect: Hopper's backward by the rules of the forward", VARIANTS,
+             '"hopper_backward": hopper_rules.backward_reasons', '"hopper_backward": hopper_rules.reasons',
+             tests("inspect", "of_hoppers_backward_those_dimensions_are_inspected_that_it_takes")),
+    Mutation("doctor: a forward that is proven stands for its backward", DOCTOR,
+             "any(key[0] == work for key in PROVEN)", "bool(PROVEN)",
+             tests("doctor", "what_a_gpu_has_proven_of_hoppers_forward_says_nothing_of_its_backward")),
     Mutation("doctor: NaN passes the self test", DOCTOR,
              "    if error <= limit:", "    if not limit < error < float('inf'):",
              tests("doctor", "a_wrong_result_is_a_problem")),

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import tilewise
 from tilewise.api import answer
 from tilewise.kernels.forward import forward_kernel
 from tilewise.kernels.launch import ALIGNMENT, Launched, told
 from tilewise.plan import repeated
 from tilewise.plan.request import Request, request_of
+from tilewise.plan.tape import Asked, Results, record
 from tilewise.pytorch import append, replayed
 from tilewise.pytorch.encoding import decode, encode
 
@@ -90,6 +93,35 @@ def results(request: Request) -> list[Tensor]:
     return [out, lse, *torch.autograd.grad(total, leaves)]
 
 
+def same(some: Iterable[Tensor], others: Iterable[Tensor]) -> None:
+    """Assert the same bits in the same layout."""
+    for one, other in zip(some, others, strict=True):
+        assert one.dtype == other.dtype and one.stride() == other.stride()
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def qkv(device: torch.device, trained: bool = False) -> list[Tensor]:
+    return [torch.randn(1, 2, 5, 8, device=device, requires_grad=trained) for _ in range(3)]
+
+
+def attend(q: Any, k: Any, v: Any, **given: Any) -> Any:
+    return tilewise.attention(q, k, v, impl="portable", **given)
+
+
+def long_way(*tensors: Tensor, **given: Any) -> Any:
+    """The same, where nothing is repeated."""
+    with repeating():
+        return attend(*tensors, **given)
+
+
+class Watching(TorchDispatchMode):
+    """A mode that looks at what PyTorch does, and changes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
 def alive(*tensors: Tensor) -> Callable[[], int]:
     """What counts how many tensors are left, of any form, in the memory of these."""
     starts = {x.untyped_storage().data_ptr() for x in tensors}
@@ -144,3 +176,20 @@ def launches_of(request: Request) -> list[Any]:
     with repeating(), nothing_runs(), told(heard):
         results(request)
     return heard.launches
+
+
+def work_of(step: Callable[..., Results], inputs: Sequence[Tensor]) -> list[Any]:
+    """What a step does, the long way: its launches, the tensors it makes and looks at, its operators."""
+    with repeating(), nothing_runs():
+        tape = record(step, inputs)[1]
+    heard, found = Heard(), []
+    for each in tape.steps:
+        if isinstance(each, Launched):
+            heard.launched(each)
+            found.append(heard.launches[-1])
+        elif isinstance(each, Asked):
+            found.append((each.operator, described((each.args, tuple(each.arguments.items())))))
+        else:
+            x = each.value.tensor
+            found.append((type(each), x.shape, x.stride(), x.dtype, each.value.distance))
+    return found

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 import tilewise
 from tilewise.kernels.append import launch_append, launch_turn
-from tilewise.kernels.tile import CopiedTile, HopperTile
+from tilewise.kernels.tile import CopiedTile, HopperBackwardTile, HopperTile
 from tilewise.parts.rotary import RotaryTable
 from tilewise.parts.shape import Cache, Pages
 from tilewise.tools.compiled.compiler import (
@@ -44,6 +44,9 @@ from tilewise.tools.compiled.variants import (
 from tilewise.tools.inspect.inspect import DIMS
 
 from .features import build
+
+WIDE_FP32_TARGETS = ("sm_80", "sm_90", "sm_100")  # AMD's shared memory has no room for that backward
+COPYING_TARGETS = ("sm_90", "sm_100")  # with a copy engine
 
 
 def shared_folder(folders: pytest.TempPathFactory) -> Path:
@@ -75,15 +78,18 @@ def compiled_once(
     folders: pytest.TempPathFactory,
     targets: Sequence[str] = TARGETS,
     parts: Sequence[dict[str, Any]] = ({},),
+    is_by_target: bool = False,
     **options: Any,
 ) -> ByTarget:
     """The variants for these targets. It takes minutes, so the workers of a run share one file of results.
 
-    parts: arguments of the function of variants, for a process each; options: of `compile_variants`.
+    parts: arguments of the function of variants, for a process each; is_by_target: it takes the target, too;
+    options: of `compile_variants`.
     """
 
     def compiled(work: tuple[str, dict[str, Any]]) -> list[Compiled] | str:
         target, part = work
+        part = part | dict(target=target) if is_by_target else part
         try:
             return compile_variants(f"harness.variants:{variants}", [target], part, **options)[target]
         except CompileError as error:
@@ -110,27 +116,35 @@ def joined(parts: Iterable[list[Compiled] | str]) -> list[Compiled] | str:
     return "\n\n".join(failures) if failures else [each for part in parts for each in part]
 
 
-# Lists of variants that one process compiles: each process imports PyTorch and Triton for as long as two of
-# the kernels take.
-SHIPPED = (
-    "main_variants",
-    "backward_variants",
-    "feature_variants",
-    "backward_feature_variants",
-    "tf32_variants",
-    "cache_variants",
-    "pieces_variants",
-)
+# Lists of variants, and the targets that they are compiled for. One process a target compiles them all: each
+# process imports PyTorch and Triton for as long as two of the kernels take.
+SHIPPED = {
+    "main_variants": TARGETS,
+    "backward_variants": TARGETS,
+    "tf32_variants": TARGETS,
+    "cache_variants": TARGETS,
+    "pieces_variants": TARGETS,
+    "wide_fp32_variants": WIDE_FP32_TARGETS,
+    "copied_variants": COPYING_TARGETS,
+}
+# What features add to a kernel is the same on all of NVIDIA's chips, and takes longest to compile: each
+# variant of these for one of them, and for AMD's.
+IN_TURNS = ("feature_variants", "backward_feature_variants")
 
 
-def shipped_variants() -> list[Variant]:
-    """Every list of SHIPPED, each name after its list's."""
-    lists = {name: globals()[name]() for name in SHIPPED}
-    return [dataclasses.replace(each, name=f"{name}: {each.name}") for name in lists for each in lists[name]]
+def shipped_variants(target: str) -> list[Variant]:
+    """The lists' variants for a target, each name after its list's."""
+    found = [(name, each) for name, for_ in SHIPPED.items() if target in for_ for each in globals()[name]()]
+    taking_turns = [(name, each) for name in IN_TURNS for each in globals()[name]()]
+    *nvidia, amd = TARGETS
+    for i, variant in enumerate(taking_turns):
+        if target in (amd, nvidia[i % len(nvidia)]):
+            found.append(variant)
+    return [dataclasses.replace(each, name=f"{name}: {each.name}") for name, each in found]
 
 
 def shipped(variants: str, folders: pytest.TempPathFactory) -> ByTarget:
-    """The kernels of one list of SHIPPED."""
+    """The kernels of one list, by the targets that it is compiled for."""
     prefix = f"{variants}: "
 
     def of_list(kernels: list[Compiled] | str) -> list[Compiled] | str:
@@ -139,8 +153,9 @@ def shipped(variants: str, folders: pytest.TempPathFactory) -> ByTarget:
         named = [each for each in kernels if each.variant.startswith(prefix)]
         return [dataclasses.replace(each, variant=each.variant.removeprefix(prefix)) for each in named]
 
-    found = compiled_once("shipped_variants", folders)
-    return ByTarget((target, of_list(kernels)) for target, kernels in found.items())
+    found = compiled_once("shipped_variants", folders, is_by_target=True)
+    targets = SHIPPED.get(variants, TARGETS)
+    return ByTarget((target, of_list(kernels)) for target, kernels in found.items() if target in targets)
 
 
 def main_variants() -> list[Variant]:
@@ -249,7 +264,6 @@ def cache_variants() -> list[Variant]:
 
 
 PIECES = (("bf16", 80, 80), ("bf16", 192, 192), ("bf16", 576, 512), ("fp32", 576, 512))
-WIDE_FP32_TARGETS = ("sm_80", "sm_90", "sm_100")  # AMD's shared memory has no room for that backward
 
 
 def pieces_variant(backward: bool, dtype: str, dim: int, value_dim: int) -> Variant:
@@ -319,6 +333,12 @@ def hopper_backward_variants() -> list[Variant]:
 
     found = [hopper_backward_variant("bf16", dim, mask) for mask in ("causal", "full") for dim in (64, 128)]
     found.append(hopper_backward_variant("fp16", 128, "causal"))
+
+    def fewer_rows() -> None:
+        with tilewise.tiles.use(HopperBackwardTile(64, 128, 8, 3), ["hopper_backward"]):
+            launch_backward(*plain_inputs("bf16", 64), mask=tilewise.Causal(), impl="hopper")
+
+    found.append(Variant("bf16 64 causal, 64 rows", fewer_rows, (HOPPER_BACKWARD,)))
     return [*found, Variant("bf16 64 features", features, (HOPPER_BACKWARD,))]
 
 

@@ -7,6 +7,7 @@ corner. It moves whole tiles, so it is asked only for steps in which every pair 
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..parts.pieces import pieces_of
@@ -28,15 +29,38 @@ def copies_of(call: Call, tile: Tile) -> dict[str, TensorDescriptor | None]:
 
 
 def can_be_copied(x: torch.Tensor) -> bool:
-    """Whether x [batch, heads, length, dim] lies so that the copy engine can read it."""
+    """Whether there is anything in x [batch, heads, length, dim], and the copy engine can read it."""
+    return x.numel() > 0 and why_not_copied(x) is None
+
+
+def why_not_copied(x: torch.Tensor, name: str = "x") -> str | None:
+    """Why x [batch, heads, length, dim], so called, does not lie so that the copy engine can read it."""
     size = x.element_size()
-    steps = [step * size for step, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-    return (
-        x.numel() > 0
-        and (x.shape[3] == 1 or x.stride(3) == 1)
-        and all(step % ALIGNMENT == 0 and 0 < step < FARTHEST for step in steps)
-        and (x.is_meta or x.data_ptr() % ALIGNMENT == 0)
-    )
+    if x.shape[3] > 1 and x.stride(3) != 1:
+        return f"{name}.stride(3)={x.stride(3)} must be 1: its rows must lie in one piece"
+    for axis in range(3):
+        step = x.stride(axis) * size
+        if x.shape[axis] > 1 and (step % ALIGNMENT or not 0 < step < FARTHEST):
+            return (
+                f"{name}.stride({axis})={x.stride(axis)} is {step} bytes, which must be a multiple of "
+                f"{ALIGNMENT}, above 0 and below 2⁴⁰"
+            )
+    if torch.compiler.is_compiling():  # the address is looked at when the graph runs
+        return None
+    if start_of(x) % ALIGNMENT:
+        return f"{name} starts at an address that is not a multiple of {ALIGNMENT} bytes: .clone() it"
+    return None
+
+
+def start_of(x: torch.Tensor) -> int:
+    """The address of the first element; its place in memory, where there is none behind it."""
+    if is_without_memory(x):
+        return int(x.storage_offset()) * x.element_size()
+    return x.data_ptr()
+
+
+def is_without_memory(x: torch.Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def descriptors(x: torch.Tensor, rows: int) -> tuple[TensorDescriptor, ...]:

@@ -28,6 +28,7 @@ ACCUMULATOR_REGISTERS = {"forward": 160, "dkv": 168, "dq": 224, "dqkv": 184}
 
 
 HOPPER_REGISTERS = {2: 192, 3: 112}  # by warpgroups: of 240 and 160
+HOPPER_BACKWARD_REGISTERS = 224  # of 240
 
 
 def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> int:
@@ -96,6 +97,8 @@ def accumulator_registers(tile: Tile, arch: str, dim: int, work: Pass = "forward
     if isinstance(tile, HopperTile):  # as the forward's, and Q where it is kept there
         q = tile.tile_q * dim // 2 if tile.is_q_in_registers else 0
         return (tile.tile_q * (dim + tile.tile_kv + tile.tile_kv // 2) + q) // (32 * tile.num_warps)
+    if isinstance(tile, HopperBackwardTile):  # dK and dV, P and dP, the rounded P
+        return tile.tile_kv * (2 * dim + 2 * tile.tile_q + tile.tile_q // 2) // (32 * tile.num_warps)
     threads = tile.num_warps * (64 if arch.startswith("gfx") else 32)
     pairs = tile.tile_q * tile.tile_kv
     if work == "forward":  # S and the rounded P
@@ -108,6 +111,8 @@ def fits(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forw
     """Whether a pass with this tile stays within the chip's shared memory and a thread's registers."""
     if isinstance(tile, HopperTile):
         budget = HOPPER_REGISTERS[tile.warpgroups]
+    elif isinstance(tile, HopperBackwardTile):
+        budget = HOPPER_BACKWARD_REGISTERS
     else:
         budget = ACCUMULATOR_REGISTERS[work] * (2 if arch.startswith("gfx") else 1)
     return (

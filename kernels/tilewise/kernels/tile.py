@@ -21,6 +21,7 @@ Pass = Literal["forward", "dkv", "dq", "dqkv", "hopper", "hopper_backward"]
 # Of the portable kernels: "dqkv" stands for "dkv" and "dq" together. "hopper" is a second forward, and
 # "hopper_backward" a second dqkv.
 PASSES: tuple[Pass, ...] = ("forward", "dkv", "dq", "dqkv")
+HOPPER_PASSES: tuple[Pass, ...] = ("hopper", "hopper_backward")
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,17 @@ class HopperBackwardTile(Tile):
 
 
 def hopper_backward_tile(dim: int) -> HopperBackwardTile:
-    """The tile for this dimension. There is no other: dQ of a step is one piece of 64 rows and 64 columns for
-    each warpgroup, and shared memory has room for two stages."""
+    """The tile for this dimension: dQ of a step is one piece of 64 rows and 64 columns for each warpgroup,
+    and shared memory has room for two stages. At 128 there is no other."""
     columns = max(HOPPER_COLUMNS, next_power_of_two(dim))
     return HopperBackwardTile(2 * WARPGROUP_ROWS**2 // columns, 2 * WARPGROUP_ROWS, 8, 2)
 
 
 def tile_from(work: Pass, given: Mapping[str, Any]) -> Tile:
     """A pass' tile, by the names of its fields; other names may be there."""
-    kind = HopperTile if work == "hopper" else CopiedTile if given.get("is_copied") else Tile
+    portable = CopiedTile if given.get("is_copied") else Tile
+    of_hopper: dict[Pass, type[Tile]] = {"hopper": HopperTile, "hopper_backward": HopperBackwardTile}
+    kind = of_hopper.get(work, portable)
     return kind(**{each.name: given[each.name] for each in fields(kind)})
 
 

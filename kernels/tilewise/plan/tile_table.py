@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..kernels.tile import PASSES, Pass, Tile, tile_from
+from ..kernels.tile import HOPPER_PASSES, PASSES, Pass, Tile, tile_from
 
 # Pass, architecture, bytes an element (2: fp16 and bf16, 4: fp32), and the widest head_dim and value_dim that
 # the row serves: down to those of the next narrower row.
@@ -109,15 +109,15 @@ def from_json(given: Any) -> Row:
             if isinstance(value, bool) or not isinstance(value, _NUMBER) or not value > 0:
                 raise ValueError(f"{name}[{case!r}]={value!r} must be a positive number")
     for name, allowed in (
-        ("pass", (*PASSES, "hopper")),
+        ("pass", (*PASSES, *HOPPER_PASSES)),
         ("element_bytes", ELEMENT_BYTES),
         ("dim", sorted(DIMS + OTHER_DIMS)),
     ):
         if given[name] not in allowed:
             raise ValueError(f"{name}={given[name]!r} must be one of {', '.join(map(str, allowed))}")
     where = given["pass"], given["arch"], given["element_bytes"], given["dim"]
-    if is_hopper:
-        return Row(*where, tile_from("hopper", given), Evidence(**evidence))
+    if given["pass"] in HOPPER_PASSES:
+        return Row(*where, tile_from(given["pass"], given), Evidence(**evidence))
     warps, stages = given["num_warps"], given["num_stages"]
     if not 1 <= warps <= MOST_WARPS or warps & (warps - 1):
         raise ValueError(f"num_warps={warps} must be a power of two from 1 to {MOST_WARPS}")

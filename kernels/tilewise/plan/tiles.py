@@ -14,8 +14,9 @@ from dataclasses import replace
 
 import torch
 
+from ..kernels.hopper.limits import HOPPER_COLUMNS
 from ..kernels.room import family, fits
-from ..kernels.tile import PASSES, HopperTile, hopper_backward_tile
+from ..kernels.tile import HOPPER_PASSES, PASSES, HopperTile, hopper_backward_tile
 from ..kernels.tile import Pass as Pass
 from ..kernels.tile import Tile as Tile
 from ..parts.numerics import INTERPRETED
@@ -31,9 +32,9 @@ TABLE: dict[Key, Tile] = {key: row.tile for key, row in _SHIPPED_ROWS.items()}
 @functools.cache
 def table_tile(arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> Tile:
     """The shipped table's tile, halved until it fits a chip that the table does not list."""
-    if work == "hopper_backward":
-        return hopper_backward_tile(dim)
     row = row_dim(arch, element_bytes, dim, work)
+    if work == "hopper_backward":
+        return TABLE.get((work, arch, element_bytes, row)) or hopper_backward_tile(dim)
     if work == "hopper":  # for this chip alone
         return TABLE[work, arch, element_bytes, row]
     if not has_tile(element_bytes, dim, work):
@@ -66,7 +67,10 @@ def has_tile(element_bytes: int, dim: int, work: Pass) -> bool:
 @functools.cache
 def row_dim(arch: str, element_bytes: int, dim: int, work: Pass) -> int:
     """The dimension of the row that serves `dim`: the least that the chip, or its family, has a row for; the
-    widest row where `dim` is wider still, and `dim` itself where there are no rows."""
+    widest row where `dim` is wider still, and `dim` itself where there are no rows. Of Hopper's backward
+    it is the columns of its tiles."""
+    if work == "hopper_backward":
+        return max(HOPPER_COLUMNS, next_power_of_two(dim))
     of_chip, of_family = (work, arch, element_bytes), (work, family(arch), element_bytes)
     dims = [key[3] for key in TABLE if key[:3] in (of_chip, of_family)]
     return min([each for each in dims if each >= dim], default=max(dims, default=dim))
@@ -82,13 +86,13 @@ def architecture(device: torch.device) -> str:
 
 
 def is_proven(evidence: Evidence) -> bool:
-    """Whether a GPU has shown that Hopper's forward is right there, and faster than the portable one."""
+    """Whether a GPU has shown that a kernel of Hopper's is right there, and faster than the portable one."""
     right = evidence.error is not None and evidence.error <= 1
     return evidence.gpu is not None and right and (evidence.over_portable or 0) > 1
 
 
 PROVEN = frozenset(
-    key for key, row in _SHIPPED_ROWS.items() if key[0] == "hopper" and is_proven(row.evidence)
+    key for key, row in _SHIPPED_ROWS.items() if key[0] in HOPPER_PASSES and is_proven(row.evidence)
 )
 
 
@@ -136,8 +140,9 @@ def use_walks(walks: int) -> Iterator[None]:
         _walks = before
 
 
-# Where the static model (`tilewise.tools.rank`) finds one walk of the shipped tiles faster than two, if its
-# programs may add to dQ in any order. In turns it finds that nowhere. No GPU has timed either.
+# Where the static model (`tilewise.tools.rank`) finds one walk of the shipped tiles faster than two at every
+# length, if its programs may add to dQ in any order. In turns it finds that for long calls at 64, but not
+# beside two walks of the tiles that it ranks first (docs/backward.md). No GPU has timed any of them.
 ONE_WALK = {("sm_90", 2, 64)}
 
 
@@ -242,7 +247,7 @@ def widest(shape: Shape) -> int:
 def cut_tile(tile: Tile, shape: Shape, dim: int, work: Pass) -> Tile:
     """A row's tile, or fewer rows of it where q_len is short. In the forward fewer warps share them then, or
     fewer keys where O is wide."""
-    if work in ("hopper", "hopper_backward"):  # its warpgroups have 64 rows each, whatever q_len is
+    if work in HOPPER_PASSES:  # its warpgroups have 64 rows each, whatever q_len is
         return tile
     if shape.cache is not None:  # rows of a group and keys in pages have addresses of their own to keep
         tile = replace(tile, tile_kv=min(64, tile.tile_kv))

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ...kernels.hopper.limits import ALIGNMENT, BACKWARD_COLUMNS, FARTHEST, WIDEST
+from ...kernels.copies import is_without_memory, start_of, why_not_copied
+from ...kernels.hopper.limits import ALIGNMENT, BACKWARD_COLUMNS, WIDEST
 from ...parts.masks.mask import Mask
 from ...parts.numerics import INTERPRETED
 from ...parts.scores.user import UserScore
@@ -112,36 +112,7 @@ def out_is_aligned(r: Request) -> str | None:
 
 
 def tensors_can_be_copied(r: Request) -> str | None:
-    return first(_copy(name, tensor) for name, tensor in r.qkv().items())
-
-
-def _copy(name: str, x: torch.Tensor) -> str | None:
-    size = x.element_size()
-    if x.shape[3] > 1 and x.stride(3) != 1:
-        return f"{name}.stride(3)={x.stride(3)} must be 1: its rows must lie in one piece"
-    for axis in range(3):
-        step = x.stride(axis) * size
-        if x.shape[axis] > 1 and (step % ALIGNMENT or not 0 < step < FARTHEST):
-            return (
-                f"{name}.stride({axis})={x.stride(axis)} is {step} bytes, which must be a multiple of "
-                f"{ALIGNMENT}, above 0 and below 2⁴⁰"
-            )
-    if torch.compiler.is_compiling():  # the address is looked at when the graph runs
-        return None
-    if start_of(x) % ALIGNMENT:
-        return f"{name} starts at an address that is not a multiple of {ALIGNMENT} bytes: .clone() it"
-    return None
-
-
-def start_of(x: torch.Tensor) -> int:
-    """The address of the first element; its place in memory, where there is none behind it."""
-    if is_without_memory(x):
-        return int(x.storage_offset()) * x.element_size()
-    return x.data_ptr()
-
-
-def is_without_memory(x: torch.Tensor) -> bool:
-    return x.is_meta or isinstance(x, FakeTensor)
+    return first(why_not_copied(tensor, name) for name, tensor in r.qkv().items())
 
 
 def first(found: Iterator[str | None]) -> str | None:

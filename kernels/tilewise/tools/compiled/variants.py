@@ -30,7 +30,7 @@ from .compiler import HOPPER_BACKWARD, ONE_WALK, Variant
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MASKS = {"causal": Causal(), "full": None}
-KERNELS = ("forward", "hopper", "dkv", "dq", "dqkv")
+KERNELS = ("forward", "hopper", "dkv", "dq", "dqkv", "hopper_backward")
 LENGTH, Q_HEADS, KV_HEADS = 512, 4, 2  # no kernel is another for longer sequences or other heads
 
 
@@ -172,43 +172,61 @@ def parameter_variants(dtype: str, dim: int, mask: str) -> list[Variant]:
 def plain_variants(
     dtypes: Sequence[str], dims: Sequence[int], masks: Sequence[str], kernels: Sequence[str]
 ) -> list[Variant]:
-    """The plain calls of each dtype, dimension and mask; kernels: of KERNELS, "prepare" and "parameter"."""
+    """The plain calls of each dtype, dimension and mask; kernels: of KERNELS, "prepare" and "parameter". Of
+    Hopper's those that it takes."""
     found = []
     backward = [name for name in kernels if name in ("prepare", "dkv", "dq")]
     for dtype, dim, mask in itertools.product(dtypes, dims, masks):
         if "forward" in kernels:
             found.append(forward_variant(dtype, dim, mask))
-        if "hopper" in kernels:
+        if "hopper" in kernels and not refused("hopper", *plain_inputs(dtype, dim)):
             found.append(hopper_variant(dtype, dim, mask))
         if backward:
             found.append(backward_variant(dtype, dim, mask, backward))
         if "dqkv" in kernels:
             found.append(one_walk_variant(dtype, dim, mask))
+        if "hopper_backward" in kernels and not refused("hopper_backward", *plain_inputs(dtype, dim)):
+            found.append(hopper_backward_variant(dtype, dim, mask))
         if "parameter" in kernels:
             found += parameter_variants(dtype, dim, mask)
     return found
 
 
-def why_not_hopper(archs: Sequence[str], dtypes: Sequence[str], cases: Sequence[str]) -> str | None:
-    """Why Hopper's forward cannot be compiled for all of this; None where it can. dtypes are those of the
-    plain calls, where there are no cases."""
+def why_not_hopper(
+    kernel: str, archs: Sequence[str], dtypes: Sequence[str], dims: Sequence[int], cases: Sequence[str]
+) -> str | None:
+    """Why "hopper" or "hopper_backward" cannot be compiled for all of this; None where it can. dtypes and
+    dims are those of the plain calls, where there are no cases; of the dims it need not take all."""
     for arch in archs:
         if arch != "sm_90":
             return f"it is for sm_90, and {arch=}"
-    for dtype in () if cases else dtypes:
+    if cases:
+        for case in cases:
+            q, k, v, given, _ = case_inputs(find_case(case), "meta")
+            if reason := refused(kernel, q, k, v, **given):
+                return f"{case=}: {reason}"
+        return None
+    for dtype in dtypes:
         if dtype == "fp32":
             return f"it is for fp16 and bf16, and {dtype=}"
-    for case in cases:
-        q, k, v, given, _ = case_inputs(find_case(case), "meta")
-        for reason in hopper_rules.reasons(request_of(q, k, v, impl="hopper", **given)):
-            return f"{case=}: {reason}"
+        found = [(dim, refused(kernel, *plain_inputs(dtype, dim))) for dim in dims]
+        if found and all(reason for _, reason in found):
+            dim, reason = found[0]
+            return f"{dim=}: {reason}"
     return None
+
+
+def refused(kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> str | None:
+    """Why Hopper's kernel of this name cannot answer the call; None where it can."""
+    rules = {"hopper": hopper_rules.reasons, "hopper_backward": hopper_rules.backward_reasons}
+    return next(rules[kernel](request_of(q, k, v, impl="hopper", **given)), None)
 
 
 def case_variants(names: Sequence[str], kernels: Sequence[str]) -> list[Variant]:
     """The calls of these named cases with all that they ask for; kernels as for `plain_variants`."""
     found = []
-    backward = tuple(f"{name}_kernel" for name in kernels if name not in ("forward", "hopper", "dqkv"))
+    others = ("forward", "hopper", "dqkv", "hopper_backward")
+    backward = tuple(f"{name}_kernel" for name in kernels if name not in others)
     for name in names:
         q, k, v, given, _ = case_inputs(find_case(name), "meta")
         if "forward" in kernels:
@@ -221,4 +239,7 @@ def case_variants(names: Sequence[str], kernels: Sequence[str]) -> list[Variant]
         if "dqkv" in kernels:
             run = functools.partial(launch_backward, q, k, v, walks=1, **given)
             found.append(Variant(name, run, (ONE_WALK,)))
+        if "hopper_backward" in kernels:
+            run = functools.partial(launch_backward, q, k, v, impl="hopper", **given)
+            found.append(Variant(name, run, (HOPPER_BACKWARD,)))
     return found

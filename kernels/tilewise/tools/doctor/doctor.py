@@ -30,9 +30,10 @@ from tilewise_reference.yardstick import (
 
 from ...api import attention, why_not
 from ...kernels.room import family
+from ...kernels.tile import Pass
 from ...parts.masks.causal import Causal
 from ...parts.numerics import INTERPRETED
-from ...plan.implementation import IMPLEMENTATIONS, implementation
+from ...plan.implementation import IMPLEMENTATIONS, backward_implementation, implementation
 from ...plan.request import make_request
 from ...plan.tiles import PROVEN, TABLE, architecture, user_table
 from ...plan.user_tiles import cache_folder
@@ -212,19 +213,25 @@ def implementations() -> Iterator[Finding]:
             if reasons:
                 yield Finding("runs", subject, f"not available: {'; '.join(reasons)}", "note")
             elif name == "hopper":
-                yield Finding("runs", subject, hopper_here(device))
+                yield Finding("runs", subject, hopper_here(device, "hopper"))
+                yield Finding("runs", f"{subject}, gradients", hopper_here(device, "hopper_backward"))
             else:
                 yield Finding("runs", subject, "available")
         yield Finding("runs", f"impl=None on {device}", f"is {implementation(make_request(q, q, q))!r}")
 
 
-def hopper_here(device: str) -> str:
-    """Where Hopper's forward can run: how, and whether it must be asked for."""
+def hopper_here(device: str, work: Pass) -> str:
+    """Where Hopper's forward or backward can run: how, and whether it must be asked for."""
     if device == "cpu":
         return "available, in an emulator"
-    if PROVEN:
-        return "available"
-    return "available where it is asked for: no GPU has shown yet that it is right and faster"
+    if not has_proven(work):
+        return "available where it is asked for: no GPU has shown yet that it is right and faster"
+    return "available" if work == "hopper" else "available where it is asked for"
+
+
+def has_proven(work: Pass) -> bool:
+    """Whether the shipped table has a row for which a GPU has shown that it is right and faster."""
+    return any(key[0] == work for key in PROVEN)
 
 
 def tile_tables() -> Iterator[Finding]:
@@ -326,27 +333,41 @@ def settings() -> Iterator[Finding]:
 
 def self_test() -> Iterator[Finding]:
     """A small causal call against float64, on the device and with the implementation that calls get here; and
-    one with Hopper's forward, in the emulator, or where a GPU has proven it: before that it might hang."""
+    one with Hopper's forward, and the gradients of one with its backward, in the emulator, or where a GPU has
+    proven them: before that they might hang."""
     device = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
     yield tested(None, torch.float32, device)
     q = torch.empty(1, 1, 1, 16, device=device, dtype=torch.float16)
-    if (device == "cpu" or PROVEN) and not why_not(q, q, q, impl="hopper"):
+    if why_not(q, q, q, impl="hopper"):
+        return
+    if device == "cpu" or has_proven("hopper"):
         yield tested("hopper", torch.float16, device)
+    if device == "cpu" or (has_proven("hopper") and has_proven("hopper_backward")):
+        yield tested("hopper", torch.float16, device, gradients=True)
 
 
-def tested(impl: str | None, dtype: torch.dtype, device: str) -> Finding:
-    """What became of the call in this dtype."""
+def tested(impl: str | None, dtype: torch.dtype, device: str, gradients: bool = False) -> Finding:
+    """What became of the call in this dtype, or of its gradients."""
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 40, 32, device=device, generator=generator).to(dtype) for _ in range(3))
+    q, k, v, do = (torch.randn(1, 2, 40, 32, device=device, generator=generator).to(dtype) for _ in range(4))
     causal = tilewise_reference.masks.causal(40, 40)
-    exact = tilewise_reference.attention(q, k, v, mask=causal)
-    torch_error = largest_difference(pytorch_attention(q, k, v, mask=causal)[0], exact)
-    errors = difference(attention(q, k, v, mask=Causal(), impl=impl), exact)
+
+    def results(attend: Callable[..., torch.Tensor], dtype: torch.dtype = dtype) -> torch.Tensor:
+        """out, or dq, dk and dv."""
+        leaves = [x.to(dtype, copy=True).requires_grad_(gradients) for x in (q, k, v)]
+        out = attend(*leaves)
+        return torch.stack(torch.autograd.grad(out, leaves, do.to(dtype))) if gradients else out
+
+    exact = results(lambda *qkv: tilewise_reference.attention(*qkv, mask=causal), torch.float64)
+    torch_error = largest_difference(results(lambda *qkv: pytorch_attention(*qkv, mask=causal)[0]), exact)
+    errors = difference(results(lambda *qkv: attention(*qkv, mask=Causal(), impl=impl)), exact)
     allowed = allowed_error(exact, dtype, torch_error)
     worst = (errors / allowed).argmax()
     error, limit = (x.flatten()[worst].item() for x in (errors, allowed))
-    name = implementation(make_request(q, k, v, impl=impl))
-    subject = "attention" if impl is None else f"attention, impl={impl!r}"
+    request = make_request(q, k, v, impl=impl)
+    name = backward_implementation(request) if gradients else implementation(request)
+    what = "gradients" if gradients else "attention"
+    subject = what if impl is None else f"{what}, impl={impl!r}"
     precision = {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
     found = f"{name} on {device}, {precision}: largest error {error:.1e}, allowed {limit:.1e}"
     if error <= limit:

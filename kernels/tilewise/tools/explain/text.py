@@ -200,7 +200,7 @@ WALKS = {  # by a kernel of the backward
     "dqkv": "The backward is in one walk, five products a tile: with deterministic=False the static model "
     "finds that faster here than two walks, or tiles.use_walks(1) asks for it. No GPU has timed either.",
     "dkv": "The backward is in two walks, seven products a tile: one walk has five, but by the static model "
-    "it is faster only for some calls with deterministic=False.",
+    "it is clearly faster only for some calls at head_dim 64, above all with deterministic=False.",
     "dv": "Of rows this wide dk and dv are summed by programs of their own, which leaves room for larger "
     "tiles: Q Kᵀ is computed for each.",
 }

@@ -26,8 +26,8 @@ def inspect(
     kernel: Annotated[
         list[str] | None,
         typer.Option(
-            help="forward, hopper, dkv, dq, prepare or parameter. [default: the first four, hopper where it "
-            "applies to the rest: sm_90, 16 bits]"
+            help="forward, hopper, dkv, dq, dqkv, hopper_backward, prepare or parameter. [default: the first "
+            "six, Hopper's two where they apply to the rest: sm_90, 16 bits; hopper_backward up to --dim 128]"
         ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="All kernels that apply.")] = False,
@@ -54,8 +54,9 @@ def inspect(
     console.width = max(console.width, WIDTH)  # rather broken lines than columns cut off
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        kernels = kernel or applicable(ALL_KERNELS if every else KERNELS, archs, dtypes, cases)
-        arguments = check_arguments(archs, dtypes, dim or DIMS, mask or list(MASKS), kernels, cases)
+        dims = dim or DIMS
+        kernels = kernel or applicable(ALL_KERNELS if every else KERNELS, archs, dtypes, dims, cases)
+        arguments = check_arguments(archs, dtypes, dims, mask or list(MASKS), kernels, cases)
         screen = Console(stderr=True)
         with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
             count = len(archs) * len(variants(**arguments))

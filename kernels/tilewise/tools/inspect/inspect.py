@@ -33,6 +33,7 @@ from ..compiled.variants import (
 SOURCE = f"{__name__}:variants"
 DIMS = (64, 128, 256)
 ALL_KERNELS = (*KERNELS, "prepare", "parameter")
+HOPPERS = ("hopper", "hopper_backward")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class InspectedLoop:
 class Inspection:
     """One kernel, compiled for one target."""
 
-    kernel: str  # "forward", "hopper", "dkv", "dq", "prepare", "parameter"
+    kernel: str  # of ALL_KERNELS
     variant: str  # "bf16 128 causal", or a case's name
     target: str
     chip: str | None  # by whose datasheet the limits are stated
@@ -74,15 +75,16 @@ def inspect_kernels(
     archs: targets such as "sm_90" and "gfx942", of `tiles.SHARED_BYTES`.
     dtypes, dims, masks: the plain calls; "fp16", "bf16", "fp32"; head dimensions from 1 to 512; "causal",
         "full". Not used where there are cases.
-    kernels: of "forward", "hopper", "dkv", "dq", "prepare", "parameter"; None: the first four, but "hopper"
-        only where it can do all that is asked for: sm_90, 16 bits, and cases that it takes.
+    kernels: of "forward", "hopper", "dkv", "dq", "dqkv", "hopper_backward", "prepare", "parameter"; None: the
+        first six, but Hopper's two only where they can do what is asked for: sm_90, 16 bits, and cases that
+        they take. Of dims they have those that they take, "hopper_backward" up to 128.
     cases: names of `tilewise_reference.cases`, each compiled with its own dtype, dimensions and features.
     assembly: a folder for the machine code as text.
     on_variant: told of each target and variant that is done.
     Raises ValueError for a name that is unknown, CompileError for what does not compile.
     """
     if kernels is None:
-        kernels = applicable(KERNELS, archs, dtypes, cases)
+        kernels = applicable(KERNELS, archs, dtypes, dims, cases)
     arguments = check_arguments(archs, dtypes, dims, masks, kernels, cases)
     done = compile_variants(SOURCE, archs, arguments, assembly=assembly, messages=True, on_variant=on_variant)
     found = [inspect_one(compiled) for target in archs for compiled in done[target]]
@@ -95,11 +97,15 @@ def place_of(kernel: str) -> int:
 
 
 def applicable(
-    kernels: Sequence[str], archs: Sequence[str], dtypes: Sequence[str], cases: Sequence[str]
+    kernels: Sequence[str],
+    archs: Sequence[str],
+    dtypes: Sequence[str],
+    dims: Sequence[int],
+    cases: Sequence[str],
 ) -> list[str]:
     """Those of the kernels that can be compiled for all of this."""
-    left_out = "hopper" if why_not_hopper(archs, dtypes, cases) else None
-    return [kernel for kernel in kernels if kernel != left_out]
+    asked = archs, dtypes, dims, cases
+    return [kernel for kernel in kernels if kernel not in HOPPERS or not why_not_hopper(kernel, *asked)]
 
 
 def check_arguments(
@@ -130,8 +136,9 @@ def check_arguments(
                 f"{case=} reads a cache, which inspect does not look at: `tilewise explain --case {case}` "
                 "says what it launches"
             )
-    if "hopper" in kernels and (reason := why_not_hopper(archs, dtypes, cases)):
-        raise ValueError(f"kernel='hopper' does not apply: {reason}")
+    for kernel in HOPPERS:
+        if kernel in kernels and (reason := why_not_hopper(kernel, archs, dtypes, dims, cases)):
+            raise ValueError(f"{kernel=} does not apply: {reason}")
     if not archs or not kernels or not (cases or (dtypes and dims and masks)):
         raise ValueError(
             f"nothing to inspect: {archs=}, {kernels=}, {cases=}, {dtypes=}, {dims=}, {masks=} must not be "

@@ -12,12 +12,13 @@ from rich.text import Text
 from ..chips import chip_of_target
 from .inspect import Inspection
 
-WIDTH = 104  # of the widest table
+WIDTH = 116  # of the widest table
 RESOURCES = {
     "tile": "rows of queries x keys that a program works on at a time",
     "warps": "groups of threads that share a program's tile",
     "stages": "steps over a tile whose loads are in flight at once",
-    "registers": "of a thread; what does not fit is spilled. hopper: of a consumer and of the producer",
+    "registers": "of a thread; what does not fit is spilled. Hopper's two: of a consumer, of the producer "
+    "and of the reducer, which adds dQ to memory",
     "spill": "bytes of a thread that travel to memory and back for want of registers; should be 0",
     "shared": "memory on the chip that a program's threads share: tiles on their way to the tensor cores",
     "programs": "that run at once on a multiprocessor, and what keeps out the next one",
@@ -37,8 +38,8 @@ COUNTS = {
 }
 CLOCKS = {
     "clocks": "that a step keeps a multiprocessor's tensor cores (matmul), special function units (exp), "
-    "issue slots (issue) and the port of its shared memory (shared) busy, by the datasheet; hopper: a step "
-    "of every warpgroup",
+    "issue slots (issue) and the port of its shared memory (shared) busy, by the datasheet; Hopper's two: a "
+    "step of every warpgroup",
     "busiest": "the one of the four that takes longest",
     "apart": "share of the chip's matmul rate (fp32: of its fp32 rate) that is left if matmuls, exponentials "
     "and the other instructions take turns",

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...plan.tile_table import write_whole
 from ..compiled.variants import MASKS
-from .rank import RANKED_DIMS, SEARCHED, SHIPPED_DIMS, WORKS, best, near, say, shipped_row
+from .rank import RANKED, SHIPPED_DIMS, WORKS, best, near, say, shipped_row
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         write_rows(options.shipped, shipped)
     if options.out is not None:
         found: list[dict[str, Any]] = []
-        for dim, work in itertools.product(RANKED_DIMS, SEARCHED):
+        for work, dim in RANKED:
             say(f"{work} {dim}: {len(near(work, dim))} tiles")
             found += best(work, dim)
         write_rows(options.out, found)

@@ -16,9 +16,8 @@ from tilewise_reference import Case
 
 from ...kernels.tile import Pass, Tile
 from ...parts.numerics import INTERPRETED
-from ...plan.tiles import choose_tile
 from ..words import in_a_line
-from .case import Workload, small, with_every_feature
+from .case import FORWARDS, Workload, small, with_every_feature
 from .kernels import KERNELS, WORKERS, compiling_ahead, watched
 
 Timer = Callable[[Callable[[], None], int], list[float]]
@@ -125,7 +124,7 @@ class Bench:
 
     def _run_forwards(self, workloads: Sequence[Workload]) -> None:
         """What a backward starts from."""
-        if self.work in ("dkv", "dq", "dqkv"):
+        if self.work not in FORWARDS:
             for workload in workloads:
                 workload.forward()
 
@@ -135,11 +134,9 @@ class Bench:
             return self._timer(self._timed[case].launcher(self.work, tile), milliseconds)
 
     def time_portable(self, case: str, milliseconds: int) -> list[float]:
-        """The same of the portable forward, with the tile that it gets here."""
-        timed = self._timed[case]
-        tile = choose_tile(timed.request.q, timed.request.shape, "forward")
+        """The same of the portable kernels in Hopper's place, with the tiles that they get here."""
         with self._rejecting():
-            return self._timer(timed.launcher("forward", tile), milliseconds)
+            return self._timer(self._timed[case].portable_launcher(self.work), milliseconds)
 
     @contextmanager
     def _rejecting(self) -> Iterator[None]:

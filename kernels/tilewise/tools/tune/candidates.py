@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 
 from ...kernels.hopper.limits import WARPGROUP_ROWS
 from ...kernels.room import family, fits
-from ...kernels.tile import CopiedTile, HopperTile, Pass, Tile
+from ...kernels.tile import CopiedTile, HopperBackwardTile, HopperTile, Pass, Tile
 
+HOPPER_BACKWARD_STAGES = (2, 3, 4)
 SIZES = (16, 32, 64, 128, 256)
 STAGES = (1, 2, 3, 4)
 HOPPER_STAGES = {2: (2, 3), 3: (2,)}  # by warpgroups: a multiprocessor has barriers for no more
@@ -20,6 +21,8 @@ def candidates(work: Pass, arch: str, element_bytes: int, dim: int) -> list[Tile
     its copies by the engine, where the chip has one."""
     if work == "hopper":
         return [tile for tile in hopper_tiles(dim) if fits(tile, arch, element_bytes, dim, work)]
+    if work == "hopper_backward":
+        return [tile for tile in hopper_backward_tiles() if fits(tile, arch, element_bytes, dim, work)]
     has_engine = work == "forward" and family(arch) in ("sm_90", "sm_100")
     tiles = (
         made(tile_q, tile_kv, warps, stages)
@@ -37,6 +40,11 @@ def hopper_tiles(dim: int) -> Iterator[Tile]:
         rows, warps = WARPGROUP_ROWS * warpgroups, 4 * warpgroups
         for tile_kv, stages, *switched in itertools.product(keys, all_stages, (True, False), (False, True)):
             yield HopperTile(rows, tile_kv, warps, stages, *switched)
+
+
+def hopper_backward_tiles() -> Iterator[Tile]:
+    for tile_q, stages in itertools.product((64, 128), HOPPER_BACKWARD_STAGES):
+        yield HopperBackwardTile(tile_q, 2 * WARPGROUP_ROWS, 8, stages)
 
 
 def warp_counts(tile_q: int, tile_kv: int) -> tuple[int, ...]:

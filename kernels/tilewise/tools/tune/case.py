@@ -14,18 +14,20 @@ from ...kernels.backward import launch_dkv, launch_dq
 from ...kernels.forward import launch_forward
 from ...kernels.one_walk import launch_dqkv
 from ...kernels.prepare import prepare
-from ...kernels.tile import Pass, Tile
+from ...kernels.tile import HOPPER_PASSES, Pass, Tile
 from ...plan import tiles
 from ...plan.bind import bind
 from ...plan.checks import check
 from ...plan.passes import empty_in_order_of, run_backward, run_forward
 from ...plan.request import make_request
+from ...plan.rules.hopper import backward_reasons
 from ..inputs import case_inputs
 from ..poison import poisoned_memory
 from .answers import Expected, expect, gradient_tensors, worst_share
 
 Tensor = torch.Tensor
 FORWARDS: tuple[Pass, ...] = ("forward", "hopper")
+WHOLE_BACKWARDS: tuple[Pass, ...] = ("dqkv", "hopper_backward")
 CHECK_LENGTH = 336  # several tiles, and no multiple of one; but of 16, as the lengths that are timed
 
 
@@ -59,7 +61,7 @@ def with_every_feature(case: Case, length: int = CHECK_LENGTH, work: Pass = "for
         causal="bottom_right", window=(length // 2, 0), documents=2, softcap=20.0, alibi=True, sink=True,
         bias=(1, heads, length - 3, length - 3), dropout=0.1, trained=True,
     )  # fmt: skip
-    if work == "hopper":
+    if work in HOPPER_PASSES:
         del features["documents"], features["dropout"]
     return replace(
         small(case, length),
@@ -79,6 +81,15 @@ def forward_launcher(work: Pass) -> Callable[..., None]:
     from ...kernels.hopper import launch
 
     return launch.launch_forward
+
+
+def backward_launcher(work: Pass) -> Callable[..., None]:
+    """The launch of the portable backward in one walk or of Hopper's."""
+    if work == "dqkv":
+        return launch_dqkv
+    from ...kernels.hopper.backward import launch
+
+    return launch.launch_backward
 
 
 class Workload:
@@ -113,8 +124,8 @@ class Workload:
         return self._forward
 
     def launcher(self, work: Pass, tile: Tile) -> Callable[[], None]:
-        """A function that runs this pass alone and keeps nothing; those of dkv and dqkv include what prepares
-        them, for they share tile_q, and that of dqkv what clears and finishes dQ."""
+        """A function that runs this pass alone and keeps nothing; those of dkv and of whole backwards include
+        what prepares them, for they share tile_q, and those of the latter what clears and finishes dQ."""
         q, k, shape = self.request.q.detach(), self.request.k.detach(), self.request.shape
         tile, call = self.tile(tile, work), bind(self.request)
         if work in FORWARDS:
@@ -129,31 +140,45 @@ class Workload:
             dq = empty_in_order_of(q, shape.head_dim)
             return lambda: launch_dq(backward, dq, tile)
         dk, dv = empty_in_order_of(k, shape.head_dim), empty_in_order_of(k, shape.value_dim)
-        if work == "dqkv":
-            dq = empty_in_order_of(q, shape.head_dim)
-            return lambda: launch_dqkv(
+        if work in WHOLE_BACKWARDS:
+            launch, dq = backward_launcher(work), empty_in_order_of(q, shape.head_dim)
+            return lambda: launch(
                 prepare(call, out, statistics, self.do, None, tile.tile_q), dq, dk, dv, tile, True
             )
         return lambda: launch_dkv(prepare(call, out, statistics, self.do, None, tile.tile_q), dk, dv, tile)
 
+    def portable_launcher(self, work: Pass) -> Callable[[], None]:
+        """The same of the portable kernels that answer where Hopper's of this pass does not."""
+        passes: tuple[Pass, ...] = ("forward",) if work in FORWARDS else ("dkv", "dq")
+        q, shape = self.request.q, self.request.shape
+        launchers = [self.launcher(each, tiles.choose_tile(q, shape, each)) for each in passes]
+
+        def launch() -> None:
+            for each in launchers:
+                each()
+
+        return launch
+
     def answer(self, work: Pass, tile: Tile) -> dict[str, Tensor]:
         """What the pass gives with this tile, by name; memory that it does not write is NaN."""
+        # What is learned is summed by the portable kernels, also where the backward is Hopper's.
         others = [work in ("dkv", "dqkv") and x.requires_grad for _, x in self.request.other_tensors]
-        needs = [work in ("dq", "dqkv"), *[work in ("dkv", "dqkv")] * 2, *others]
-        names = [
-            name
-            for name in gradient_tensors(self.request)
-            if work not in FORWARDS and (work == "dqkv" or (name == "dq") == (work == "dq"))
-        ]
+        needs = [work in ("dq", *WHOLE_BACKWARDS), *[work in ("dkv", *WHOLE_BACKWARDS)] * 2, *others]
         start = None if work in FORWARDS else self.forward()
-        request = replace(self.request, impl="hopper") if work == "hopper" else self.request
+        request = replace(self.request, impl="hopper") if work in HOPPER_PASSES else self.request
+        if work == "hopper_backward":
+            for reason in backward_reasons(request):  # the portable kernels would answer
+                raise ValueError(reason)
         walks = tiles.use_walks(1 if work == "dqkv" else 2)
         with tiles.use(self.tile(tile, work), (work,)), walks, poisoned_memory(), torch.no_grad():
             if start is None:
                 out, lse, _ = run_forward(request, return_lse=True, for_backward=True)
                 assert lse is not None
                 return {"out": out, "lse": lse}
-            grads = run_backward(self.request, *start, self.do, None, needs)
+            grads = run_backward(request, *start, self.do, None, needs)
+        learned = [x.requires_grad for _, x in self.request.other_tensors]
+        asked = [*needs[:3], *(need for need, has_one in zip(needs[3:], learned, strict=True) if has_one)]
+        names = [name for name, need in zip(gradient_tensors(self.request), asked, strict=True) if need]
         return dict(zip(names, grads, strict=True))
 
     def worst(self, work: Pass, tile: Tile) -> tuple[float, str]:

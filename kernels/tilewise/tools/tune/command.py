@@ -40,6 +40,7 @@ class PassName(str, Enum):
     dq = "dq"
     dqkv = "dqkv"
     hopper = "hopper"
+    hopper_backward = "hopper_backward"
 
 
 def tune(
@@ -51,8 +52,8 @@ def tune(
         list[PassName] | None,
         typer.Option(
             "--pass",
-            help="A pass to tune; may be repeated; hopper: the forward for Hopper GPUs. Default: those that "
-            "the cases run.",
+            help="A pass to tune; may be repeated; hopper and hopper_backward: the kernels for Hopper GPUs. "
+            "Default: those that the cases run.",
         ),
     ] = None,
     dtype: Annotated[
@@ -241,7 +242,8 @@ def show(console: Console, outcomes: list[Outcome]) -> None:
     say(console, f"{tried} candidates were tried, {rejected} of them refused; for {left} there was no time.")
     for outcome in outcomes:
         if outcome.over_portable is not None and not INTERPRETED:
-            times_as_fast = f"{outcome.over_portable:.3f} times as fast as the portable forward"
+            portable = "forward" if outcome.key[0] == "hopper" else "backward"
+            times_as_fast = f"{outcome.over_portable:.3f} times as fast as the portable {portable}"
             say(console, f"{title(outcome.key)}: {times_as_fast}, in the case where it gains least")
         if outcome.problem:
             say(console, f"{title(outcome.key)}: the shipped tile cannot be used here: {outcome.problem}")

@@ -12,7 +12,7 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...kernels.tile import CopiedTile, HopperTile, Pass, Tile
+from ...kernels.tile import CopiedTile, HopperBackwardTile, HopperTile, Pass, Tile
 from ...plan.tile_table import Key
 
 ATTEMPTS = 2  # a candidate that twice left no result took the process with it
@@ -22,6 +22,8 @@ def tile_of(work: Pass, numbers: Sequence[Any]) -> Tile:
     """A pass' tile, of its numbers as an entry has them."""
     if work == "hopper":
         return HopperTile(*numbers)
+    if work == "hopper_backward":
+        return HopperBackwardTile(*numbers)
     return CopiedTile(*numbers) if len(numbers) > len(fields(Tile)) else Tile(*numbers)
 
 

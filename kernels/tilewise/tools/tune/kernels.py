@@ -17,6 +17,7 @@ KERNELS = {
     "dq": "dq_kernel",
     "dqkv": "dqkv_kernel",
     "hopper": "hopper_forward_kernel",
+    "hopper_backward": "hopper_backward_kernel",
 }
 WORKERS = min(16, os.cpu_count() or 1)
 

@@ -11,7 +11,7 @@ import torch
 from tilewise_reference import Case, paper_grid
 from tilewise_reference.cases import find_case
 
-from ...kernels.tile import PASSES, HopperTile, Pass, Tile
+from ...kernels.tile import HOPPER_PASSES, PASSES, HopperTile, Pass, Tile, hopper_backward_tile
 from ...plan.request import make_request
 from ...plan.rules import hopper as hopper_rules
 from ...plan.tile_table import Key
@@ -22,7 +22,7 @@ from .candidates import candidates, nearest_first
 DEFAULT_LENGTH = 4096
 FEWEST_QUERIES = 128
 DTYPES = ("bfloat16", "float16", "float32")
-ORDER: tuple[Pass, ...] = (*PASSES, "hopper")  # it is timed beside the forward, which is tuned by then
+ORDER: tuple[Pass, ...] = (*PASSES, *HOPPER_PASSES)  # timed beside the portable ones, which are tuned by then
 
 
 class Job(NamedTuple):
@@ -60,23 +60,25 @@ def choose_cases(names: Sequence[str], dtype: str | None) -> list[Case]:
 
 
 def passes_of(case: Case, asked: Sequence[Pass], arch: str) -> tuple[Pass, ...]:
-    """The passes to tune with a case: those asked for, else what its model runs, and Hopper's forward where
-    that can answer. Raises ValueError where it is asked for and cannot."""
-    against = why_not_hopper(case, arch)
-    if "hopper" in asked and against:
-        raise ValueError(f"--pass hopper, case {case.name}: {against}")
+    """The passes to tune with a case: those asked for, else what its model runs, Hopper's kernels too where
+    these can answer. Raises ValueError where one is asked for and cannot."""
+    against = {work: why_not_hopper(case, arch, work) for work in HOPPER_PASSES}
+    for work, reason in against.items():
+        if work in asked and reason:
+            raise ValueError(f"--pass {work}, case {case.name}: {reason}")
     if asked:
         return tuple(asked)
-    found: tuple[Pass, ...] = PASSES if case.phase == "training" else ("forward",)
-    return found if against else (*found, "hopper")
+    run: tuple[Pass, ...] = ("forward", "hopper") if case.phase != "training" else ORDER
+    return tuple(work for work in run if not against.get(work))
 
 
-def why_not_hopper(case: Case, arch: str) -> str:
-    """Why Hopper's forward cannot answer the case on this architecture; empty where it can."""
+def why_not_hopper(case: Case, arch: str, work: Pass) -> str:
+    """Why Hopper's kernel of this pass cannot answer the case on this architecture; empty where it can."""
     if arch != "sm_90":
         return f"it needs a Hopper GPU (sm_90), and this one is {arch}"
     q, k, v, arguments, _ = case_inputs(case, "meta")
-    return "; ".join(hopper_rules.reasons(make_request(q, k, v, **arguments, impl="hopper")))
+    reasons = hopper_rules.reasons if work == "hopper" else hopper_rules.backward_reasons
+    return "; ".join(reasons(make_request(q, k, v, **arguments, impl="hopper")))
 
 
 def dim_of(case: Case, work: Pass, arch: str) -> int:
@@ -133,11 +135,10 @@ def smoke_jobs(cases: Sequence[Case], asked: Sequence[Pass]) -> list[Job]:
     jobs = []
     for work in passes_of(case, asked, SMOKE_ARCH):
         size = tiny.torch_dtype.itemsize, dim_of(tiny, work, SMOKE_ARCH)
-        start, pool = Tile(32, 32), SMOKE_HOPPER
-        if work == "hopper":
-            start = pool[0]
-        else:
+        pool = {"hopper": SMOKE_HOPPER, "hopper_backward": (hopper_backward_tile(size[1]),)}.get(work)
+        if pool is None:
+            start = Tile(32, 32)
             found = [tile for tile in candidates(work, SMOKE_ARCH, *size) if is_tiny(tile)]
             pool = (start, *nearest_first(found, start, start)[:SMOKE_CANDIDATES])
-        jobs.append(Job((work, "interpreter", *size), (tiny,), (start,), tuple(dict.fromkeys(pool))))
+        jobs.append(Job((work, "interpreter", *size), (tiny,), (pool[0],), tuple(dict.fromkeys(pool))))
     return jobs

@@ -17,7 +17,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from statistics import geometric_mean
 from typing import Any, NamedTuple, Protocol
 
-from ...kernels.tile import Tile
+from ...kernels.tile import HOPPER_PASSES, Tile
 from ...plan.tile_table import Key
 from .bench import DeviceLost, Rejected, Verdict, median
 from .candidates import nearest_first
@@ -70,7 +70,7 @@ class Outcome:
     left: int  # candidates that there was no time for
     problem: str = ""  # why the shipped tile itself cannot be used here
     settled: bool = False  # an earlier run found it, and nothing was left to try
-    portable: dict[str, float] = field(default_factory=dict)  # of Hopper's: the portable forward's, likewise
+    portable: dict[str, float] = field(default_factory=dict)  # of Hopper's: the portable kernels', likewise
 
     @property
     def tile(self) -> Tile:
@@ -78,7 +78,7 @@ class Outcome:
 
     @property
     def over_portable(self) -> float | None:
-        """The portable forward's time over Hopper's, the least over the cases; None of other passes."""
+        """The portable kernels' time over Hopper's, the least over the cases; None of other passes."""
         ratios = [time / self.milliseconds[case] for case, time in self.portable.items()]
         return min(ratios) if ratios else None
 
@@ -223,7 +223,7 @@ class Search:
         return sorted(self.ratios, key=self.ratios.__getitem__)[:count]
 
     def compare(self, field: Sequence[Tile], this: Round) -> dict[Tile, dict[str, list[float]]]:
-        """Time these and those in use in turns with the reference, Hopper's with the portable forward too; by
+        """Time these and those in use in turns with the reference, Hopper's with the portable kernels too; by
         tile and case all samples."""
         if self.reference is None:
             return {}
@@ -232,7 +232,7 @@ class Search:
             tile: {c: [] for c in self.bench.cases} for tile in tiles
         }
         self.bench.compile_ahead(tiles)
-        self.portable = {case: [] for case in self.bench.cases if self.key[0] == "hopper"}
+        self.portable = {case: [] for case in self.bench.cases if self.key[0] in HOPPER_PASSES}
         for turn in range(this.turns):
             self.tell(f"comparing {len(tiles)}, turn {turn + 1} of {this.turns}")
             for case, times in self.portable.items():

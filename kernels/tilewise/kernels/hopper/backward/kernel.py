@@ -28,7 +28,7 @@ def hopper_backward_kernel(
     do_desc,
     dk_desc,  # as k
     dv_desc,
-    dq_desc,  # [batch, q_heads, tiles · TILE_Q, head_dim] fp32 in pieces of [1, 1, PIECE, PIECE]
+    dq_desc,  # [batch, q_heads, tiles · TILE_Q, head_dim] fp32 in pieces of [1, 1, PIECE, DQ_COLUMNS]
     numbers,  # row_max, sum_log2 and delta, each [batch, q_heads, q_len] contiguous
     ranges,  # [batch, q_heads, tiles, 4] int32: prepare.py
     counters,  # [batch, q_heads, tiles] int32
@@ -47,7 +47,8 @@ def hopper_backward_kernel(
     OTHER_REGISTERS: gl.constexpr,
 ):
     COLUMNS: gl.constexpr = q_desc.block_type.shape[3]
-    gl.static_assert(TILE_Q * COLUMNS == 2 * PIECE * PIECE, "dQ of a step is two pieces")
+    DQ_COLUMNS: gl.constexpr = dq_desc.block_type.shape[3]
+    gl.static_assert(TILE_Q * COLUMNS == WARPGROUPS * PIECE * DQ_COLUMNS, "dQ of a step is two pieces")
     THREADS: gl.constexpr = WARPGROUPS * WARPGROUP_THREADS + 32
     Q_FREE: gl.constexpr = WARPGROUPS + 3
     TOGETHER: gl.constexpr = Q_FREE + STAGES
@@ -65,14 +66,16 @@ def hopper_backward_kernel(
         mbarrier.init(landed.index(signal), count=1)
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, TILE_Q], DTYPE)
     ds = gl.allocate_shared_memory(DTYPE, [STAGES * WARPGROUPS, KEYS, TILE_Q], DS_LAYOUT)
-    dq = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, 1, 1, PIECE, PIECE], dq_desc.layout)
+    dq = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, 1, 1, PIECE, DQ_COLUMNS], dq_desc.layout)
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     row_max = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, TILE_Q], NUMBERS)
     sum_log2 = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, TILE_Q], NUMBERS)
     delta = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, TILE_Q], NUMBERS)
     fence_async_shared()
     channels = Channels(q, do, k, v, landed, ds, dq, row_max, sum_log2, delta)
-    plan = Plan(INTERVALS, SCORES, DERIVATIVES, TILE_Q, COLUMNS, IS_ORDERED, TOGETHER, DQ_FREE, DQ_FULL)
+    plan = Plan(
+        INTERVALS, SCORES, DERIVATIVES, TILE_Q, COLUMNS, DQ_COLUMNS, IS_ORDERED, TOGETHER, DQ_FREE, DQ_FULL
+    )  # fmt: skip
     if IS_ORDERED:
         number = gl.atomic_add(tickets, 1)
     else:

@@ -72,6 +72,7 @@ def backward_launch(
     """The grid and the arguments with which `hopper_backward_kernel` answers `backward`."""
     call = backward.call
     shape, columns = call.shape, backward_columns(call.shape)
+    dq_columns = tile.tile_q * columns // (2 * WARPGROUP_ROWS)  # of a piece, of which a step has two
     tiles = backward.ranges.numel() // 4
     turns = torch.zeros(FIRST_COUNTER + tiles, dtype=torch.int32, device=sums.device)
     arguments = dict(
@@ -81,7 +82,7 @@ def backward_launch(
         do_desc=descriptor(copyable(backward.do), tile.tile_q, columns),
         dk_desc=descriptor(dk, WARPGROUP_ROWS, columns),
         dv_desc=descriptor(dv, WARPGROUP_ROWS, columns),
-        dq_desc=descriptor(sums.flatten(2, 3), WARPGROUP_ROWS, WARPGROUP_ROWS),
+        dq_desc=descriptor(sums.flatten(2, 3), WARPGROUP_ROWS, dq_columns),
         numbers=(backward.row_max, backward.sum_log2, backward.delta),
         ranges=backward.ranges,
         counters=turns[FIRST_COUNTER:],

@@ -10,7 +10,7 @@ from ..instructions import aggregate
 WARPGROUPS = gl.constexpr(2)
 KEYS = gl.constexpr(limits.WARPGROUP_ROWS)  # of a warpgroup: what one WGMMA multiplies
 TILE_KV = gl.constexpr(2 * limits.WARPGROUP_ROWS)
-PIECE = gl.constexpr(limits.WARPGROUP_ROWS)  # rows and columns of dQ that a warpgroup computes in a step
+PIECE = gl.constexpr(limits.WARPGROUP_ROWS)  # rows of dQ that a warpgroup computes in a step
 WARPGROUP_THREADS = gl.constexpr(limits.WARPGROUP_THREADS)
 NAMED_BARRIERS = gl.constexpr(limits.NAMED_BARRIERS)
 
@@ -24,6 +24,7 @@ class Plan:
     DERIVATIVES: gl.constexpr
     TILE_Q: gl.constexpr
     COLUMNS: gl.constexpr  # of a tile of q, k, v and dO
+    DQ_COLUMNS: gl.constexpr  # of a warpgroup's piece of dQ
     IS_ORDERED: gl.constexpr  # programs add to dQ one after another
     TOGETHER: gl.constexpr  # the named barrier of both warpgroups
     DQ_FREE: gl.constexpr  # the named barrier of the first warpgroup's piece of dQ; the second's follows
@@ -31,13 +32,24 @@ class Plan:
 
     @gluon.constexpr_function
     def __init__(
-        self, INTERVALS, SCORES, DERIVATIVES, TILE_Q, COLUMNS, IS_ORDERED, TOGETHER, DQ_FREE, DQ_FULL
+        self,
+        INTERVALS,
+        SCORES,
+        DERIVATIVES,
+        TILE_Q,
+        COLUMNS,
+        DQ_COLUMNS,
+        IS_ORDERED,
+        TOGETHER,
+        DQ_FREE,
+        DQ_FULL,
     ):
         self.INTERVALS = gl.constexpr(INTERVALS)
         self.SCORES = gl.constexpr(SCORES)
         self.DERIVATIVES = gl.constexpr(DERIVATIVES)
         self.TILE_Q = gl.constexpr(TILE_Q)
         self.COLUMNS = gl.constexpr(COLUMNS)
+        self.DQ_COLUMNS = gl.constexpr(DQ_COLUMNS)
         self.IS_ORDERED = gl.constexpr(IS_ORDERED)
         self.TOGETHER = gl.constexpr(TOGETHER)
         self.DQ_FREE = gl.constexpr(DQ_FREE)
@@ -54,7 +66,7 @@ class Channels:
     v: gl.shared_memory_descriptor  # [WARPGROUPS, 1, 1, KEYS, COLUMNS]
     landed: gl.shared_memory_descriptor  # [2, 1]: the mbarriers of K and of V
     ds: gl.shared_memory_descriptor  # [STAGES WARPGROUPS, KEYS, TILE_Q]: dSᵀ, at the places of q
-    dq: gl.shared_memory_descriptor  # [WARPGROUPS, 1, 1, PIECE, PIECE]
+    dq: gl.shared_memory_descriptor  # [WARPGROUPS, 1, 1, PIECE, DQ_COLUMNS]
     row_max: gl.shared_memory_descriptor  # [WARPGROUPS, TILE_Q] of a step's rows, as the next two
     sum_log2: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor

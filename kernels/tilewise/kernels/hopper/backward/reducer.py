@@ -47,7 +47,7 @@ def reduce(plan, channels, keys, dq_desc, ranges, turns, sizes):
     group = sizes[1]
     TILE_Q: gl.constexpr = plan.TILE_Q
     THREADS: gl.constexpr = WARPGROUP_THREADS + 32
-    IS_SPLIT_BY_ROWS: gl.constexpr = plan.COLUMNS == PIECE
+    IS_SPLIT_BY_ROWS: gl.constexpr = TILE_Q > PIECE
     for warpgroup in gl.static_range(WARPGROUPS):
         arrive(plan.DQ_FREE + warpgroup, THREADS)
     for member in range(group):
@@ -73,7 +73,7 @@ def reduce(plan, channels, keys, dq_desc, ranges, turns, sizes):
                     if IS_SPLIT_BY_ROWS:
                         row += warpgroup * PIECE
                     else:
-                        column = warpgroup * PIECE
+                        column = warpgroup * plan.DQ_COLUMNS
                     add_async(dq_desc, [keys.batch, head, row, column], channels.dq.index(warpgroup))
             tma.store_wait(0)  # the copy engine has read them
             for warpgroup in gl.static_range(WARPGROUPS):

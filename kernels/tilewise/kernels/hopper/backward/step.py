@@ -55,15 +55,16 @@ def load_numbers(numbers, first_row, q_start, q_len, TILE_Q: gl.constexpr):
 
 @gluon.jit
 def product_of_dq(channels, place, which_k, plan, WARPGROUP: gl.constexpr):
-    """dQ = dS K over all keys of the program: of two pieces, this warpgroup's."""
-    dq = gl.full([PIECE, PIECE], 0.0, gl.float32, accumulator(PIECE))
+    """dQ = dS K over all keys of the program: of two pieces, this warpgroup's, rows or columns of it."""
+    WIDTH: gl.constexpr = plan.DQ_COLUMNS
+    dq = gl.full([PIECE, WIDTH], 0.0, gl.float32, accumulator(WIDTH))
     for half in gl.static_range(WARPGROUPS):
         ds = channels.ds.index(place.stage * WARPGROUPS + half)
         k = channels.k.index(which_k * WARPGROUPS + half).reshape([KEYS, plan.COLUMNS])
-        if plan.COLUMNS == PIECE:
+        if plan.TILE_Q > PIECE:
             ds = ds.slice(WARPGROUP * PIECE, PIECE, 1)
         else:
-            k = k.slice(WARPGROUP * PIECE, PIECE, 1)
+            k = k.slice(WARPGROUP * WIDTH, WIDTH, 1)
         dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=half > 0, is_async=True)
     return dq
 
@@ -151,7 +152,7 @@ def take_step(
 
     dv, dq = warpgroup_mma_wait(1, deps=[dv_later, dq_later])
     sync(plan.DQ_FREE + WARPGROUP, DQ_THREADS)
-    channels.dq.index(WARPGROUP).reshape([PIECE, PIECE]).store(dq)
+    channels.dq.index(WARPGROUP).reshape([PIECE, plan.DQ_COLUMNS]).store(dq)
     fence_async_shared()
     arrive(plan.DQ_FULL + WARPGROUP, DQ_THREADS)
     # It landed long ago. But the wait is a loop, a boundary that ptxas moves nothing across: without it, the
