@@ -5,6 +5,8 @@ the table do not spill, stay within the chip's shared memory and the estimate th
 multiply on tensor cores.
 """
 
+import itertools
+
 import pytest
 import torch
 import triton
@@ -115,9 +117,12 @@ def pieces(tmp_path_factory) -> ByTarget:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_rows_in_pieces_and_wide_ones_do_not_spill_and_fit(pieces, target):
-    assert len(pieces[target]) == 3 * len(PIECES) - 2
+    assert len(pieces[target]) == 3 * len(PIECES) - 2 + 1  # of wide rows dK and dV apart
+    # Before Triton 3.9 a few registers of wide rows lie in memory, but not in the loop over full tiles.
+    known = 0 if Version(triton.__version__) >= Version("3.9") else 24
     for (variant, _), each in pieces[target].items():
-        assert each.spill_bytes == 0, each
+        assert each.spill_bytes <= (known if variant.startswith("bf16 576") else 0), each
+        assert all(loop.spills == 0 for loop in each.loops if loop.name == "full"), each
         assert each.shared_bytes <= SHARED_BYTES[target], each
         assert bool(each.matmuls) == (variant.startswith("bf16") or target.startswith("gfx")), each
 
@@ -131,11 +136,21 @@ def test_the_backward_of_wide_fp32_rows_does_not_spill_and_fits(tmp_path_factory
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_rows_in_pieces_are_multiplied_as_they_are(pieces, target):
-    """80 columns are not 128: each product of the forward is made once, and of no other columns."""
-    for dim in (80, 192):
-        compiled = pieces[target][f"bf16 {dim}x{dim} causal", "forward_kernel"]
+    """80 columns are not 128: each product is made once, and of no other columns. docs/kernel.md has what
+    that comes to in clocks."""
+    for dim, (kernel, count) in itertools.product((80, 192), {"forward": 2, "dkv": 4, "dq": 3}.items()):
+        compiled = pieces[target][f"bf16 {dim}x{dim} causal", f"{kernel}_kernel"]
         pairs = compiled.tile["TILE_Q"] * compiled.tile["TILE_KV"]
-        assert [loop.matmul_flops for loop in compiled.loops] == [4 * pairs * dim] * 2
+        assert [loop.matmul_flops for loop in compiled.loops] == [2 * count * pairs * dim] * 2, compiled
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("sm")])
+def test_wide_rows_are_multiplied_once(pieces, target):
+    """No two warps compute the same numbers."""
+    kernels = [each for (variant, _), each in pieces[target].items() if variant.startswith("bf16 576")]
+    assert {each.kernel for each in kernels} == {f"{name}_kernel" for name in ("forward", "dq", "dk", "dv")}
+    for each in kernels:
+        assert [loop.matmul_flops / loop.tile_flops for loop in each.loops] == [1, 1], each
 
 
 KERNELS = {"forward": "forward_kernel", "dkv": "dkv_kernel", "dq": "dq_kernel", "dqkv": "dqkv_kernel"}

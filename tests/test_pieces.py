@@ -12,7 +12,10 @@ import tilewise
 from harness.features import build, judge
 from harness.problem import DTYPES
 from tilewise import Causal
+from tilewise.kernels import backward
 from tilewise.kernels.append import tile_rows
+from tilewise.kernels.backward import sums_of
+from tilewise.kernels.room import fits
 from tilewise.kernels.tile import Tile
 from tilewise.nn import Rotary
 from tilewise.parts.pieces import (
@@ -25,6 +28,7 @@ from tilewise.parts.pieces import (
     zero_pieces,
 )
 from tilewise.plan.rules.tensors import MAX_HEAD_DIM, MAX_VALUE_DIM
+from tilewise.plan.tiles import square_tile, table_tile
 
 
 def test_pieces_are_powers_of_two_and_waste_the_least():
@@ -95,10 +99,52 @@ def test_forward_and_gradients(device, dims):
     )
 
 
+def test_which_dk_and_dv_are_summed_apart():
+    """Those of 16 bits that have more columns together than a program sums."""
+    together = [(256, 256, 2), (384, 128, 2), (80, 80, 2), (576, 512, 4)]
+    apart = [(257, 240, 2), (16, 512, 2), (512, 512, 2), (576, 512, 2)]
+    assert {sums_of(*given) for given in together} == {("dkv",)}
+    assert {sums_of(*given) for given in apart} == {("dk", "dv")}
+
+
+def test_dk_and_dv_apart_with_what_is_learned(device, monkeypatch):
+    """For several tiles of rows and of keys, and a parameter whose tiles of rows are others."""
+    launched = []
+
+    def recorded(kernel, *args, launch=backward.launch, **arguments):
+        launched.append(arguments.get("SUMS"))
+        launch(kernel, *args, **arguments)
+
+    monkeypatch.setattr(backward, "launch", recorded)
+    features = ["dropout", "causal", "bias", "float16"]
+    sizes = SIZES | dict(q_len=40, head_dim=272, value_dim=250)
+    p = build(device, random.Random(3), features, **sizes)
+    p.tile = Tile(32, 16)
+    assert len(judge(p, backward=True)) == 4  # of q, k, v and the bias
+    assert [sums for sums in launched if sums is not None] == ["dk", "dv"]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_tiles_of_parameters_of_wide_rows_fit(arch):
+    for dim in (64, 256, 320, 576):
+        tile = square_tile(table_tile(arch, 2, dim, "dkv"), dim)
+        assert tile.tile_q == tile.tile_kv and fits(tile, arch, 2, dim, "dq")
+
+
+def test_explain_counts_dk_and_dv_apart():
+    """Q Kᵀ once more, and no other product."""
+    q, k, v = (torch.empty(1, 2, 64, dim, dtype=torch.bfloat16, device="meta") for dim in (576, 576, 512))
+    found = {kernel.name: kernel for kernel in tilewise.explain(q, k, v, gpu="H200", work="training").kernels}
+    assert [*found] == ["forward", "prepare", "dq", "dk", "dv"]
+    pairs = 2 * 2 * 64 * 64
+    assert [found[name].flops for name in ("dk", "dv")] == [pairs * (2 * 576 + 512), pairs * (576 + 512)]
+    assert found["dk"].tile == found["dv"].tile == table_tile("sm_90", 2, 576, "dkv")
+
+
 @pytest.mark.parametrize("dims", [(80, 80), (576, 512)], ids=str)
 def test_nan_where_nobody_looks(device, dims):
     """In keys and values that no row sees and in rows that see no key, in every piece of them."""
-    p = build(device, random.Random(3), ["float32"], **SIZES, head_dim=dims[0], value_dim=dims[1])
+    p = build(device, random.Random(3), ["float16"], **SIZES, head_dim=dims[0], value_dim=dims[1])
     q, k, v = (x.requires_grad_() for x in p.tensors())
     keep = torch.ones(17, 20, dtype=torch.bool, device=device)
     keep[:, 3] = keep[:, 18] = keep[5] = False

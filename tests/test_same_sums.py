@@ -34,7 +34,8 @@ def tf32_kernels(tmp_path_factory) -> dict[str, list[Compiled]]:
     return shipped("tf32_variants", tmp_path_factory)
 
 
-OWN_KEYS = ("dkv_kernel", "dqkv_kernel")
+OWN_KEYS = ("dkv_kernel", "dk_kernel", "dv_kernel", "dqkv_kernel")
+ONE_SUM = ("forward_kernel", "dv_kernel")  # S alone
 
 
 def instruction(kernel: Compiled) -> str:
@@ -58,7 +59,7 @@ def test_every_kernel_sums_in_as_many_steps(kernels, target):
     found = [each for each in kernels[target] if "tf32" not in each.variant]
     assert {each.kernel for each in found} == {"forward_kernel", "dq_kernel", *OWN_KEYS}
     for each in found:
-        columns = ["HEAD_TILE"] if each.kernel == "forward_kernel" else ["HEAD_TILE", "VALUE_TILE"]
+        columns = ["HEAD_TILE"] if each.kernel in ONE_SUM else ["HEAD_TILE", "VALUE_TILE"]
         counts = {steps(each, each.tile[name]) for name in columns}
         wanted = {f"{count} {instruction(each)}" for count in counts}
         if each.kernel == "dqkv_kernel":  # whose share of dQ is a sum from zero too, along the keys

@@ -6,14 +6,17 @@ from .mutation import Mutation, tests
 
 ADDRESSING = "kernels/tilewise/parts/addressing.py"
 APPEND = "kernels/tilewise/kernels/append.py"
+BACKWARD = "kernels/tilewise/kernels/backward.py"
 CALL = "kernels/tilewise/kernels/call.py"
 HOPPER_RULES = "kernels/tilewise/plan/rules/hopper.py"
+PASSES = "kernels/tilewise/plan/passes.py"
 PIECES = "kernels/tilewise/parts/pieces.py"
 PREPARE = "kernels/tilewise/kernels/prepare.py"
 ROOM = "kernels/tilewise/kernels/room.py"
 SIMILARITY = "kernels/tilewise/parts/similarity.py"
 TENSORS = "kernels/tilewise/plan/rules/tensors.py"
 TILES = "kernels/tilewise/plan/tiles.py"
+WALK = "kernels/tilewise/kernels/walk.py"
 
 # fmt: off
 MUTATIONS = (
@@ -61,6 +64,25 @@ MUTATIONS = (
     Mutation("pieces: values cut as keys are", CALL,
              "VALUE_TILE=pieces_of(shape.value_dim)", "VALUE_TILE=pieces_of(shape.head_dim)",
              tests("pieces", "forward_and_gradients[(40, 160)]")),
+    Mutation("apart: dK and dV that fit beside each other", BACKWARD,
+             "element_bytes == 2 and columns > TOGETHER", "element_bytes == 2 and columns >= TOGETHER",
+             tests("pieces", "which_dk_and_dv_are_summed_apart")),
+    Mutation("apart: fp32, too", BACKWARD,
+             "element_bytes == 2 and columns > TOGETHER", "columns > TOGETHER",
+             tests("pieces", "which_dk_and_dv_are_summed_apart")),
+    Mutation("apart: delta is left out of dK", BACKWARD,
+             "dsT = pT * (drop(dpT, keep, dropout) - delta)",
+             "dsT = pT * (drop(dpT, keep, dropout) - delta * (SUMS == 'dkv'))",
+             tests("pieces", "dk_and_dv_apart_with_what_is_learned")),
+    Mutation("apart: the keys once more are the first tile's", WALK,
+             "return (tile + tl.minimum(kv_len, 0)) * TILE +", "return tl.minimum(kv_len, 0) * TILE +",
+             tests("pieces", "dk_and_dv_apart_with_what_is_learned")),
+    Mutation("apart: a parameter with ranges of other tiles", PASSES,
+             "if square.tile_q != tile.tile_q and any(", "if in_hopper and any(",
+             tests("pieces", "dk_and_dv_apart_with_what_is_learned")),
+    Mutation("apart: as many rows for a parameter's tile", TILES,
+             "side = NARROWEST if dim > WIDE", "side = tile.tile_q if dim > WIDE",
+             tests("pieces", "tiles_of_parameters_of_wide_rows_fit")),
     Mutation("wide: one limit for both", TENSORS,
              'r.v.shape[3], MAX_VALUE_DIM)', 'r.v.shape[3], MAX_HEAD_DIM)',
              tests("pieces", "what_is_wider_is_refused_by_name[value_dim-dims1-512]")),

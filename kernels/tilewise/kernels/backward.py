@@ -20,6 +20,9 @@ program in one order: the same inputs give the same bits.
       ▼              · ▒ · · ·            ▼                ▒ ▒ ▒ █ ·
                    dkv_kernel, causal                    dq_kernel, causal
 
+Of wide rows dK and dV together would fill a program's registers. There some programs sum dK and others dV:
+S is computed once more, of much larger tiles.
+
 dkv_kernel works on the transposes Sᵀ, Pᵀ and dSᵀ [TILE_KV, TILE_Q], so that Pᵀ and dSᵀ are left operands of
 its products, which tensor cores take from registers.
 
@@ -39,7 +42,9 @@ from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, kv_range, q_range
 from ..parts.numerics import round_to
 from ..parts.pieces import (
+    are_wide,
     load_pieces,
+    padded_columns,
     product,
     products,
     rounded,
@@ -57,7 +62,17 @@ from .prepare import BackwardCall
 from .shares import add_share, finite
 from .tile import Tile
 from .turns import NOBODYS, pass_last_turn
-from .walk import load_keys, own_keys, own_rows, row_steps, row_tile, step_keys, steps_of, walked
+from .walk import (
+    load_keys,
+    once_more,
+    own_keys,
+    own_rows,
+    row_steps,
+    row_tile,
+    step_keys,
+    steps_of,
+    walked,
+)
 
 
 @triton.jit
@@ -83,8 +98,11 @@ def sum_over_rows(
     HAS_GAPS: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
+    SUMS: tl.constexpr,  # "dkv", or of a program that leaves out the other "dk" or "dv"
 ):
     """dK and dV of a tile of keys; with `shares`, also what it adds to dQ."""
+    HAS_DK: tl.constexpr = SUMS != "dv"
+    HAS_DV: tl.constexpr = SUMS != "dk"
     IN_TURNS: tl.constexpr = shares is not None
     FULL: tl.constexpr = 1 if IN_TURNS else 0  # the run over full tiles, of two
     HALVES: tl.constexpr = 2 if IN_TURNS else 1  # of a walk over the rows of a head: walk.py
@@ -101,9 +119,11 @@ def sum_over_rows(
     kv_row = tl.minimum(kv_idx, kv_len - 1)
     k_head, v_head = head_of(keys, kv_place, kv_head), head_of(values, kv_place, kv_head)
     k = load_pieces(k_head, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
-    v = load_pieces(v_head, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
-    dk = zero_pieces(TILE_KV, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
-    dv = zero_pieces(TILE_KV, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
+    if HAS_DK:
+        v = load_pieces(v_head, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
+        dk = zero_pieces(TILE_KV, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
+    if HAS_DV:
+        dv = zero_pieces(TILE_KV, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
     if IN_TURNS:
         finite_k = finite(OPERAND(k))
         before = kv_start * 0 + NOBODYS
@@ -150,22 +170,24 @@ def sum_over_rows(
                     if HAS_GAPS:  # nor a row whose interval has keys here, none of which it sees
                         sees = tl.max(kept.to(tl.int32), 0) != 0
                         q, do = where_rows(sees, q), where_rows(sees, do)
-                # dV = dV + Pᵀ dO
-                dv = products(round_to(drop(pT, keep, dropout), do[0].dtype), do, dv, PRECISION)
-                # dPᵀ = V dOᵀ
-                dpT = product(v, do, PRECISION)
-                # Loaded only here, delta takes no registers before: 244, not 255 and spills (sm_90, 128).
-                delta = load_rows(delta_ptr + rows_ptr, q_idx, q_mask)[None, :]
-                # dSᵀ = Pᵀ · (dPᵀ - delta), and back to the dot products
-                dsT = pT * (drop(dpT, keep, dropout) - delta)
-                dsT = pull_back(
-                    dsT, inputs, batch, head, row[None, :], kv_row[:, None], DERIVATIVES, score_args, 0
-                )
-                if RUN != FULL:
-                    dsT = tl.where(kept, dsT, 0.0)
-                dsT = round_to(dsT, q[0].dtype)
-                # dK = dK + dSᵀ Q
-                dk = products(dsT, OPERAND(q), dk, PRECISION)
+                if HAS_DV:
+                    # dV = dV + Pᵀ dO
+                    dv = products(round_to(drop(pT, keep, dropout), do[0].dtype), do, dv, PRECISION)
+                if HAS_DK:
+                    # dPᵀ = V dOᵀ
+                    dpT = product(v, do, PRECISION)
+                    # Loaded only here, delta takes no registers before: 244, not 255 and spills (sm_90, 128).
+                    delta = load_rows(delta_ptr + rows_ptr, q_idx, q_mask)[None, :]
+                    # dSᵀ = Pᵀ · (dPᵀ - delta), and back to the dot products
+                    dsT = pT * (drop(dpT, keep, dropout) - delta)
+                    dsT = pull_back(
+                        dsT, inputs, batch, head, row[None, :], kv_row[:, None], DERIVATIVES, score_args, 0
+                    )
+                    if RUN != FULL:
+                        dsT = tl.where(kept, dsT, 0.0)
+                    dsT = round_to(dsT, q[0].dtype)
+                    # dK = dK + dSᵀ Q
+                    dk = products(dsT, OPERAND(q), dk, PRECISION)
                 if IN_TURNS:
                     tile = head_tiles + q_tile
                     before = add_share(
@@ -176,15 +198,23 @@ def sum_over_rows(
     if IN_TURNS:
         pass_last_turn(shares[1], before)
 
-    if unit is not None:
-        dk = scaled(dk, unit)
-    dk = PROJECT(dk, k)
-    if IN_TURNS:  # the same keys, for which no registers are held while the program walks
+    if HAS_DK:
+        if unit is not None:
+            dk = scaled(dk, unit)
+        dk = PROJECT(dk, k)
+    if IN_TURNS:  # the same keys, as `once_more` has them
         kv_idx = kv_start + tl.minimum(before, 0) + tl.arange(0, TILE_KV)
+    elif SUMS != "dkv":
+        kv_idx = once_more(kv_start // TILE_KV, kv_len, TILE_KV)
     dk_head, dv_head = head_of(dkeys, kv_place, kv_head), head_of(dvalues, kv_place, kv_head)
-    dk, dv = rounded(dk, dkeys[0].dtype.element_ty), rounded(dv, dvalues[0].dtype.element_ty)
-    store_pieces(dk_head, dk, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)
-    store_pieces(dv_head, dv, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)
+    if HAS_DK:
+        dk = rounded(dk, dkeys[0].dtype.element_ty)
+    if HAS_DV:
+        dv = rounded(dv, dvalues[0].dtype.element_ty)
+    if HAS_DK:
+        store_pieces(dk_head, dk, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)
+    if HAS_DV:
+        store_pieces(dv_head, dv, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)
 
 
 @triton.jit
@@ -208,11 +238,12 @@ def dkv_kernel(
     HAS_GAPS: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     sum_over_rows(
         tl.program_id(0), call, INTERVALS, KEEPS, SCORES, HEAD_DIM, VALUE_DIM, HEAD_TILE, VALUE_TILE,
         PRECISION, rows, ranges_ptr, dkeys, dvalues, None, DERIVATIVES, OPERAND, PROJECT, HAS_GAPS, TILE_Q,
-        TILE_KV,
+        TILE_KV, SUMS,
     )  # fmt: skip
 
 
@@ -240,7 +271,7 @@ def dq_kernel(
     queries, keys, values = tensors_of(pointers, strides)
     dout, max_ptr, sum_ptr, delta_ptr = rows
     q_heads, group, q_rows, _kv_rows = sizes
-    batch, head, q_idx, row, where, _tile, _q_tile = own_rows(sizes, layout, TILE_Q)
+    batch, head, q_idx, row, where, _tile, q_tile = own_rows(sizes, layout, TILE_Q)
     q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
     span = kv_range(lo, hi, whole, kv_len, TILE_KV)
@@ -290,6 +321,8 @@ def dq_kernel(
     if unit is not None:
         dq = scaled(dq, unit)
     dq = PROJECT(dq, q)
+    if are_wide(HEAD_TILE):
+        q_idx = once_more(q_tile, kv_len, TILE_Q)
     dq = rounded(dq, dqueries[0].dtype.element_ty)
     store_pieces(head_of(dqueries, q_place, head), dq, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)
 
@@ -308,6 +341,16 @@ def backward_arguments(backward: BackwardCall, tile: Tile) -> dict[str, Any]:
     )
 
 
+TOGETHER = 512  # columns of dK and dV that one program sums, of 16-bit rows
+
+
+def sums_of(head_dim: int, value_dim: int, element_bytes: int) -> tuple[str, ...]:
+    """What programs of dK and dV's pass sum: both, or each one of them, for which it is launched twice. fp32
+    is multiplied by what also computes all else: there S once more costs more than it gains."""
+    columns = padded_columns(head_dim) + padded_columns(value_dim)
+    return ("dk", "dv") if element_bytes == 2 and columns > TOGETHER else ("dkv",)
+
+
 def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile: Tile) -> None:
     """Fill dk [batch, kv_heads, kv_len, head_dim] and dv [batch, kv_heads, kv_len, value_dim].
     tile.tile_q is that of `prepare`."""
@@ -321,8 +364,8 @@ def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile:
         HAS_GAPS=backward.call.has_gaps,
     )
     grid = programs(shape, shape.kv_len, tile.tile_kv, shape.kv_heads)
-    if grid:
-        launch(dkv_kernel, (grid,), dk, **arguments)
+    for sums in sums_of(shape.head_dim, shape.value_dim, dk.element_size()) if grid else ():
+        launch(dkv_kernel, (grid,), dk, **arguments, SUMS=sums)
 
 
 def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:

@@ -25,6 +25,7 @@ from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, kv_range
 from ..parts.numerics import INTERPRETED, round_to, widen
 from ..parts.pieces import (
+    are_wide,
     load_pieces,
     product,
     products,
@@ -42,7 +43,7 @@ from .call import Call, Split, programs, shared_arguments
 from .copies import copies_of
 from .launch import launch
 from .tile import Tile
-from .walk import in_pieces, keys_of_split, load_keys, own_group, step_keys, steps_of, walked
+from .walk import in_pieces, keys_of_split, load_keys, once_more, own_group, step_keys, steps_of, walked
 
 
 @triton.jit
@@ -75,7 +76,9 @@ def forward_kernel(
     pointers, strides, sizes, layout, unit, dropout, mask_args, score_args = call
     queries, keys, values = tensors_of(pointers, strides)
     q_heads, group, q_rows, _kv_rows = sizes
-    batch, head, head_column, kv_head, q_idx, row, where, tile = own_group(sizes, layout, TILE_Q, IS_GROUPED)
+    batch, head, head_column, kv_head, q_idx, row, where, tile, q_tile = own_group(
+        sizes, layout, TILE_Q, IS_GROUPED
+    )
     q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
     lo, hi, whole = keys_of_split(lo, hi, whole, kv_len, split, TILE_KV)
@@ -131,6 +134,8 @@ def forward_kernel(
     factor, lse, sum_log2 = softmax_end(natural_max, row_sum)
     o = scaled(o, factor[:, None])
 
+    if are_wide(VALUE_TILE) and not IS_GROUPED:
+        q_idx = once_more(q_tile, kv_len, TILE_Q)
     valid = q_idx < q_len
     rows = rows_of(q_place, head, q_heads, q_rows) + q_idx
     out_ptr, out_strides = out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..parts.pieces import WIDE
 from .hopper.limits import hopper_pieces
 from .tile import HopperBackwardTile, HopperTile, Pass, Tile
 
@@ -56,7 +57,8 @@ def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass
     between = 0 if from_shared else tile.tile_q * tile.tile_kv
     in_flight = tile.num_stages if from_shared else max(1, tile.num_stages - 1)
     buffers = 1 if tile.num_stages == 1 and work == "forward" else 2 * in_flight
-    if element_bytes == 2 and family(arch) == "sm_100" and work != "forward":
+    is_apart = work == "dkv" and dim > WIDE  # dK and dV, which takes no copy
+    if element_bytes == 2 and family(arch) == "sm_100" and work != "forward" and not is_apart:
         buffers += 1  # a transposed copy; and P and dS of the dK and dV pass are operands in shared memory
         if from_shared:
             between = 2 * tile.tile_q * tile.tile_kv if owns_keys else 0
@@ -98,7 +100,7 @@ def out_fits_q(head_dim: int, value_dim: int) -> bool:
 
 def accumulator_registers(tile: Tile, arch: str, dim: int, work: Pass = "forward") -> int:
     """Registers a thread that hold what is summed (O; dQ; dK and dV; all three), the scores and what becomes
-    of them."""
+    of them. dK and dV count both where programs sum one of them, too."""
     if isinstance(tile, HopperTile):  # as the forward's, and Q where it is kept there
         q = tile.tile_q * dim // 2 if tile.is_q_in_registers else 0
         return (tile.tile_q * (dim + tile.tile_kv + tile.tile_kv // 2) + q) // (32 * tile.num_warps)

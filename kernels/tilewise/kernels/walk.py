@@ -38,8 +38,7 @@ def own_rows(sizes, layout, TILE_Q: tl.constexpr):
 def own_group(sizes, layout, TILE_Q: tl.constexpr, IS_GROUPED: tl.constexpr):
     """The same for the forward, where a tile may hold the rows of all query heads of a group, so that few
     rows share the keys they read: then head is [TILE_Q], and row r of the tiles of a sequence is query
-    r div group of the group's head r mod group. Also the head of keys, and head as it goes with a tile. Of
-    the tile its number alone."""
+    r div group of the group's head r mod group. Also the head of keys, and head as it goes with a tile."""
     if IS_GROUPED:
         q_heads, group, q_rows, _kv_rows = sizes
         tiles, kv_heads = tiles_of(q_rows * group, layout[0], TILE_Q), q_heads // group
@@ -51,10 +50,17 @@ def own_group(sizes, layout, TILE_Q: tl.constexpr, IS_GROUPED: tl.constexpr):
         member = q_tile * TILE_Q + tl.arange(0, TILE_Q)
         head, q_idx = kv_head * group + member % group, member // group
         row = valid_rows(q_idx, where[2], where[3], layout)
-        return batch, head, head[:, None], kv_head, q_idx, row, where, tile
+        return batch, head, head[:, None], kv_head, q_idx, row, where, tile, q_tile
     else:
-        batch, head, q_idx, row, where, tile, _q_tile = own_rows(sizes, layout, TILE_Q)
-        return batch, head, head, head // sizes[1], q_idx, row, where, tile
+        batch, head, q_idx, row, where, tile, q_tile = own_rows(sizes, layout, TILE_Q)
+        return batch, head, head, head // sizes[1], q_idx, row, where, tile, q_tile
+
+
+@triton.jit
+def once_more(tile, kv_len, TILE: tl.constexpr):
+    """The rows, or keys, of a tile, for its results: for these no registers are held while the program walks.
+    kv_len is never negative, but the compiler does not know, and takes them for others."""
+    return (tile + tl.minimum(kv_len, 0)) * TILE + tl.arange(0, TILE)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from .shape import next_power_of_two
 
 NARROWEST = 16  # columns that a matmul needs
 UNDIVIDED = 64  # columns that are one piece
+WIDE = 256  # from more columns on, sums leave a program few registers
 
 
 def pieces_of(dim: int) -> tuple[int, ...]:
@@ -38,6 +39,11 @@ def pieces_of(dim: int) -> tuple[int, ...]:
 def padded_columns(dim: int) -> int:
     """How many columns they have together."""
     return sum(pieces_of(dim))
+
+
+@triton.constexpr_function
+def are_wide(pieces):
+    return sum(pieces) > WIDE
 
 
 @triton.constexpr_function

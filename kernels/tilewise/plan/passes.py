@@ -21,7 +21,7 @@ from .bind import bind
 from .implementation import backward_implementation, implementation
 from .request import Request
 from .rules import hopper as hopper_rules
-from .tiles import choose_tile, choose_walks, square_tile
+from .tiles import choose_tile, choose_walks, square_tile, widest
 
 Tensor = torch.Tensor
 
@@ -126,13 +126,13 @@ def run_backward(
             launch_dkv(backward, grads[1], grads[2], tile)
     others = request.other_tensors
     slots = parameter_slots(request)
-    # The parameters' kernel is a portable one, with ranges for tiles of its own.
-    if in_hopper and any(needs[3 + slot] for slot, _, _ in slots):
-        tile = choose_tile(q, shape, "dkv")
-        backward = prepare(backward.call, out, statistics.contiguous(), do, dlse, tile.tile_q)
+    # The parameters' kernel is a portable one, and may have ranges for tiles of its own.
+    square = square_tile(choose_tile(q, shape, "dkv") if in_hopper else tile, widest(shape))
+    if square.tile_q != tile.tile_q and any(needs[3 + slot] for slot, _, _ in slots):
+        backward = prepare(backward.call, out, statistics.contiguous(), do, dlse, square.tile_q)
     for slot, modifier, parameter in slots:
         if needs[3 + slot]:
-            grad = parameter_gradient(backward, modifier, parameter, others[slot][1], square_tile(tile))
+            grad = parameter_gradient(backward, modifier, parameter, others[slot][1], square)
             grads[3 + slot] = grad
     for slot, (name, tensor) in enumerate(others):
         if name == "sink" and needs[3 + slot]:

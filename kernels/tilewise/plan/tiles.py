@@ -20,6 +20,7 @@ from ..kernels.tile import HOPPER_PASSES, PASSES, HopperTile, hopper_backward_ti
 from ..kernels.tile import Pass as Pass
 from ..kernels.tile import Tile as Tile
 from ..parts.numerics import INTERPRETED
+from ..parts.pieces import NARROWEST, WIDE
 from ..parts.shape import FAR, Shape, next_power_of_two
 from .tile_table import SHIPPED, Evidence, Key, Row, load
 from .user_tiles import UserTable, read_user_table
@@ -228,9 +229,11 @@ def device_row(device: torch.device, element_bytes: int, dim: int, work: Pass) -
     return table_tile(arch, element_bytes, dim, work), "shipped table"
 
 
-def square_tile(tile: Tile) -> Tile:
-    """The tile of the parameters' gradients: square, with the rows of the dK and dV pass."""
-    return replace(tile, tile_kv=tile.tile_q)
+def square_tile(tile: Tile, dim: int) -> Tile:
+    """The tile of the parameters' gradients: square, with the rows of the dK and dV pass, or, where rows are
+    wide, the smallest: programs own rows of both Q and dO there."""
+    side = NARROWEST if dim > WIDE else tile.tile_q
+    return replace(tile, tile_q=side, tile_kv=side)
 
 
 def gpu_tile(arch: str, element_bytes: int, shape: Shape, work: Pass = "forward") -> Tile:

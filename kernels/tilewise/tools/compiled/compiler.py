@@ -47,7 +47,7 @@ ONE_WALK = "dqkv_kernel"
 # Products of a tile step: how many of them are as long as head_dim, and how many as value_dim.
 PRODUCTS = {
     "forward_kernel": (1, 1), HOPPER: (1, 1), "dkv_kernel": (2, 2), "dq_kernel": (2, 1), ONE_WALK: (3, 2),
-    "parameter_kernel": (1, 1), HOPPER_BACKWARD: (3, 2),
+    "dk_kernel": (2, 1), "dv_kernel": (1, 1), "parameter_kernel": (1, 1), HOPPER_BACKWARD: (3, 2),
 }  # fmt: skip
 TILE_SIZES = ("TILE_Q", "TILE_KV", "HEAD_TILE", "VALUE_TILE")
 DESCRIBED = {"HEAD_TILE": "q_desc", "VALUE_TILE": "v_desc"}  # where Hopper's kernels have their columns
@@ -174,10 +174,12 @@ def read(
     """Read a compiled kernel's machine code; `assembly`: a folder to write it to; `messages`: ask what the
     assembler says."""
     kernel, metadata = launched.kernel, launched.kernel.metadata
+    # Of dkv_kernel there may be one that sums dK and one that sums dV: backward.py.
+    name = f"{launched.arguments['SUMS']}_kernel" if "SUMS" in launched.arguments else metadata.name
     amd = "amdgcn" in kernel.asm
     code = read_amdgcn(kernel.asm["amdgcn"]) if amd else read_cubin(kernel.asm["cubin"])
     if assembly is not None:
-        file = assembly_file(assembly, target, metadata.name, variant)
+        file = assembly_file(assembly, target, name, variant)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(code.text)
         if not amd:  # what the assembler was given, and the driver of descriptors
@@ -187,7 +189,7 @@ def read(
     opcodes = [instruction.opcode for instruction in code.instructions]
     return Compiled(
         variant=variant,
-        kernel=metadata.name,
+        kernel=name,
         target=target,
         dtype="" if inputs is None else str(inputs.dtype).removeprefix("torch."),
         tile=tile,
@@ -200,7 +202,7 @@ def read(
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,  # AMD's metadata have none
         instructions=dict(Counter(opcode.split(".")[0] for opcode in opcodes)),
         matmuls=dict(Counter(opcode for opcode in opcodes if kind_of(opcode) == "matmul")),
-        loops=loops_of(code, metadata.name, tile, metadata.num_warps, gpu_target(target).warp_size),
+        loops=loops_of(code, name, tile, metadata.num_warps, gpu_target(target).warp_size),
         sums={} if amd else sums(code.instructions),
         assembler=assembler_messages(kernel) if messages and not amd else None,
     )

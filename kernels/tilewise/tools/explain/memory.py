@@ -9,6 +9,7 @@ from .workload import (
     Allocation,
     Workload,
     all_keys_bytes,
+    parameters_tile,
     rows_bytes,
     statistics_bytes,
     sums_bytes,
@@ -42,7 +43,7 @@ def memory_of(work: Workload) -> tuple[Allocation, ...]:
             Allocation("dq", rows_bytes(work, shape.head_dim), "result"),
             Allocation("dk and dv", all_keys_bytes(work), "result"),
         ]
-        tile, _ = work.choose(work.element_bytes, "dkv")  # of the parameters' kernels
+        tile, _ = parameters_tile(work)
         for parameter in work.parameters:
             written, is_gradient = parameter.sums(tile.tile_q)
             if not is_gradient:

@@ -201,6 +201,8 @@ WALKS = {  # by a kernel of the backward
     "finds that faster here than two walks, or tiles.use_walks(1) asks for it. No GPU has timed either.",
     "dkv": "The backward is in two walks, seven products a tile: one walk has five, but by the static model "
     "it is clearly faster only for some calls at head_dim 64, above all with deterministic=False.",
+    "dv": "Of rows this wide dk and dv are summed by programs of their own, which leaves room for larger "
+    "tiles: Q Kᵀ is computed for each.",
 }
 
 

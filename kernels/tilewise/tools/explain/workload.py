@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...kernels.backward import sums_of
 from ...kernels.call import Split, power_of_two_tile, programs, tile_count
 from ...kernels.combine import TILE_ROWS as COMBINED_ROWS
 from ...kernels.forward import rows_programs as programs_over_rows
@@ -19,7 +20,7 @@ from ...kernels.tile import Pass, Tile
 from ...parts.pieces import padded_columns
 from ...parts.shape import Shape, ceil_div
 from ...plan.passes import split_keys
-from ...plan.tiles import square_tile
+from ...plan.tiles import square_tile, widest
 from ..chips import Chip
 from .coverage import (
     Coverage,
@@ -137,7 +138,7 @@ def kernels_of(work: Workload) -> tuple[Kernel, ...]:
         if work.is_hopper_backward:
             kernels += [hopper_backward(work), finish_dq(work)]
         else:
-            kernels += [dqkv(work), finish_dq(work)] if work.walks == 1 else [dq(work), dkv(work)]
+            kernels += [dqkv(work), finish_dq(work)] if work.walks == 1 else [dq(work), *dkv(work)]
         kernels += [gradient(work, parameter) for parameter in work.parameters]
     return tuple(kernels)
 
@@ -343,15 +344,23 @@ def dq(work: Workload) -> Kernel:
     )  # fmt: skip
 
 
-def dkv(work: Workload) -> Kernel:
-    """Sᵀ = scores(K Qᵀ), dV = Pᵀ dO, dPᵀ = V dOᵀ, dK = dSᵀ Q."""
+def dkv(work: Workload) -> list[Kernel]:
+    """Sᵀ = scores(K Qᵀ), dV = Pᵀ dO, dPᵀ = V dOᵀ, dK = dSᵀ Q; or S and dK and then, once more, S and dV."""
     tile, tile_from = work.choose(work.element_bytes, "dkv")
     tiles = work.parts.covered(walk_over_rows, tile.tile_q, tile.tile_kv)
-    moved = backward_reads(work, tiles, tile) + all_keys_bytes(work)
-    return walk(
-        work, "dkv", (tile, tile_from), keys_programs(work, tile.tile_kv), tiles, (2, 2),
-        1 + work.of_scores + work.of_derivatives, moved,
-    )  # fmt: skip
+    reads, shape = backward_reads(work, tiles, tile), work.shape
+    dk, dv = (key_count(shape) * dim * work.element_bytes for dim in (shape.head_dim, shape.value_dim))
+    kinds = {"dkv": ((2, 2), True, dk + dv), "dk": ((2, 1), True, dk), "dv": ((1, 1), False, dv)}
+    found = []
+    for name in sums_of(shape.head_dim, shape.value_dim, work.element_bytes):
+        products, derives, written = kinds[name]
+        found.append(
+            walk(
+                work, name, (tile, tile_from), keys_programs(work, tile.tile_kv), tiles, products,
+                1 + work.of_scores + work.of_derivatives * derives, reads + written,
+            )
+        )  # fmt: skip
+    return found
 
 
 def dqkv(work: Workload) -> Kernel:
@@ -395,10 +404,15 @@ def finish_dq(work: Workload) -> Kernel:
     )  # fmt: skip
 
 
+def parameters_tile(work: Workload) -> tuple[Tile, str]:
+    """That of the parameters' gradients, and where it comes from."""
+    chosen, tile_from = work.choose(work.element_bytes, "dqkv" if work.over_rows == "dqkv" else "dkv")
+    return square_tile(chosen, widest(work.shape)), tile_from
+
+
 def gradient(work: Workload, parameter: TrainedParameter) -> Kernel:
     """S = scores(Q Kᵀ) and dP = dO Vᵀ once more, and the sum of dS over the pairs that read an element."""
-    chosen, tile_from = work.choose(work.element_bytes, work.over_rows)
-    tile = square_tile(chosen)
+    tile, tile_from = parameters_tile(work)
     tiles = work.parts.covered(walk_of_a_parameter, tile.tile_q)
     started = parameter.programs(tile.tile_q)
     moved = backward_reads(work, tiles, tile) + parameter.sums(tile.tile_q)[0]

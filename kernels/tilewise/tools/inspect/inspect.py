@@ -88,7 +88,12 @@ def inspect_kernels(
     arguments = check_arguments(archs, dtypes, dims, masks, kernels, cases)
     done = compile_variants(SOURCE, archs, arguments, assembly=assembly, messages=True, on_variant=on_variant)
     found = [inspect_one(compiled) for target in archs for compiled in done[target]]
-    return sorted(found, key=lambda each: (archs.index(each.target), ALL_KERNELS.index(each.kernel)))
+    return sorted(found, key=lambda each: (archs.index(each.target), place_of(each.kernel)))
+
+
+def place_of(kernel: str) -> int:
+    """Where a kernel stands in the tables; dK and dV that are summed apart stand where they do together."""
+    return ALL_KERNELS.index("dkv" if kernel in ("dk", "dv") else kernel)
 
 
 def applicable(
