@@ -221,7 +221,7 @@ def work(e: Findings) -> Section:
     ]
     meaning = (
         f"{quantity(e.flops, 'FLOP')} as papers count them. FLOPs: of the pairs that count. executed: on "
-        "whole tiles, with dimensions rounded up to a power of two. bytes: the least traffic with memory."
+        "whole tiles, with dimensions rounded up to their columns. bytes: the least traffic with memory."
     )
     names = {kernel.name for kernel in e.kernels}
     said = [words for name, words in WALKS.items() if name in names]
