@@ -26,6 +26,8 @@ SHAPES = (
     ("bfloat16", 256, ""),
     ("float32", 64, "causal"),
     ("float32", 128, ""),
+    ("bfloat16", 192, "causal"),  # rows in two pieces
+    ("bfloat16", 512, "causal"),  # wide ones, dK and dV apart
 )
 
 TOGETHER = (

@@ -28,12 +28,8 @@ Key = tuple[Pass, str, int, int]
 SHIPPED = Path(__file__).with_name("tile_table.json")
 FORMAT = 1
 ELEMENT_BYTES, DIMS = (2, 4), (64, 128, 256)
-OTHER_DIMS = (
-    96,
-    160,
-    192,
-    576,
-)  # have a row where that of the next width does not do, or where there is none
+# These have a row where that of the next width does not do, or where there is none.
+OTHER_DIMS = (96, 160, 192, 576)
 MOST_WARPS, MOST_STAGES = 32, 8
 
 
