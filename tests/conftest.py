@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 # Triton decides how `@triton.jit` runs when it is imported, which happens after this file.
-if not torch.cuda.is_available():
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton
@@ -95,7 +96,10 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    torch.manual_seed(0)
+    """As torch.manual_seed, which without a GPU takes milliseconds to note what to do should one be there."""
+    torch.default_generator.manual_seed(0)
+    if HAS_GPU:
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True)

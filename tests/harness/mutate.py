@@ -18,6 +18,7 @@ Exit status 1 unless every mutation was caught.
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import queue
@@ -31,6 +32,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 from .mutation import Mutation
 from .mutations import MUTATIONS
@@ -48,7 +50,8 @@ class Outcome:
 
 
 def copy_tree(root: Path, target: Path) -> Path:
-    """What the tests need of the project, without bytecode: it can outlive a change made within a second."""
+    """What the tests need of the project, and its bytecode, each file's for the very text that it has: by its
+    time, bytecode can outlive a change made within a second."""
     unwanted = shutil.ignore_patterns("__pycache__", ".*_cache")
     for name in COPIED:
         source = root / name
@@ -57,6 +60,9 @@ def copy_tree(root: Path, target: Path) -> Path:
         else:
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target / name)
+    for name in COPIED:
+        if (target / name).is_dir():
+            compileall.compile_dir(target / name, quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
     return target
 
 
