@@ -190,16 +190,16 @@ def troubles(path: str, source: str, files: dict[str, bytes]) -> Iterator[str]:
     """What would break, or reach another copy, once the file is where it goes."""
     tree = ast.parse(source)
     module = ".".join(["top", *Path(path).with_suffix("").parts]).removesuffix(".__init__")
-    package, late = package_of(module, path.endswith("__init__.py")), set(deferred(tree))
+    package = package_of(module, path.endswith("__init__.py"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and is_namespace(node):
             yield f"{path}:{node.lineno} still names {ast.unparse(node)}"
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) == f"torch.ops.{PACKAGE}":
-            yield f"{path}:{node.lineno} still uses torch.ops.{PACKAGE}"
-        elif isinstance(node, ast.Call) and ast.unparse(node).startswith(
-            f"torch.library.Library('{PACKAGE}'"
-        ):
-            yield f"{path}:{node.lineno} still makes a library of {PACKAGE}"
+        elif isinstance(node, ast.Attribute) and node.attr == PACKAGE:
+            if ast.unparse(node) == f"torch.ops.{PACKAGE}":
+                yield f"{path}:{node.lineno} still uses torch.ops.{PACKAGE}"
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "Library":
+            if ast.unparse(node).startswith(f"torch.library.Library('{PACKAGE}'"):
+                yield f"{path}:{node.lineno} still makes a library of {PACKAGE}"
         elif isinstance(node, ast.ImportFrom) and node.level:
             whole = resolve_name("." * node.level + (node.module or ""), package)
             missing = [a.name for a in node.names if node.module is None and not has(whole, a.name, files)]
@@ -209,7 +209,7 @@ def troubles(path: str, source: str, files: dict[str, bytes]) -> Iterator[str]:
             heads = {each.partition(".")[0] for each in imported(ast.Module([node], []), package)}
             if any(ours(head) for head in heads):
                 yield f"{path}:{node.lineno} {ast.unparse(node)!r} reaches another copy"
-            elif not heads <= BROUGHT and node not in late:
+            elif not heads <= BROUGHT and node not in set(deferred(tree)):
                 yield f"{path}:{node.lineno} {ast.unparse(node)!r} is not brought by PyTorch or Triton"
 
 
