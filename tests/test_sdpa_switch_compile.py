@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tilewise
+from harness.scripts import run_script
 from harness.switched import KERNELS, PYTORCH, fresh_switch, qkv, reasons, who
 
 __all__ = ["fresh_switch"]
@@ -237,3 +238,29 @@ def test_export(strict, device):
     assert is_kernels(program.graph_module) and set(who()) == {KERNELS}
     want = tilewise.scaled_dot_product_attention(*given, is_causal=True)
     assert torch.equal(program.module()(*given), want)
+
+
+FIRST_TOUCHED = """
+import sys
+import torch
+import tilewise
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+def function(q):
+    with tilewise.sdpa():
+        return attend(q, q, q, is_causal=True)
+
+q = torch.randn(1, 2, 5, 8)
+assert "tilewise.drop_in.switch" not in sys.modules
+out = torch.compile(function, backend="aot_eager", fullgraph=True)(q)
+assert torch.equal(out, tilewise.scaled_dot_product_attention(q, q, q, is_causal=True))
+assert (tilewise.sdpa.report().answered, tilewise.sdpa.report().passed_on) == (1, 0)
+"""
+
+
+@pytest.mark.oldest
+def test_the_switch_may_be_touched_first_while_it_is_traced(tmp_path):
+    """Importing tilewise does not import it: it imports Dynamo."""
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(FIRST_TOUCHED)
+    assert run_script(script, log) == 0, log.read_text()
