@@ -11,11 +11,12 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 # Triton decides how `@triton.jit` runs when it is imported, which happens after this file.
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton
+
+HAS_GPU = torch.cuda.is_available()
 
 # The same examples in every run. Shrinking takes minutes in the interpreter, so it is left to a person who
 # wants it: `pytest --hypothesis-profile=shrink`.
