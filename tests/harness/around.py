@@ -8,17 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from tilewise.plan import tiles
-
-
-@contextlib.contextmanager
-def precision(name: str) -> Iterator[None]:
-    """As PyTorch's setting of float32's products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+from tilewise.tools.compiled.variants import float32_precision
 
 
 @contextlib.contextmanager
@@ -33,7 +23,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 AROUND = {
-    "precision": lambda: precision("high"),
+    "precision": lambda: float32_precision("high"),
     "deterministic mode": lambda: deterministic(False),
     "a forced tile": lambda: tiles.use(tiles.Tile(16, 32)),
     "another": lambda: tiles.use(tiles.Tile(32, 16)),
