@@ -29,6 +29,7 @@ def build_app() -> "typer.Typer":
     from tilewise.tools.doctor.command import doctor
     from tilewise.tools.explain.command import explain
     from tilewise.tools.inspect.command import inspect
+    from tilewise.tools.show.command import OneOrTwo, show
     from tilewise.tools.tune.command import tune
 
     app = typer.Typer(
@@ -39,6 +40,7 @@ def build_app() -> "typer.Typer":
     )
     for command in (explain, inspect, tune, doctor):
         app.command()(command)
+    app.command(cls=OneOrTwo)(show)
     try:
         from tilewise.demo.command import demo
     except ModuleNotFoundError as missing:  # the tools need less than the demo does
