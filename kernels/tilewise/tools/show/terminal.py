@@ -19,23 +19,22 @@ class Mark(NamedTuple):
     """How one kind of tile or of pair looks."""
 
     character: str
-    ascii: str
     style: str
     meaning: str
 
 
 TILES = (
-    Mark("·", ".", "dim", "skipped: never visited"),
-    Mark("▒", "x", "yellow", "cut: the mask is asked pair by pair"),
-    Mark("█", "#", "blue", "full: every pair counts"),
+    Mark("·", "dim", "skipped: never visited"),
+    Mark("▒", "yellow", "cut: the mask is asked pair by pair"),
+    Mark("█", "blue", "full: every pair counts"),
 )
 PAIRS = (  # by 2 · state of the tile + whether the pair counts
-    Mark(" ", " ", "", "in a skipped tile"),
-    Mark("!", "!", "bold red", "counts, and its tile is skipped"),
-    Mark("·", ".", "dim", "does not count, in a cut tile"),
-    Mark("▓", "x", "yellow", "counts, in a cut tile"),
-    Mark("?", "?", "bold red", "does not count, and its tile is full"),
-    Mark("█", "#", "blue", "counts, in a full tile"),
+    Mark(" ", "", "in a skipped tile"),
+    Mark("!", "bold red", "counts, and its tile is skipped"),
+    Mark("·", "dim", "does not count, in a cut tile"),
+    Mark("▓", "yellow", "counts, in a cut tile"),
+    Mark("?", "bold red", "does not count, and its tile is full"),
+    Mark("█", "blue", "counts, in a full tile"),
 )
 
 
@@ -52,7 +51,7 @@ def print_shown(console: Console, shown: Shown) -> None:
     draw(console, cells, marks, rows)
     console.print()
     for mark in marks_in(cells, marks):
-        console.print(Text.assemble("  ", (look(console, mark) * 2, mark.style), f"  {mark.meaning}"))
+        console.print(Text.assemble("  ", (mark.character * 2, mark.style), f"  {mark.meaning}"))
     if said:
         console.print(Text(f"  {said}", style="dim"))
     console.print()
@@ -104,12 +103,8 @@ def draw(console: Console, cells: torch.Tensor, marks: tuple[Mark, ...], rows: i
     for i, row in enumerate(cells.tolist()):
         line = Text.assemble((f"{i * rows:>{wide + 1}}  ", "dim"))
         for cell in row:
-            line.append(look(console, marks[cell]) * 2, marks[cell].style)
+            line.append(marks[cell].character * 2, marks[cell].style)
         console.print(line, no_wrap=True, crop=False)
-
-
-def look(console: Console, mark: Mark) -> str:
-    return mark.ascii if console.options.ascii_only else mark.character
 
 
 def marks_in(cells: torch.Tensor, marks: tuple[Mark, ...]) -> list[Mark]:
