@@ -47,9 +47,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.doctor": {SHARED, "tools.explain", "drop_in", "api", "plan", "kernels", "parts", "version"},
     "tools.show": {SHARED, "tools.explain", "tools.doctor", "plan", "kernels", "parts"},
     "tools.watch": {
-        SHARED, "tools.show", "tools.overlap", "demo", "nn", "api", "pytorch", "plan", "kernels", "parts",
+        SHARED,
+        "tools.show",
+        "tools.overlap",
+        "demo",
+        "nn",
+        "api",
+        "pytorch",
+        "plan",
+        "kernels",
+        "parts",
         "version",
-    },  # fmt: skip
+    },
     # `import tilewise`
     "": {
         "api",
