@@ -46,6 +46,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.rank": {SHARED, "tools.compiled", "tools.overlap", "tools.tune", "plan", "kernels", "parts"},
     "tools.doctor": {SHARED, "tools.explain", "drop_in", "api", "plan", "kernels", "parts", "version"},
     "tools.show": {SHARED, "tools.explain", "tools.doctor", "plan", "kernels", "parts"},
+    "tools.watch": {
+        SHARED,
+        "tools.show",
+        "tools.overlap",
+        "demo",
+        "nn",
+        "api",
+        "pytorch",
+        "plan",
+        "kernels",
+        "parts",
+        "version",
+    },
     # `import tilewise`
     "": {
         "api",
