@@ -20,6 +20,7 @@ from tilewise.cli import build_app
 from tilewise.kernels.tile import Tile
 from tilewise.plan import tiles
 from tilewise.tools.explain import coverage
+from tilewise.tools.show.expression import MASKS as MASKS_BY_NAME
 from tilewise.tools.show.expression import ExpressionError, mask_from
 from tilewise.tools.show.picture import picture
 from tilewise.tools.show.show import as_dict, show
@@ -165,6 +166,12 @@ def test_the_tile_is_the_one_that_is_said():
 )
 def test_an_expression_is_the_mask_that_python_makes(text, mask):
     assert repr(mask_from(text)) == mask
+
+
+def test_every_mask_of_the_package_is_known():
+    public = {name: getattr(tilewise, name) for name in tilewise.__all__}
+    masks = {n for n, x in public.items() if isinstance(x, type) and issubclass(x, tilewise.Mask)}
+    assert MASKS_BY_NAME.keys() == masks - {"Mask", "UserMask"}  # these two need functions
 
 
 UNDERLINED = "no mask Windw: did you mean Window?\n  Causal() & Windw(64, 0)\n             ^^^^^"
