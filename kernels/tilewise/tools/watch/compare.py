@@ -8,9 +8,15 @@ import numpy as np
 import torch
 
 from ...kernels.tile import Tile
+from ...parts.shape import Shape
+from ...plan.passes import run_forward
 from ...plan.request import Request
 from ...pytorch.plain import run_torch
+from ..explain.coverage import rows_of as bounds_of
+from ..explain.coverage import tile_states
 from .recording import (
+    CUT,
+    FULL,
     SKIPPED,
     Array,
     Arrays,
@@ -33,43 +39,46 @@ EQUATIONS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def compare(request: Request, shown: Shown, tile: Tile, arrays: Arrays) -> Compare:
-    """All comparisons of a call, each computed by the kernel itself."""
-    name = " & ".join(map(repr, request.masks)) or "no mask"
-    masks = [(name, request)]
+def compare(request: Request, shown: Shown, tile: Tile, walk: Pass, arrays: Arrays) -> Compare:
+    """All comparisons of a call, each computed by the kernel itself. walk: of its forward."""
+    masks = [masked(" & ".join(map(repr, request.masks)) or "no mask", request, walk.grid, shown, arrays)]
     if request.masks:
-        masks.append(("no mask", replace(request, masks=())))
+        free = tile_states(bounds_of((), dense(shown)), dense(shown), tile.tile_q, tile.tile_kv)[0, 0]
+        grid = ["".join((SKIPPED, CUT, FULL)[state] for state in row) for row in free.tolist()]
+        masks.append(masked("no mask", replace(request, masks=()), grid, shown, arrays))
     return Compare(
-        similarities(request, shown, tile, arrays),
-        [masked(name, asked, shown, tile, arrays) for name, asked in masks],
+        similarities(request, shown, arrays),
+        masks,
         [] if request.dropout is not None else [rounding(request, n, shown, tile, arrays) for n in DTYPES],
         Cost(request.shape.q_heads, request.q.element_size()),
     )
 
 
-def weights(request: Request, shown: Shown, tile: Tile) -> tuple[Array, Pass]:
-    """The weights of what is shown, [rows, keys] in fp32, and the walk that made them."""
-    q, k = request.q.float(), request.k.float()
-    asked = replace(request, q=q, k=k)
-    asked = replace(asked, v=identity_values(asked))
-    watched = watch_forward(asked, replace(shown, value_dim=asked.v.shape[3]), tile, Arrays(None))
-    rows = query_rows(watched.out, shown, request.packing is not None)
-    return rows[:, : shown.kv_len].numpy(), watched.passes[0]
+def dense(shown: Shown) -> Shape:
+    """What is shown, as a call of its own."""
+    return Shape(1, 1, 1, *shown.lengths, shown.head_dim, shown.value_dim)
 
 
-def similarities(request: Request, shown: Shown, tile: Tile, arrays: Arrays) -> list[Similarity]:
+def weights(request: Request, shown: Shown) -> Array:
+    """The weights of what is shown, [rows, keys], in fp32."""
+    asked = replace(request, q=request.q.float(), k=request.k.float())
+    with torch.no_grad():
+        out, _, _ = run_forward(replace(asked, v=identity_values(asked)), False)
+    return query_rows(out, shown, request.packing is not None)[:, : shown.kv_len].numpy()
+
+
+def similarities(request: Request, shown: Shown, arrays: Arrays) -> list[Similarity]:
     found = []
     for similarity, (name, equation) in EQUATIONS.items():
         asked = replace(request, similarity=similarity, scale=None)
-        found.append(Similarity(name, equation, arrays.add(weights(asked, shown, tile)[0])))
+        found.append(Similarity(name, equation, arrays.add(weights(asked, shown))))
     return found
 
 
-def masked(name: str, request: Request, shown: Shown, tile: Tile, arrays: Arrays) -> Masked:
-    found, walk = weights(request, shown, tile)
-    total = sum(map(len, walk.grid))
-    visited = total - sum(row.count(SKIPPED) for row in walk.grid)
-    return Masked(name, arrays.add(found), walk.grid, visited, total)
+def masked(name: str, request: Request, grid: list[str], shown: Shown, arrays: Arrays) -> Masked:
+    total = sum(map(len, grid))
+    visited = total - sum(row.count(SKIPPED) for row in grid)
+    return Masked(name, arrays.add(weights(request, shown)), grid, visited, total)
 
 
 def rounding(request: Request, name: str, shown: Shown, tile: Tile, arrays: Arrays) -> Rounding:

@@ -119,9 +119,7 @@ def record_shown(
         passes += found
         files |= sources
     elif request.cache is None:
-        omitted["splits"] = (
-            "decoding after this call is shown where queries are rows of their keys, under Causal"
-        )
+        omitted["splits"] = "a step of decoding is shown after a call over a whole text, under Causal() alone"
     reason = why_not_hopper(request)
     if reason is None:
         progress("Hopper's forward, in the emulator")
@@ -131,7 +129,7 @@ def record_shown(
     else:
         omitted["hopper"] = reason
     progress("comparisons")
-    compared = compare(request, shown, tile, arrays)
+    compared = compare(request, shown, tile, forward.passes[0], arrays)
     return Recording(
         title=asked.title,
         made=dict(
