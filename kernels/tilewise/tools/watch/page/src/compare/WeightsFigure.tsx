@@ -1,0 +1,23 @@
+// Weights of all pairs of words, small, with the words on demand: the inspector names them.
+
+import type { JSX } from "preact";
+import { pick } from "../app_state";
+import { Heat } from "../Heat";
+import { matrix, type Index } from "../recording";
+
+export function WeightsFigure(props: { name: string; label: string; index: Index; room: number; high: number }): JSX.Element {
+  const values = matrix(props.index);
+  const cell = Math.max(2, Math.min(22, Math.floor((props.room / Math.max(values.rows, values.columns)) * 4) / 4));
+  return (
+    <Heat
+      name={`weights-${props.name}`}
+      label={props.label}
+      values={values}
+      kind="weight"
+      high={props.high}
+      width={cell}
+      height={cell}
+      onPick={(row, column, aloud) => pick({ of: "weights", name: "P", index: props.index, row, column }, aloud)}
+    />
+  );
+}
