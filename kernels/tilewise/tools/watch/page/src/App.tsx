@@ -28,7 +28,6 @@ export function App(): JSX.Element {
         <div id="panel" role="tabpanel" aria-labelledby={`tab-${tab.value}`}>
         {pass ? (
           <>
-            <p class="about">{pass.about}</p>
             <Now />
             {pass.timeline && <TimelineFigure timeline={pass.timeline} />}
             <div class="figures">

@@ -55,7 +55,7 @@ function Inspector(): JSX.Element {
           {isTable && values && <Table values={values} />}
         </>
       ) : (
-        <p class="hint">Point at any number, tap it, or reach it with Tab and the arrow keys: here stands what it is and where it came from.</p>
+        <p class="hint">Point at any number or tap it: here stands what it is, and where it came from.</p>
       )}
     </section>
   );

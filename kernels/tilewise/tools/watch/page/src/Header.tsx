@@ -16,7 +16,7 @@ export function Header(): JSX.Element {
           <code>{call.text}</code>
         </p>
         <p class="made">
-          {rows} queries, {keys} keys, head_dim {dim}, {call.dtype}; head {call.head + 1} of {heads}. Recorded from the
+          {rows} queries, {keys} keys, head_dim {dim}, {call.dtype}{heads !== 1 && `; head ${call.head + 1} of ${heads}`}. Recorded from the
           kernel itself, {Object.entries(made).filter(([name]) => name !== "command").map(([name, version]) => `${name} ${version}`).join(", ")}
           {made.command ? (
             <>

@@ -2,14 +2,15 @@
 
 import type { JSX } from "preact";
 import { Cells } from "./Cells";
-import { goToProgram, goToTile, keepSeen, now as nowSignal, pass as passSignal, pick, picked } from "./app_state";
+import { goToTile, keepSeen, now as nowSignal, pass as passSignal, pick, picked } from "./app_state";
 import { Picture } from "./Heat";
 import { geometryOf, type Geometry } from "./map_geometry";
 import { boxOf, countTiles, fillOf, Patterns, Tiles, Walk } from "./MapTiles";
 import { crop, Growing, Whole } from "./MapSides";
+import { Programs } from "./MapPrograms";
 import { MapWords } from "./MapWords";
 import { kindOf } from "./names";
-import { matrix, wordsOf, type Pass, type Stage } from "./recording";
+import { matrix, type Pass, type Stage } from "./recording";
 import { tileValues } from "./tile_values";
 import { useWidth } from "./useWidth";
 import { beatsOf, largestOf, type Beat } from "./walk";
@@ -19,7 +20,7 @@ export function ScoreMap(): JSX.Element {
   const now = nowSignal.value!;
   const [box, room] = useWidth(560);
   const geometry = geometryOf(pass, room);
-  const { x, y, cell, rows, keys, width, height } = geometry;
+  const { x, y, cell, line, rows, keys, width, height } = geometry;
   const tiles = countTiles(pass.grid);
   return (
     <section class="figure map" aria-labelledby="map-title">
@@ -57,7 +58,7 @@ export function ScoreMap(): JSX.Element {
                 rows={rows}
                 columns={keys}
                 width={cell}
-                height={cell}
+                height={line}
                 onPick={(row, column, aloud) => pick({ of: "map", row, column }, aloud)}
                 onChoose={(row, column) => goToTile(Math.floor(row / pass.tile[0]), Math.floor(column / pass.tile[1]))}
               >
@@ -116,7 +117,7 @@ function TileOnMap({ stage, upTo, isLeaving, pass, geometry }: OnMap & { pass: P
   const box = boxOf(pass, geometry, ...stage.tile!);
   const values = matrix(shown.index);
   const isTransposed = shown.name.endsWith("T");
-  const [rows, keys] = [Math.round(box.height / geometry.cell), Math.round(box.width / geometry.cell)];
+  const [rows, keys] = [Math.round(box.height / geometry.line), Math.round(box.width / geometry.cell)];
   const kind = kindOf(shown.name, values.type);
   return (
     <div class={isLeaving ? "on-map leaving" : "on-map"} style={{ left: box.left, top: box.top }}>
@@ -126,7 +127,7 @@ function TileOnMap({ stage, upTo, isLeaving, pass, geometry }: OnMap & { pass: P
         kind={kind}
         high={kind === "weight" ? 1 : largestOf(pass, shown.name)}
         width={geometry.cell}
-        height={geometry.cell}
+        height={geometry.line}
         isTransposed={isTransposed}
       />
     </div>
@@ -135,24 +136,24 @@ function TileOnMap({ stage, upTo, isLeaving, pass, geometry }: OnMap & { pass: P
 
 /** What lies over the numbers: the owned band, the tile of this moment, the walk. */
 function Marks({ pass, now, geometry }: { pass: Pass; now: Beat; geometry: Geometry }): JSX.Element {
-  const { x, y, cell, width, height, rows, keys } = geometry;
+  const { x, y, cell, line, width, height, rows, keys } = geometry;
   const [first, stop] = now.program.owns;
   const byRows = now.program.walks !== "rows";
   const tile = now.stage.tile ? boxOf(pass, geometry, ...now.stage.tile) : null;
   const farX = (geometry.right.at(-1)?.at ?? x + keys * cell) + (geometry.right.at(-1)?.size ?? 0);
-  const farY = (geometry.bottom.at(-1)?.at ?? y + rows * cell) + (geometry.bottom.at(-1)?.size ?? 0);
+  const farY = (geometry.bottom.at(-1)?.at ?? y + rows * line) + (geometry.bottom.at(-1)?.size ?? 0);
   const nearX = geometry.left[0]?.at ?? x;
   const nearY = geometry.top[0]?.at ?? y;
   const at = picked.value?.of === "map" ? picked.value : null;
   return (
     <svg class="marks" width={width} height={height} aria-hidden="true">
       {byRows ? (
-        <rect class="owned" x={nearX - 2} y={y + first * cell} width={farX - nearX + 4} height={(stop - first) * cell} rx="3" />
+        <rect class="owned" x={nearX - 2} y={y + first * line} width={farX - nearX + 4} height={(stop - first) * line} rx="3" />
       ) : (
         <rect class="owned" x={x + first * cell} y={nearY - 2} width={(stop - first) * cell} height={farY - nearY + 4} rx="3" />
       )}
       {tile && byRows && geometry.top.length > 0 && (
-        <rect class="read" x={x + tile.left} y={nearY - 2} width={tile.width} height={y - nearY - 4} rx="3" />
+        <rect class="read" x={x + tile.left} y={nearY - 2} width={tile.width} height={geometry.top.at(-1)!.at + geometry.top.at(-1)!.size - nearY + 4} rx="3" />
       )}
       {tile && !byRows && geometry.left.length > 0 && (
         <rect class="read" x={nearX - 2} y={y + tile.top} width={x - nearX - 4} height={tile.height} rx="3" />
@@ -162,49 +163,12 @@ function Marks({ pass, now, geometry }: { pass: Pass; now: Beat; geometry: Geome
         {tile && <rect class="here" x={tile.left} y={tile.top} width={tile.width} height={tile.height} rx="3" />}
         {at && (
           <>
-            <rect class="cross" x={0} y={at.row * cell} width={keys * cell} height={cell} />
-            <rect class="cross" x={at.column * cell} y={0} width={cell} height={rows * cell} />
+            <rect class="cross" x={0} y={at.row * line} width={keys * cell} height={line} />
+            <rect class="cross" x={at.column * cell} y={0} width={cell} height={rows * line} />
           </>
         )}
       </g>
     </svg>
-  );
-}
-
-/** A button for each program, beside what it owns. */
-function Programs({ pass, now, geometry }: { pass: Pass; now: Beat; geometry: Geometry }): JSX.Element {
-  const { x, y, cell, gutter } = geometry;
-  return (
-    <div class="programs">
-      {pass.programs.map((program, i) => {
-        const [first, stop] = program.owns;
-        const same = pass.programs.filter((each) => each.owns[0] === first);
-        const part = ((stop - first) * cell) / same.length;
-        const offset = first * cell + same.indexOf(program) * part;
-        const byRows = program.walks !== "rows";
-        const words = byRows ? wordsOf(pass).queries : wordsOf(pass).keys;
-        const what = byRows ? "rows" : "keys";
-        const name = `Program ${program.id.join(", ")}: ${what} ${first} to ${stop - 1}, “${words[first] ?? ""}” to “${words[stop - 1] ?? ""}”`;
-        return (
-          <button
-            key={i}
-            type="button"
-            class="program"
-            aria-pressed={program === now.program}
-            aria-label={name}
-            title={name}
-            style={
-              byRows
-                ? { left: gutter, top: y + offset + 1, height: part - 2, width: 32 }
-                : { left: x + offset + 1, top: gutter, width: part - 2, height: 32 }
-            }
-            onClick={() => goToProgram(i)}
-          >
-            {program.id.join(",")}
-          </button>
-        );
-      })}
-    </div>
   );
 }
 

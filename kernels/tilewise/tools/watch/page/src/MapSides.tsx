@@ -29,7 +29,7 @@ export function Whole({ strip, side, geometry }: { strip: Strip; side: Side; geo
         kind={kindOf(strip.name, values.type)}
         high={largest(values)}
         width={isTop ? geometry.cell : thin}
-        height={isTop ? thin : geometry.cell}
+        height={isTop ? thin : geometry.line}
         isTransposed={isTop}
         onPick={(row, column, aloud) => pick({ of: "tensor", name: strip.name, row, column }, aloud)}
       />
@@ -76,7 +76,7 @@ export function Growing({ strip, side, geometry }: { strip: Strip; side: Side; g
   if (!values) return null;
   const isBottom = side === "bottom";
   const thin = strip.size / Math.max(1, values.columns);
-  const { cell } = geometry;
+  const { cell, line } = geometry;
   const length = isBottom ? geometry.keys : geometry.rows;
   const place = isBottom ? { left: geometry.x, top: strip.at } : { left: strip.at, top: geometry.y };
   const parts = partsBy(pass, strip.name, position.value);
@@ -95,14 +95,14 @@ export function Growing({ strip, side, geometry }: { strip: Strip; side: Side; g
         rows={isBottom ? values.columns : length}
         columns={isBottom ? length : values.columns}
         width={isBottom ? cell : thin}
-        height={isBottom ? thin : cell}
+        height={isBottom ? thin : line}
         onPick={choose}
       >
         {parts.map(({ beat, first, count, values: part }) => (
           <div
             key={`${beat.programAt} ${beat.moment.role ?? ""}`}
             class="part"
-            style={isBottom ? { left: first * cell, top: 0 } : { left: 0, top: first * cell }}
+            style={isBottom ? { left: first * cell, top: 0 } : { left: 0, top: first * line }}
           >
             <Picture
               name={`${strip.name}-part`}
@@ -110,7 +110,7 @@ export function Growing({ strip, side, geometry }: { strip: Strip; side: Side; g
               kind="signed"
               high={largest(values)}
               width={isBottom ? cell : thin}
-              height={isBottom ? thin : cell}
+              height={isBottom ? thin : line}
               isTransposed={isBottom}
             />
           </div>

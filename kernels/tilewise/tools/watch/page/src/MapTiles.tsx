@@ -17,13 +17,13 @@ export interface Box {
 /** The place of a tile; the last ones may be smaller. */
 export function boxOf(pass: Pass, geometry: Geometry, row: number, column: number): Box {
   const [tileQ, tileK] = pass.tile;
-  const { cell, rows, keys } = geometry;
+  const { cell, line, rows, keys } = geometry;
   const stop = (first: number, tile: number, end: number): number => Math.min(first + tile, end);
   return {
     left: column * tileK * cell,
-    top: row * tileQ * cell,
+    top: row * tileQ * line,
     width: (stop(column * tileK, tileK, keys) - column * tileK) * cell,
-    height: (stop(row * tileQ, tileQ, rows) - row * tileQ) * cell,
+    height: (stop(row * tileQ, tileQ, rows) - row * tileQ) * line,
   };
 }
 
@@ -96,7 +96,7 @@ export function Walk({
   const steps = stepsOf(program, role).filter((each) => each.tile);
   const boxes = steps.map((each) => boxOf(pass, geometry, ...each.tile!));
   const middle = boxes.map((box) => [box.left + box.width / 2, box.top + box.height / 2] as const);
-  const isLarge = boxes.every((box) => box.width >= 26 && box.height >= 26);
+  const isLarge = boxes.every((box) => box.width >= 18 && box.height >= 18);
   return (
     <g class="walk">
       {middle.length > 1 && (
@@ -105,7 +105,7 @@ export function Walk({
       {isLarge &&
         middle.map(([x, y], i) => (
           <g key={i}>
-            <circle cx={x} cy={y} r="9" />
+            <circle cx={x} cy={y} r="8" />
             <text x={x} y={y} text-anchor="middle" dominant-baseline="central">
               {i + 1}
             </text>

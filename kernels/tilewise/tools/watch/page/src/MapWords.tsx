@@ -14,11 +14,12 @@ function pointedAt(): { row: number; column: number } | null {
 }
 
 export function MapWords({ geometry }: { geometry: Geometry }): JSX.Element {
-  const { cell, rows, keys, x, y, label } = geometry;
+  const { cell, line, rows, keys, x, y, label } = geometry;
   const at = pointedAt();
-  const step = Math.max(1, Math.ceil(LINE / cell));
-  const isWritten = (i: number, pointed: number | undefined): boolean =>
-    i === pointed || (i % step === 0 && (pointed === undefined || Math.abs(i - pointed) >= step));
+  const isWritten = (i: number, pointed: number | undefined, size: number): boolean => {
+    const step = Math.max(1, Math.ceil(LINE / size));
+    return i === pointed || (i % step === 0 && (pointed === undefined || Math.abs(i - pointed) >= step));
+  };
   const cut = (word: string): string => {
     const most = Math.floor((label - 8) / 6.2);
     return word.length > most ? `${word.slice(0, most - 1)}…` : word;
@@ -27,15 +28,15 @@ export function MapWords({ geometry }: { geometry: Geometry }): JSX.Element {
   return (
     <g class="words" aria-hidden="true">
       {Array.from({ length: rows }, (_, i) => i)
-        .filter((i) => isWritten(i, at?.row))
+        .filter((i) => isWritten(i, at?.row, line))
         .map((i) => (
-          <text key={`r${i}`} class={i === at?.row ? "on" : ""} x={label - 6} y={y + (i + 0.5) * cell} text-anchor="end" dominant-baseline="central">
+          <text key={`r${i}`} class={i === at?.row ? "on" : ""} x={label - 6} y={y + (i + 0.5) * line} text-anchor="end" dominant-baseline="central">
             <title>{queries[i]}</title>
             {cut(queries[i] ?? "")}
           </text>
         ))}
       {Array.from({ length: keys }, (_, j) => j)
-        .filter((j) => isWritten(j, at?.column))
+        .filter((j) => isWritten(j, at?.column, cell))
         .map((j) => (
           <text
             key={`k${j}`}

@@ -43,20 +43,21 @@ export function MatrixFigure({ slot, pass, now, state, sizes }: Props): JSX.Elem
   const [width, height] = [sized(across, true), sized(down, false)];
   const [rows, columns] = isTransposed ? [like.columns, like.rows] : [like.rows, like.columns];
   const isStored = now.moment.stores.some((each) => each.variable === name);
+  const isVector = like.rows === 1 || like.columns === 1;
   const isNew = slot.when !== "before" && (held?.beat === now || isStored);
-  const title = slot.when === "before" ? `${name} before` : name;
-  const words = (axis: Axis, count: number): string[] =>
-    Array.from({ length: count }, (_, i) => wordAt(axis, placeOf(axis, i, now, pass), pass));
   const inside = (axis: Axis, count: number): number => {
     let i = count;
     while (i > 0 && isBeyond(axis, placeOf(axis, i - 1, now, pass), pass)) i--;
     return i;
   };
+  const title = slot.when === "before" ? `${name} before` : name;
+  const words = (axis: Axis, count: number): string[] =>
+    Array.from({ length: count }, (_, i) => (i < inside(axis, count) ? wordAt(axis, placeOf(axis, i, now, pass), pass) : ""));
   return (
-    <figure class={`matrix ${isNew ? "new" : ""}`} data-variable={slot.when === "before" ? `${name}:before` : name}>
+    <figure class={`matrix ${isNew ? "new" : ""} ${isVector && down === "one" && isTransposed ? "flat" : ""}`} data-variable={slot.when === "before" ? `${name}:before` : name}>
       <figcaption title={meaningOf(name)}>
-        <Caption name={name} isTransposed={isTransposed} isBefore={slot.when === "before"} isVector={across === "one"} />
-        {across !== "one" && down !== "one" && (
+        <Caption name={name} isTransposed={isTransposed} isBefore={slot.when === "before"} isVector={isVector} />
+        {!isVector && (
           <span class="size">
             {rows} × {columns}
           </span>
@@ -109,12 +110,18 @@ const LINE = 11; // pixels that a word needs
 function SideWords(props: { words: string[]; height: number; room: number; side: "left" | "right" }): JSX.Element {
   const step = Math.max(1, Math.ceil(LINE / props.height));
   return (
-    <div class={`side-words ${props.side}`} style={{ width: props.room }} aria-hidden="true">
-      {props.words.map((word, i) => (
-        <span key={i} style={{ height: props.height, lineHeight: `${props.height}px` }} title={word}>
-          {i % step === 0 ? word : ""}
-        </span>
-      ))}
+    <div
+      class={`side-words ${props.side}`}
+      style={{ width: props.room, height: props.words.length * props.height }}
+      aria-hidden="true"
+    >
+      {props.words.map((word, i) =>
+        i % step === 0 ? (
+          <span key={i} style={{ height: props.height * step, lineHeight: `${props.height * step}px` }} title={word}>
+            {word}
+          </span>
+        ) : null,
+      )}
     </div>
   );
 }
@@ -123,11 +130,13 @@ function TopWords({ words, width, room }: { words: string[]; width: number; room
   const step = Math.max(1, Math.ceil(LINE / width));
   return (
     <div class="top-words" style={{ height: room }} aria-hidden="true">
-      {words.map((word, i) => (
-        <span key={i} style={{ width, maxHeight: room }} title={word}>
-          {i % step === 0 ? word : ""}
-        </span>
-      ))}
+      {words.map((word, i) =>
+        i % step === 0 ? (
+          <span key={i} style={{ width: width * step, maxHeight: room }} title={word}>
+            {word}
+          </span>
+        ) : null,
+      )}
     </div>
   );
 }

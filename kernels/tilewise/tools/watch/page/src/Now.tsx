@@ -3,6 +3,7 @@
 import type { JSX } from "preact";
 import { useEffect } from "preact/hooks";
 import { now as nowSignal, pass as passSignal, playing, spoken } from "./app_state";
+import { idOf } from "./format";
 import { recording, type Pass } from "./recording";
 import { Statement } from "./Source";
 import { stepsOf, type Beat } from "./walk";
@@ -17,7 +18,7 @@ export function whereabouts(now: Beat, pass: Pass): string {
   const step = steps.findIndex((each) => each === stage || (role && stage.tile && String(each.tile) === String(stage.tile)));
   const head = typeof stage.head === "number" ? `, head ${stage.head}` : "";
   const split = program.split === null ? "" : `, split ${program.split}`;
-  const who = `program ${program.id.join(", ")}${split}, ${what} ${first} to ${stop - 1}`;
+  const who = `program ${idOf(program.id)}${split}, ${what} ${first} to ${stop - 1}`;
   if (stage.kind === "start") return `${who}; before the walk`;
   if (stage.kind === "end" && step < 0) return `${who}; after the walk`;
   const [row, column] = stage.tile ?? [0, 0];
@@ -43,8 +44,11 @@ export function Now(): JSX.Element {
         {moment.role ? <span class="role">{moment.role}</span> : null}
         {place}
       </p>
-      <p class="equation">{moment.equation || " "}</p>
-      <p class="note">{note || " "}</p>
+      <p class="about">{pass.about}</p>
+      <div class="meaning">
+        {moment.equation && <p class="equation">{moment.equation}</p>}
+        <p class="note">{note}</p>
+      </div>
       <Statement />
     </section>
   );

@@ -6,7 +6,7 @@ import { Legend } from "./Legend";
 import { MatrixFigure } from "./MatrixFigure";
 import { symbolOf } from "./names";
 import { matrix, recording, type Pass } from "./recording";
-import { placed, RECIPES, type Block, type Content } from "./recipes";
+import { placed, RECIPES, type Block, type Content, type Slot } from "./recipes";
 import { sizesFor, type Sizes } from "./step_sizes";
 import { useWidth } from "./useWidth";
 import { isThere, largestOf, stateAt, type Beat, type State } from "./walk";
@@ -17,7 +17,7 @@ export function Step(): JSX.Element {
   const state = stateAt(pass, position.value);
   const [box, room] = useWidth(700);
   const dims = Math.max(recording.call.q[3] ?? 1, recording.call.v[3] ?? 1);
-  const sizes = sizesFor(room, Math.max(...pass.tile), dims, numbersBeside(pass), zoom.value);
+  const sizes = sizesFor(room, pass.name === "dkv" ? [pass.tile[1], pass.tile[0]] : pass.tile, dims, numbersBeside(pass), zoom.value);
   const parts = { pass, now, state, sizes };
   const scores = pass.name === "dkv" ? "sT" : "s";
   return (
@@ -63,7 +63,14 @@ interface Parts {
   sizes: Sizes;
 }
 
+/** Columns of numbers, which have no room beside the matrices of a phone. */
+function isNumbers(content: Content): content is Slot[] {
+  return Array.isArray(content) && content.length > 1 && content[0]?.labels === "left";
+}
+
 function BlockFigure({ block, isTitled, ...parts }: Parts & { block: Block; isTitled: boolean }): JSX.Element {
+  const { isNarrow } = parts.sizes;
+  const below = isNarrow ? block.rows.flat().filter(isNumbers) : [];
   return (
     <div class="block">
       {isTitled && <h3>{block.title}</h3>}
@@ -71,11 +78,16 @@ function BlockFigure({ block, isTitled, ...parts }: Parts & { block: Block; isTi
         {block.rows.flatMap((row, i) =>
           row.map((content, j) => (
             <div key={`${i} ${j}`} class={`place row-${i} column-${j} of-${block.rows.length}`}>
-              <ContentFigure content={content} {...parts} />
+              <ContentFigure content={isNarrow && isNumbers(content) ? null : content} {...parts} />
             </div>
           )),
         )}
       </div>
+      {below.map((content, i) => (
+        <div key={i} class="place below">
+          <ContentFigure content={content} {...parts} />
+        </div>
+      ))}
     </div>
   );
 }
@@ -105,8 +117,8 @@ function Shelf(parts: Parts): JSX.Element | null {
   if (others.length === 0) return null;
   const small: Sizes = { ...sizes, token: Math.min(sizes.token, 12), line: Math.min(sizes.line, 12), dim: Math.min(sizes.dim, 7) };
   return (
-    <div class="shelf">
-      <h3>Also there</h3>
+    <details class="shelf" open={!sizes.isNarrow}>
+      <summary>Also there</summary>
       <div class="shelf-row">
         {others.map(([name, held]) =>
           matrix(held.index).rows * matrix(held.index).columns > 0 ? (
@@ -114,6 +126,6 @@ function Shelf(parts: Parts): JSX.Element | null {
           ) : null,
         )}
       </div>
-    </div>
+    </details>
   );
 }

@@ -7,15 +7,9 @@ import { switchTheme, theme } from "./colour";
 import { Keys } from "./Header";
 import { recording } from "./recording";
 
-const SHORT: Record<Tab, string> = {
-  forward: "Forward",
-  splits: "Split keys",
-  combine: "Combine",
-  dkv: "Backward: dK, dV",
-  dq: "Backward: dQ",
-  hopper: "Hopper",
-  compare: "Compare",
-};
+function titleOf(name: Tab): string {
+  return recording.passes.find((each) => each.name === name)?.title ?? "Compare";
+}
 
 export function Tabs(): JSX.Element {
   const list = useRef<HTMLDivElement>(null);
@@ -41,10 +35,9 @@ export function Tabs(): JSX.Element {
             aria-selected={name === tab.value}
             aria-controls="panel"
             tabIndex={name === tab.value ? 0 : -1}
-            title={recording.passes.find((each) => each.name === name)?.title ?? SHORT[name]}
             onClick={() => open(name)}
           >
-            {SHORT[name]}
+            {titleOf(name)}
           </button>
         ))}
       </div>

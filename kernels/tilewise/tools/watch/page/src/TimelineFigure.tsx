@@ -59,7 +59,7 @@ export function TimelineFigure({ timeline }: { timeline: Timeline }): JSX.Elemen
       <div class="figure-head">
         <h2 id="timeline-title">Who works when</h2>
         <p>
-          <strong>A model, not measured.</strong> {timeline.about} Program {passSignal.value!.programs[0]!.id.join(", ")} and the others alike.
+          <strong>A model, not measured.</strong> {timeline.about}
         </p>
       </div>
       <div class="scroller" ref={box} tabIndex={0} role="region" aria-label="Lanes of roles and units">

@@ -3,6 +3,7 @@
 import type { JSX } from "preact";
 import { useEffect } from "preact/hooks";
 import { goBy, goTo, goToProgram, goToStage, now, pass, playing, position, speed } from "./app_state";
+import { idOf } from "./format";
 import { whereabouts } from "./Now";
 import { beatsOf } from "./walk";
 
@@ -85,17 +86,17 @@ export function Transport(): JSX.Element {
       <output class="count">
         {position.value + 1} / {last + 1}
       </output>
-      <label class="choice">
+      <label class="choice program-choice">
         <span>Program</span>
         <select value={String(now.value!.programAt)} onChange={(event) => goToProgram(Number(event.currentTarget.value))}>
           {at.programs.map((program, i) => (
             <option key={i} value={String(i)}>
-              {program.id.join(", ")}
+              {idOf(program.id)}
             </option>
           ))}
         </select>
       </label>
-      <label class="choice">
+      <label class="choice speed-choice">
         <span>Speed</span>
         <select value={String(speed.value)} onChange={(event) => (speed.value = Number(event.currentTarget.value))}>
           {[0.5, 1, 2, 4, 8, 16].map((each) => (

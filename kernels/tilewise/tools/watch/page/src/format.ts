@@ -1,5 +1,11 @@
 // Numbers as text.
 
+/** A program's number without the dimensions of the grid that are not used. */
+export function idOf(id: number[]): string {
+  const last = id.findLastIndex((each) => each !== 0);
+  return id.slice(0, Math.max(1, last + 1)).join(", ");
+}
+
 const MINUS = "−";
 
 /** Nine significant digits tell every fp32 from its neighbours. */

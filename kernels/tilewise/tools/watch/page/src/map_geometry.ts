@@ -33,7 +33,9 @@ export interface Strip {
 }
 
 export interface Geometry {
-  cell: number; // a score's side
+  cell: number; // a score's width
+  line: number; // its height: the same, but where rows are few
+  button: number; // room for the button of a program
   rows: number;
   keys: number;
   x: number; // of the score matrix
@@ -51,6 +53,7 @@ export interface Geometry {
 const GAP = 8;
 const CAPTION = 16;
 const BUTTON = 34;
+const FEWEST = 110; // pixels in height, if rows need not be thicker than a word for it
 
 export function geometryOf(pass: Pass, room: number): Geometry {
   const [rows, keys] = pass.lengths;
@@ -60,8 +63,10 @@ export function geometryOf(pass: Pass, room: number): Geometry {
   const strip = isNarrow ? 30 : 52;
   const byRows = pass.programs[0]?.walks !== "rows";
   const acrossRow = sides.left.length + sides.right.length;
-  const taken = label + acrossRow * (strip + GAP) + (byRows ? BUTTON + GAP : 0) + 4;
-  const cell = Math.max(3, Math.min(24, Math.floor(((room - taken) / keys) * 4) / 4));
+  const buttons = BUTTON * Math.max(1, ...pass.programs.map((one) => pass.programs.filter((each) => each.owns[0] === one.owns[0]).length));
+  const taken = label + acrossRow * (strip + GAP) + (byRows ? buttons + GAP : 0) + 4;
+  const cell = Math.max(2, Math.min(24, Math.floor(((room - taken) / keys) * 4) / 4));
+  const line = Math.max(cell, Math.min(18, FEWEST / rows));
 
   const columnsOf = (name: string): number => tensor(RESULT[name] ?? name, pass)?.columns ?? 0;
   const place = (names: string[], from: number): Strip[] =>
@@ -71,11 +76,13 @@ export function geometryOf(pass: Pass, room: number): Geometry {
   const x = label + sides.left.length * (strip + GAP);
   const y = topWords + sides.top.length * (strip + GAP) + CAPTION;
   const right = place(sides.right, x + keys * cell + GAP);
-  const bottom = place(sides.bottom, y + rows * cell + GAP);
+  const bottom = place(sides.bottom, y + rows * line + GAP);
   const endX = x + keys * cell + sides.right.length * (strip + GAP);
-  const endY = y + rows * cell + sides.bottom.length * (strip + GAP);
+  const endY = y + rows * line + sides.bottom.length * (strip + GAP);
   return {
     cell,
+    line,
+    button: BUTTON,
     rows,
     keys,
     x,
@@ -86,7 +93,7 @@ export function geometryOf(pass: Pass, room: number): Geometry {
     right,
     bottom,
     gutter: (byRows ? endX : endY) + GAP,
-    width: endX + (byRows ? GAP + BUTTON : 0) + 2,
-    height: endY + (byRows ? 0 : GAP + BUTTON) + 2,
+    width: endX + (byRows ? GAP + buttons : 0) + 2,
+    height: endY + (byRows ? 0 : GAP + buttons) + 2,
   };
 }

@@ -48,7 +48,7 @@ const DKV: Block[] = [
     rows: [
       [
         { equation: "Sᵀ = K Qᵀ", of: ["sT", "pT"] },
-        [{ name: "q", isTransposed: true, labels: "top" }, { name: "row_max" }, { name: "sum_log2" }],
+        [{ name: "q", isTransposed: true, labels: "top" }, { name: "row_max", isTransposed: true }, { name: "sum_log2", isTransposed: true }],
         { equation: "dV = dV + Pᵀ dO", of: ["dv"] },
       ],
       [one("k", "left"), one("sT"), one("do", "right")],
@@ -60,7 +60,7 @@ const DKV: Block[] = [
     rows: [
       [
         { equation: "dPᵀ = V dOᵀ", of: ["dpT", "dsT"] },
-        [{ name: "do", isTransposed: true, labels: "top" }, { name: "delta" }],
+        [{ name: "do", isTransposed: true, labels: "top" }, { name: "delta", isTransposed: true }],
         { equation: "dK = dK + dSᵀ Q", of: ["dk"] },
       ],
       [one("v", "left"), one("dpT"), one("q", "right")],

@@ -7,23 +7,25 @@ export interface Sizes {
   thin: number; // its height, where a matrix lies on its side
   number: number; // width of a lone column of numbers
   label: number; // room for words
+  isNarrow: boolean; // a phone: columns of numbers go below
 }
 
-export function sizesFor(room: number, tokens: number, dims: number, numbers: number, zoom: number): Sizes {
+export function sizesFor(room: number, [down, across]: [number, number], dims: number, numbers: number, zoom: number): Sizes {
   const isNarrow = room < 520;
-  const label = isNarrow ? 46 : 66;
+  const label = isNarrow ? 46 : 64;
   const free = room - 2 * label - 28;
   const bound = (x: number, low: number, high: number): number =>
     Math.max(low, Math.min(high, Math.floor(x * 4) / 4)) * zoom;
   const number = bound(isNarrow ? 34 : 42, 20, 42);
   const dim = bound((free * (isNarrow ? 0.27 : 0.24)) / dims, 1, 14);
-  const first = Math.max(dims * (dim / zoom), numbers * (number / zoom + 4)); // the left column holds Q, or numbers
+  const first = Math.max(dims * (dim / zoom), (isNarrow ? 0 : numbers) * (number / zoom + 4)); // the left column holds Q, or numbers
   return {
-    token: bound((free - first - dims * (dim / zoom)) / tokens, 4, 32),
-    line: bound((isNarrow ? 190 : 232) / tokens, 4, 16),
+    token: bound((free - first - dims * (dim / zoom)) / across, 4, 34),
+    line: bound((isNarrow ? 190 : 204) / down, 4, 16),
     dim,
-    thin: bound(84 / dims, 1.5, 8),
+    thin: bound(64 / dims, 1.5, 8),
     number,
     label,
+    isNarrow,
   };
 }

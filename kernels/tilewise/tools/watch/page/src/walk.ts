@@ -75,9 +75,10 @@ export function isSameStep(a: Beat, b: Beat): boolean {
 /** The steps of a program, or of one role of it: the first stage of each. */
 export function stepsOf(program: Program, role: string | undefined): Stage[] {
   const found: Stage[] = [];
+  const walksTiles = program.stages.some((stage) => stage.tile && (!role || stage.moments[0]?.role === role));
   for (const stage of program.stages) {
     if (role && stage.moments[0]?.role !== role) continue;
-    if (stage.kind !== "step" && !stage.tile) continue;
+    if (!stage.tile && (stage.kind !== "step" || walksTiles)) continue;
     const isKnown = stage.tile && role && found.some((each) => String(each.tile) === String(stage.tile));
     if (!isKnown) found.push(stage);
   }
@@ -120,35 +121,40 @@ export function stageFrom(beats: Beat[], position: number, step: 1 | -1): number
   return first;
 }
 
-/** The largest finite size of a variable in a pass: one scale of colours for all its moments. */
-const largests = new WeakMap<Pass, Map<string, number>>();
+// ---- The end of a scale of colours: what most numbers lie below, so that a few large ones do not bleach the rest.
 
+const MOST = 0.985;
+const ends = new WeakMap<Pass, Map<string, number>>();
+
+/** Of a variable, one scale for all its moments in a pass. */
 export function largestOf(pass: Pass, name: string): number {
-  let known = largests.get(pass);
+  let known = ends.get(pass);
   if (!known) {
     known = new Map();
-    largests.set(pass, known);
+    ends.set(pass, known);
   }
   let found = known.get(name);
   if (found === undefined) {
-    found = 0;
-    const seen = new Set<Index>();
-    for (const beat of beatsOf(pass)) {
-      const index = beat.moment.sets[name];
-      if (index === undefined || seen.has(index)) continue;
-      seen.add(index);
-      found = Math.max(found, largest(matrix(index)));
-    }
+    const indices = new Set(beatsOf(pass).map((beat) => beat.moment.sets[name]));
+    found = endOf([...indices].filter((index) => index !== undefined).map(matrix));
     known.set(name, found);
   }
   return found;
 }
 
+const wholes = new WeakMap<Matrix, number>();
+
 export function largest(x: Matrix): number {
-  let most = 0;
-  for (let i = 0; i < x.data.length; i++) {
-    const size = Math.abs(x.data[i]!);
-    if (size > most && size < Infinity) most = size;
+  let found = wholes.get(x);
+  if (found === undefined) {
+    found = endOf([x]);
+    wholes.set(x, found);
   }
-  return most;
+  return found;
+}
+
+function endOf(all: Matrix[]): number {
+  const sizes = all.flatMap((x) => Array.from(x.data, Math.abs)).filter((size) => size > 0 && size < Infinity);
+  sizes.sort((a, b) => a - b);
+  return sizes[Math.floor((sizes.length - 1) * MOST)] ?? 0;
 }

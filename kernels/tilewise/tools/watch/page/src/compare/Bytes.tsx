@@ -40,7 +40,7 @@ export function Bytes(): JSX.Element {
     const ends = lines.filter((each) => each.n === lengths.at(-1));
     return {
       x: { type: "log", base: 2, label: "length N →", tickFormat: (n: number) => (n >= 1024 ? `${n / 1024}k` : String(n)), ticks: lengths.filter((_, i) => i % 2 === 0) },
-      y: { type: "log", label: "↑ bytes", grid: true, tickFormat: (n: number) => bytes(n).replace(/\.\d+/, ""), ticks: [2 ** 10, 2 ** 15, 2 ** 20, 2 ** 25, 2 ** 30, 2 ** 35, 2 ** 40] },
+      y: { type: "log", label: "↑ bytes", grid: true, tickFormat: (n: number) => bytes(n).replace(/\.\d+/, ""), ticks: [2 ** 10, 2 ** 20, 2 ** 30, 2 ** 40], domain: [2 ** 10, Math.max(2 ** 40, matrixBytes(2 ** LARGEST))] },
       marks: [
         Plot.line(lines, { x: "n", y: "size", z: "what", stroke: (each) => (each.what === "the matrix" ? "var(--accent)" : "var(--blue)"), strokeWidth: 2 }),
         Plot.text(ends, { x: "n", y: "size", text: "what", dx: 6, textAnchor: "start", fill: "var(--ink)" }),

@@ -14,8 +14,8 @@ export function Compare(): JSX.Element {
     <div class="compare">
       {passes.some((pass) => pass.name === "forward") && <Online />}
       <Bytes />
-      {compare.mask.length > 0 && <Masks />}
       {compare.rounding.length > 0 && <Rounding />}
+      {compare.mask.length > 0 && <Masks />}
       {compare.similarity.length > 0 && <Similarities />}
     </div>
   );

@@ -4,14 +4,14 @@ import type { JSX } from "preact";
 import { fillOf, Patterns } from "../MapTiles";
 import { recording } from "../recording";
 import { useWidth } from "../useWidth";
-import { WeightsFigure } from "./WeightsFigure";
+import { cellFor, WeightsFigure } from "./WeightsFigure";
 
 export function Masks(): JSX.Element {
   const { mask } = recording.compare;
   const [box, width] = useWidth(900);
-  const room = width < 640 ? Math.min(300, width - 16) : Math.min(340, (width - 40) / mask.length);
+  const room = width < 640 ? Math.min(300, width - 16) : Math.min(330, (width - 96) / mask.length / 2);
   return (
-    <section class="figure" aria-labelledby="masks-title">
+    <section class="figure whole" aria-labelledby="masks-title">
       <div class="figure-head">
         <h2 id="masks-title">With the mask, and without</h2>
         <p>A mask does not only hide keys: tiles that it hides whole are never loaded, and never cost anything.</p>
@@ -23,8 +23,10 @@ export function Masks(): JSX.Element {
             <p>
               {each.visited} of {each.total} tiles visited
             </p>
-            <WeightsFigure name={`mask-${i}`} label={`Weights, ${each.name}`} index={each.weights} room={room} high={1} />
-            <Grid lines={each.grid} id={`mask${i}`} label={`${each.name}: ${each.visited} of ${each.total} tiles visited`} />
+            <div class="pictures">
+              <WeightsFigure name={`mask-${i}`} label={`Weights, ${each.name}`} index={each.weights} room={room} high={1} />
+              <Grid lines={each.grid} id={`mask${i}`} room={room} label={`${each.name}: ${each.visited} of ${each.total} tiles visited`} />
+            </div>
           </div>
         ))}
       </div>
@@ -32,15 +34,19 @@ export function Masks(): JSX.Element {
   );
 }
 
-function Grid({ lines, id, label }: { lines: string[]; id: string; label: string }): JSX.Element {
-  const columns = lines[0]?.length ?? 0;
-  const side = Math.max(8, Math.min(22, Math.floor(220 / Math.max(columns, lines.length))));
+/** The tiles on the same scale as the weights beside them. */
+function Grid({ lines, id, label, room }: { lines: string[]; id: string; label: string; room: number }): JSX.Element {
+  const pass = recording.passes.find((each) => each.name === "forward");
+  const [rows, keys] = pass?.lengths ?? [lines.length, lines[0]?.length ?? 1];
+  const [tileQ, tileK] = pass?.tile ?? [1, 1];
+  const cell = cellFor(room, rows, keys);
+  const span = (i: number, tile: number, end: number): number => Math.max(3, (Math.min((i + 1) * tile, end) - i * tile) * cell - 2);
   return (
-    <svg class="grid" width={columns * side} height={lines.length * side} role="img" aria-label={label}>
+    <svg class="grid" width={keys * cell} height={rows * cell} role="img" aria-label={label}>
       <Patterns id={id} />
       {lines.flatMap((line, i) =>
         [...line].map((sign, j) => (
-          <rect key={`${i} ${j}`} {...fillOf(sign, id)} x={j * side + 1} y={i * side + 1} width={side - 2} height={side - 2} rx="2" />
+          <rect key={`${i} ${j}`} {...fillOf(sign, id)} x={j * tileK * cell + 1} y={i * tileQ * cell + 1} width={span(j, tileK, keys)} height={span(i, tileQ, rows)} rx="2" />
         )),
       )}
     </svg>

@@ -48,7 +48,7 @@ export function Online(): JSX.Element {
     };
   }, [steps, shown]);
   return (
-    <section class="figure" aria-labelledby="online-title">
+    <section class="figure whole" aria-labelledby="online-title">
       <div class="figure-head">
         <h2 id="online-title">All scores at once, or a tile at a time</h2>
         <p>
@@ -79,7 +79,8 @@ export function Online(): JSX.Element {
           <input type="range" min="0" max={steps.length} value={shown} onInput={(event) => setTaken(Number(event.currentTarget.value))} />
         </label>
       </div>
-      <Chart label={`Scores of the row “${queries[row]}”, tile by tile`} options={options} height={240} />
+      <div class="chart-and-table">
+      <Chart label={`Scores of the row “${queries[row]}”, tile by tile`} options={options} height={280} right={16} />
       <div class="scroller" tabIndex={0} role="region" aria-label="The state after each tile">
         <table class="state">
           <caption>What the kernel remembers of the row after each tile</caption>
@@ -110,6 +111,7 @@ export function Online(): JSX.Element {
             ))}
           </tbody>
         </table>
+      </div>
       </div>
     </section>
   );

@@ -17,7 +17,7 @@ export function Similarities(): JSX.Element {
   const [box, width] = useWidth(900);
   const room = width < 640 ? Math.min(300, width - 16) : Math.min(340, (width - 24 * similarity.length) / similarity.length);
   return (
-    <section class="figure" aria-labelledby="similarity-title">
+    <section class="figure whole" aria-labelledby="similarity-title">
       <div class="figure-head">
         <h2 id="similarity-title">Three similarities, the same words</h2>
         <p>Rows are queries, columns keys; each row's weights sum to 1. Point at a cell for its two words.</p>

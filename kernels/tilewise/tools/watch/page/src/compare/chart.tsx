@@ -10,9 +10,10 @@ interface Props {
   label: string;
   options: Plot.PlotOptions;
   height?: number;
+  right?: number; // room for what is written at the ends of lines
 }
 
-export function Chart({ label, options, height = 300 }: Props): JSX.Element {
+export function Chart({ label, options, height = 300, right = 84 }: Props): JSX.Element {
   const [box, width] = useWidth(640);
   const place = useRef<HTMLDivElement>(null);
   const shade = theme.value;
@@ -22,7 +23,8 @@ export function Chart({ label, options, height = 300 }: Props): JSX.Element {
       height,
       marginLeft: 62,
       marginBottom: 40,
-      marginRight: width < 520 ? 24 : 96,
+      marginTop: 30,
+      marginRight: right,
       style: { background: "transparent", fontSize: "12px", fontFamily: "inherit", overflow: "visible" },
       ariaLabel: label,
       ...options,
