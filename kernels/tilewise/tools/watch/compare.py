@@ -63,7 +63,7 @@ def weights(request: Request, shown: Shown) -> Array:
     """The weights of what is shown, [rows, keys], in fp32."""
     asked = replace(request, q=request.q.float(), k=request.k.float())
     with torch.no_grad():
-        out, _, _ = run_forward(replace(asked, v=identity_values(asked)), False)
+        out, _, _ = run_forward(replace(asked, v=identity_values(asked, shown)), False)
     return query_rows(out, shown, request.packing is not None)[:, : shown.kv_len].numpy()
 
 
@@ -91,7 +91,7 @@ def rounding(request: Request, name: str, shown: Shown, tile: Tile, arrays: Arra
     kept = Arrays(None)
     walk = watch_forward(asked, shown, tile, kept).passes[0]
     exact = replace(asked, q=asked.q.double(), k=asked.k.double(), impl="torch")
-    out, _ = run_torch(replace(exact, v=identity_values(exact)), False)
+    out, _ = run_torch(replace(exact, v=identity_values(exact, shown)), False)
     weight = query_rows(out, shown, request.packing is not None)[:, : shown.kv_len].numpy()
     values = key_rows(asked.v, shown, asked).double().numpy()
     rows = shown.lengths[0]

@@ -101,21 +101,15 @@ def key_rows(x: Tensor, shown: Shown, request: Request) -> Tensor:
     return x[batch, shown.kv_head, shown.kv_first : shown.kv_first + shown.kv_len]
 
 
-def identity_values(request: Request) -> Tensor:
-    """Values with which attention hands out its weights: that of a key is 1 at the key's own place, [kv_len]
-    wide."""
-    k, size = request.k, request.shape.kv_len
+def identity_values(request: Request, shown: Shown) -> Tensor:
+    """Values with which attention hands out its weights: that of a key is 1 at the key's own place, as wide
+    as what is shown has keys."""
+    k, size = request.k, shown.kv_len
     v = k.new_zeros((*k.shape[:3], size))
     if request.cache is not None and request.cache.pages is not None:
-        pages = request.cache.pages
-        for j in range(size):
-            v[pages.table[:, j // pages.page_size].long(), :, j % pages.page_size, j] = 1
-    elif request.packing is not None and request.cache is None:
-        packing = request.packing
-        offsets = packing.q_offsets if packing.kv_offsets is None else packing.kv_offsets
-        for batch in range(packing.batch):
-            first, length = _sequence(offsets, batch)
-            v[0, :, first : first + length] = torch.eye(length, size, dtype=v.dtype)
+        place = torch.arange(size)
+        page = request.cache.pages.table[shown.batch].long()[place // request.cache.pages.page_size]
+        v[page, :, place % request.cache.pages.page_size, place] = 1
     else:
-        v[:] = torch.eye(size, dtype=v.dtype)
+        v[:, :, shown.kv_first : shown.kv_first + size] = torch.eye(size, dtype=v.dtype)
     return v
