@@ -1,18 +1,24 @@
 """`tilewise watch`, the command: which call it records, the file it writes, and every mistake a caller can
 make."""
 
+import base64
 import json
 import os
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from harness.gluon import needs_interpreter
+from tilewise.demo import model
+from tilewise.demo.encoder import build_encoder
 from tilewise.demo.text import read_text
+from tilewise.parts.masks.padding import Padding
 from tilewise.tools.watch import calls, command
 from tilewise.tools.watch.calls import LINES
 
@@ -63,6 +69,25 @@ def test_a_sentence_becomes_a_page_that_its_words_cannot_break(watch, tmp_path):
 
 def test_the_default_is_the_beginning_of_the_demos_text():
     assert calls.own_text().sentences == read_text([], None, "utf-8").sentences[:LINES]
+
+
+def test_the_layer_is_the_one_that_is_asked_for(watch, tmp_path):
+    """Beside the encoder's own attention in plain PyTorch."""
+    assert watch("A cat sat here.", "--layer", 3, "--head", 5).exit_code == 0
+    found = read(tmp_path / "tilewise-watch")
+    folder = model.model_folder()
+    config = model.load_config(folder)
+    (pieces,) = model.split_into_pieces(folder, ["A cat sat here."], 256)
+    encoder = build_encoder(config, model.load_weights(folder), impl="torch")
+    with torch.inference_mode():
+        ids, mask = torch.tensor([pieces.ids]), Padding(torch.tensor([len(pieces.ids)]))
+        x = encoder.norm(encoder.words(ids) + encoder.positions(torch.arange(len(pieces.ids))))
+        for layer in encoder.layers[:2]:
+            x = layer(x, mask)
+        q, _, _ = encoder.layers[2].attention.project(x)
+    array = found["arrays"][found["tensors"]["q"]]
+    got = np.frombuffer(base64.b64decode(array["data"]), np.float32).reshape(array["shape"])
+    assert np.allclose(got, q[0, 4].numpy(), atol=1e-5)
 
 
 def test_the_articles_model_is_ten_vectors_and_three_projections(watch, tmp_path):
