@@ -10,7 +10,8 @@ What it saves  The pass over N × N numbers that divided by √D: six of them be
 Source         Programs of tiles: "Triton" (Tillet, Kung and Cox 2019, doi 10.1145/3315508.3329973).
 Exercise       A softmax in place: replace each row of s by its weights, with one kernel of your own that
                reads and writes each number once. A row of -inf becomes 0. Rows may lie further apart than
-               they are long; what is between them is not yours. python -m tilewise.ladder check 2
+               they are long; what is between them is not yours.
+               python -m tilewise.ladder check 2
 """
 
 import ladder

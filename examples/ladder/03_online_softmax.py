@@ -18,7 +18,8 @@ Source         "Online normalizer calculation for softmax" (Milakov and Gimelshe
                1805.02867).
 The real one   kernels/tilewise/parts/softmax.py.
 Exercise       lse = ln Σ exp(score) in one pass, of scores that can be read only once and in any order.
-               Some, or all, may be -inf; without any score it is -inf. python -m tilewise.ladder check 3
+               Some, or all, may be -inf; without any score it is -inf.
+               python -m tilewise.ladder check 3
 """
 
 import math

@@ -11,7 +11,8 @@ Source         FlashAttention (Dao et al. 2022, arXiv 2205.14135). Rows in the o
                at the end are from FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 The real one   kernels/tilewise/kernels/forward.py, explained in docs/kernel.md.
 Exercise       Cross-attention: M queries and N keys, and values of another width E (a power of two).
-               Return lse = row_max + ln row_sum beside O. python -m tilewise.ladder check 4
+               Return lse = row_max + ln row_sum beside O.
+               python -m tilewise.ladder check 4
 """
 
 import ladder

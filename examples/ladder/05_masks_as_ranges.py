@@ -12,7 +12,8 @@ Source         Sliding windows: Longformer (Beltagy et al. 2020, arXiv 2004.0515
                FlashAttention (Dao et al. 2022, arXiv 2205.14135).
 The real one   kernels/tilewise/parts/intervals.py; masks are in kernels/tilewise/parts/masks/.
 Exercise       The ranges of another mask, that of a prefix: every query sees the first keys, `prefix` of
-               them, and all keys up to itself. python -m tilewise.ladder check 5
+               them, and all keys up to itself.
+               python -m tilewise.ladder check 5
 """
 
 import ladder

@@ -12,8 +12,8 @@ What it needs  A scale above 0: otherwise the largest product is not the largest
 Source         FlashAttention-2 (Dao 2023, arXiv 2307.08691), in its kernels. exp as 2^x: Triton's
                ExpOpConversionApprox.
 The real one   kernels/tilewise/parts/softmax.py, `softmax_step`.
-Exercise       A scale that may be negative or 0, still with one multiplication for each pair. python -m
-               tilewise.ladder check 6
+Exercise       A scale that may be negative or 0, still with one multiplication for each pair.
+               python -m tilewise.ladder check 6
 """
 
 import ladder

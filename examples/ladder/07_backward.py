@@ -14,7 +14,8 @@ Source         FlashAttention (Dao et al. 2022, arXiv 2205.14135), appendix B; t
                tutorial.
 The real one   kernels/tilewise/kernels/backward.py, explained in docs/backward.md.
 Exercise       Let lse have a gradient as well, dlse. It changes one line: which delta makes the rest
-               right? python -m tilewise.ladder check 7
+               right?
+               python -m tilewise.ladder check 7
 """
 
 import ladder
@@ -22,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 64
+TILE, LOG2E = 64, tl.constexpr(ladder.LOG2E)
 forward, by_autograd = ladder.rung(6).attention, ladder.rung(1).with_gradients
 
 
@@ -35,25 +36,16 @@ def load_tile(ptr, start, n, D: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def store_tile(ptr, value, start, n, D: tl.constexpr, TILE: tl.constexpr):
+    """The same, the other way."""
     rows = start + tl.arange(0, TILE)[:, None]
     tl.store(ptr + rows * D + tl.arange(0, D)[None, :], value, rows < n)
 
 
 @triton.jit
 def dq_walk(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    dq_ptr,
-    n,
-    scale,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, n, scale,
+    D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """One tile of rows of dQ, and their delta; scale = 1 / √D."""
     first = tl.program_id(0) * TILE
     rows = first + tl.arange(0, TILE)
@@ -66,7 +58,7 @@ def dq_walk(
     for start in range(0, n, TILE):
         k, v = load_tile(k_ptr, start, n, D, TILE), load_tile(v_ptr, start, n, D, TILE)  # [TILE, D]
         # P = 2^(Q Kᵀ · log2 e / √D - lse)
-        p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * 1.4426950408889634) - lse[:, None])  # [rows, keys]
+        p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2E) - lse[:, None])  # [rows, keys]
         p = tl.where(start + tl.arange(0, TILE)[None, :] < n, p, 0.0)
         # dS = P ∘ (dO Vᵀ - delta)
         ds = p * (tl.dot(do, tl.trans(v)) - delta[:, None])  # [rows, keys]
@@ -77,19 +69,9 @@ def dq_walk(
 
 @triton.jit
 def dkv_walk(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    n,
-    scale,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, n, scale,
+    D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """One tile of rows of dK and dV. Everything is transposed: a row of a tile is a key."""
     first = tl.program_id(0) * TILE
     k, v = load_tile(k_ptr, first, n, D, TILE), load_tile(v_ptr, first, n, D, TILE)  # [TILE, D]
@@ -97,12 +79,10 @@ def dkv_walk(
     for start in range(0, n, TILE):
         rows = start + tl.arange(0, TILE)
         q, do = load_tile(q_ptr, start, n, D, TILE), load_tile(do_ptr, start, n, D, TILE)  # [TILE, D]
-        lse, delta = (
-            tl.load(lse_ptr + rows, rows < n, 0.0),
-            tl.load(delta_ptr + rows, rows < n, 0.0),
-        )  # [TILE]
+        lse = tl.load(lse_ptr + rows, rows < n, 0.0)  # [TILE]
+        delta = tl.load(delta_ptr + rows, rows < n, 0.0)  # [TILE]
         # Pᵀ = 2^(K Qᵀ · log2 e / √D - lse)
-        pt = tl.exp2(tl.dot(k, tl.trans(q)) * (scale * 1.4426950408889634) - lse[None, :])  # [keys, rows]
+        pt = tl.exp2(tl.dot(k, tl.trans(q)) * (scale * LOG2E) - lse[None, :])  # [keys, rows]
         # dV = dV + Pᵀ dO
         dv = tl.dot(pt.to(do.dtype), do, dv)  # [TILE, D]
         # dSᵀ = Pᵀ ∘ (V dOᵀ - delta)

@@ -12,7 +12,8 @@ Source         "Flash-Decoding" (Dao, Haziza, Massa and Sizov 2023,
                https://pytorch.org/blog/flash-decoding/).
 The real one   kernels/tilewise/kernels/combine.py; tilewise.merge joins results of two calls.
 Exercise       The merge of two results, each with its natural lse. Rows of either may have seen no key: O
-               is 0 and lse -inf. python -m tilewise.ladder check 8
+               is 0 and lse -inf.
+               python -m tilewise.ladder check 8
 """
 
 import ladder
@@ -41,7 +42,8 @@ def split_kernel(
         # S = Q Kᵀ
         s = tl.where(keys[None, :] < n, tl.dot(q, tl.trans(k)), float("-inf"))  # [TILE_Q, TILE_KV]
         new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
-        p, rescale = tl.exp2(s * factor - new_max[:, None]), tl.exp2(row_max - new_max)
+        p = tl.exp2(s * factor - new_max[:, None])  # [TILE_Q, TILE_KV]
+        rescale = tl.exp2(row_max - new_max)
         row_max, row_sum = new_max, row_sum * rescale + tl.sum(p, 1)
         # O = O · rescale + P V
         o = tl.dot(p.to(v.dtype), v, o * rescale[:, None])  # [TILE_Q, D]
@@ -69,7 +71,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, splits: int = 8
     """q [M, D] with M <= 16, k [N, D], v [N, D] -> O [M, D]."""
     (m, d), n, out = q.shape, len(k), torch.empty_like(q)
     keys_each = triton.cdiv(triton.cdiv(n, TILE_KV), splits) * TILE_KV  # whole tiles
-    splits = triton.cdiv(n, keys_each)  # none without a key
+    splits = triton.cdiv(n, keys_each)  # no part without a key
     part, lse = q.new_empty(splits, m, d, dtype=torch.float32), q.new_empty(splits, m, dtype=torch.float32)
     sizes = dict(D=d, TILE_Q=TILE_Q, TILE_KV=TILE_KV)
     split_kernel[(splits,)](q, k, v, part, lse, m, n, keys_each, ladder.LOG2E * d**-0.5, **sizes)

@@ -13,7 +13,8 @@ Source         FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608). Gluon come
                Hopper GPU its kernels run in tilewise's emulator, which knows the machine's rules.
 The real one   kernels/tilewise/kernels/hopper/, explained in docs/hopper.md.
 Exercise       A ring with two consumers: one adds the tiles of a matrix up, one takes their maximum. When
-               is a buffer free? The frame is below. python -m tilewise.ladder check 9
+               is a buffer free? The frame is below.
+               python -m tilewise.ladder check 9
 """
 
 import ladder
@@ -34,6 +35,7 @@ SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 
 @gluon.jit
 def producer(q_tiles, k_tiles, v_tiles, q, ring_k, ring_v, q_full, full, free, steps, STAGES: gl.constexpr):
+    """Ask for Q, and for K and V as soon as a buffer is free."""
     mbarrier.expect(q_full, q_tiles.block_type.nbytes)
     load_async(q_tiles, [gl.program_id(0) * TILE, 0], q_full, q)
     for step in range(steps):
@@ -46,6 +48,7 @@ def producer(q_tiles, k_tiles, v_tiles, q, ring_k, ring_v, q_full, full, free, s
 
 @gluon.jit
 def consumer(out_ptr, q, ring_k, ring_v, q_full, full, free, steps, factor, STAGES: gl.constexpr):
+    """The loop of rung 6, which waits for a buffer and gives it back."""
     row_max = gl.full([TILE], float("-inf"), gl.float32, gl.SliceLayout(1, SUMS))
     row_sum = gl.zeros([TILE], gl.float32, gl.SliceLayout(1, SUMS))
     o = gl.zeros([TILE, D], gl.float32, SUMS)
@@ -124,12 +127,10 @@ def main() -> list[ladder.Counts]:
         assert torch.equal(attention(*given, schedule=RandomSchedule(seed)), attention(*given))
     ladder.show(__doc__, {"6 base two": before, "9 warp roles": found})
     beside = sum(copies > 0 for copies in counts.in_flight)
-    print(
-        f"copies were under way beside {beside} of {len(counts.in_flight)} products; any order: the same bits"
-    )
+    print(f"copies under way beside {beside} of {len(counts.in_flight)} products; any order: the same bits")
     return found
 
 
 if __name__ == "__main__":
     ways = {"6 base two": ladder.rung(6).forward, "9 warp roles": attention}
-    ladder.climb(__file__, main, ways)
+    ladder.climb(__file__, main, ways, is_for_hopper=True)

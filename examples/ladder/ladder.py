@@ -29,6 +29,7 @@ from tilewise_reference import attention, masks, yardstick
 INTERPRETED = triton.knobs.runtime.interpret  # each kernel as ordinary Python, on the CPU
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SIZES = (128, 256)  # what is counted, twice as long the second time
+TIMED = (1024, 4096, 16384)  # what is timed on a GPU
 D = 64  # head_dim
 LOG2E = 1.4426950408889634  # exp(x) = exp2(x · LOG2E)
 
@@ -120,22 +121,21 @@ def show(doc: str | None, columns: dict[str, Sequence[Counts]], size: str = f"N 
     for name, value in ROWS.items():
         print_row(name, [value(each) for each in large])
         if value(large[0]) == large[0].memory:
-            grown = [
-                f"× {after.memory / before.memory:.1f}" for before, after in zip(small, large, strict=True)
-            ]
+            grown = (f"× {b.memory / a.memory:.1f}" for a, b in zip(small, large, strict=True))
             print(f"{'  twice as long, grows by':36}" + "".join(f"{each:>20}" for each in grown))
 
 
 def print_row(name: str, values: Sequence[int]) -> None:
-    factor = values[-1] / values[0] if values[0] else 1.0
-    changed = (
-        "" if len(values) < 2 or factor == 1 else f"× {factor:.2f}" if factor > 1 else f"÷ {1 / factor:.2f}"
-    )
-    print(
-        f"{name:36}"
-        + "".join(f"{value:20,}" if value else f"{'-':>20}" for value in values)
-        + f"{changed:>12}"
-    )
+    """One line of the table; what is not known, as of PyTorch's programs, is 0."""
+    texts = [f"{value:,}" if value else "-" for value in values]
+    print(f"{name:36}" + "".join(f"{text:>20}" for text in texts) + f"{changed(values[0], values[-1]):>12}")
+
+
+def changed(before: int, after: int) -> str:
+    """By which factor."""
+    if not before or before == after:
+        return ""
+    return f"× {after / before:.2f}" if after > before else f"÷ {before / after:.2f}"
 
 
 # ---- How a rung runs
@@ -147,6 +147,7 @@ def climb(
     ways: dict[str, Callable[..., Any]],
     lengths: Callable[[int], Sequence[int]] = lambda n: (n, n, n),
     masks_of: dict[str, Callable[[int], Any]] | None = None,
+    is_for_hopper: bool = False,
 ) -> None:
     """Run a rung: what it counts and asserts, in the interpreter; on a GPU also the times of `ways`.
 
@@ -161,12 +162,16 @@ def climb(
     if not torch.cuda.is_available():
         sys.exit(f"ladder: there is no GPU, and TRITON_INTERPRET={os.environ['TRITON_INTERPRET']}: unset it")
     subprocess.run([sys.executable, file], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
-    for n in (1024, 4096, 16384):
+    if is_for_hopper and (torch.version.hip or torch.cuda.get_device_capability()[0] != 9):
+        print("This rung's kernel is for Hopper GPUs (compute capability 9.0), and this is none: no times.\n")
+        return
+    for n in TIMED:
         given, times = problem(*lengths(n)), {}
         for name, way in ways.items():
-            if n == 1024:
+            if n == TIMED[0]:
                 found = way(*given)
                 mask = masks_of[name](n) if masks_of and name in masks_of else None
                 judge(found if isinstance(found, tuple) else (found,), given, mask)
             times[name] = triton.testing.do_bench(functools.partial(way, *given))
         print(f"N = {n:6}: " + "   ".join(f"{name} {time:.3f} ms" for name, time in times.items()))
+    print()
