@@ -21,6 +21,7 @@ from tilewise.parts.scores.bias import Bias
 from tilewise.parts.similarity import Cosine
 from tilewise.plan.request import Request, make_request
 from tilewise.tools.inputs import Inputs, case_inputs
+from tilewise.tools.shrink import shortened
 from tilewise_reference.cases import Case
 from tilewise_reference.dropout import dropout_keep, philox
 from tilewise_reference.yardstick import largest_difference
@@ -29,7 +30,6 @@ from .implementations.base import Implementation, Prepared
 from .judgement import Judgement, Problem, judge
 from .results import Work
 from .sequences import by_sequence, in_cache, join, shape_of_out, split
-from .shrink import shortened
 
 Tensor = torch.Tensor
 CHUNK = 16  # rows looked at in one place

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from tilewise.tools.shrink import smoke as smoke
 from tilewise_reference.cases import (
     CACHED_CASES,
     CASES,
@@ -24,7 +25,6 @@ from tilewise_reference.cases import (
 )
 
 from .results import Work
-from .shrink import smoke as smoke
 
 Comparison = tuple[Case, Work]
 

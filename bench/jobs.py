@@ -12,6 +12,7 @@ import torch
 import torch._inductor.config
 
 from tilewise.tools.poison import poisoned_memory
+from tilewise.tools.shrink import shrunk
 from tilewise.tools.tune.plan import dim_of
 from tilewise_reference.cases import Case
 
@@ -21,7 +22,6 @@ from .groups import Comparison, comparisons
 from .implementations import for_group, select
 from .measure import measure
 from .results import Check, CheckStatus, Entry, Row, Status, Work
-from .shrink import shrunk
 
 # Hopper's forward waits at barriers of its own, and no GPU has run it yet: gate.py says when it may.
 PORTABLE, SUSPECT = "tilewise portable", "tilewise hopper"

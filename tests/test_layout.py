@@ -46,6 +46,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.tune": {SHARED, "pytorch", "plan", "kernels", "parts"},
     "tools.rank": {SHARED, "tools.compiled", "tools.overlap", "tools.tune", "plan", "kernels", "parts"},
     "tools.doctor": {SHARED, "tools.explain", "drop_in", "api", "plan", "kernels", "parts", "version"},
+    "tools.show": {SHARED, "tools.explain", "tools.doctor", "plan", "kernels", "parts"},
+    "tools.watch": {
+        SHARED,
+        "tools.show",
+        "tools.overlap",
+        "demo",
+        "nn",
+        "api",
+        "pytorch",
+        "plan",
+        "kernels",
+        "parts",
+        "version",
+    },
     # `import tilewise`
     "": {
         "api",
@@ -62,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tools.explain",
         "version",
     },
-    "cli": {"demo", "tools.explain", "tools.inspect", "tools.tune", "tools.doctor"},
+    "cli": {"demo", "tools.explain", "tools.inspect", "tools.tune", "tools.doctor", "tools.show"},
     "__main__": {"cli"},
 }
 

@@ -6,6 +6,7 @@ import sys
 import torch
 
 RUN_KERNELS = {"demo", "tune"}  # the other commands look at kernels without running them
+INTERPRET_KERNELS = {"watch"}  # on a GPU too: only there can each statement be seen
 
 
 def interpret_without_gpu() -> None:
@@ -23,6 +24,13 @@ def interpret_without_gpu() -> None:
         file=sys.stderr,
         flush=True,
     )
+    interpret()
+
+
+def interpret() -> None:
+    """Start this command again in Triton's interpreter, unless that is set, to whatever value."""
+    if "TRITON_INTERPRET" in os.environ:
+        return
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
@@ -31,6 +39,8 @@ def main() -> None:
     """The entry point of the `tilewise` command."""
     if RUN_KERNELS & set(sys.argv[1:2]) and "--help" not in sys.argv:
         interpret_without_gpu()
+    if INTERPRET_KERNELS & set(sys.argv[1:2]) and "--help" not in sys.argv:
+        interpret()
     from tilewise import cli
 
     cli.main()

@@ -1,5 +1,6 @@
 """The subcommands of `tilewise`, and what to install where one of their packages is missing."""
 
+import importlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ def build_app() -> "typer.Typer":
     from tilewise.tools.doctor.command import doctor
     from tilewise.tools.explain.command import explain
     from tilewise.tools.inspect.command import inspect
+    from tilewise.tools.show.command import OneOrTwo, show
     from tilewise.tools.tune.command import tune
 
     app = typer.Typer(
@@ -39,18 +41,28 @@ def build_app() -> "typer.Typer":
     )
     for command in (explain, inspect, tune, doctor):
         app.command()(command)
+    app.command(cls=OneOrTwo)(show)
+    add_needing_more(app, "demo", "tilewise.demo.command", "Compare sentences with a pretrained encoder")
+    add_needing_more(app, "watch", "tilewise.tools.watch.command", "Record a call, and write a page of it")
+    return app
+
+
+def add_needing_more(app: "typer.Typer", name: str, module: str, summary: str) -> None:
+    """Add a command that needs the extra "demo", which the tools do not; where that is missing, one that
+    says so."""
     try:
-        from tilewise.demo.command import demo
-    except ModuleNotFoundError as missing:  # the tools need less than the demo does
+        command = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as missing:
         sentence = what_to_install(missing)
 
-        @app.command("demo", context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
-        def demo_is_missing() -> None:
-            """Compare sentences with a pretrained encoder; needs the extra "demo"."""
+        def is_missing() -> None:
             sys.exit(sentence)
+
+        is_missing.__doc__ = f'{summary}; needs the extra "demo".'
+        settings = dict(allow_extra_args=True, ignore_unknown_options=True)
+        app.command(name, context_settings=settings)(is_missing)
     else:
-        app.command()(demo)
-    return app
+        app.command()(command)
 
 
 def what_to_install(missing: ModuleNotFoundError) -> str:

@@ -18,8 +18,8 @@ from bench.implementations.base import Implementation, Prepared
 from bench.implementations.caches import filled, is_even
 from bench.measure import blank
 from bench.sequences import in_cache
-from bench.shrink import smoke
 from tilewise.tools.inputs import Inputs, case_inputs
+from tilewise.tools.shrink import smoke
 from tilewise_reference.cases import CACHED_CASES, Case, Features
 
 from .stand_ins import MODULES

@@ -10,9 +10,9 @@ from bench.groups import comparisons
 from bench.jobs import Job, Setting
 from bench.results import Check, Results, load
 from bench.run import Run
-from bench.shrink import shortened
 from bench.stages import Plan
 from bench.workers import Outcome, Task
+from tilewise.tools.shrink import shortened
 
 from .runs import SETTING, Hands, make_run, row
 

@@ -16,8 +16,8 @@ from bench.groups import GROUPS, comparisons
 from bench.implementations import IMPLEMENTATIONS, UnsupportedError, flashinfer, flex, for_group, select
 from bench.implementations.base import Prepared, cannot_import
 from bench.implementations.host import no_launch
-from bench.shrink import shortened, smoke
 from tilewise.tools.inputs import case_inputs
+from tilewise.tools.shrink import shortened, smoke
 from tilewise_reference.cases import CASES, FEATURE_CASES, PACKED_CASES, SHORT_CASES, Case, Features
 
 from .stand_ins import MODULES

@@ -23,8 +23,8 @@ from bench.implementations import IMPLEMENTATIONS, UnsupportedError, for_group, 
 from bench.implementations.base import Implementation, Prepared
 from bench.measure import blank, measure, peak_bytes
 from bench.results import Row, load
-from bench.shrink import smoke
 from tilewise.tools.inputs import Inputs
+from tilewise.tools.shrink import smoke
 from tilewise_reference.cases import CASES, FEATURE_CASES, Case
 
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from bench.implementations.base import Implementation, Prepared
 from bench.implementations.host import Compiled, Unlaunched
 from bench.measure import blank, measure
 from bench.sequences import by_sequence, join, split
-from bench.shrink import shortened, smoke
 from tilewise.tools.inputs import Inputs, case_inputs
+from tilewise.tools.shrink import shortened, smoke
 from tilewise_reference.cases import PACKED_CASES, Case, Features
 
 from .stand_ins import MODULES, nested_attention

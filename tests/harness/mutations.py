@@ -22,6 +22,7 @@ from .mutations_one_walk import MUTATIONS as ONE_WALK_MUTATIONS
 from .mutations_pieces import MUTATIONS as PIECES_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
+from .mutations_show import MUTATIONS as SHOW_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 from .mutations_transformers import MUTATIONS as TRANSFORMERS_MUTATIONS
 
@@ -402,6 +403,7 @@ MUTATIONS = (
     *PIECES_MUTATIONS,
     *POSITIONS_MUTATIONS,
     *ROWS_MUTATIONS,
+    *SHOW_MUTATIONS,
     *TOOLS_MUTATIONS,
     *TRANSFORMERS_MUTATIONS,
     *BENCH_MUTATIONS,

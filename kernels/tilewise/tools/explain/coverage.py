@@ -204,17 +204,60 @@ def ranges_of(rows: Rows, shape: Shape, tile_q: int) -> Ranges:
     )
 
 
-def walk_over_keys(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
-    """The tiles that the forward and dQ's pass visit: `kv_range` of every tile of rows."""
+@dataclass(frozen=True)
+class KeyTiles:
+    """`kv_range`: the tiles of keys first..last that each tile of rows visits, of which full_first..full_last
+    need no mask; without any such tile, full_first = full_last = last. [batch or 1, q_heads or 1, q_tiles]
+    """
+
+    first: torch.Tensor
+    full_first: torch.Tensor
+    full_last: torch.Tensor
+    last: torch.Tensor
+
+    def states(self, kv_tiles: int) -> torch.Tensor:
+        """Every tile's state, an index into STATES: uint8 [batch or 1, q_heads or 1, q_tiles, kv_tiles]."""
+        tile = torch.arange(kv_tiles, device="cpu")
+        first, full_first, full_last, last = (
+            x[..., None] for x in (self.first, self.full_first, self.full_last, self.last)
+        )
+        visited, full = (first <= tile) & (tile < last), (full_first <= tile) & (tile < full_last)
+        return visited.to(torch.uint8) + full.to(torch.uint8)
+
+
+STATES = ("skipped", "cut", "full")  # never visited; visited, and a mask is asked; every pair counts
+
+
+def key_tiles(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> KeyTiles:
+    """What the forward and dQ's pass visit, by tiles of rows."""
     if 0 in shape.scores:
-        return NOTHING
+        none = torch.zeros(*rows.repeats, ceil_div(shape.q_len, tile_q), dtype=torch.int64, device="cpu")
+        return KeyTiles(none, none, none, none)
     ranges = ranges_of(rows, shape, tile_q)
     first = ranges.start // tile_kv
     last = torch.maximum(-(-ranges.stop // tile_kv), first)
     full_first = torch.maximum(-(-ranges.full_start // tile_kv), first)
     full_last = torch.minimum(ranges.full_stop // tile_kv, last)
-    full = int((full_last - full_first).clamp(min=0).sum())
-    return coverage(rows, shape, (tile_q, tile_kv), int((last - first).sum()), full)
+    none_full = full_last <= full_first
+    return KeyTiles(
+        first, torch.where(none_full, last, full_first), torch.where(none_full, last, full_last), last
+    )
+
+
+def tile_states(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> torch.Tensor:
+    """The state of every tile in the forward, as `KeyTiles.states` gives it; for a head that `rows` does not
+    tell apart, ask for index 0. `walk_over_keys` counts these. It has an element a tile, so it grows with
+    q_len · kv_len / (tile_q · tile_kv)."""
+    return key_tiles(rows, shape, tile_q, tile_kv).states(ceil_div(shape.kv_len, tile_kv))
+
+
+def walk_over_keys(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
+    """The tiles that the forward and dQ's pass visit: `kv_range` of every tile of rows."""
+    if 0 in shape.scores:
+        return NOTHING
+    found = key_tiles(rows, shape, tile_q, tile_kv)
+    full = int((found.full_last - found.full_first).sum())
+    return coverage(rows, shape, (tile_q, tile_kv), int((found.last - found.first).sum()), full)
 
 
 def walk_over_rows(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:

@@ -1,4 +1,4 @@
-"""How does a case become smaller and still ask for the same? For smoke runs and for checks of gradients."""
+"""How does a case become smaller and still ask for the same? For smoke runs, checks of gradients, a page."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""One call of the real kernels, recorded statement by statement, and the page that plays it."""

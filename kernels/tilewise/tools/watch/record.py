@@ -1,0 +1,224 @@
+"""One call of the kernels as a recording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+
+from ...kernels.tile import Tile
+from ...parts.masks.causal import Causal
+from ...parts.numerics import INTERPRETED
+from ...parts.similarity import Cosine
+from ...plan.bind import bind
+from ...plan.checks import check
+from ...plan.request import Request, cached_request
+from ...version import __version__
+from .compare import compare
+from .glossary import glossary
+from .hopper import watch_hopper, why_not_hopper
+from .recording import Arrays, CallShown, Pass, Recording, TooLarge
+from .shown import Shown, key_rows, query_rows, shown_of
+from .source import tokens
+from .watched import watch_backward, watch_forward
+
+Tensor = torch.Tensor
+TILE = Tile(16, 16)  # the smallest there is: a page has room for few numbers
+NEW_ROWS = 4  # of the decoding that follows a call whose queries are its keys' rows
+MOST_KEYS = 512  # of a row: weights are read off the kernel as values, which are no wider
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to watch. words: of the rows of queries and of keys shown; None: their numbers."""
+
+    request: Request
+    title: str
+    command: str
+    batch: int = 0
+    head: int = 0
+    tile: Tile = TILE
+    words: tuple[list[str], list[str]] | None = None
+
+
+def record(asked: Asked, progress: Callable[[str], None] = lambda what: None) -> Recording:
+    """Run the kernels of a call, and what the page compares it with. progress: told of each part.
+
+    Raises ValueError where the call cannot be watched, naming the argument, and `TooLarge` (a ValueError)
+    where it has more numbers than a page can hold.
+    """
+    request = asked.request
+    if not INTERPRETED:
+        raise RuntimeError("kernels are watched in Triton's interpreter: set TRITON_INTERPRET=1")
+    check(request)
+    if request.q.dtype == torch.float64:
+        raise ValueError("q.dtype=torch.float64: no kernel computes it; give float32, float16 or bfloat16")
+    shown = shown_of(request, asked.batch, asked.head)
+    refuse_large(request, shown, asked.tile)
+    arrays, omitted = Arrays(), dict[str, str]()
+    try:
+        return record_shown(asked, shown, arrays, omitted, progress)
+    except TooLarge:
+        raise TooLarge(too_large(shown, asked.tile)) from None
+
+
+def refuse_large(request: Request, shown: Shown, tile: Tile) -> None:
+    """Before any work: what can certainly not be held."""
+    if max(shown.lengths) > MOST_KEYS:
+        raise TooLarge(too_large(shown, tile))
+
+
+def too_large(shown: Shown, tile: Tile) -> str:
+    rows, keys = shown.lengths
+    return (
+        f"a page can hold no call of {rows} rows and {keys} keys with {shown.head_dim=} and "
+        f"{shown.value_dim=} in tiles of {tile.tile_q} x {tile.tile_kv}: give fewer words, or larger tiles "
+        "(--tile 64 64)"
+    ).replace("shown.", "")
+
+
+def record_shown(
+    asked: Asked, shown: Shown, arrays: Arrays, omitted: dict[str, str], progress: Callable[[str], None]
+) -> Recording:
+    request, tile = asked.request, asked.tile
+    is_packed = request.packing is not None
+    words = asked.words or numbered(shown)
+
+    progress("the forward")
+    forward = watch_forward(request, shown, tile, arrays)
+    passes, files = list(forward.passes), set(forward.files)
+    tensors = {
+        "q": arrays.add(numbers(query_rows(request.q, shown, is_packed))),
+        "k": arrays.add(numbers(key_rows(request.k, shown, request))),
+        "v": arrays.add(numbers(key_rows(request.v, shown, request))),
+        "out": arrays.add(numbers(query_rows(forward.out, shown, is_packed))),
+        "lse": arrays.add(numbers(query_rows(forward.lse, shown, is_packed))),
+    }
+    if request.cache is not None:
+        omitted["backward"] = "a cache has no backward"
+    else:
+        progress("the backward")
+        do = forward.out.clone()  # of the loss ½ Σ O²
+        backward = watch_backward(request, forward, do, shown, tile, arrays)
+        passes += backward.passes
+        files |= backward.files
+        dq, dk, dv = backward.grads
+        tensors |= {
+            "dout": arrays.add(numbers(query_rows(do, shown, is_packed))),
+            "dq": arrays.add(numbers(query_rows(dq, shown, is_packed))),
+            "dk": arrays.add(numbers(key_rows(dk, shown, request))),
+            "dv": arrays.add(numbers(key_rows(dv, shown, request))),
+        }
+    if request.cache is None and is_decodable(request):
+        progress("decoding, with split keys")
+        found, sources = decoding(request, shown, tile, arrays, words)
+        passes += found
+        files |= sources
+    elif request.cache is None:
+        omitted["splits"] = "a step of decoding is shown after a call over a whole text, under Causal() alone"
+    reason = why_not_hopper(request)
+    if reason is None:
+        progress("Hopper's forward, in the emulator")
+        found_pass, sources = watch_hopper(request, shown, arrays)
+        passes.append(found_pass)
+        files |= sources
+    else:
+        omitted["hopper"] = reason
+    progress("comparisons")
+    compared = compare(request, shown, tile, forward.passes[0], arrays)
+    return Recording(
+        title=asked.title,
+        made=dict(
+            tilewise=__version__, triton=triton.__version__, torch=torch.__version__, command=asked.command
+        ),
+        call=call_shown(request, shown),
+        words={"queries": words[0], "keys": words[1]},
+        arrays=arrays,
+        tensors=tensors,
+        passes=passes,
+        sources={file: tokens(file) for file in sorted(files)},
+        glossary=glossary(),
+        compare=compared,
+        omitted=omitted,
+    )
+
+
+def numbers(x: Tensor) -> np.ndarray[Any, Any]:
+    return x.detach().float().numpy()
+
+
+def numbered(shown: Shown) -> tuple[list[str], list[str]]:
+    """Names for rows without words."""
+    rows = [str(row) for row in range(shown.q_len)]
+    if shown.is_grouped and shown.group > 1:
+        rows = [f"{row}, head {head}" for row in rows for head in shown.heads]
+    return rows, [str(key) for key in range(shown.kv_len)]
+
+
+def call_shown(request: Request, shown: Shown) -> CallShown:
+    unit = bind(request).unit
+    similarity = "cosine" if isinstance(request.similarity, Cosine) else request.similarity
+    mask = " & ".join(map(repr, request.masks))
+    score = ", ".join(map(repr, request.scores))
+    given = [f"mask={mask}"] * bool(mask) + [f"score={score}"] * bool(score)
+    if similarity != "scaled_dot":
+        given.append(f"similarity={similarity!r}")
+    name = "cached_attention" if request.cache is not None else "attention"
+    name = "packed_attention" if request.packing is not None and request.cache is None else name
+    return CallShown(
+        text=f"tw.{name}({', '.join(['q', 'k', 'v', *given])})",
+        q=list(request.q.shape),
+        k=list(request.k.shape),
+        v=list(request.v.shape),
+        dtype=str(request.q.dtype).removeprefix("torch."),
+        mask=mask,
+        score=score,
+        similarity=similarity,
+        scale=None if unit is None else float(unit),
+        batch=shown.batch,
+        head=shown.head,
+    )
+
+
+def is_decodable(request: Request) -> bool:
+    """Whether the call is one over a whole text, of which the last rows may be asked again."""
+    masks = request.masks
+    return (
+        request.packing is None
+        and request.shape.q_len == request.shape.kv_len > 2 * TILE.tile_kv
+        and not request.scores
+        and request.sink is None
+        and request.dropout is None
+        and len(masks) == 1
+        and type(masks[0]) is Causal
+    )
+
+
+def decoding(
+    request: Request, shown: Shown, tile: Tile, arrays: Arrays, words: tuple[list[str], list[str]]
+) -> tuple[list[Pass], set[str]]:
+    """The last rows of the call once more, as a step over a cache of its keys, split in two."""
+    count = min(NEW_ROWS, shown.q_len)
+    half = -(-shown.kv_len // 2)
+    step = cached_request(
+        request.q[:, :, -count:], request.k, request.v, mask=Causal(), scale=request.scale,
+        similarity=request.similarity, kv_lens=torch.full((request.shape.batch,), shown.kv_len),
+        split_size=-(-half // tile.tile_kv) * tile.tile_kv,
+    )  # fmt: skip
+    few = shown_of(step, shown.batch, shown.head)
+    forward = watch_forward(step, few, tile, arrays)
+    rows = words[0][-count:]
+    if few.group > 1:
+        rows = [f"{word}, head {head}" for word in rows for head in few.heads]
+    tensors = {
+        "q": arrays.add(numbers(query_rows(step.q, few, False))),
+        "out": arrays.add(numbers(query_rows(forward.out, few, False))),
+        "lse": arrays.add(numbers(query_rows(forward.lse, few, False))),
+    }
+    for each in forward.passes:
+        each.words, each.tensors = {"queries": rows, "keys": words[1]}, tensors
+    return forward.passes, forward.files
