@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+import tilewise.ladder
 from harness.examples import EXAMPLES, ROOT, SOURCES
 from tilewise.ladder import __main__ as command
 from tilewise.ladder.counting import counted
@@ -326,3 +327,16 @@ def test_the_notebook_and_the_table_are_those_of_the_rungs(ladder):
     assert not any(cell.get("outputs") for cell in book["cells"])
     page = (ROOT / "docs" / "ladder.md").read_text(encoding="utf-8")
     assert page == made["page"](), "run: python examples/ladder/build.py"
+
+
+def test_what_is_not_installed_is_named(ladder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["build.py", "--run"])
+    monkeypatch.setitem(sys.modules, "nbclient", None)
+    with pytest.raises(SystemExit, match=r"nbclient is not installed: pip install 'tilewise\[notebook\]'"):
+        runpy.run_path(str(RUNGS / "build.py"), run_name="__main__")
+    for module in [name for name in sys.modules if name.startswith("tilewise.ladder.")]:
+        monkeypatch.delitem(sys.modules, module)
+        monkeypatch.delattr(tilewise.ladder, module.rpartition(".")[2])
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(SystemExit, match="numpy is not installed, and Triton's interpreter needs it"):
+        command.main(["list"])

@@ -8,8 +8,8 @@ Why            A matrix of the mask would be N × N numbers once more. Two bound
                rows.
 What it saves  Everything for the skipped tiles: loads, FLOPs, exponentials. With a window of fixed size,
                work grows with N. In full tiles, the comparisons of the mask.
-Source         Sliding windows: Longformer (Beltagy et al. 2020, arXiv 2004.05150). Skipping tiles:
-               FlashAttention (Dao et al. 2022, arXiv 2205.14135).
+Source         Sliding windows: Longformer (Beltagy et al. 2020, arXiv 2004.05150). Which tiles to skip and
+               which to mask: FlashAttention-2 (Dao 2023, arXiv 2307.08691), section 3.1.
 The real one   kernels/tilewise/parts/intervals.py; masks are in kernels/tilewise/parts/masks/.
 Exercise       The ranges of another mask, that of a prefix: every query sees the first keys, `prefix` of
                them, and all keys up to itself.

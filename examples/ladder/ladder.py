@@ -14,6 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+if missing := [name for name in ("torch", "triton", "numpy") if importlib.util.find_spec(name) is None]:
+    sys.exit(f"ladder: {missing[0]} is not installed: pip install {' '.join(missing)}")
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))  # of this clone, installed or not

@@ -18,7 +18,12 @@ def interpret() -> None:
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line; 0 where an exercise is right, 1 where it is not."""
-    from .exercises import EXERCISES, NotFound, check, file_of, load
+    try:
+        from .exercises import EXERCISES, NotFound, check, file_of, load
+    except ModuleNotFoundError as missing:
+        if missing.name != "numpy":
+            raise
+        sys.exit("ladder: numpy is not installed, and Triton's interpreter needs it: pip install numpy")
 
     parser = argparse.ArgumentParser(prog="python -m tilewise.ladder", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
