@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,3 +148,11 @@ def test_the_interpreter_is_on_whatever_the_machine_has(tmp_path):
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0 and "open it in a browser" in ran.stdout, ran.stderr
     assert read(tmp_path / "tilewise-watch")["words"]["queries"][1:3] == ["a", "cat"]
+
+
+def test_the_pages_example_in_code_runs(capsys):
+    """Here, for it needs the interpreter, which the examples of other pages do without."""
+    page = Path(__file__).parents[1] / "docs" / "watch.md"
+    (code,) = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+    assert "print(forward.grid)  # ['%.', '%%']" in code and "['%.', '%%']" in capsys.readouterr().out
