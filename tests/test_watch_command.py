@@ -150,9 +150,28 @@ def test_the_interpreter_is_on_whatever_the_machine_has(tmp_path):
     assert read(tmp_path / "tilewise-watch")["words"]["queries"][1:3] == ["a", "cat"]
 
 
+@pytest.mark.parametrize("name", ["from_the_article.md", "from_the_article.zh.md"])
+def test_the_article_says_what_the_model_computes(name):
+    text = (Path(__file__).parents[1] / "docs" / name).read_text(encoding="utf-8")
+    folder = model.model_folder()
+    config = model.load_config(folder)
+    encoder = build_encoder(config, model.load_weights(folder), impl="torch")
+    (pieces,) = model.split_into_pieces(folder, ["The cat sat on the mat because it was warm."], 256)
+    it, cat, mat, warm = map(pieces.words.index, ("it", "cat", "mat", "warm"))
+    weights = {}
+    for layer, head in ((6, 12), (3, 9)):
+        q, k, _ = calls.inputs_of_layer(encoder, layer, torch.tensor([pieces.ids]))
+        weights[layer] = torch.softmax(q[0, head - 1] @ k[0, head - 1].T / 32**0.5, -1)
+    column = weights[6][:, cat]
+    assert (weights[6].argmax(1) == cat).all() and column.min() > 0.3, "dark from top to bottom"
+    for word in (cat, mat):
+        assert f" {100 * weights[6][it, word]:.0f} %" in text
+    assert weights[3][it].argmax() == warm
+
+
 def test_the_pages_example_in_code_runs(capsys):
     """Here, for it needs the interpreter, which the examples of other pages do without."""
     page = Path(__file__).parents[1] / "docs" / "watch.md"
     (code,) = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
-    assert "print(forward.grid)  # ['%.', '%%']" in code and "['%.', '%%']" in capsys.readouterr().out
+    assert "print(forward.grid)  # ['%.', '#%']" in code and "['%.', '#%']" in capsys.readouterr().out
