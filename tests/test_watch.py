@@ -10,21 +10,11 @@ import torch
 import tilewise
 import tilewise_reference
 from harness.gluon import needs_interpreter
-from harness.watched import (
-    CALLS,
-    TILE,
-    dense,
-    last,
-    memory,
-    moments,
-    odd_pairs,
-    paged,
-    recorded,
-    recorded_call,
-)
+from harness.watched import CALLS, TILE, dense, last, memory, moments, odd_pairs, packed, paged, recorded
 from tilewise.kernels.tile import Tile
 from tilewise.plan import tiles
 from tilewise.tools.explain.coverage import STATES, rows_of, tile_states
+from tilewise.tools.watch.record import is_decodable
 from tilewise.tools.watch.recording import MOST_BYTES, Arrays, TooLarge
 from tilewise.tools.watch.telling import TELLINGS, tellings_in
 from tilewise.tools.watch.tracer import PACKAGE
@@ -57,7 +47,7 @@ def kinds():
 
     def make(name):
         if name not in made:
-            made[name] = recorded_call(name)
+            made[name] = recorded(CALLS[name]())
         return made[name]
 
     return make
@@ -69,8 +59,8 @@ def kinds():
 def test_watching_changes_nothing(request_, recording):
     with tiles.use(TILE):
         out, lse = tilewise.attention(request_.q, request_.k, request_.v, mask=MASK, return_lse=True)
-    assert np.array_equal(recording.arrays[recording.tensors["out"]], out[1, 1].numpy())
-    assert np.array_equal(recording.arrays[recording.tensors["lse"]], lse[1, 1].numpy())
+    assert np.array_equal(recording.arrays[recording.tensors["out"]], out[0, 1].numpy())
+    assert np.array_equal(recording.arrays[recording.tensors["lse"]], lse[0, 1].numpy())
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -81,6 +71,7 @@ def test_every_program_ends_with_its_rows_of_the_output(kinds, name):
     seen = []
     for program in walk.programs:
         first, stop = program.owns
+        assert first < stop
         assert np.array_equal(last(found, program, "o")[: stop - first], out[first:stop])
         seen += range(first, stop)
     assert sorted(seen) == list(range(len(out))), "each row is somebody's"
@@ -100,7 +91,7 @@ def test_every_program_ends_with_its_rows_of_a_gradient(kinds, name):
 
 def test_the_steps_add_up_to_the_weights_of_attention(request_, recording, walks):
     """Of each tile's P all later factors, and the division at the end."""
-    q, k, v = request_.q[1:, 1:], request_.k[1:], torch.eye(37)[None, None]
+    q, k, v = request_.q[:, 1:], request_.k, torch.eye(37)[None, None]
     keep = [tilewise_reference.masks.causal(37, 37), tilewise_reference.masks.window(20, 0, 37, 37)]
     exact = tilewise_reference.attention(q, k, v, mask=keep, dtype=torch.float64)[0, 0]
     theirs = largest_difference(pytorch_attention(q, k, v, mask=keep)[0][0, 0], exact)
@@ -170,6 +161,12 @@ def test_rows_in_pages_are_read_where_the_pages_are(kinds):
                 assert np.array_equal(row, read)
 
 
+def test_rows_in_pages_are_the_tensors_that_are_shown(kinds):
+    found, request = kinds("paged"), paged()
+    whole = torch.cat([request.k[page, 0] for page in (2, 3, 1)])  # [pages, heads, rows, dim]
+    assert np.array_equal(found.arrays[found.tensors["k"]], whole[:45].numpy())
+
+
 def test_stores_name_the_bytes_of_the_output(recording, walks):
     places = {"out": (2, 37, 40), "dq": (2, 37, 24), "dk": (1, 37, 24), "dv": (1, 37, 40)}  # heads, rows, dim
     seen = {name: [] for name in places}
@@ -177,7 +174,7 @@ def test_stores_name_the_bytes_of_the_output(recording, walks):
         for program, _, moment in moments(walks[walk]):
             for store in moment.stores:
                 heads, rows, dim = places[store.tensor]
-                begin = ((heads + heads - 1) * rows + program.owns[0]) * dim * 4  # batch 1, the last head
+                begin = ((heads - 1) * rows + program.owns[0]) * dim * 4  # of the last head
                 offsets = recording.arrays[store.rows]
                 count = program.owns[1] - program.owns[0]
                 assert offsets[:count].tolist() == [begin + row * dim * 4 for row in range(count)]
@@ -246,6 +243,23 @@ def test_a_text_is_followed_by_a_step_of_decoding(recording):
     assert "splits" in recording.omitted and "splits" not in {walk.name for walk in recording.passes}
 
 
+def test_decoding_follows_what_it_would_repeat():
+    causal = tilewise.Causal()
+    assert is_decodable(dense(33, 33, mask=causal))
+    others = [
+        dense(33, 33),
+        dense(33, 33, mask=tilewise.Window(5, 0)),
+        dense(33, 33, mask=MASK),
+        dense(17, 33, mask=causal),
+        dense(20, 20, mask=causal),
+        dense(33, 33, mask=causal, score=tilewise.Softcap(3.0)),
+        dense(33, 33, mask=causal, sink=torch.zeros(2)),
+        dense(33, 33, mask=causal, dropout_p=0.1),
+        packed(mask=causal),
+    ]
+    assert not any(map(is_decodable, others))
+
+
 def test_hopper_is_told_by_role_and_comes_to_the_same(recording, walks):
     hopper = walks["hopper"]
     (program,) = hopper.programs
@@ -263,6 +277,8 @@ def test_hopper_is_told_by_role_and_comes_to_the_same(recording, walks):
         (row, column) for row, line in enumerate(hopper.grid) for column, x in enumerate(line) if x != "."
     }
     assert visited == {(0, 0), (0, 1), (0, 2)}
+    owners = {(moment.role, stage.tile[0]) for _, stage, moment in moments(hopper) if stage.tile is not None}
+    assert owners == {("warpgroup 1", 0), ("warpgroup 2", 1)}
     lanes = {lane.name: lane for lane in hopper.timeline.lanes}
     steps = {span.step for span in lanes["tensor cores"].spans}
     assert steps == {stage_step for stage_step in range(3)}
@@ -290,7 +306,7 @@ def test_rounding_errors_are_those_of_the_partial_results(request_, recording, w
     rounding = {each.dtype: recording.arrays[each.error] for each in recording.compare.rounding}
     keep = [tilewise_reference.masks.causal(37, 37), tilewise_reference.masks.window(20, 0, 37, 37)]
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        q, k, v = (x[1:].to(dtype) for x in (request_.q[:, 1:], request_.k, request_.v))
+        q, k, v = (x.to(dtype) for x in (request_.q[:, 1:], request_.k, request_.v))
         exact = tilewise_reference.attention(q, k, v, mask=keep, dtype=torch.float64)[0, 0]
         with tiles.use(TILE):
             out = tilewise.attention(q, k, v, mask=MASK)[0, 0]
@@ -309,7 +325,7 @@ def test_similarities_are_each_their_own(request_, recording):
         "cosine",
     ]
     keep = [tilewise_reference.masks.causal(37, 37), tilewise_reference.masks.window(20, 0, 37, 37)]
-    q, k, v = request_.q[1:, 1:], request_.k[1:], torch.eye(37)[None, None]
+    q, k, v = request_.q[:, 1:], request_.k, torch.eye(37)[None, None]
     for found, similarity in zip(weights, ("dot", "scaled_dot", "cosine"), strict=True):
         given = dict(mask=keep, similarity=similarity)
         exact = tilewise_reference.attention(q, k, v, **given, dtype=torch.float64)[0, 0]
@@ -353,7 +369,7 @@ def test_equal_arrays_are_kept_once_and_a_page_is_never_too_large():
     [
         (lambda: dense(600, 600), {}, "600 rows and 600 keys.*--tile 64 64"),
         (lambda: dense(120, 120, dims=(16, 512)), {}, "120 rows and 120 keys"),
-        (lambda: dense(), dict(batch=2), "batch=2 must be from 0 to 1: the call has 2"),
+        (lambda: dense(), dict(batch=2), "batch=2 must be from 0 to 0: the call has 1"),
         (lambda: dense(), dict(head=-1), "head=-1 must be from 0 to 1: the call has 2"),
         (lambda: dense(dtype=torch.float64), {}, "q.dtype=torch.float64"),
         (CALLS["packed"], dict(batch=1), "q_len=0 and kv_len=0 of batch=1"),

@@ -1,18 +1,25 @@
 """`tilewise watch`, the command: which call it records, the file it writes, and every mistake a caller can
 make."""
 
+import base64
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from harness.gluon import needs_interpreter
+from tilewise.demo import model
+from tilewise.demo.encoder import build_encoder
 from tilewise.demo.text import read_text
+from tilewise.parts.masks.padding import Padding
 from tilewise.tools.watch import calls, command
 from tilewise.tools.watch.calls import LINES
 
@@ -63,6 +70,25 @@ def test_a_sentence_becomes_a_page_that_its_words_cannot_break(watch, tmp_path):
 
 def test_the_default_is_the_beginning_of_the_demos_text():
     assert calls.own_text().sentences == read_text([], None, "utf-8").sentences[:LINES]
+
+
+def test_the_layer_is_the_one_that_is_asked_for(watch, tmp_path):
+    """Beside the encoder's own attention in plain PyTorch."""
+    assert watch("A cat sat here.", "--layer", 3, "--head", 5).exit_code == 0
+    found = read(tmp_path / "tilewise-watch")
+    folder = model.model_folder()
+    config = model.load_config(folder)
+    (pieces,) = model.split_into_pieces(folder, ["A cat sat here."], 256)
+    encoder = build_encoder(config, model.load_weights(folder), impl="torch")
+    with torch.inference_mode():
+        ids, mask = torch.tensor([pieces.ids]), Padding(torch.tensor([len(pieces.ids)]))
+        x = encoder.norm(encoder.words(ids) + encoder.positions(torch.arange(len(pieces.ids))))
+        for layer in encoder.layers[:2]:
+            x = layer(x, mask)
+        q, _, _ = encoder.layers[2].attention.project(x)
+    array = found["arrays"][found["tensors"]["q"]]
+    got = np.frombuffer(base64.b64decode(array["data"]), np.float32).reshape(array["shape"])
+    assert np.allclose(got, q[0, 4].numpy(), atol=1e-5)
 
 
 def test_the_articles_model_is_ten_vectors_and_three_projections(watch, tmp_path):
@@ -122,3 +148,30 @@ def test_the_interpreter_is_on_whatever_the_machine_has(tmp_path):
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0 and "open it in a browser" in ran.stdout, ran.stderr
     assert read(tmp_path / "tilewise-watch")["words"]["queries"][1:3] == ["a", "cat"]
+
+
+@pytest.mark.parametrize("name", ["from_the_article.md", "from_the_article.zh.md"])
+def test_the_article_says_what_the_model_computes(name):
+    text = (Path(__file__).parents[1] / "docs" / name).read_text(encoding="utf-8")
+    folder = model.model_folder()
+    config = model.load_config(folder)
+    encoder = build_encoder(config, model.load_weights(folder), impl="torch")
+    (pieces,) = model.split_into_pieces(folder, ["The cat sat on the mat because it was warm."], 256)
+    it, cat, mat, warm = map(pieces.words.index, ("it", "cat", "mat", "warm"))
+    weights = {}
+    for layer, head in ((6, 12), (3, 9)):
+        q, k, _ = calls.inputs_of_layer(encoder, layer, torch.tensor([pieces.ids]))
+        weights[layer] = torch.softmax(q[0, head - 1] @ k[0, head - 1].T / 32**0.5, -1)
+    column = weights[6][:, cat]
+    assert (weights[6].argmax(1) == cat).all() and column.min() > 0.3, "dark from top to bottom"
+    for word in (cat, mat):
+        assert f" {100 * weights[6][it, word]:.0f} %" in text
+    assert weights[3][it].argmax() == warm
+
+
+def test_the_pages_example_in_code_runs(capsys):
+    """Here, for it needs the interpreter, which the examples of other pages do without."""
+    page = Path(__file__).parents[1] / "docs" / "watch.md"
+    (code,) = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+    assert "print(forward.grid)  # ['%.', '#%']" in code and "['%.', '#%']" in capsys.readouterr().out
