@@ -1,4 +1,4 @@
-"""Recordings of small calls as pages, and a browser that opens them: Debian's Chromium, driven by Playwright."""
+"""Recordings of small calls as pages, and a browser that opens them: Chromium, driven by Playwright."""
 
 from __future__ import annotations
 
@@ -22,36 +22,40 @@ from tilewise.tools.watch.page import write
 from tilewise.tools.watch.record import Asked, record
 from tilewise.tools.watch.recording import Recording
 
+LENGTH = 40
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-WORDS = (
+TEXT = (
     "the cat sat on the mat because it was warm , and the dog that chased it all morning lay down beside the "
     "stove . nobody had told them where the others slept , so they went to look ."
-).split()
+)
 
 
 @pytest.fixture(scope="session")
 def recorded() -> Recording:
     """Every pass there is: a causal call over words of 16 numbers, in tiles of 16, the last of them half."""
     torch.manual_seed(0)
-    length = 40
-    q, k, v = torch.randn(3, 1, 1, length, 16)
-    words = WORDS[:length]
-    assert len(words) == length
+    words = TEXT.split()
+    assert len(words) == LENGTH
+    q, k, v = torch.randn(3, 1, 1, LENGTH, 16)
     return record(Asked(make_request(q, k, v, mask=tw.Causal()), TITLE, "a test", words=(words, words)))
 
 
 @pytest.fixture(scope="session")
 def unlike() -> Recording:
-    """What differs: two heads of queries on one of keys, other lengths, dimensions and dtype, a mask with holes, a score."""
+    """What differs: two heads on one of keys, lengths, dimensions, dtype, a mask with holes, a score."""
     torch.manual_seed(1)
     q = torch.randn(1, 2, 21, 24).bfloat16()
     k, v = torch.randn(1, 1, 35, 24).bfloat16(), torch.randn(1, 1, 35, 8).bfloat16()
-    request = make_request(q, k, v, mask=tw.Window(9, 3) & tw.Dense(torch.rand(21, 35) > 0.2), score=tw.Softcap(20.0))
+    request = make_request(
+        q, k, v, mask=tw.Window(9, 3) & tw.Dense(torch.rand(21, 35) > 0.2), score=tw.Softcap(20.0)
+    )
     return record(Asked(request, "Window and softcap", "a test", head=1))
 
 
 @pytest.fixture(scope="session")
-def files(recorded: Recording, unlike: Recording, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(
+    recorded: Recording, unlike: Recording, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     return {
         name: write(recording, folder / name)

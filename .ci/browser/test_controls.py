@@ -87,7 +87,9 @@ def test_programs_are_chosen_by_list_button_and_tile(show):
     scores = view.page.locator(".scores .cells")
     box = scores.bounding_box()  # 40 x 40: the tile in the middle, of rows and keys 16 to 31
     scores.click(position={"x": box["width"] / 2, "y": box["height"] / 2})
-    assert found[view.position].stage.tile == (1, 1) and found[view.position].program is found[begin[1]].program
+    assert (
+        found[view.position].stage.tile == (1, 1) and found[view.position].program is found[begin[1]].program
+    )
     scores.click(position={"x": box["width"] - 2, "y": 2})  # skipped: no program ever stands there
     assert found[view.position].stage.tile == (1, 1)
 
@@ -130,7 +132,7 @@ def test_an_unlike_call_is_shown_too(show):
     view = show("unlike")
     for shown in view.recording.passes:
         view.tab(shown.name)
-        for position in range(0, len(beats(shown)), 9):
+        for position in range(0, len(beats(shown)), 14):
             view.go(position)
     view.tab("dkv")
     heads = [each.stage.head for each in beats(view.pass_of("dkv"))]

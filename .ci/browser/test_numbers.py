@@ -27,7 +27,7 @@ def element(array: np.ndarray, row: int, column: int) -> np.generic:
 
 
 def test_each_variable_is_shown_as_recorded(show):
-    """Of every pass, wherever a variable is first set in its second half, some numbers are read off the page."""
+    """Of every pass, where a variable is first set in its second half, some numbers are read off the page."""
     view = show()
     for shown in view.recording.passes:
         view.tab(shown.name)
@@ -84,7 +84,9 @@ def last_number(text: str) -> float:
 def test_a_score_is_told_by_its_terms(show, recorded):
     view = show()
     found = beats(view.pass_of("forward"))
-    position = next(i for i, beat in enumerate(found) if "s" in beat.moment.sets and beat.stage.state == "full")
+    position = next(
+        i for i, beat in enumerate(found) if "s" in beat.moment.sets and beat.stage.state == "full"
+    )
     view.go(position)
     row, key = 3, 5
     said = view.point_at("s", row, key)
@@ -132,7 +134,9 @@ def test_an_origin_ends_in_the_number(show):
     for name, variable, begins in ORIGINS:
         view.tab(name)
         found = beats(view.pass_of(name))
-        places = [i for i, beat in enumerate(found) if variable in beat.moment.sets and beat.stage.kind != "start"]
+        places = [
+            i for i, beat in enumerate(found) if variable in beat.moment.sets and beat.stage.kind != "start"
+        ]
         if variable == "rescale":  # of a program's first step it is 0
             places = [i for i in places if found[i].stage is not found[i].program.stages[1]]
         view.go(places[len(places) // 2])
@@ -153,7 +157,9 @@ def test_gradients_grow_by_what_is_told(show):
         view.go(places[1])
         said = view.point_at(variable, 2, 3)
         assert product in said.origin
-        assert last_number(said.origin.split("\n")[0]) == pytest.approx(float(said.number), rel=2e-3, abs=1e-6)
+        assert last_number(said.origin.split("\n")[0]) == pytest.approx(
+            float(said.number), rel=2e-3, abs=1e-6
+        )
 
 
 def test_nothing_is_told_of_what_is_not_there(show):

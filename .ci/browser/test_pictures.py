@@ -26,7 +26,9 @@ def test_colours_order_as_the_numbers(scheme, show, recorded):
     view = show(color_scheme=scheme)
     position = first(view, "forward", "s", "full")
     view.go(position)
-    s = recorded.arrays[beats(view.pass_of("forward"))[position].moment.sets["s"]][:8]  # of 16 rows, 40 = 32 + 8
+    s = recorded.arrays[beats(view.pass_of("forward"))[position].moment.sets["s"]][
+        :8
+    ]  # of 16 rows, 40 = 32 + 8
     shown = view.pixels(view.variable("s").locator("canvas"), 16, 16)[:8]
     blueness = shown[..., 2] - shown[..., 0]
     centre = blueness[np.abs(s) < 0.05 * np.abs(s).max()].mean()
@@ -62,7 +64,9 @@ def test_the_map_has_the_grids_tiles_and_the_steps_numbers(show, recorded):
         grid = "".join(view.pass_of(name).grid)
         for sign, kind in ((".", "skipped"), ("%", "cut"), ("#", "full")):
             assert view.page.locator(f".ground .tile.{kind}").count() == grid.count(sign) > 0
-    patterns = {view.page.locator(f".ground .tile.{kind}").first.get_attribute("fill") for kind in ("cut", "skipped")}
+    patterns = {
+        view.page.locator(f".ground .tile.{kind}").first.get_attribute("fill") for kind in ("cut", "skipped")
+    }
     assert len(patterns - {None}) == 2  # told apart by more than colour
     # Sᵀ of a step, and S on the map
     position = first(view, "dkv", "sT", "full")
@@ -143,7 +147,9 @@ def test_lanes_are_the_models_and_say_so(show):
     assert view.page.locator(".timeline .span").count() == sum(len(lane.spans) for lane in model.lanes)
     assert "A model, not measured." in view.page.locator(".timeline").inner_text()
     found = beats(view.pass_of("hopper"))
-    places = [i for i, beat in enumerate(found) if beat.moment.role == "warpgroup 1" and "p" in beat.moment.sets]
+    places = [
+        i for i, beat in enumerate(found) if beat.moment.role == "warpgroup 1" and "p" in beat.moment.sets
+    ]
     clocks = []
     for position in places:
         view.go(position)
