@@ -82,8 +82,8 @@ export function Rounding(): JSX.Element {
       <div class="figure-head">
         <h2 id="rounding-title">Rounding, as keys go by</h2>
         <p>
-          The same call in each dtype beside float64. Sums are kept in fp32 in all of them, so errors stay
-          where the inputs' own rounding put them.
+          The same call in each dtype beside float64. Sums are kept in fp32 whatever the dtype, so errors do
+          not pile up with every key.
         </p>
       </div>
       <div class="controls">
