@@ -26,6 +26,7 @@ from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_show import MUTATIONS as SHOW_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 from .mutations_transformers import MUTATIONS as TRANSFORMERS_MUTATIONS
+from .mutations_watch import MUTATIONS as WATCH_MUTATIONS
 
 ADDRESSING = "kernels/tilewise/parts/addressing.py"
 ALIBI = "kernels/tilewise/parts/scores/alibi.py"
@@ -408,6 +409,7 @@ MUTATIONS = (
     *SHOW_MUTATIONS,
     *TOOLS_MUTATIONS,
     *TRANSFORMERS_MUTATIONS,
+    *WATCH_MUTATIONS,
     *BENCH_MUTATIONS,
 )
 # fmt: on

@@ -11,7 +11,7 @@ from ...kernels.tile import Tile
 from ...parts.shape import Shape
 from ...plan.passes import run_forward
 from ...plan.request import Request
-from ...pytorch.plain import run_torch
+from ...pytorch.plain import oracle_arguments, run_torch
 from ..explain.coverage import rows_of as bounds_of
 from ..explain.coverage import tile_states
 from .recording import (
@@ -39,8 +39,14 @@ EQUATIONS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def compare(request: Request, shown: Shown, tile: Tile, walk: Pass, arrays: Arrays) -> Compare:
-    """All comparisons of a call, each computed by the kernel itself. walk: of its forward."""
+def compare(
+    request: Request, shown: Shown, tile: Tile, walk: Pass, arrays: Arrays, omitted: dict[str, str]
+) -> Compare:
+    """All comparisons of a call, each computed by the kernel itself. walk: of its forward. omitted: gets what
+    cannot be compared, and why."""
+    reason = why_not_rounding(request)
+    if reason is not None:
+        omitted["rounding"] = reason
     masks = [masked(" & ".join(map(repr, request.masks)) or "no mask", request, walk.grid, shown, arrays)]
     if request.masks:
         free = tile_states(bounds_of((), dense(shown)), dense(shown), tile.tile_q, tile.tile_kv)[0, 0]
@@ -49,7 +55,7 @@ def compare(request: Request, shown: Shown, tile: Tile, walk: Pass, arrays: Arra
     return Compare(
         similarities(request, shown, arrays),
         masks,
-        [] if request.dropout is not None else [rounding(request, n, shown, tile, arrays) for n in DTYPES],
+        [] if reason else [rounding(request, name, shown, tile, arrays) for name in DTYPES],
         Cost(request.shape.q_heads, request.q.element_size()),
     )
 
@@ -64,7 +70,7 @@ def weights(request: Request, shown: Shown) -> Array:
     asked = replace(request, q=request.q.float(), k=request.k.float())
     with torch.no_grad():
         out, _, _ = run_forward(replace(asked, v=identity_values(asked, shown)), False)
-    return query_rows(out, shown, request.packing is not None)[:, : shown.kv_len].numpy()
+    return query_rows(out, shown)[:, : shown.kv_len].numpy()
 
 
 def similarities(request: Request, shown: Shown, arrays: Arrays) -> list[Similarity]:
@@ -81,6 +87,17 @@ def masked(name: str, request: Request, grid: list[str], shown: Shown, arrays: A
     return Masked(name, arrays.add(weights(request, shown)), grid, visited, total)
 
 
+def why_not_rounding(request: Request) -> str | None:
+    """Why float64 cannot stand beside the kernel; None if it can."""
+    if request.dropout is not None:
+        return f"dropout_p={request.dropout.p}: what is dropped is missing from partial results"
+    try:
+        oracle_arguments(request)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def rounding(request: Request, name: str, shown: Shown, tile: Tile, arrays: Arrays) -> Rounding:
     """The kernel's partial results in a dtype, beside float64's of the same inputs over the same keys."""
     dtype = DTYPES[name]
@@ -92,7 +109,7 @@ def rounding(request: Request, name: str, shown: Shown, tile: Tile, arrays: Arra
     walk = watch_forward(asked, shown, tile, kept).passes[0]
     exact = replace(asked, q=asked.q.double(), k=asked.k.double(), impl="torch")
     out, _ = run_torch(replace(exact, v=identity_values(exact, shown)), False)
-    weight = query_rows(out, shown, request.packing is not None)[:, : shown.kv_len].numpy()
+    weight = query_rows(out, shown)[:, : shown.kv_len].numpy()
     values = key_rows(asked.v, shown, asked).double().numpy()
     rows = shown.lengths[0]
     steps = max(sum(stage.kind == "step" for stage in program.stages) for program in walk.programs)

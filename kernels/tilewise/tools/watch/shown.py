@@ -29,6 +29,7 @@ class Shown:
     value_dim: int
     q_heads: int
     q_rows: int  # of all sequences
+    is_packed: bool
 
     @property
     def kv_head(self) -> int:
@@ -46,14 +47,18 @@ class Shown:
         return self.q_len * len(self.heads), self.kv_len
 
     @property
-    def rows(self) -> list[int]:
-        """The rows that are shown, as the kernel that merges splits counts those of all."""
-        block = self.batch if self.q_first == 0 else 0
+    def merged_rows(self) -> list[int]:
+        """The rows that are shown, as the kernel that merges splits counts those of all: by heads."""
+        block = 0 if self.is_packed else self.batch
         return [
             (block * self.q_heads + head) * self.q_rows + self.q_first + row
-            for row in range(self.q_len)
             for head in self.heads
+            for row in range(self.q_len)
         ]
+
+    def by_heads(self, rows: Tensor) -> Tensor:
+        """Of what is shown, first all rows of the first head."""
+        return rows.unflatten(0, (self.q_len, len(self.heads))).transpose(0, 1).flatten(0, 1)
 
 
 def shown_of(request: Request, batch: int, head: int) -> Shown:
@@ -74,7 +79,7 @@ def shown_of(request: Request, batch: int, head: int) -> Shown:
         raise ValueError(f"{q_len=} and {kv_len=} of batch={batch}: there must be a row and a key to watch")
     return Shown(
         batch, head, shape.group, cache is not None, q_first, q_len, kv_first, kv_len, shape.head_dim,
-        shape.value_dim, shape.q_heads, request.q.shape[2],
+        shape.value_dim, shape.q_heads, request.q.shape[2], packing is not None,
     )  # fmt: skip
 
 
@@ -83,10 +88,12 @@ def _sequence(offsets: Tensor, batch: int) -> tuple[int, int]:
     return first, stop - first
 
 
-def query_rows(x: Tensor, shown: Shown, is_packed: bool) -> Tensor:
+def query_rows(x: Tensor, shown: Shown) -> Tensor:
     """Of a tensor [batch, q_heads, rows, dim] or, of a number a row, [batch, q_heads, rows]: what is shown,
     [rows, dim] or [rows]."""
-    rows = x[0 if is_packed else shown.batch, list(shown.heads), shown.q_first : shown.q_first + shown.q_len]
+    rows = x[
+        0 if shown.is_packed else shown.batch, list(shown.heads), shown.q_first : shown.q_first + shown.q_len
+    ]
     return rows.transpose(0, 1).flatten(0, 1)
 
 

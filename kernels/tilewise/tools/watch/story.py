@@ -148,7 +148,7 @@ class Teller:
     def of_shown(self, run: Run, x: Array) -> Array:
         """Of a tile with rows of all heads, the rows that are shown, in their order."""
         rows = run.known["row"].handle.data.tolist()
-        return x[[rows.index(row) for row in self.shown.rows if row in rows]] if x.ndim else x
+        return x[[rows.index(row) for row in self.shown.merged_rows if row in rows]] if x.ndim else x
 
     def loads(self, run: Run, statement: Statement, names: list[str]) -> list[Load]:
         """Where the rows of a tile come from; of one in pieces, where the first piece does."""
@@ -216,7 +216,7 @@ def is_shown(run: Run, kernel: Kernel, shown: Shown) -> bool:
     known = run.known
     if kernel.name == "combine":
         rows = known["row"].handle.data
-        return bool(np.isin(rows, shown.rows).any())
+        return bool(np.isin(rows, shown.merged_rows).any())
     if integer(known["batch"]) != shown.batch:
         return False
     is_of_group = kernel.walks == "rows" or shown.is_grouped
@@ -253,7 +253,7 @@ def pass_of(kernel: Kernel, runs: Sequence[Run], teller: Teller, tile: tuple[int
 def owned(run: Run, kernel: Kernel, tile: tuple[int, int], shown: Shown) -> tuple[int, int]:
     """The rows, or keys, that a program owns: the first, and the first after the last."""
     if kernel.walks == "splits":
-        mine = np.flatnonzero(np.isin(shown.rows, run.known["row"].handle.data))
+        mine = np.flatnonzero(np.isin(shown.merged_rows, run.known["row"].handle.data))
         return int(mine[0]), int(mine[-1]) + 1
     if kernel.walks == "rows":
         first = integer(run.known["kv_start"])

@@ -1,6 +1,6 @@
 // Makes the page: one file of HTML with its script and style inside. `node build.mjs [FILE]`; two runs give the
 // same bytes.
-import { readFileSync, writeFileSync } from "node:fs";
+import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
 
@@ -17,16 +17,33 @@ const made = await build({
   format: "iife",
   target: "es2022",
   charset: "utf8",
-  legalComments: "none",
+  legalComments: "none", // they are in the list of licences
+  metafile: true,
   jsx: "automatic",
   jsxImportSource: "preact",
   define: { "process.env.NODE_ENV": '"production"' },
 });
 const file = (ending) => made.outputFiles.find((each) => each.path.endsWith(ending)).text.trim();
 
+// What the page is made of that others wrote, and under which licence: it must be told wherever the page goes.
+const parts = Object.values(made.metafile.outputs).flatMap((output) => Object.entries(output.inputs));
+const used = parts.filter(([, { bytesInOutput }]) => bytesInOutput > 0).map(([path]) => path);
+const packages = [
+  ...new Set(used.flatMap((path) => path.match(/^node_modules\/((?:@[^/]+\/)?[^/]+)/)?.[1] ?? [])),
+].sort();
+const licences = packages.map((name) => {
+  const { version } = JSON.parse(readFileSync(here(`node_modules/${name}/package.json`), "utf8"));
+  const found = ["LICENSE", "LICENSE.md", "LICENSE.txt"].find((each) =>
+    existsSync(here(`node_modules/${name}/${each}`)),
+  );
+  if (!found) throw new Error(`${name} ${version} has no file with its licence`);
+  return `${name} ${version}\n\n${readFileSync(here(`node_modules/${name}/${found}`), "utf8").trim()}`;
+});
+
 // `</script` inside a string would end the script; replacements are functions because `$` has a meaning in text.
 const script = file(".js").replaceAll("</script", "<\\/script");
 const page = readFileSync(here("src/page.html"), "utf8")
+  .replace("/* licences */", () => licences.join(`\n\n${"-".repeat(80)}\n\n`))
   .replace("/* style */", () => file(".css"))
   .replace("/* script */", () => script);
 for (const placeholder of ["__RECORDING__", "__TITLE__"]) {

@@ -26,19 +26,19 @@ export function App(): JSX.Element {
       <Tabs />
       <main>
         <div id="panel" role="tabpanel" aria-labelledby={`tab-${tab.value}`}>
-        {pass ? (
-          <>
-            <Now />
-            {pass.timeline && <TimelineFigure timeline={pass.timeline} />}
-            <div class="figures">
-              {pass.programs[0]?.walks !== "splits" && <ScoreMap key={`map ${pass.name}`} />}
-              <Step key={`step ${pass.name}`} />
-            </div>
-            <Source />
-          </>
-        ) : (
-          <Compare />
-        )}
+          {pass ? (
+            <>
+              <Now />
+              {pass.timeline && <TimelineFigure timeline={pass.timeline} />}
+              <div class="figures">
+                {pass.programs[0]?.walks !== "splits" && <ScoreMap key={`map ${pass.name}`} />}
+                <Step key={`step ${pass.name}`} />
+              </div>
+              <Source />
+            </>
+          ) : (
+            <Compare />
+          )}
         </div>
       </main>
       <p class="spoken" aria-live="polite">

@@ -23,7 +23,8 @@ function Inspector(): JSX.Element {
   const found = target && (target.of === "weights" || now.value) ? told(target) : null;
   const [isTable, setTable] = useState(false);
   useEffect(() => {
-    if (found && pickedAloud.value) spoken.value = `${found.name}, ${found.words}: ${found.value}. ${found.origin.join(" ")}`;
+    if (found && pickedAloud.value)
+      spoken.value = `${found.name}, ${found.words}: ${found.value}. ${found.origin.join(" ")}`;
   }, [found?.name, found?.value]);
   const values = target && valuesOf();
   return (

@@ -16,8 +16,12 @@ export function Header(): JSX.Element {
           <code>{call.text}</code>
         </p>
         <p class="made">
-          {rows} queries, {keys} keys, head_dim {dim}, {call.dtype}{heads !== 1 && `; head ${call.head + 1} of ${heads}`}. Recorded from the
-          kernel itself, {Object.entries(made).filter(([name]) => name !== "command").map(([name, version]) => `${name} ${version}`).join(", ")}
+          {rows} queries, {keys} keys, head_dim {dim}, {call.dtype}
+          {heads !== 1 && `; head ${call.head + 1} of ${heads}`}. Recorded from the kernel itself,{" "}
+          {Object.entries(made)
+            .filter(([name]) => name !== "command")
+            .map(([name, version]) => `${name} ${version}`)
+            .join(", ")}
           {made.command ? (
             <>
               , by <code>{made.command}</code>
@@ -51,12 +55,12 @@ function HowTo(): JSX.Element {
     <details class="how" open={innerWidth > 900}>
       <summary>How to read this</summary>
       <p>
-          Attention compares every query with every key, and here that would be a matrix of {rows} × {keys} scores. The
-          kernel never makes it: a program takes a few rows of Q, and walks over K and V a tile at a time. On each tile
-          it computes the scores, turns them into weights, adds the weighted values to O, and forgets the scores. Two
-          numbers a row are all it must remember: the largest score so far, and the sum of the weights so far, which are
-          corrected whenever a larger score turns up. So the memory that it needs does not grow with the length of the
-          text, and what fades on the map below is really gone.
+        Attention compares every query with every key, and here that would be a matrix of {rows} × {keys}{" "}
+        scores. The kernel never makes it: a program takes a few rows of Q, and walks over K and V a tile at a
+        time. On each tile it computes the scores, turns them into weights, adds the weighted values to O, and
+        forgets the scores. Two numbers a row are all it must remember: the largest score so far, and the sum
+        of the weights so far, which are corrected whenever a larger score turns up. So the memory that it
+        needs does not grow with the length of the text, and what fades on the map below is really gone.
       </p>
     </details>
   );

@@ -49,7 +49,11 @@ export function Picture(props: Omit<HeatProps, "label" | "onPick">): JSX.Element
   const [rows, columns] = isTransposed ? [values.columns, values.rows] : [values.rows, values.columns];
   useEffect(() => {
     const isBeyond = (row: number, column: number): boolean => row >= validRows || column >= validColumns;
-    draw(canvas.current!, { values, rows, columns, width, height, isTransposed, kind, high, isBeyond }, shade);
+    draw(
+      canvas.current!,
+      { values, rows, columns, width, height, isTransposed, kind, high, isBeyond },
+      shade,
+    );
   }, [values, width, height, kind, high, isTransposed, shade, validRows, validColumns]);
   return <canvas ref={canvas} data-name={name} style={{ width: columns * width, height: rows * height }} />;
 }

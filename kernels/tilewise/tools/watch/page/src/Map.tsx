@@ -27,7 +27,8 @@ export function ScoreMap(): JSX.Element {
       <div class="figure-head">
         <h2 id="map-title">The map</h2>
         <p>
-          {rows} × {keys} scores in tiles of {pass.tile[0]} × {pass.tile[1]}. Only the tile of this moment exists.
+          {rows} × {keys} scores in tiles of {pass.tile[0]} × {pass.tile[1]}. Only the tile of this moment
+          exists.
         </p>
       </div>
       <div class="scroller" ref={box}>
@@ -60,7 +61,9 @@ export function ScoreMap(): JSX.Element {
                 width={cell}
                 height={line}
                 onPick={(row, column, aloud) => pick({ of: "map", row, column }, aloud)}
-                onChoose={(row, column) => goToTile(Math.floor(row / pass.tile[0]), Math.floor(column / pass.tile[1]))}
+                onChoose={(row, column) =>
+                  goToTile(Math.floor(row / pass.tile[0]), Math.floor(column / pass.tile[1]))
+                }
               >
                 {shownTiles(pass, now).map((each) => (
                   <TileOnMap key={each.name} {...each} pass={pass} geometry={geometry} />
@@ -105,13 +108,21 @@ function shownTiles(pass: Pass, now: Beat): OnMap[] {
     let i = now.position;
     while (i >= 0 && (beats[i]!.stage === now.stage || !beats[i]!.stage.tile)) i--;
     const before = beats[i];
-    if (before) found.push({ name: named(before), stage: before.stage, upTo: before.momentAt, isLeaving: true });
+    if (before)
+      found.push({ name: named(before), stage: before.stage, upTo: before.momentAt, isLeaving: true });
   }
-  if (now.stage.tile) found.push({ name: named(now), stage: now.stage, upTo: now.momentAt, isLeaving: false });
+  if (now.stage.tile)
+    found.push({ name: named(now), stage: now.stage, upTo: now.momentAt, isLeaving: false });
   return found;
 }
 
-function TileOnMap({ stage, upTo, isLeaving, pass, geometry }: OnMap & { pass: Pass; geometry: Geometry }): JSX.Element | null {
+function TileOnMap({
+  stage,
+  upTo,
+  isLeaving,
+  pass,
+  geometry,
+}: OnMap & { pass: Pass; geometry: Geometry }): JSX.Element | null {
   const shown = tileValues(stage, upTo);
   if (!shown) return null;
   const box = boxOf(pass, geometry, ...stage.tile!);
@@ -119,6 +130,7 @@ function TileOnMap({ stage, upTo, isLeaving, pass, geometry }: OnMap & { pass: P
   const isTransposed = shown.name.endsWith("T");
   const [rows, keys] = [Math.round(box.height / geometry.line), Math.round(box.width / geometry.cell)];
   const kind = kindOf(shown.name, values.type);
+  if (rows === 0 || keys === 0) return null;
   return (
     <div class={isLeaving ? "on-map leaving" : "on-map"} style={{ left: box.left, top: box.top }}>
       <Picture
@@ -148,19 +160,42 @@ function Marks({ pass, now, geometry }: { pass: Pass; now: Beat; geometry: Geome
   return (
     <svg class="marks" width={width} height={height} aria-hidden="true">
       {byRows ? (
-        <rect class="owned" x={nearX - 2} y={y + first * line} width={farX - nearX + 4} height={(stop - first) * line} rx="3" />
+        <rect
+          class="owned"
+          x={nearX - 2}
+          y={y + first * line}
+          width={farX - nearX + 4}
+          height={(stop - first) * line}
+          rx="3"
+        />
       ) : (
-        <rect class="owned" x={x + first * cell} y={nearY - 2} width={(stop - first) * cell} height={farY - nearY + 4} rx="3" />
+        <rect
+          class="owned"
+          x={x + first * cell}
+          y={nearY - 2}
+          width={(stop - first) * cell}
+          height={farY - nearY + 4}
+          rx="3"
+        />
       )}
       {tile && byRows && geometry.top.length > 0 && (
-        <rect class="read" x={x + tile.left} y={nearY - 2} width={tile.width} height={geometry.top.at(-1)!.at + geometry.top.at(-1)!.size - nearY + 4} rx="3" />
+        <rect
+          class="read"
+          x={x + tile.left}
+          y={nearY - 2}
+          width={tile.width}
+          height={geometry.top.at(-1)!.at + geometry.top.at(-1)!.size - nearY + 4}
+          rx="3"
+        />
       )}
       {tile && !byRows && geometry.left.length > 0 && (
         <rect class="read" x={nearX - 2} y={y + tile.top} width={x - nearX - 4} height={tile.height} rx="3" />
       )}
       <g transform={`translate(${x}, ${y})`}>
         <Walk pass={pass} geometry={geometry} program={now.program} role={now.moment.role} id="map" />
-        {tile && <rect class="here" x={tile.left} y={tile.top} width={tile.width} height={tile.height} rx="3" />}
+        {tile && (
+          <rect class="here" x={tile.left} y={tile.top} width={tile.width} height={tile.height} rx="3" />
+        )}
         {at && (
           <>
             <rect class="cross" x={0} y={at.row * line} width={keys * cell} height={line} />
@@ -191,7 +226,11 @@ function Key(): JSX.Element {
       ))}
       <li>
         <label class="switch">
-          <input type="checkbox" checked={keepSeen.value} onChange={(event) => (keepSeen.value = event.currentTarget.checked)} />
+          <input
+            type="checkbox"
+            checked={keepSeen.value}
+            onChange={(event) => (keepSeen.value = event.currentTarget.checked)}
+          />
           keep what has been seen
         </label>
       </li>

@@ -9,7 +9,15 @@ import type { Beat } from "./walk";
 
 const LEAST = 24; // pixels that a finger needs
 
-export function Programs({ pass, now, geometry }: { pass: Pass; now: Beat; geometry: Geometry }): JSX.Element {
+export function Programs({
+  pass,
+  now,
+  geometry,
+}: {
+  pass: Pass;
+  now: Beat;
+  geometry: Geometry;
+}): JSX.Element {
   const { x, y, cell, line, gutter, button } = geometry;
   return (
     <div class="programs">
@@ -31,8 +39,18 @@ export function Programs({ pass, now, geometry }: { pass: Pass; now: Beat; geome
             title={name}
             style={
               byRows
-                ? { left: across, top: y + first * line + 1, height: Math.max(LEAST, (stop - first) * line - 2), width: button - 2 }
-                : { left: x + first * cell + 1, top: across, width: Math.max(LEAST, (stop - first) * cell - 2), height: button - 2 }
+                ? {
+                    left: across,
+                    top: y + first * line + 1,
+                    height: Math.max(LEAST, (stop - first) * line - 2),
+                    width: button - 2,
+                  }
+                : {
+                    left: x + first * cell + 1,
+                    top: across,
+                    width: Math.max(LEAST, (stop - first) * cell - 2),
+                    height: button - 2,
+                  }
             }
             onClick={() => goToProgram(i)}
           >

@@ -13,7 +13,15 @@ import { beatsOf, largest, type Beat } from "./walk";
 type Side = "left" | "top" | "right" | "bottom";
 
 /** Q, K, V or dO: a whole tensor at one side. */
-export function Whole({ strip, side, geometry }: { strip: Strip; side: Side; geometry: Geometry }): JSX.Element | null {
+export function Whole({
+  strip,
+  side,
+  geometry,
+}: {
+  strip: Strip;
+  side: Side;
+  geometry: Geometry;
+}): JSX.Element | null {
   const values = tensor(strip.name, passNow.value);
   if (!values) return null;
   const isTop = side === "top";
@@ -61,16 +69,25 @@ function partsBy(pass: Pass, name: string, until: number): Part[] {
     if (beat.position > until) break;
     if (name in beat.moment.sets) latest.set(`${beat.programAt} ${beat.moment.role ?? ""}`, beat);
   }
-  return [...latest.values()].map((beat) => {
+  const parts = [...latest.values()].map((beat) => {
     const values = matrix(beat.moment.sets[name]!);
     const axis = beat.program.walks === "rows" ? "key" : "row";
     const first = placeOf(axis, 0, beat, pass);
     return { beat, first, count: Math.max(0, Math.min(values.rows, beat.program.owns[1] - first)), values };
   });
+  return parts.filter((part) => part.count > 0);
 }
 
 /** O, dQ, dK or dV: a part for each program that has begun. */
-export function Growing({ strip, side, geometry }: { strip: Strip; side: Side; geometry: Geometry }): JSX.Element | null {
+export function Growing({
+  strip,
+  side,
+  geometry,
+}: {
+  strip: Strip;
+  side: Side;
+  geometry: Geometry;
+}): JSX.Element | null {
   const pass = passNow.value!;
   const values = tensor(RESULT[strip.name] ?? strip.name, pass);
   if (!values) return null;
@@ -83,7 +100,8 @@ export function Growing({ strip, side, geometry }: { strip: Strip; side: Side; g
   const choose = (row: number, column: number, aloud: boolean): void => {
     const [i, j] = isBottom ? [column, row] : [row, column];
     const found = parts.findLast((part) => i >= part.first && i < part.first + part.count);
-    const isMine = found?.beat.program === now.value!.program && found.beat.moment.role === now.value!.moment.role;
+    const isMine =
+      found?.beat.program === now.value!.program && found.beat.moment.role === now.value!.moment.role;
     if (found && isMine) pick({ of: "variable", name: strip.name, row: i - found.first, column: j }, aloud);
     else if (found) pick({ of: "tensor", name: RESULT[strip.name] ?? strip.name, row: i, column: j }, aloud);
   };

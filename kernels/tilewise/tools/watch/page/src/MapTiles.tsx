@@ -18,7 +18,9 @@ export interface Box {
 export function boxOf(pass: Pass, geometry: Geometry, row: number, column: number): Box {
   const [tileQ, tileK] = pass.tile;
   const { cell, line, rows, keys } = geometry;
-  const stop = (first: number, tile: number, end: number): number => Math.min(first + tile, end);
+  // A tile may lie beyond the end altogether: rows of a warpgroup that has none.
+  const stop = (first: number, tile: number, end: number): number =>
+    Math.max(first, Math.min(first + tile, end));
   return {
     left: column * tileK * cell,
     top: row * tileQ * line,
@@ -37,14 +39,28 @@ export function countTiles(grid: string[]): { skipped: number; cut: number; full
 export function Patterns({ id }: { id: string }): JSX.Element {
   return (
     <defs>
-      <pattern id={`${id}-cut`} width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">
+      <pattern
+        id={`${id}-cut`}
+        width="6"
+        height="6"
+        patternUnits="userSpaceOnUse"
+        patternTransform="rotate(45)"
+      >
         <rect class="tint" width="6" height="6" />
         <rect class="hatch" width="2" height="6" />
       </pattern>
       <pattern id={`${id}-skipped`} width="9" height="9" patternUnits="userSpaceOnUse">
         <circle class="dot" cx="4.5" cy="4.5" r="0.9" />
       </pattern>
-      <marker id={`${id}-tip`} viewBox="0 0 8 8" refX="6" refY="4" markerWidth="5" markerHeight="5" orient="auto">
+      <marker
+        id={`${id}-tip`}
+        viewBox="0 0 8 8"
+        refX="6"
+        refY="4"
+        markerWidth="5"
+        markerHeight="5"
+        orient="auto"
+      >
         <path class="tip" d="M0 0 L8 4 L0 8 z" />
       </marker>
     </defs>

@@ -30,7 +30,14 @@ export function MapWords({ geometry }: { geometry: Geometry }): JSX.Element {
       {Array.from({ length: rows }, (_, i) => i)
         .filter((i) => isWritten(i, at?.row, line))
         .map((i) => (
-          <text key={`r${i}`} class={i === at?.row ? "on" : ""} x={label - 6} y={y + (i + 0.5) * line} text-anchor="end" dominant-baseline="central">
+          <text
+            key={`r${i}`}
+            class={i === at?.row ? "on" : ""}
+            x={label - 6}
+            y={y + (i + 0.5) * line}
+            text-anchor="end"
+            dominant-baseline="central"
+          >
             <title>{queries[i]}</title>
             {cut(queries[i] ?? "")}
           </text>

@@ -38,7 +38,17 @@ export function MatrixFigure({ slot, pass, now, state, sizes }: Props): JSX.Elem
   if (!like) return null;
   const [rowAxis, columnAxis] = axesOf(name, like, pass);
   const sized = (axis: Axis, isWidth: boolean): number =>
-    axis === "one" ? (isWidth ? sizes.number : 15) : axis === "dim" ? (isWidth ? sizes.dim : sizes.thin) : isWidth ? sizes.token : sizes.line;
+    axis === "one"
+      ? isWidth
+        ? sizes.number
+        : 15
+      : axis === "dim"
+        ? isWidth
+          ? sizes.dim
+          : sizes.thin
+        : isWidth
+          ? sizes.token
+          : sizes.line;
   const [across, down] = isTransposed ? [rowAxis, columnAxis] : [columnAxis, rowAxis];
   const [width, height] = [sized(across, true), sized(down, false)];
   const [rows, columns] = isTransposed ? [like.columns, like.rows] : [like.rows, like.columns];
@@ -52,11 +62,22 @@ export function MatrixFigure({ slot, pass, now, state, sizes }: Props): JSX.Elem
   };
   const title = slot.when === "before" ? `${name} before` : name;
   const words = (axis: Axis, count: number): string[] =>
-    Array.from({ length: count }, (_, i) => (i < inside(axis, count) ? wordAt(axis, placeOf(axis, i, now, pass), pass) : ""));
+    Array.from({ length: count }, (_, i) =>
+      i < inside(axis, count) ? wordAt(axis, placeOf(axis, i, now, pass), pass) : "",
+    );
   return (
-    <figure class={`matrix ${isNew ? "new" : ""} ${isVector && down === "one" && isTransposed ? "flat" : ""}`} data-variable={slot.when === "before" ? `${name}:before` : name}>
+    <figure
+      class={`matrix ${isNew ? "new" : ""} ${isVector && down === "one" && isTransposed ? "flat" : ""}`}
+      data-variable={slot.when === "before" ? `${name}:before` : name}
+      data-transposed={isTransposed}
+    >
       <figcaption title={meaningOf(name)}>
-        <Caption name={name} isTransposed={isTransposed} isBefore={slot.when === "before"} isVector={isVector} />
+        <Caption
+          name={name}
+          isTransposed={isTransposed}
+          isBefore={slot.when === "before"}
+          isVector={isVector}
+        />
         {!isVector && (
           <span class="size">
             {rows} × {columns}
@@ -65,14 +86,20 @@ export function MatrixFigure({ slot, pass, now, state, sizes }: Props): JSX.Elem
       </figcaption>
       {slot.labels === "top" && <TopWords words={words(across, columns)} width={width} room={sizes.label} />}
       <div class="beside">
-        {slot.labels === "left" && <SideWords words={words(down, rows)} height={height} room={sizes.label} side="left" />}
+        {slot.labels === "left" && (
+          <SideWords words={words(down, rows)} height={height} room={sizes.label} side="left" />
+        )}
         {shown ? (
           <Heat
             name={title}
             label={`${symbolOf(name)}${isTransposed ? " transposed" : ""}${slot.when ? " before this step" : ""}`}
             values={like}
             kind={kindOf(name, like.type)}
-            high={kindOf(name, like.type) === "weight" && !["row_sum", "factor"].includes(name) ? 1 : largestOf(pass, name)}
+            high={
+              kindOf(name, like.type) === "weight" && !["row_sum", "factor"].includes(name)
+                ? 1
+                : largestOf(pass, name)
+            }
             width={width}
             height={height}
             isTransposed={isTransposed}
@@ -80,15 +107,27 @@ export function MatrixFigure({ slot, pass, now, state, sizes }: Props): JSX.Elem
             onPick={(row, column, aloud) => pick({ of: "variable", name, row, column }, aloud)}
           />
         ) : (
-          <div class="absent" style={{ width: columns * width, height: rows * height }} aria-label={`${symbolOf(name)}: not there at this moment`} role="img" />
+          <div
+            class="absent"
+            style={{ width: columns * width, height: rows * height }}
+            aria-label={`${symbolOf(name)}: not there at this moment`}
+            role="img"
+          />
         )}
-        {slot.labels === "right" && <SideWords words={words(down, rows)} height={height} room={sizes.label} side="right" />}
+        {slot.labels === "right" && (
+          <SideWords words={words(down, rows)} height={height} room={sizes.label} side="right" />
+        )}
       </div>
     </figure>
   );
 }
 
-function Caption(props: { name: string; isTransposed: boolean; isBefore: boolean; isVector: boolean }): JSX.Element {
+function Caption(props: {
+  name: string;
+  isTransposed: boolean;
+  isBefore: boolean;
+  isVector: boolean;
+}): JSX.Element {
   const symbol = symbolOf(props.name);
   if (props.isVector)
     return (
@@ -107,7 +146,12 @@ function Caption(props: { name: string; isTransposed: boolean; isBefore: boolean
 
 const LINE = 11; // pixels that a word needs
 
-function SideWords(props: { words: string[]; height: number; room: number; side: "left" | "right" }): JSX.Element {
+function SideWords(props: {
+  words: string[];
+  height: number;
+  room: number;
+  side: "left" | "right";
+}): JSX.Element {
   const step = Math.max(1, Math.ceil(LINE / props.height));
   return (
     <div
@@ -117,7 +161,11 @@ function SideWords(props: { words: string[]; height: number; room: number; side:
     >
       {props.words.map((word, i) =>
         i % step === 0 ? (
-          <span key={i} style={{ height: props.height * step, lineHeight: `${props.height * step}px` }} title={word}>
+          <span
+            key={i}
+            style={{ height: props.height * step, lineHeight: `${props.height * step}px` }}
+            title={word}
+          >
             {word}
           </span>
         ) : null,

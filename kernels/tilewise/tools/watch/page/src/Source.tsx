@@ -49,7 +49,15 @@ const Line = memo(({ number, tokens, isOn }: LineProps) => (
       {number}
     </span>
     <span>
-      {tokens.map(([kind, text], i) => (kind ? <span key={i} class={`t-${kind}`}>{text}</span> : text))}
+      {tokens.map(([kind, text], i) =>
+        kind ? (
+          <span key={i} class={`t-${kind}`}>
+            {text}
+          </span>
+        ) : (
+          text
+        ),
+      )}
       {"\n"}
     </span>
   </code>
@@ -61,6 +69,12 @@ export function Statement(): JSX.Element {
   const [first, last] = moment.lines;
   const lines = (recording.sources[moment.file] ?? []).slice(first - 1, last);
   const texts = lines.map((tokens) => tokens.map((each) => each[1]).join(""));
-  const indent = Math.min(...texts.filter((each) => each.trim()).map((each) => each.length - each.trimStart().length));
-  return <code class="statement">{texts.map((each) => each.slice(indent)).join("\n")}</code>;
+  const indent = Math.min(
+    ...texts.filter((each) => each.trim()).map((each) => each.length - each.trimStart().length),
+  );
+  return (
+    <pre class="statement" tabIndex={0} aria-label="The statement">
+      {texts.map((each) => each.slice(indent)).join("\n")}
+    </pre>
+  );
 }

@@ -17,7 +17,13 @@ export function Step(): JSX.Element {
   const state = stateAt(pass, position.value);
   const [box, room] = useWidth(700);
   const dims = Math.max(recording.call.q[3] ?? 1, recording.call.v[3] ?? 1);
-  const sizes = sizesFor(room, pass.name === "dkv" ? [pass.tile[1], pass.tile[0]] : pass.tile, dims, numbersBeside(pass), zoom.value);
+  const sizes = sizesFor(
+    room,
+    pass.name === "dkv" ? [pass.tile[1], pass.tile[0]] : pass.tile,
+    dims,
+    numbersBeside(pass),
+    zoom.value,
+  );
   const parts = { pass, now, state, sizes };
   const scores = pass.name === "dkv" ? "sT" : "s";
   return (
@@ -25,10 +31,20 @@ export function Step(): JSX.Element {
       <div class="figure-head">
         <h2 id="step-title">Inside the step</h2>
         <div class="zoom" role="group" aria-label="Size of the cells">
-          <button type="button" aria-label="Smaller cells" disabled={zoom.value <= 0.75} onClick={() => (zoom.value /= 1.25)}>
+          <button
+            type="button"
+            aria-label="Smaller cells"
+            disabled={zoom.value <= 0.75}
+            onClick={() => (zoom.value /= 1.25)}
+          >
             −
           </button>
-          <button type="button" aria-label="Larger cells" disabled={zoom.value >= 3} onClick={() => (zoom.value *= 1.25)}>
+          <button
+            type="button"
+            aria-label="Larger cells"
+            disabled={zoom.value >= 3}
+            onClick={() => (zoom.value *= 1.25)}
+          >
             +
           </button>
         </div>
@@ -40,7 +56,9 @@ export function Step(): JSX.Element {
         <Shelf {...parts} />
       </div>
       <p class="legends">
-        {largestOf(pass, scores) > 0 && <Legend kind="signed" high={largestOf(pass, scores)} text={`${symbolOf(scores)}`} />}
+        {largestOf(pass, scores) > 0 && (
+          <Legend kind="signed" high={largestOf(pass, scores)} text={`${symbolOf(scores)}`} />
+        )}
         <Legend kind="weight" high={1} text="weights" />
         <span class="legend">
           <span class="swatch-minus" aria-hidden="true" /> −∞: masked
@@ -68,7 +86,11 @@ function isNumbers(content: Content): content is Slot[] {
   return Array.isArray(content) && content.length > 1 && content[0]?.labels === "left";
 }
 
-function BlockFigure({ block, isTitled, ...parts }: Parts & { block: Block; isTitled: boolean }): JSX.Element {
+function BlockFigure({
+  block,
+  isTitled,
+  ...parts
+}: Parts & { block: Block; isTitled: boolean }): JSX.Element {
   const { isNarrow } = parts.sizes;
   const below = isNarrow ? block.rows.flat().filter(isNumbers) : [];
   return (
@@ -115,7 +137,12 @@ function Shelf(parts: Parts): JSX.Element | null {
     ([name, held]) => !known.has(name) && (held.beat.stage === now.stage || isThere(name, held, now)),
   );
   if (others.length === 0) return null;
-  const small: Sizes = { ...sizes, token: Math.min(sizes.token, 12), line: Math.min(sizes.line, 12), dim: Math.min(sizes.dim, 7) };
+  const small: Sizes = {
+    ...sizes,
+    token: Math.min(sizes.token, 12),
+    line: Math.min(sizes.line, 12),
+    dim: Math.min(sizes.dim, 7),
+  };
   return (
     <details class="shelf" open={!sizes.isNarrow}>
       <summary>Also there</summary>

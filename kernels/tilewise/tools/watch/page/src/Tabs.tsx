@@ -25,25 +25,30 @@ export function Tabs(): JSX.Element {
   return (
     <div class="bar">
       <nav class="tabs" aria-label="Passes">
-      <div role="tablist" aria-label="Passes" ref={list} onKeyDown={move}>
-        {tabs.map((name) => (
-          <button
-            key={name}
-            type="button"
-            role="tab"
-            id={`tab-${name}`}
-            aria-selected={name === tab.value}
-            aria-controls="panel"
-            tabIndex={name === tab.value ? 0 : -1}
-            onClick={() => open(name)}
-          >
-            {titleOf(name)}
-          </button>
-        ))}
-      </div>
+        <div role="tablist" aria-label="Passes" ref={list} onKeyDown={move}>
+          {tabs.map((name) => (
+            <button
+              key={name}
+              type="button"
+              role="tab"
+              id={`tab-${name}`}
+              aria-selected={name === tab.value}
+              aria-controls="panel"
+              tabIndex={name === tab.value ? 0 : -1}
+              onClick={() => open(name)}
+            >
+              {titleOf(name)}
+            </button>
+          ))}
+        </div>
       </nav>
       <Keys />
-      <button type="button" class="theme" onClick={switchTheme} aria-label={`Switch to ${theme.value === "dark" ? "light" : "dark"} colours`}>
+      <button
+        type="button"
+        class="theme"
+        onClick={switchTheme}
+        aria-label={`Switch to ${theme.value === "dark" ? "light" : "dark"} colours`}
+      >
         {theme.value === "dark" ? "Light" : "Dark"}
       </button>
     </div>

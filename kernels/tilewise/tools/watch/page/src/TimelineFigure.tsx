@@ -23,15 +23,16 @@ function stepOf(beat: Beat): number {
   );
 }
 
-/** The clock of a moment: as far into the spans of its step as the moment is into its stage. */
+/** The clock of a moment: as far between the beginnings of two steps as the moment is into its step. */
 export function clockOf(timeline: Timeline, now: Beat): number {
   if (now.stage.kind === "start") return 0;
   const step = stepOf(now);
   const lane = timeline.lanes.find((each) => each.name === now.moment.role);
-  const spans = lane?.spans.filter((each) => each.step === step) ?? [];
-  if (spans.length === 0) return timeline.clocks;
-  const begin = Math.min(...spans.map((each) => each.begin));
-  const end = Math.max(...spans.map((each) => each.end));
+  const beginOf = (which: number): number =>
+    Math.min(...(lane?.spans ?? []).filter((each) => each.step === which).map((each) => each.begin));
+  const begin = beginOf(step);
+  if (begin === Infinity) return timeline.clocks;
+  const end = Math.min(beginOf(step + 1), timeline.clocks);
   const mine = beatsOf(passSignal.value!).filter((beat) => isSameRole(beat, now) && stepOf(beat) === step);
   return begin + (end - begin) * ((mine.indexOf(now) + 0.5) / mine.length);
 }
@@ -40,14 +41,17 @@ export function TimelineFigure({ timeline }: { timeline: Timeline }): JSX.Elemen
   const now = nowSignal.value!;
   const [box, room] = useWidth(900);
   const width = Math.max(room, 720);
-  const x = scaleLinear().domain([0, timeline.clocks]).range([NAME, width - 12]);
+  const x = scaleLinear()
+    .domain([0, timeline.clocks])
+    .range([NAME, width - 12]);
   const height = timeline.lanes.length * LANE + AXIS;
   const clock = clockOf(timeline, now);
   const current = stepOf(now);
   useEffect(() => {
     const view = box.current!;
     const left = x(clock);
-    if (left < view.scrollLeft + NAME || left > view.scrollLeft + view.clientWidth - 40) view.scrollLeft = left - view.clientWidth / 2;
+    if (left < view.scrollLeft + NAME || left > view.scrollLeft + view.clientWidth - 40)
+      view.scrollLeft = left - view.clientWidth / 2;
   }, [clock, width]);
   const firstUnit = timeline.lanes.findIndex((lane) => lane.unit);
   const tip = useRef<HTMLParagraphElement>(null);
@@ -63,20 +67,49 @@ export function TimelineFigure({ timeline }: { timeline: Timeline }): JSX.Elemen
         </p>
       </div>
       <div class="scroller" ref={box} tabIndex={0} role="region" aria-label="Lanes of roles and units">
-        <svg width={width} height={height} role="img" aria-label={`${timeline.lanes.length} lanes over ${Math.round(timeline.clocks)} clocks`}>
+        <svg
+          width={width}
+          height={height}
+          role="img"
+          aria-label={`${timeline.lanes.length} lanes over ${Math.round(timeline.clocks)} clocks`}
+        >
           {timeline.lanes.map((lane, i) => (
-            <g key={lane.name} transform={`translate(0, ${i * LANE})`} class={lane.unit ? "lane unit" : "lane"}>
+            <g
+              key={lane.name}
+              transform={`translate(0, ${i * LANE})`}
+              class={lane.unit ? "lane unit" : "lane"}
+            >
               <line x1="0" x2={width} y1="0" y2="0" class={i === firstUnit ? "border" : ""} />
-              <text x="0" y={LANE / 2} dominant-baseline="central" class={lane.name === now.moment.role ? "on" : ""}>
+              <text
+                x="0"
+                y={LANE / 2}
+                dominant-baseline="central"
+                class={lane.name === now.moment.role ? "on" : ""}
+              >
                 {lane.name}
               </text>
               {lane.spans.map((span, j) => (
-                <g key={j} class={span.step === current ? "span on" : "span"} onPointerEnter={() => say(lane.name, span)}>
-                  <rect x={x(span.begin)} y="5" width={Math.max(1, x(span.end) - x(span.begin) - 1)} height={LANE - 10} rx="2">
+                <g
+                  key={j}
+                  class={span.step === current ? "span on" : "span"}
+                  onPointerEnter={() => say(lane.name, span)}
+                >
+                  <rect
+                    x={x(span.begin)}
+                    y="5"
+                    width={Math.max(1, x(span.end) - x(span.begin) - 1)}
+                    height={LANE - 10}
+                    rx="2"
+                  >
                     <title>{`${span.name}, step ${span.step + 1}: clocks ${Math.round(span.begin)} to ${Math.round(span.end)}`}</title>
                   </rect>
                   {x(span.end) - x(span.begin) > span.name.length * 6.4 + 6 && (
-                    <text x={(x(span.begin) + x(span.end)) / 2} y={LANE / 2} text-anchor="middle" dominant-baseline="central">
+                    <text
+                      x={(x(span.begin) + x(span.end)) / 2}
+                      y={LANE / 2}
+                      text-anchor="middle"
+                      dominant-baseline="central"
+                    >
                       {span.name}
                     </text>
                   )}

@@ -87,8 +87,12 @@ export function Transport(): JSX.Element {
         {position.value + 1} / {last + 1}
       </output>
       <label class="choice program-choice">
-        <span>Program</span>
-        <select value={String(now.value!.programAt)} onChange={(event) => goToProgram(Number(event.currentTarget.value))}>
+        <span aria-hidden="true">Program</span>
+        <select
+          aria-label="Program"
+          value={String(now.value!.programAt)}
+          onChange={(event) => goToProgram(Number(event.currentTarget.value))}
+        >
           {at.programs.map((program, i) => (
             <option key={i} value={String(i)}>
               {idOf(program.id)}
@@ -97,8 +101,12 @@ export function Transport(): JSX.Element {
         </select>
       </label>
       <label class="choice speed-choice">
-        <span>Speed</span>
-        <select value={String(speed.value)} onChange={(event) => (speed.value = Number(event.currentTarget.value))}>
+        <span aria-hidden="true">Speed</span>
+        <select
+          aria-label="Speed"
+          value={String(speed.value)}
+          onChange={(event) => (speed.value = Number(event.currentTarget.value))}
+        >
           {[0.5, 1, 2, 4, 8, 16].map((each) => (
             <option key={each} value={String(each)}>
               {each} / s
@@ -112,7 +120,13 @@ export function Transport(): JSX.Element {
 
 function Button(props: { name: string; icon: string; act: () => void; isMain?: boolean }): JSX.Element {
   return (
-    <button type="button" class={props.isMain ? "main" : ""} aria-label={props.name} title={props.name} onClick={props.act}>
+    <button
+      type="button"
+      class={props.isMain ? "main" : ""}
+      aria-label={props.name}
+      title={props.name}
+      onClick={props.act}
+    >
       <svg viewBox="0 0 20 20" width="18" height="18" aria-hidden="true">
         <path d={props.icon} />
       </svg>

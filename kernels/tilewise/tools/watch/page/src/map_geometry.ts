@@ -63,7 +63,12 @@ export function geometryOf(pass: Pass, room: number): Geometry {
   const strip = isNarrow ? 30 : 52;
   const byRows = pass.programs[0]?.walks !== "rows";
   const acrossRow = sides.left.length + sides.right.length;
-  const buttons = BUTTON * Math.max(1, ...pass.programs.map((one) => pass.programs.filter((each) => each.owns[0] === one.owns[0]).length));
+  const buttons =
+    BUTTON *
+    Math.max(
+      1,
+      ...pass.programs.map((one) => pass.programs.filter((each) => each.owns[0] === one.owns[0]).length),
+    );
   const taken = label + acrossRow * (strip + GAP) + (byRows ? buttons + GAP : 0) + 4;
   const cell = Math.max(2, Math.min(24, Math.floor(((room - taken) / keys) * 4) / 4));
   const line = Math.max(cell, Math.min(18, FEWEST / rows));

@@ -37,7 +37,18 @@ export function meaningOf(name: string): string {
 
 export type Kind = "signed" | "weight" | "bool" | "index";
 
-const WEIGHTS = new Set(["p", "pT", "rescale", "weight", "weights", "factor", "row_sum", "part_sum", "a", "b"]);
+const WEIGHTS = new Set([
+  "p",
+  "pT",
+  "rescale",
+  "weight",
+  "weights",
+  "factor",
+  "row_sum",
+  "part_sum",
+  "a",
+  "b",
+]);
 
 export function kindOf(name: string, type: "f4" | "i4" | "u1"): Kind {
   if (type === "u1") return "bool";

@@ -26,7 +26,11 @@ const FORWARD: Block[] = [
   {
     title: "Scores, weights, values",
     rows: [
-      [{ equation: "S = Q Kᵀ", of: ["s"] }, one("k", "top", true), { equation: "O = O · rescale + P V", of: ["o"] }],
+      [
+        { equation: "S = Q Kᵀ", of: ["s"] },
+        one("k", "top", true),
+        { equation: "O = O · rescale + P V", of: ["o"] },
+      ],
       [one("q", "left"), one("s"), one("v", "right")],
       [
         [
@@ -48,7 +52,11 @@ const DKV: Block[] = [
     rows: [
       [
         { equation: "Sᵀ = K Qᵀ", of: ["sT", "pT"] },
-        [{ name: "q", isTransposed: true, labels: "top" }, { name: "row_max", isTransposed: true }, { name: "sum_log2", isTransposed: true }],
+        [
+          { name: "q", isTransposed: true, labels: "top" },
+          { name: "row_max", isTransposed: true },
+          { name: "sum_log2", isTransposed: true },
+        ],
         { equation: "dV = dV + Pᵀ dO", of: ["dv"] },
       ],
       [one("k", "left"), one("sT"), one("do", "right")],
@@ -60,7 +68,10 @@ const DKV: Block[] = [
     rows: [
       [
         { equation: "dPᵀ = V dOᵀ", of: ["dpT", "dsT"] },
-        [{ name: "do", isTransposed: true, labels: "top" }, { name: "delta", isTransposed: true }],
+        [
+          { name: "do", isTransposed: true, labels: "top" },
+          { name: "delta", isTransposed: true },
+        ],
         { equation: "dK = dK + dSᵀ Q", of: ["dk"] },
       ],
       [one("v", "left"), one("dpT"), one("q", "right")],
@@ -81,7 +92,11 @@ const DQ: Block[] = [
   {
     title: "How the scores should change, and dQ",
     rows: [
-      [{ equation: "dP = dO Vᵀ", of: ["dp", "ds"] }, one("v", "top", true), { equation: "dQ = dQ + dS K", of: ["dq"] }],
+      [
+        { equation: "dP = dO Vᵀ", of: ["dp", "ds"] },
+        one("v", "top", true),
+        { equation: "dQ = dQ + dS K", of: ["dq"] },
+      ],
       [one("do", "left"), one("dp"), one("k", "right")],
       [[{ name: "delta", labels: "left" }], one("ds"), one("dq")],
     ],
@@ -113,7 +128,11 @@ const COMBINE: Block[] = [
     title: "One part joins the others",
     rows: [
       [[{ name: "lse", labels: "left" }, { name: "a" }, { name: "b" }], one("part_o"), one("o")],
-      [[{ name: "row_max", when: "before", labels: "left" }, { name: "row_max" }, { name: "row_sum" }], null, null],
+      [
+        [{ name: "row_max", when: "before", labels: "left" }, { name: "row_max" }, { name: "row_sum" }],
+        null,
+        null,
+      ],
     ],
   },
 ];
@@ -131,7 +150,9 @@ export const RECIPES: Record<PassName, Block[]> = {
 export function placed(name: PassName): Set<string> {
   return new Set(
     RECIPES[name].flatMap((block) =>
-      block.rows.flat().flatMap((content) => (Array.isArray(content) ? content.map((slot) => slot.name) : [])),
+      block.rows
+        .flat()
+        .flatMap((content) => (Array.isArray(content) ? content.map((slot) => slot.name) : [])),
     ),
   );
 }

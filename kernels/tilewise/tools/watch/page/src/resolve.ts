@@ -37,10 +37,14 @@ export function told(picked: Picked): Told {
   }
 }
 
-const quoted = (word: string): string => (word ? (word.startsWith("column") || word === "–" ? word : `“${word}”`) : "");
+const quoted = (word: string): string =>
+  word ? (word.startsWith("column") || word === "–" ? word : `“${word}”`) : "";
 
 function pairOf(rowAxis: Axis, row: number, columnAxis: Axis, column: number): string {
-  const words = [quoted(wordAt(rowAxis, row, pass.value)), quoted(wordAt(columnAxis, column, pass.value))].filter(Boolean);
+  const words = [
+    quoted(wordAt(rowAxis, row, pass.value)),
+    quoted(wordAt(columnAxis, column, pass.value)),
+  ].filter(Boolean);
   return words.join(rowAxis !== "dim" && columnAxis !== "dim" ? " × " : ", ");
 }
 
@@ -56,7 +60,8 @@ function ofVariable(name: string, row: number, column: number): Told {
   const symbol = symbolOf(name);
   const nothing = { name: symbol, words: "", value: "", meaning: meaningOf(name) };
   if (!held) return { ...nothing, origin: ["Not set yet in this program."] };
-  if (!isThere(name, held, beat)) return { ...nothing, origin: ["Gone: it belonged to the tile before, and nothing stored it."] };
+  if (!isThere(name, held, beat))
+    return { ...nothing, origin: ["Gone: it belonged to the tile before, and nothing stored it."] };
   const x = matrix(held.index);
   if (row >= x.rows || column >= x.columns) return { ...nothing, origin: [] };
   const [rowAxis, columnAxis] = axesOf(name, x, at_);
@@ -67,14 +72,20 @@ function ofVariable(name: string, row: number, column: number): Told {
     name: indexText(symbol, x, row, column),
     words: pairOf(rowAxis, r, columnAxis, c),
     value: exact(at(x, row, column), x.type),
-    origin: [...stored(name, row, column), ...originOf(at_, name, row, column, held), ...(beyond ? ["Beyond the end of the text: the tile is larger than what is left."] : [])],
+    origin: [
+      ...stored(name, row, column),
+      ...originOf(at_, name, row, column, held),
+      ...(beyond ? ["Beyond the end of the text: the tile is larger than what is left."] : []),
+    ],
     meaning: meaningOf(name),
   };
 }
 
 /** Where this moment writes it. */
 function stored(name: string, row: number, column: number): string[] {
-  return now.value!.moment.stores.filter((each) => each.variable === name).map((each) => toMemory(each, row, column));
+  return now
+    .value!.moment.stores.filter((each) => each.variable === name)
+    .map((each) => toMemory(each, row, column));
 }
 
 const VARIABLE: Record<string, string> = { out: "o", dq: "dq", dk: "dk", dv: "dv" };

@@ -10,7 +10,13 @@ export interface Sizes {
   isNarrow: boolean; // a phone: columns of numbers go below
 }
 
-export function sizesFor(room: number, [down, across]: [number, number], dims: number, numbers: number, zoom: number): Sizes {
+export function sizesFor(
+  room: number,
+  [down, across]: [number, number],
+  dims: number,
+  numbers: number,
+  zoom: number,
+): Sizes {
   const isNarrow = room < 520;
   const label = isNarrow ? 46 : 64;
   const free = room - 2 * label - 28;

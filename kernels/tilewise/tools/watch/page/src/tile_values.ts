@@ -13,8 +13,7 @@ export interface TileValues {
 export function tileValues(stage: Stage, upTo: number): TileValues | null {
   for (let i = Math.min(upTo, stage.moments.length - 1); i >= 0; i--) {
     const sets = (stage.moments[i] as Moment).sets;
-    for (const name of Object.keys(sets).reverse())
-      if (SHOWN.has(name)) return { name, index: sets[name]! };
+    for (const name of Object.keys(sets).reverse()) if (SHOWN.has(name)) return { name, index: sets[name]! };
   }
   return null;
 }

@@ -1,6 +1,14 @@
 // The moments of a pass in one line, and what every variable held at any of them.
 
-import { matrix, type Index, type Matrix, type Moment, type Pass, type Program, type Stage } from "./recording";
+import {
+  matrix,
+  type Index,
+  type Matrix,
+  type Moment,
+  type Pass,
+  type Program,
+  type Stage,
+} from "./recording";
 
 /** One moment, and where in the pass it lies. */
 export interface Beat {
@@ -69,7 +77,14 @@ export function stateAt(pass: Pass, position: number): State {
 export function isSameStep(a: Beat, b: Beat): boolean {
   if (a.stage === b.stage) return true;
   const [s, t] = [a.stage.tile, b.stage.tile];
-  return a.program === b.program && a.moment.role === b.moment.role && s !== null && t !== null && s[0] === t[0] && s[1] === t[1];
+  return (
+    a.program === b.program &&
+    a.moment.role === b.moment.role &&
+    s !== null &&
+    t !== null &&
+    s[0] === t[0] &&
+    s[1] === t[1]
+  );
 }
 
 /** The steps of a program, or of one role of it: the first stage of each. */
@@ -154,7 +169,9 @@ export function largest(x: Matrix): number {
 }
 
 function endOf(all: Matrix[]): number {
-  const sizes = all.flatMap((x) => Array.from(x.data, Math.abs)).filter((size) => size > 0 && size < Infinity);
+  const sizes = all
+    .flatMap((x) => Array.from(x.data, Math.abs))
+    .filter((size) => size > 0 && size < Infinity);
   sizes.sort((a, b) => a - b);
   return sizes[Math.floor((sizes.length - 1) * MOST)] ?? 0;
 }

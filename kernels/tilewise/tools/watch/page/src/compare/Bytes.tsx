@@ -39,13 +39,38 @@ export function Bytes(): JSX.Element {
     ];
     const ends = lines.filter((each) => each.n === lengths.at(-1));
     return {
-      x: { type: "log", base: 2, label: "length N →", tickFormat: (n: number) => (n >= 1024 ? `${n / 1024}k` : String(n)), ticks: lengths.filter((_, i) => i % 2 === 0) },
-      y: { type: "log", label: "↑ bytes", grid: true, tickFormat: (n: number) => bytes(n).replace(/\.\d+/, ""), ticks: [2 ** 10, 2 ** 20, 2 ** 30, 2 ** 40], domain: [2 ** 10, Math.max(2 ** 40, matrixBytes(2 ** LARGEST))] },
+      x: {
+        type: "log",
+        base: 2,
+        label: "length N →",
+        tickFormat: (n: number) => (n >= 1024 ? `${n / 1024}k` : String(n)),
+        ticks: lengths.filter((_, i) => i % 2 === 0),
+      },
+      y: {
+        type: "log",
+        label: "↑ bytes",
+        grid: true,
+        tickFormat: (n: number) => bytes(n).replace(/\.\d+/, ""),
+        ticks: [2 ** 10, 2 ** 20, 2 ** 30, 2 ** 40],
+        domain: [2 ** 10, Math.max(2 ** 40, matrixBytes(2 ** LARGEST))],
+      },
       marks: [
-        Plot.line(lines, { x: "n", y: "size", z: "what", stroke: (each) => (each.what === "the matrix" ? "var(--accent)" : "var(--blue)"), strokeWidth: 2 }),
+        Plot.line(lines, {
+          x: "n",
+          y: "size",
+          z: "what",
+          stroke: (each) => (each.what === "the matrix" ? "var(--accent)" : "var(--blue)"),
+          strokeWidth: 2,
+        }),
         Plot.text(ends, { x: "n", y: "size", text: "what", dx: 6, textAnchor: "start", fill: "var(--ink)" }),
         Plot.ruleX([length], { stroke: "var(--faint)", strokeDasharray: "3 3" }),
-        Plot.dot([{ n: length, size: matrixBytes(length) }, { n: length, size: held }], { x: "n", y: "size", fill: "var(--ink)", r: 4 }),
+        Plot.dot(
+          [
+            { n: length, size: matrixBytes(length) },
+            { n: length, size: held },
+          ],
+          { x: "n", y: "size", fill: "var(--ink)", r: 4 },
+        ),
       ],
     };
   }, [length]);
@@ -54,8 +79,8 @@ export function Bytes(): JSX.Element {
       <div class="figure-head">
         <h2 id="bytes-title">What the matrix would have cost</h2>
         <p>
-          {heads} {heads === 1 ? "head" : "heads"} × N² × {element} bytes, against what one program holds: its tiles of
-          Q, K, V and O, one tile of scores, and two numbers a row.
+          {heads} {heads === 1 ? "head" : "heads"} × N² × {element} bytes, against what one program holds: its
+          tiles of Q, K, V and O, one tile of scores, and two numbers a row.
         </p>
       </div>
       <div class="controls">
@@ -79,7 +104,11 @@ export function Bytes(): JSX.Element {
           <b>{bytes(held)}</b> for a program, at any N
         </span>
       </p>
-      <Chart label="Bytes of the matrix of scores and of one program, by length" options={options} height={260} />
+      <Chart
+        label="Bytes of the matrix of scores and of one program, by length"
+        options={options}
+        height={260}
+      />
     </section>
   );
 }

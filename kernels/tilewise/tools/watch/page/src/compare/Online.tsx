@@ -17,11 +17,21 @@ export function Online(): JSX.Element {
   const seen = steps.slice(0, shown);
   const options = useMemo<Plot.PlotOptions>(() => {
     const bars = steps.flatMap((step, i) =>
-      step.scores.map((score, j) => ({ key: step.keys[0] + j, score, isSeen: i < shown, isNow: i === shown - 1 })),
+      step.scores.map((score, j) => ({
+        key: step.keys[0] + j,
+        score,
+        isSeen: i < shown,
+        isNow: i === shown - 1,
+      })),
     );
     const finite = bars.filter((bar) => Number.isFinite(bar.score));
     return {
-      x: { label: "key →", domain: [-0.5, keys.length - 0.5], ticks: keys.length <= 24 ? keys.length : 10, tickFormat: (j: number) => (keys.length <= 24 ? (keys[j] ?? "") : String(j)) },
+      x: {
+        label: "key →",
+        domain: [-0.5, keys.length - 0.5],
+        ticks: keys.length <= 24 ? keys.length : 10,
+        tickFormat: (j: number) => (keys.length <= 24 ? (keys[j] ?? "") : String(j)),
+      },
       y: { label: "↑ score", grid: true },
       marks: [
         Plot.ruleY([0], { stroke: "var(--line)" }),
@@ -52,14 +62,15 @@ export function Online(): JSX.Element {
       <div class="figure-head">
         <h2 id="online-title">All scores at once, or a tile at a time</h2>
         <p>
-          A plain softmax needs all scores of a row before it can divide: grey bars still missing, it must wait. The
-          online softmax goes on with two numbers, and takes a tile's scores only once.
+          A plain softmax needs all scores of a row before it can divide: grey bars still missing, it must
+          wait. The online softmax goes on with two numbers, and takes a tile's scores only once.
         </p>
       </div>
       <div class="controls">
         <label class="choice">
           <span>Row</span>
           <select
+            aria-label="Row"
             value={String(row)}
             onChange={(event) => {
               const next = Number(event.currentTarget.value);
@@ -75,43 +86,60 @@ export function Online(): JSX.Element {
           </select>
         </label>
         <label class="choice wide">
-          <span>Tiles taken in: {shown} of {steps.length}</span>
-          <input type="range" min="0" max={steps.length} value={shown} onInput={(event) => setTaken(Number(event.currentTarget.value))} />
+          <span>
+            Tiles taken in: {shown} of {steps.length}
+          </span>
+          <input
+            type="range"
+            min="0"
+            max={steps.length}
+            value={shown}
+            onInput={(event) => setTaken(Number(event.currentTarget.value))}
+          />
         </label>
       </div>
       <div class="chart-and-table">
-      <Chart label={`Scores of the row “${queries[row]}”, tile by tile`} options={options} height={280} right={16} />
-      <div class="scroller" tabIndex={0} role="region" aria-label="The state after each tile">
-        <table class="state">
-          <caption>What the kernel remembers of the row after each tile</caption>
-          <thead>
-            <tr>
-              <th scope="col">tile</th>
-              <th scope="col">keys</th>
-              <th scope="col">row_max</th>
-              <th scope="col">rescale</th>
-              <th scope="col">row_sum</th>
-              <th scope="col">numbers held, online</th>
-              <th scope="col">scores held, plain</th>
-            </tr>
-          </thead>
-          <tbody>
-            {steps.map((step, i) => (
-              <tr key={i} class={i === shown - 1 ? "on" : i < shown ? "" : "later"}>
-                <th scope="row">{i + 1}</th>
-                <td>
-                  {step.keys[0]}–{step.keys[1] - 1}
-                </td>
-                <td>{i < shown ? short(step.rowMax) : ""}</td>
-                <td>{i < shown ? short(step.rescale) : ""}</td>
-                <td>{i < shown ? short(step.rowSum) : ""}</td>
-                <td>{i < shown ? "2" : ""}</td>
-                <td>{i < shown ? steps.slice(0, i + 1).reduce((sum, each) => sum + each.scores.length, 0) : ""}</td>
+        <Chart
+          label={`Scores of the row “${queries[row]}”, tile by tile`}
+          options={options}
+          height={280}
+          right={16}
+        />
+        <div class="scroller" tabIndex={0} role="region" aria-label="The state after each tile">
+          <table class="state">
+            <caption>What the kernel remembers of the row after each tile</caption>
+            <thead>
+              <tr>
+                <th scope="col">tile</th>
+                <th scope="col">keys</th>
+                <th scope="col">row_max</th>
+                <th scope="col">rescale</th>
+                <th scope="col">row_sum</th>
+                <th scope="col">numbers held, online</th>
+                <th scope="col">scores held, plain</th>
               </tr>
-            ))}
-          </tbody>
-        </table>
-      </div>
+            </thead>
+            <tbody>
+              {steps.map((step, i) => (
+                <tr key={i} class={i === shown - 1 ? "on" : i < shown ? "" : "later"}>
+                  <th scope="row">{i + 1}</th>
+                  <td>
+                    {step.keys[0]}–{step.keys[1] - 1}
+                  </td>
+                  <td>{i < shown ? short(step.rowMax) : ""}</td>
+                  <td>{i < shown ? short(step.rescale) : ""}</td>
+                  <td>{i < shown ? short(step.rowSum) : ""}</td>
+                  <td>{i < shown ? "2" : ""}</td>
+                  <td>
+                    {i < shown
+                      ? steps.slice(0, i + 1).reduce((sum, each) => sum + each.scores.length, 0)
+                      : ""}
+                  </td>
+                </tr>
+              ))}
+            </tbody>
+          </table>
+        </div>
       </div>
     </section>
   );

@@ -39,9 +39,28 @@ export function Rounding(): JSX.Element {
       marks: rounding.flatMap(({ dtype }, i) => {
         const mine = points.filter((each) => each.dtype === dtype);
         return [
-          Plot.line(mine, { x: "keys", y: "error", stroke: INKS[i % INKS.length]!, strokeWidth: 2, strokeDasharray: DASHES[i % DASHES.length]! }),
-          Plot.dot(mine, { x: "keys", y: "error", fill: INKS[i % INKS.length]!, r: 3, title: (each: Point) => `${dtype}, ${each.keys} keys: ${each.error.toExponential(2)}` }),
-          Plot.text(mine.slice(-1), { x: "keys", y: "error", text: "dtype", dx: 9, textAnchor: "start", fill: "var(--ink)" }),
+          Plot.line(mine, {
+            x: "keys",
+            y: "error",
+            stroke: INKS[i % INKS.length]!,
+            strokeWidth: 2,
+            strokeDasharray: DASHES[i % DASHES.length]!,
+          }),
+          Plot.dot(mine, {
+            x: "keys",
+            y: "error",
+            fill: INKS[i % INKS.length]!,
+            r: 3,
+            title: (each: Point) => `${dtype}, ${each.keys} keys: ${each.error.toExponential(2)}`,
+          }),
+          Plot.text(mine.slice(-1), {
+            x: "keys",
+            y: "error",
+            text: "dtype",
+            dx: 9,
+            textAnchor: "start",
+            fill: "var(--ink)",
+          }),
         ];
       }),
     };
@@ -50,12 +69,19 @@ export function Rounding(): JSX.Element {
     <section class="figure" aria-labelledby="rounding-title">
       <div class="figure-head">
         <h2 id="rounding-title">Rounding, as keys go by</h2>
-        <p>The same call in each dtype beside float64. Sums are kept in fp32 in all of them, so errors stay where the inputs' own rounding put them.</p>
+        <p>
+          The same call in each dtype beside float64. Sums are kept in fp32 in all of them, so errors stay
+          where the inputs' own rounding put them.
+        </p>
       </div>
       <div class="controls">
         <label class="choice">
           <span>Row</span>
-          <select value={String(row)} onChange={(event) => setRow(Number(event.currentTarget.value))}>
+          <select
+            aria-label="Row"
+            value={String(row)}
+            onChange={(event) => setRow(Number(event.currentTarget.value))}
+          >
             <option value={String(WORST)}>the worst row</option>
             {recording.words.queries.map((word, i) => (
               <option key={i} value={String(i)}>
@@ -65,7 +91,11 @@ export function Rounding(): JSX.Element {
           </select>
         </label>
       </div>
-      <Chart label="Largest error of a row by keys taken in, a line for each dtype" options={options} height={280} />
+      <Chart
+        label="Largest error of a row by keys taken in, a line for each dtype"
+        options={options}
+        height={280}
+      />
     </section>
   );
 }

@@ -15,7 +15,10 @@ const NAMES: Record<string, [string, string]> = {
 export function Similarities(): JSX.Element {
   const { similarity } = recording.compare;
   const [box, width] = useWidth(900);
-  const room = width < 640 ? Math.min(300, width - 16) : Math.min(340, (width - 24 * similarity.length) / similarity.length);
+  const room =
+    width < 640
+      ? Math.min(300, width - 16)
+      : Math.min(340, (width - 24 * similarity.length) / similarity.length);
   return (
     <section class="figure whole" aria-labelledby="similarity-title">
       <div class="figure-head">
@@ -29,7 +32,13 @@ export function Similarities(): JSX.Element {
             <div key={each.name} class="panel">
               <h3>{title}</h3>
               <p class="equation">{each.equation}</p>
-              <WeightsFigure name={each.name} label={`Weights by ${title}`} index={each.weights} room={room} high={1} />
+              <WeightsFigure
+                name={each.name}
+                label={`Weights by ${title}`}
+                index={each.weights}
+                room={room}
+                high={1}
+              />
               <p>{text}</p>
             </div>
           );

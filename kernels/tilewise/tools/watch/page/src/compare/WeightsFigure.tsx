@@ -10,7 +10,13 @@ export function cellFor(room: number, rows: number, columns: number): number {
   return Math.max(2, Math.min(22, Math.floor((room / Math.max(rows, columns)) * 4) / 4));
 }
 
-export function WeightsFigure(props: { name: string; label: string; index: Index; room: number; high: number }): JSX.Element {
+export function WeightsFigure(props: {
+  name: string;
+  label: string;
+  index: Index;
+  room: number;
+  high: number;
+}): JSX.Element {
   const values = matrix(props.index);
   const cell = cellFor(props.room, values.rows, values.columns);
   return (
@@ -22,7 +28,9 @@ export function WeightsFigure(props: { name: string; label: string; index: Index
       high={props.high}
       width={cell}
       height={cell}
-      onPick={(row, column, aloud) => pick({ of: "weights", name: "P", index: props.index, row, column }, aloud)}
+      onPick={(row, column, aloud) =>
+        pick({ of: "weights", name: "P", index: props.index, row, column }, aloud)
+      }
     />
   );
 }

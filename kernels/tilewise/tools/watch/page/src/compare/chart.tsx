@@ -29,7 +29,8 @@ export function Chart({ label, options, height = 300, right = 84 }: Props): JSX.
       ariaLabel: label,
       ...options,
     });
-    drawn.setAttribute("role", "img");
+    drawn.setAttribute("role", "img"); // one picture with one name: those of its parts say "line", "rule"
+    for (const part of drawn.querySelectorAll("[aria-label]")) part.removeAttribute("aria-label");
     place.current!.replaceChildren(drawn);
   }, [options, width, height, label, shade]);
   return (

@@ -28,7 +28,8 @@ function stepOf(stage: Stage, local: number, pass: Pass): OnlineStep {
   };
   return {
     keys: [first, stop],
-    scores: scores === null ? [] : Array.from({ length: stop - first }, (_, j) => at(matrix(scores), local, j)),
+    scores:
+      scores === null ? [] : Array.from({ length: stop - first }, (_, j) => at(matrix(scores), local, j)),
     rowMax: number("row_max"),
     rowSum: number("row_sum"),
     rescale: number("rescale"),

@@ -17,12 +17,16 @@ function grows(left: string, right: string, product: string, ofKeys: boolean): T
     if (!a || !b) return [];
     const name = (t: number): string => (ofKeys ? keyName(asked, t) : rowName(asked, t));
     const sum = rowTimesColumn(a, row, b, column, name);
-    return [`${short(before)} + ${product} = ${short(before)} + ${bracketed(sum.total)} = ${short(before + sum.total)}`, `${product}: ${sum.text}`];
+    return [
+      `${short(before)} + ${product} = ${short(before)} + ${bracketed(sum.total)} = ${short(before + sum.total)}`,
+      `${product}: ${sum.text}`,
+    ];
   };
 }
 
 function ending(before: number, value: number): string {
-  if (isClose(before * scale, value)) return `Times the scale: ${short(before)} · ${short(scale)}. The scores were scaled, so is what flows back.`;
+  if (isClose(before * scale, value))
+    return `Times the scale: ${short(before)} · ${short(scale)}. The scores were scaled, so is what flows back.`;
   return isClose(before, value) ? `Rounded for storing: ${short(before)}.` : `From ${short(before)}.`;
 }
 
@@ -34,11 +38,16 @@ export const dq = grows("ds", "k", "dS K", true);
 function product(value: number, a: Matrix | null, i: number, b: Matrix | null, j: number): string[] {
   if (!a || !b) return [];
   const sum = dot(a, i, b, j);
-  return [`Row of V times row of dO: ${sum.text} = ${short(sum.total)}`, isClose(sum.total, value) ? "" : "Rounded on its way."].filter(Boolean);
+  return [
+    `Row of V times row of dO: ${sum.text} = ${short(sum.total)}`,
+    isClose(sum.total, value) ? "" : "Rounded on its way.",
+  ].filter(Boolean);
 }
 
-export const dp: Teller = (asked) => product(asked.value, asked.read("do"), asked.row, asked.read("v"), asked.column);
-export const dpT: Teller = (asked) => product(asked.value, asked.read("v"), asked.row, asked.read("do"), asked.column);
+export const dp: Teller = (asked) =>
+  product(asked.value, asked.read("do"), asked.row, asked.read("v"), asked.column);
+export const dpT: Teller = (asked) =>
+  product(asked.value, asked.read("v"), asked.row, asked.read("do"), asked.column);
 
 function change(asked: Asked, p: Matrix | null, dpNow: Matrix | null, row: number): string[] {
   const delta = asked.ofRow("delta", row);
@@ -52,6 +61,12 @@ function change(asked: Asked, p: Matrix | null, dpNow: Matrix | null, row: numbe
 export const ds: Teller = (asked) => change(asked, asked.read("p"), asked.read("dp"), asked.row);
 export const dsT: Teller = (asked) => change(asked, asked.read("pT"), asked.read("dpT"), asked.column);
 
-export const delta: Teller = () => ["Σ dO · O over the row's columns, computed once before: how much the whole row pulls."];
-export const sumLog2: Teller = (asked) => [`log₂ row_sum, kept by the forward pass: row_sum was ${short(2 ** asked.value)}.`];
-export const keptMax: Teller = () => ["Kept by the forward pass, a number a row, so that the weights can be computed again."];
+export const delta: Teller = () => [
+  "Σ dO · O over the row's columns, computed once before: how much the whole row pulls.",
+];
+export const sumLog2: Teller = (asked) => [
+  `log₂ row_sum, kept by the forward pass: row_sum was ${short(2 ** asked.value)}.`,
+];
+export const keptMax: Teller = () => [
+  "Kept by the forward pass, a number a row, so that the weights can be computed again.",
+];

@@ -24,7 +24,9 @@ const timesUnit = (unit: number): string => (unit === 1 ? "" : ` · ${short(unit
 
 /** What the sum gives here beside what the kernel recorded. */
 function beside(total: number, recorded: number): string {
-  return isClose(total, recorded) ? short(total) : `${short(total)}, in float64; the kernel rounds on its way`;
+  return isClose(total, recorded)
+    ? short(total)
+    : `${short(total)}, in float64; the kernel rounds on its way`;
 }
 
 export function keyName(asked: Asked, key: number): string {
@@ -44,19 +46,35 @@ function pair(asked: Asked): [number, number] {
 
 export const score: Teller = (asked) => {
   const [row, key] = pair(asked);
-  if (asked.value === -Infinity) return [`The mask hides the key ${keyName(asked, key)} from ${rowName(asked, row)}: −∞, whose exponential is 0.`];
+  if (asked.value === -Infinity)
+    return [
+      `The mask hides the key ${keyName(asked, key)} from ${rowName(asked, row)}: −∞, whose exponential is 0.`,
+    ];
   const { beat, pass } = asked;
   const [q, k] = [asked.read("q"), asked.read("k")];
   const [wholeQ, wholeK] = [tensor("q", pass), tensor("k", pass)];
   if (!wholeQ || !wholeK) return [];
   const isHeld = q !== null && k !== null; // else they lie in shared memory, rounded to 16 bits
-  const sum = isHeld ? dot(q, row, k, key) : dot(wholeQ, placeOf("row", row, beat, pass), wholeK, placeOf("key", key, beat, pass));
-  if (!isHeld) return [`Row of Q times row of K, by the tensor cores from shared memory, in 16 bits: about ${sum.text} = ${short(sum.total)}`];
+  const sum = isHeld
+    ? dot(q, row, k, key)
+    : dot(wholeQ, placeOf("row", row, beat, pass), wholeK, placeOf("key", key, beat, pass));
+  if (!isHeld)
+    return [
+      `Row of Q times row of K, by the tensor cores from shared memory, in 16 bits: about ${sum.text} = ${short(sum.total)}`,
+    ];
   const lines = [`Row of Q times row of K: ${sum.text} = ${short(sum.total)}`];
-  if (isClose(sum.total, asked.value)) lines.push(`The scale ${short(scale)} joins in the exponential, where it costs nothing.`);
-  else if (isClose(sum.total * scale, asked.value)) lines.push(`· scale ${short(scale)} = ${short(sum.total * scale)}`);
-  else if (recording.call.similarity === "cosine") lines.push("Divided by both lengths: the cosine, times its scale.");
-  else lines.push(recording.call.score ? `Then ${recording.call.score} and the scale ${short(scale)}.` : "Rounded on its way.");
+  if (isClose(sum.total, asked.value))
+    lines.push(`The scale ${short(scale)} joins in the exponential, where it costs nothing.`);
+  else if (isClose(sum.total * scale, asked.value))
+    lines.push(`· scale ${short(scale)} = ${short(sum.total * scale)}`);
+  else if (recording.call.similarity === "cosine")
+    lines.push("Divided by both lengths: the cosine, times its scale.");
+  else
+    lines.push(
+      recording.call.score
+        ? `Then ${recording.call.score} and the scale ${short(scale)}.`
+        : "Rounded on its way.",
+    );
   return lines;
 };
 
@@ -67,10 +85,12 @@ export const weight: Teller = (asked) => {
   const sumLog2 = asked.ofRow("sum_log2", row);
   if (!s || rowMax === null) return [];
   const value = asked.name === "pT" ? at(s, key, row) : at(s, row, key);
-  if (value === -Infinity) return [`exp(−∞) = 0: the mask hides ${keyName(asked, key)} from ${rowName(asked, row)}.`];
+  if (value === -Infinity)
+    return [`exp(−∞) = 0: the mask hides ${keyName(asked, key)} from ${rowName(asked, row)}.`];
   const base = rowMax === -Infinity ? 0 : rowMax;
   const isHidden = asked.value === 0 && Math.exp(value - base) > 1e-30;
-  if (isHidden) return [`The mask hides ${keyName(asked, key)} from ${rowName(asked, row)}, so its weight is 0.`];
+  if (isHidden)
+    return [`The mask hides ${keyName(asked, key)} from ${rowName(asked, row)}, so its weight is 0.`];
   const unit = unitOf(value, base, asked.value, sumLog2 ?? 0);
   const power = `exp((${short(value)} − ${bracketed(base)})${timesUnit(unit)})`;
   const result = Math.exp((value - base) * unit);
@@ -87,7 +107,9 @@ export const rowMax: Teller = (asked) => {
   if (!s || before === null) return [];
   let best = 0;
   for (let j = 1; j < s.columns; j++) if (at(s, row, j) > at(s, row, best)) best = j;
-  const lines = [`The larger of row_max before, ${short(before)}, and the largest of this tile, ${short(at(s, row, best))} (${keyName(asked, best)}).`];
+  const lines = [
+    `The larger of row_max before, ${short(before)}, and the largest of this tile, ${short(at(s, row, best))} (${keyName(asked, best)}).`,
+  ];
   lines.push(asked.value === before ? "It stays." : "It grows: what was summed so far must be rescaled.");
   return lines;
 };
@@ -102,7 +124,9 @@ export const rescale: Teller = (asked) => {
   if (next === null || old === null) return [];
   if (old === -Infinity) return ["exp(−∞) = 0: nothing was summed before."];
   const unit = unitOf(old, next, asked.value);
-  return [`exp(old row_max − new) = exp((${short(old)} − ${bracketed(next)})${timesUnit(unit)}) = ${beside(Math.exp((old - next) * unit), asked.value)}`];
+  return [
+    `exp(old row_max − new) = exp((${short(old)} − ${bracketed(next)})${timesUnit(unit)}) = ${beside(Math.exp((old - next) * unit), asked.value)}`,
+  ];
 };
 
 export const rowSum: Teller = (asked) => {
@@ -114,7 +138,9 @@ export const rowSum: Teller = (asked) => {
   if (!p || factor === null || before === null) return [];
   let sum = 0;
   for (let j = 0; j < p.columns; j++) sum += at(p, row, j);
-  return [`row_sum · rescale + Σ P = ${short(before)} · ${short(factor)} + ${short(sum)} = ${beside(before * factor + sum, asked.value)}`];
+  return [
+    `row_sum · rescale + Σ P = ${short(before)} · ${short(factor)} + ${short(sum)} = ${beside(before * factor + sum, asked.value)}`,
+  ];
 };
 
 export const output: Teller = (asked) => {
@@ -125,13 +151,15 @@ export const output: Teller = (asked) => {
     const sum = asked.ofRow("row_sum", row);
     const factor = asked.ofRow("factor", row) ?? (sum === null ? null : 1 / (sum || 1));
     if (factor === null) return [];
-    if (isClose(before * factor, asked.value)) return [`O / row_sum = ${short(before)} · ${short(factor)} = ${beside(before * factor, asked.value)}`];
+    if (isClose(before * factor, asked.value))
+      return [`O / row_sum = ${short(before)} · ${short(factor)} = ${beside(before * factor, asked.value)}`];
     return isClose(before, asked.value) ? [`Rounded for storing: ${short(before)}.`] : [];
   }
   const [p, v] = [asked.read("p"), asked.read("v")];
   const by = asked.ofRow("rescale", row);
   if (asked.pass.name === "combine") return joined(asked, before);
-  if (by !== null && !v && isClose(before * by, asked.value)) return [`O · rescale = ${short(before)} · ${short(by)}`];
+  if (by !== null && !v && isClose(before * by, asked.value))
+    return [`O · rescale = ${short(before)} · ${short(by)}`];
   if (!p || !v || by === null) return [];
   const sum = rowTimesColumn(p, row, v, column, (j) => keyName(asked, j));
   const total = before * by + sum.total;
@@ -147,23 +175,31 @@ function joined(asked: Asked, before: number): string[] {
   const part = asked.read("part_o");
   if (a === null || b === null || !part) return [];
   const other = at(part, asked.row, asked.column);
-  return [`O · a + Oₛ · b = ${short(before)} · ${short(a)} + ${bracketed(other)} · ${short(b)} = ${beside(before * a + other * b, asked.value)}`];
+  return [
+    `O · a + Oₛ · b = ${short(before)} · ${short(a)} + ${bracketed(other)} · ${short(b)} = ${beside(before * a + other * b, asked.value)}`,
+  ];
 }
 
 export const factor: Teller = (asked) => {
   const sum = asked.ofRow("row_sum", asked.row);
-  return sum === null ? [] : [`1 / row_sum = 1 / ${short(sum === 0 ? 1 : sum)}: one division a row, not one a number.`];
+  return sum === null
+    ? []
+    : [`1 / row_sum = 1 / ${short(sum === 0 ? 1 : sum)}: one division a row, not one a number.`];
 };
 
 export const lse: Teller = (asked) => {
   const [max, sum] = [asked.ofRow("row_max", asked.row), asked.ofRow("row_sum", asked.row)];
   if (max === null || sum === null) return [];
   const unit = isClose(max * scale + Math.log(sum), asked.value) ? scale : 1;
-  return [`row_max + ln row_sum = ${short(max)}${timesUnit(unit)} + ln ${short(sum)} = ${beside(max * unit + Math.log(sum), asked.value)}`];
+  return [
+    `row_max + ln row_sum = ${short(max)}${timesUnit(unit)} + ln ${short(sum)} = ${beside(max * unit + Math.log(sum), asked.value)}`,
+  ];
 };
 
 export const kept: Teller = (asked) => {
   const [rowAxis] = axesOf(asked.name, matrix(asked.held.index), asked.pass);
   const [row, key] = rowAxis === "key" ? [asked.column, asked.row] : [asked.row, asked.column];
-  return [`${recording.call.mask || "The end of the keys"}: ${rowName(asked, row)} ${asked.value ? "may" : "may not"} see ${keyName(asked, key)}.`];
+  return [
+    `${recording.call.mask || "The end of the keys"}: ${rowName(asked, row)} ${asked.value ? "may" : "may not"} see ${keyName(asked, key)}.`,
+  ];
 };

@@ -77,7 +77,12 @@ export function addressOf(pass: Pass, name: string, row: number, column: number)
   return null;
 }
 
-function isSameRow(a: ReturnType<typeof matrix>, i: number, b: ReturnType<typeof matrix>, j: number): boolean {
+function isSameRow(
+  a: ReturnType<typeof matrix>,
+  i: number,
+  b: ReturnType<typeof matrix>,
+  j: number,
+): boolean {
   for (let c = 0; c < b.columns; c++) if (at(a, i, c) !== at(b, j, c)) return false;
   return true;
 }

@@ -22,7 +22,9 @@ export function sumOf(terms: Term[]): Sum {
     .filter((each) => each.a !== 0 && each.b !== 0)
     .sort((x, y) => Math.abs(y.a * y.b) - Math.abs(x.a * x.b));
   const rest = largest.length - SHOWN;
-  const shown = largest.slice(0, SHOWN).map((each) => `${short(each.a)} · ${bracketed(each.b)} (${each.what})`);
+  const shown = largest
+    .slice(0, SHOWN)
+    .map((each) => `${short(each.a)} · ${bracketed(each.b)} (${each.what})`);
   if (rest > 0) shown.push(`${rest} smaller ${rest === 1 ? "term" : "terms"}`);
   return { text: shown.join(" + ") || "nothing", total };
 }
@@ -40,7 +42,13 @@ export function dot(a: Matrix, i: number, b: Matrix, j: number): Sum {
 }
 
 /** Row `i` of a times column `j` of b. */
-export function rowTimesColumn(a: Matrix, i: number, b: Matrix, j: number, name: (term: number) => string): Sum {
+export function rowTimesColumn(
+  a: Matrix,
+  i: number,
+  b: Matrix,
+  j: number,
+  name: (term: number) => string,
+): Sum {
   const count = Math.min(a.columns, b.rows);
   return sumOf(Array.from({ length: count }, (_, t) => ({ a: at(a, i, t), b: at(b, t, j), what: name(t) })));
 }
