@@ -221,6 +221,10 @@ WRONG = {
     ),
     "3 keeps": ([("in scores", "in list(scores)")], r"20000 scores: keeps .* two numbers are enough"),
     "4 pads": ([("keys[None, :] < n, s", "keys[None, :] < n + 64, s")], r"130 keys: O.*keys beyond the end"),
+    "4 shapes": (
+        [("tl.trans(k)", "k")],
+        r"raised InterpreterError in mine.py, line 20: .*equal reduction dim",
+    ),
     "4 scale": ([("d**-0.5, D=d", "1.0, D=d")], "the scale 1 / √D is left out"),
     "4 base": ([("tl.log(", "1.5 * tl.log(")], r"lse, row \d+: expected"),
     "4 stores": (

@@ -13,6 +13,7 @@ from harness.gluon import needs_interpreter
 from harness.watched import CALLS, TILE, dense, last, memory, moments, odd_pairs, packed, paged, recorded
 from tilewise.kernels.tile import Tile
 from tilewise.plan import tiles
+from tilewise.plan.request import request_of
 from tilewise.tools.explain.coverage import STATES, rows_of, tile_states
 from tilewise.tools.watch.record import is_decodable
 from tilewise.tools.watch.recording import MOST_BYTES, Arrays, TooLarge
@@ -372,6 +373,7 @@ def test_equal_arrays_are_kept_once_and_a_page_is_never_too_large():
         (lambda: dense(), dict(batch=2), "batch=2 must be from 0 to 0: the call has 1"),
         (lambda: dense(), dict(head=-1), "head=-1 must be from 0 to 1: the call has 2"),
         (lambda: dense(dtype=torch.float64), {}, "q.dtype=torch.float64"),
+        (lambda: request_of(*torch.zeros(3, 1, 2, 8, 16, device="meta")), {}, "q.device=meta"),
         (CALLS["packed"], dict(batch=1), "q_len=0 and kv_len=0 of batch=1"),
     ],
 )

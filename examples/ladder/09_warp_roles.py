@@ -13,7 +13,7 @@ Source         FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608). Gluon come
                Hopper GPU its kernels run in tilewise's emulator, which knows the machine's rules.
 The real one   kernels/tilewise/kernels/hopper/, explained in docs/hopper.md.
 Exercise       A ring with two consumers: one adds the tiles of a matrix up, one takes their maximum. When
-               is a buffer free? The frame is below.
+               is a buffer free, and how many arrive there?
                python -m tilewise.ladder check 9
 """
 

@@ -17,6 +17,7 @@ from .mutations_float64 import MUTATIONS as FLOAT64_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_hopper_backward import MUTATIONS as HOPPER_BACKWARD_MUTATIONS
 from .mutations_host import MUTATIONS as HOST_MUTATIONS
+from .mutations_ladder import MUTATIONS as LADDER_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_one_walk import MUTATIONS as ONE_WALK_MUTATIONS
 from .mutations_pieces import MUTATIONS as PIECES_MUTATIONS
@@ -399,6 +400,7 @@ MUTATIONS = (
     *HOPPER_MUTATIONS,
     *HOST_MUTATIONS,
     *HOPPER_BACKWARD_MUTATIONS,
+    *LADDER_MUTATIONS,
     *NN_MUTATIONS,
     *ONE_WALK_MUTATIONS,
     *PIECES_MUTATIONS,

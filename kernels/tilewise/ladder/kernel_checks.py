@@ -6,6 +6,7 @@ They run in Triton's interpreter and in the Gluon emulator, on the CPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ def count(case: str, exercise: Exercise, *args: Any, runs: Callable[..., Any] = 
     """What the exercise returns, and what it does, which must be the work of a kernel."""
     found = []
 
+    @functools.wraps(exercise)
     def counting(*given: Any) -> Any:
         with counted() as counts, np.errstate(all="ignore"):  # what is wrong shows in the result
             found.append(counts)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +47,19 @@ def run(
         if isinstance(error, NotImplementedError) and not str(error):
             raise Unsolved from error
         hint = next((f": {text}" for kind, text in (when or {}).items() if isinstance(error, kind)), "")
-        raise Refused(f"{case}: raised {type(error).__name__}: {error}{hint}") from error
+        code = getattr(inspect.unwrap(exercise), "__code__", None)
+        where = "" if code is None else place(error, code.co_filename)
+        raise Refused(f"{case}: raised {type(error).__name__}{where}: {error}{hint}") from error
+
+
+def place(error: BaseException, file: str) -> str:
+    """The line of the reader's file that an error comes from, which may be the cause of another."""
+    frames: list[traceback.FrameSummary] = []
+    each: BaseException | None = error
+    while each is not None:
+        frames += [frame for frame in traceback.extract_tb(each.__traceback__) if frame.filename == file]
+        each = each.__cause__
+    return f" in {Path(file).name}, line {frames[-1].lineno}" if frames else ""
 
 
 def compare(

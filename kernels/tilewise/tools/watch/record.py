@@ -55,6 +55,8 @@ def record(asked: Asked, progress: Callable[[str], None] = lambda what: None) ->
     if not INTERPRETED:
         raise RuntimeError("kernels are watched in Triton's interpreter: set TRITON_INTERPRET=1")
     check(request)
+    if request.q.device.type != "cpu":
+        raise ValueError(f"q.device={request.q.device}: the interpreter works on the CPU; give tensors there")
     if request.q.dtype == torch.float64:
         raise ValueError("q.dtype=torch.float64: no kernel computes it; give float32, float16 or bfloat16")
     shown = shown_of(request, asked.batch, asked.head)
