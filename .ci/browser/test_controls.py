@@ -105,6 +105,12 @@ def test_arrows_move_inside_a_matrix_and_not_through_the_moments(show):
     assert view.said().name == "Q[1, 1]" and view.position == before
     spoken = view.page.locator("[aria-live]").inner_text()
     assert view.said().value in spoken and "Q[1, 1]" in spoken
+    view.page.locator(".scores .cells").focus()
+    for key in ["ArrowDown"] * 17 + ["ArrowRight"] * 3:  # to row 17 and key 3
+        view.page.keyboard.press(key)
+    view.page.keyboard.press("Enter")
+    assert beats(view.pass_of("forward"))[view.position].stage.tile == (1, 0)
+    assert "step 1 of 2, keys 0 to 15" in view.page.locator("[aria-live]").inner_text()
 
 
 def test_each_pass_keeps_its_place_and_every_moment_draws(show):

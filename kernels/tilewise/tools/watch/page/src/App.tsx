@@ -16,6 +16,9 @@ export function App(): JSX.Element {
   const pass = passSignal.value;
   return (
     <>
+      <a class="skip" href="#controls">
+        Skip to the controls
+      </a>
       <Header />
       <Tabs />
       <main>

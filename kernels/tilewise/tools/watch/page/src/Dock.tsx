@@ -11,7 +11,7 @@ import { stateAt } from "./walk";
 
 export function Dock(): JSX.Element {
   return (
-    <footer class="dock" aria-label="Number and controls">
+    <footer class="dock" id="controls" tabIndex={-1} aria-label="Number and controls">
       <Inspector />
       {pass.value && <Transport />}
     </footer>

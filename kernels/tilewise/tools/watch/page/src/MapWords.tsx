@@ -21,7 +21,7 @@ export function MapWords({ geometry }: { geometry: Geometry }): JSX.Element {
     return i === pointed || (i % step === 0 && (pointed === undefined || Math.abs(i - pointed) >= step));
   };
   const cut = (word: string): string => {
-    const most = Math.floor((label - 8) / 6.2);
+    const most = Math.floor((label - 8) / 6.9);
     return word.length > most ? `${word.slice(0, most - 1)}…` : word;
   };
   const { queries, keys: keyWords } = wordsOf(pass.value);
