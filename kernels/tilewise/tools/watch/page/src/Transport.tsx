@@ -1,7 +1,7 @@
 // The controls of the walk: moments, tiles, programs, a slider over all of them, and their speed.
 
 import type { JSX } from "preact";
-import { useEffect } from "preact/hooks";
+import { useLayoutEffect } from "preact/hooks";
 import { goBy, goTo, goToProgram, goToStage, now, pass, playing, position, speed } from "./app_state";
 import { idOf } from "./format";
 import { whereabouts } from "./Now";
@@ -38,15 +38,15 @@ function press(event: KeyboardEvent): void {
 export function Transport(): JSX.Element {
   const at = pass.value!;
   const last = beatsOf(at).length - 1;
-  useEffect(() => {
+  useLayoutEffect(() => {
     document.addEventListener("keydown", press);
     return () => document.removeEventListener("keydown", press);
   }, []);
-  useEffect(() => {
+  useLayoutEffect(() => {
     if (!playing.value) return;
     const timer = setInterval(() => {
       if (position.value >= last) playing.value = false;
-      else goBy(1);
+      else if (playing.value) goBy(1); // it may have been stopped since
     }, 1000 / speed.value);
     return () => clearInterval(timer);
   }, [playing.value, speed.value, at]);
