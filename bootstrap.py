@@ -1,4 +1,5 @@
-"""Set tilewise up and run it: `python bootstrap.py COMMAND [arguments]`, COMMAND one of demo, watch, test and bench.
+"""Set tilewise up and run it: `python bootstrap.py COMMAND [arguments]`, COMMAND one of watch, demo, test and
+bench.
 
 Makes .venv beside this file (or reuses it while it is up to date), installs what the command needs, runs the
 command, and ends with its exit code. Standard library only.

@@ -64,9 +64,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from harness import oracle
+    from harness import oracle, turns
 
     oracle.ALSO[:] = config.getoption("also")
+    os.environ.setdefault(turns.VARIABLE, turns.today())  # the same for all workers, also about midnight
 
 
 def pytest_report_header() -> str:
@@ -77,6 +78,7 @@ def pytest_report_header() -> str:
     else:
         where = "plain PyTorch on the CPU: TRITON_INTERPRET=0 is set, so tests of the kernel fail"
     header = f"tilewise: torch {torch.__version__}, triton {triton.__version__}, kernels run in: {where}"
+    header += f"; kernels compiled for one chip or another by TILEWISE_TURN={os.environ['TILEWISE_TURN']}"
     missing = [library for library in dict.fromkeys(NEEDED.values()) if find_spec(library) is None]
     return f"{header}; without the tests of {', '.join(missing)}, not installed" if missing else header
 

@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.show": {SHARED, "tools.explain", "tools.doctor", "plan", "kernels", "parts"},
     "tools.watch": {
         SHARED,
+        "tools.explain",
         "tools.show",
         "tools.overlap",
         "demo",

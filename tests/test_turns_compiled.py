@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tilewise.tools.compiled.compiler import assembly_file, compile_variants
+from harness.variants import oldest
+from tilewise.tools.compiled.compiler import assembly_file
 
 ASKS, MEETS, FENCES, PASSES, ADDS = "ask", "meet", "fence", "pass", "add"
 EVENTS = {  # what an instruction is to the order, by its opcode
@@ -28,11 +29,11 @@ def events(text: str) -> list[str]:
 
 @pytest.mark.oldest
 @pytest.mark.parametrize("target, numbers", [("sm_80", 1), ("sm_90", 4)])
-def test_additions_stand_between_a_turn_and_its_end(target, numbers, tmp_path):
+def test_additions_stand_between_a_turn_and_its_end(target, numbers, tmp_path_factory):
     """A wait is an answer and a meeting of all threads. The end of a turn is a meeting, a fence, and the
     counter; numbers: how many of fp32 an addition takes to memory at once."""
-    compile_variants("harness.variants:turns_variants", [target], assembly=tmp_path)
-    text = assembly_file(tmp_path, target, "dqkv_kernel", "bf16 64 causal").read_text()
+    _, folder = oldest(tmp_path_factory)
+    text = assembly_file(folder, target, "dqkv_kernel", "bf16 64 causal").read_text()
     found = events(text)
     assert found.count(PASSES) == 3 and found.count(ADDS) and found.count(ASKS) >= 5
     wide = re.findall(r"REDG?\.E\.ADD\.F32(?:x(\d))?\.", text)

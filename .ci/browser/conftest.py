@@ -42,11 +42,11 @@ def recorded() -> Recording:
 
 @pytest.fixture(scope="session")
 def unlike() -> Recording:
-    """What differs: two heads of queries on one of keys, other lengths, dimensions, dtype, mask and score."""
+    """What differs: two heads of queries on one of keys, other lengths, dimensions and dtype, a mask with holes, a score."""
     torch.manual_seed(1)
     q = torch.randn(1, 2, 21, 24).bfloat16()
     k, v = torch.randn(1, 1, 35, 24).bfloat16(), torch.randn(1, 1, 35, 8).bfloat16()
-    request = make_request(q, k, v, mask=tw.Window(9, 3), score=tw.Softcap(20.0))
+    request = make_request(q, k, v, mask=tw.Window(9, 3) & tw.Dense(torch.rand(21, 35) > 0.2), score=tw.Softcap(20.0))
     return record(Asked(request, "Window and softcap", "a test", head=1))
 
 
@@ -65,7 +65,7 @@ def browser() -> Iterator[Browser]:
     if found is None:
         raise RuntimeError(f"no browser: install one of {', '.join(BROWSERS)} (apt-get install chromium)")
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         yield started
         started.close()
 
@@ -79,7 +79,7 @@ def show(
     recordings = {"recorded": recorded, "unlike": unlike}
 
     def open_page(name: str = "recorded", **options: object) -> View:
-        settings = {"viewport": {"width": 1440, "height": 900}, "reduced_motion": "reduce"} | options
+        settings = {"viewport": {"width": 1280, "height": 720}, "reduced_motion": "reduce"} | options
         context = browser.new_context(**settings)
         view = View(context.new_page(), recordings[name])
         opened.append(view)

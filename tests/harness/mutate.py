@@ -3,6 +3,7 @@
     PYTHONPATH=tests python -m harness.mutate                 every mutation of mutations.py
     PYTHONPATH=tests python -m harness.mutate --only NAME     one of them; may be given several times
     PYTHONPATH=tests python -m harness.mutate --list          names, files and tests
+    PYTHONPATH=tests python -m harness.mutate --in-turns      every other one, and the next day the others
 
 Each worker has a copy of the tree. All chosen tests must pass there unmutated: a failing test catches
 nothing. Then, a mutation at a time, the line is changed, its tests run, and the line is put back.
@@ -36,6 +37,7 @@ from py_compile import PycInvalidationMode
 
 from .mutation import Mutation
 from .mutations import MUTATIONS
+from .turns import has_its_turn
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = (".ci", "kernels", "reference", "tests", "bench", "pyproject.toml", "LICENSE")
@@ -89,13 +91,18 @@ class Runner:
         self.process.wait()
 
 
+def occurrences(mutation: Mutation, tree: Path = ROOT) -> int:
+    """How often what it replaces occurs in its file."""
+    file = tree / mutation.file
+    return file.read_text().count(mutation.old) if file.exists() else 0
+
+
 def try_mutation(run: Runner, mutation: Mutation, timeout: float) -> tuple[str, str]:
     """Status and detail of one mutation; the tree is as before afterwards."""
+    if (found := occurrences(mutation, run.tree)) != 1:
+        return "STALE", f"{mutation.file} contains {mutation.old!r} {found} times, not once"
     file = run.tree / mutation.file
-    source = file.read_text() if file.exists() else ""
-    occurrences = source.count(mutation.old)
-    if occurrences != 1:
-        return "STALE", f"{mutation.file} contains {mutation.old!r} {occurrences} times, not once"
+    source = file.read_text()
     file.write_text(source.replace(mutation.old, mutation.new))
     try:
         code, output = run(mutation.tests, timeout)
@@ -174,6 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="do not run the tests without any mutation first: they passed",
     )
+    parser.add_argument(
+        "--in-turns",
+        action="store_true",
+        help="every other mutation, and the next day the others, by TILEWISE_TURN (harness/turns.py); those "
+        "that are stale every day",
+    )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time (default 2)")
     options = parser.parse_args(argv)
 
@@ -186,6 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{mutation.name}\n    {mutation.file}: {mutation.old!r} -> {mutation.new!r}")
             print("".join(f"    {test}\n" for test in mutation.tests), end="")
         return 0
+    if options.in_turns:
+        chosen = [
+            mutation
+            for i, mutation in enumerate(chosen)
+            if has_its_turn(i, "this day", ("this day", "the next")) or occurrences(mutation) != 1
+        ]
     outcomes = run_mutations(chosen, workers=options.workers, tests_pass=options.tests_pass)
     missed = [outcome for outcome in outcomes if outcome.status != "caught"]
     print(f"\n{len(outcomes) - len(missed)} of {len(outcomes)} mutations caught.")

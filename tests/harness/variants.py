@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from filelock import FileLock
+from packaging.version import Version
 
 import tilewise
 from tilewise.kernels.append import launch_append, launch_turn
@@ -39,14 +41,16 @@ from tilewise.tools.compiled.variants import (
     launch_backward,
     one_walk_variant,
     plain_inputs,
-    target_name,
 )
 from tilewise.tools.inspect.inspect import DIMS
 
 from .features import build
+from .turns import has_its_turn
 
 WIDE_FP32_TARGETS = ("sm_80", "sm_90", "sm_100")  # AMD's shared memory has no room for that backward
 COPYING_TARGETS = ("sm_90", "sm_100")  # with a copy engine
+OLDEST_TARGETS = ("sm_80", "sm_90")
+TRITONS = ("oldest", "newest")  # that CI has
 
 
 def shared_folder(folders: pytest.TempPathFactory) -> Path:
@@ -116,8 +120,8 @@ def joined(parts: Iterable[list[Compiled] | str]) -> list[Compiled] | str:
     return "\n\n".join(failures) if failures else [each for part in parts for each in part]
 
 
-# Lists of variants, and the targets that they are compiled for. One process a target compiles them all: each
-# process imports PyTorch and Triton for as long as two of the kernels take.
+# Lists of variants, and the targets that they are for. One process a target compiles them all: each process
+# imports PyTorch and Triton for as long as two of the kernels take. Which of them a run compiles: turns.py.
 SHIPPED = {
     "main_variants": TARGETS,
     "backward_variants": TARGETS,
@@ -126,21 +130,28 @@ SHIPPED = {
     "pieces_variants": TARGETS,
     "wide_fp32_variants": WIDE_FP32_TARGETS,
     "copied_variants": COPYING_TARGETS,
+    "feature_variants": TARGETS,
+    "backward_feature_variants": TARGETS,
 }
-# What features add to a kernel is the same on all of NVIDIA's chips, and takes longest to compile: each
-# variant of these for one of them, and for AMD's.
-IN_TURNS = ("feature_variants", "backward_feature_variants")
+# What every run compiles for every target, and what it always compiles for Hopper: the rows that most calls
+# take, and one of each kind that a test has something to say of.
+EVERYWHERE = ("main_variants: bf16 64 causal", "main_variants: bf16 128 causal",
+              "backward_variants: bf16 64 causal", "backward_variants: bf16 128 causal")  # fmt: skip
+ON_HOPPER = ("main_variants: bf16 256 causal", "main_variants: fp32 tf32 64 causal",
+             "tf32_variants: fp32 tf32 64 causal",
+             "pieces_variants: bf16 80x80 causal", "pieces_variants: bf16 576x512 causal")  # fmt: skip
 
 
 def shipped_variants(target: str) -> list[Variant]:
-    """The lists' variants for a target, each name after its list's."""
-    found = [(name, each) for name, for_ in SHIPPED.items() if target in for_ for each in globals()[name]()]
-    taking_turns = [(name, each) for name in IN_TURNS for each in globals()[name]()]
-    *nvidia, amd = TARGETS
-    for i, variant in enumerate(taking_turns):
-        if target in (amd, nvidia[i % len(nvidia)]):
-            found.append(variant)
-    return [dataclasses.replace(each, name=f"{name}: {each.name}") for name, each in found]
+    """The lists' variants that this run compiles for a target, each name after its list's."""
+    always = (*EVERYWHERE, *ON_HOPPER) if target == "sm_90" else EVERYWHERE
+    found = []
+    for name, targets in SHIPPED.items():
+        for place, each in enumerate(globals()[name]()):
+            named = dataclasses.replace(each, name=f"{name}: {each.name}")
+            if named.name in always or has_its_turn(place, target, targets):
+                found.append(named)
+    return found
 
 
 def shipped(variants: str, folders: pytest.TempPathFactory) -> ByTarget:
@@ -154,8 +165,9 @@ def shipped(variants: str, folders: pytest.TempPathFactory) -> ByTarget:
         return [dataclasses.replace(each, variant=each.variant.removeprefix(prefix)) for each in named]
 
     found = compiled_once("shipped_variants", folders, is_by_target=True)
-    targets = SHIPPED.get(variants, TARGETS)
-    return ByTarget((target, of_list(kernels)) for target, kernels in found.items() if target in targets)
+    return ByTarget(
+        (target, of_list(kernels)) for target, kernels in found.items() if target in SHIPPED[variants]
+    )
 
 
 def main_variants() -> list[Variant]:
@@ -303,7 +315,14 @@ HOPPER_TILES = {
 }
 
 
-def hopper_variants(part: int | None = None) -> list[Variant]:
+def by_this_triton(variants: list[Variant], always: Sequence[str]) -> list[Variant]:
+    """Of Hopper's variants, these and those whose turn it is: each is compiled by one of the two Tritons that
+    CI has, the oldest or the newest, by the other one the next day."""
+    this = TRITONS[Version(triton.__version__) >= Version("3.7")]
+    return [v for i, v in enumerate(variants) if v.name in always or has_its_turn(i, this, TRITONS)]
+
+
+def hopper_variants(part: int | None = None, in_turns: bool = False) -> list[Variant]:
     """Hopper's forward: every row of the table, the dimensions of multi-head latent attention, other tiles,
     and a call with features. They take a minute, so that two processes may have a part each, 0 or 1."""
 
@@ -323,10 +342,11 @@ def hopper_variants(part: int | None = None) -> list[Variant]:
     found += [hopper_variant("bf16", 160, "causal"), Variant("bf16 192x128 causal", latent)]
     for name, (dim, tile) in HOPPER_TILES.items():
         found.append(hopper_variant("bf16", dim, "causal", tile, f"bf16 {dim} causal, {name}"))
+    found = by_this_triton(found, ["bf16 64 full", "bf16 128 causal"]) if in_turns else found
     return found if part is None else found[part::2]
 
 
-def hopper_backward_variants() -> list[Variant]:
+def hopper_backward_variants(in_turns: bool = False) -> list[Variant]:
     """Hopper's backward at every dimension, and with features."""
 
     def features() -> None:
@@ -344,7 +364,8 @@ def hopper_backward_variants() -> list[Variant]:
             launch_backward(*plain_inputs("bf16", 64), mask=tilewise.Causal(), impl="hopper")
 
     found.append(Variant("bf16 64 causal, 64 rows", fewer_rows, (HOPPER_BACKWARD,)))
-    return [*found, Variant("bf16 64 features", features, (HOPPER_BACKWARD,))]
+    found.append(Variant("bf16 64 features", features, (HOPPER_BACKWARD,)))
+    return by_this_triton(found, ["bf16 128 full"]) if in_turns else found
 
 
 def ones_variant() -> Variant:
@@ -372,17 +393,7 @@ def oldest_variants() -> list[Variant]:
     ]
 
 
-def broken_on_amd_variants() -> list[Variant]:
-    """One that compiles everywhere but there."""
-
-    def run() -> None:
-        if target_name().startswith("gfx"):
-            raise ValueError("no such thing on AMD")
-        launch(*plain_inputs("bf16", 64))
-
-    return [Variant("broken on AMD", run)]
-
-
-def turns_variants() -> list[Variant]:
-    """The kernel whose programs take turns."""
-    return [one_walk_variant("bf16", 64, "causal")]
+def oldest(folders: pytest.TempPathFactory) -> tuple[ByTarget, Path]:
+    """What these become, and the folder that has their machine code."""
+    folder = shared_folder(folders) / "oldest"
+    return compiled_once("oldest_variants", folders, OLDEST_TARGETS, assembly=folder), folder

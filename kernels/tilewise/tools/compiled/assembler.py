@@ -1,7 +1,8 @@
-"""What did the assembler say? Triton does not pass it on, so ptxas runs once more, just as Triton runs it.
+"""What did the assembler say? Triton prints it where it is asked to, and then only as it compiles.
 
-It says where it ran short of registers, and where it makes each of Hopper's matmuls wait for the one before
-(C7510 and the like: "wgmma.mma_async instructions are serialized"). It takes 0.1 s for a small kernel, and a
+ptxas says where it ran short of registers, and where it makes each of Hopper's matmuls wait for the one
+before (C7510 and the like: "wgmma.mma_async instructions are serialized"). Of a kernel that comes from
+Triton's cache it is asked once more, just as Triton asks it: that takes 0.1 s for a small kernel, and a
 second or two for one whose warps have roles.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +28,24 @@ class Messages:
     spill_loads: int
 
 
-def assembler_messages(kernel: Any) -> Messages:
-    """Of a kernel that Triton compiled for an NVIDIA target."""
-    backend = triton.compiler.make_backend(kernel.metadata.target)
+@contextlib.contextmanager
+def listening() -> Iterator[io.StringIO]:
+    """What ptxas says of what Triton compiles inside."""
     said = io.StringIO()
     with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
         triton.knobs.nvidia.dump_ptxas_log = True
-        backend.make_cubin(kernel.asm["ptx"], {}, kernel.metadata, kernel.metadata.target.arch)
-    return read_messages(said.getvalue())
+        yield said
+
+
+def assembler_messages(kernel: Any, said: str) -> Messages:
+    """Of a kernel that Triton compiled for an NVIDIA target, ptxas having said so much: nothing, where the
+    kernel was in Triton's cache."""
+    if not said.strip():
+        backend = triton.compiler.make_backend(kernel.metadata.target)
+        with listening() as again:
+            backend.make_cubin(kernel.asm["ptx"], {}, kernel.metadata, kernel.metadata.target.arch)
+        said = again.getvalue()
+    return read_messages(said)
 
 
 def read_messages(text: str) -> Messages:

@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 
 from ...kernels.hopper.limits import WARPGROUP_ROWS
 from ...kernels.room import SHARED_BYTES, family
-from .assembler import Messages, assembler_messages
+from .assembler import Messages, assembler_messages, listening
 from .machine_code import Flow, MachineCode, read_amdgcn, read_cubin
 from .main_loop import MainLoop, kind_of, main_loops
 from .sums import sums
@@ -109,6 +109,7 @@ class Launched:
 
     kernel: Any
     arguments: dict[str, Any]
+    said: str  # by the assembler: nothing, where the kernel was in Triton's cache
 
 
 class CompileError(RuntimeError):
@@ -159,9 +160,11 @@ def compile_only(target: str, only: Sequence[str] | None = None) -> Iterator[lis
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if only is not None and self.fn.__name__ not in only:
             return None
-        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        kernel = kernel.result() if hasattr(kernel, "result") else kernel
-        launched.append(Launched(kernel, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+        with listening() as said:
+            kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+            kernel = kernel.result() if hasattr(kernel, "result") else kernel
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launched.append(Launched(kernel, arguments, said.getvalue()))
         return kernel
 
     with mock.patch.object(triton.runtime.JITFunction, "run", run):
@@ -204,7 +207,7 @@ def read(
         matmuls=dict(Counter(opcode for opcode in opcodes if kind_of(opcode) == "matmul")),
         loops=loops_of(code, name, tile, metadata.num_warps, gpu_target(target).warp_size),
         sums={} if amd else sums(code.instructions),
-        assembler=assembler_messages(kernel) if messages and not amd else None,
+        assembler=assembler_messages(kernel, launched.said) if messages and not amd else None,
     )
 
 

@@ -1,9 +1,7 @@
 // The page.
 
 import type { JSX } from "preact";
-import { useEffect } from "preact/hooks";
 import { pass as passSignal, spoken, tab } from "./app_state";
-import { theme } from "./colour";
 import { Compare } from "./compare/Compare";
 import { Dock } from "./Dock";
 import { Header } from "./Header";
@@ -15,10 +13,6 @@ import { Tabs } from "./Tabs";
 import { TimelineFigure } from "./TimelineFigure";
 
 export function App(): JSX.Element {
-  const shade = theme.value;
-  useEffect(() => {
-    document.documentElement.dataset.theme = shade;
-  }, [shade]);
   const pass = passSignal.value;
   return (
     <>

@@ -43,7 +43,7 @@ function Inspector(): JSX.Element {
               {found.meaning}
             </span>
           </div>
-          <div class="origin">
+          <div class="origin" tabIndex={0} role="region" aria-label="Where it came from">
             {found.origin.map((line) => (
               <p key={line}>{line}</p>
             ))}

@@ -2,11 +2,12 @@
 
 import type { JSX } from "preact";
 import { Cells } from "./Cells";
+import { crop } from "./crop";
 import { goToTile, keepSeen, now as nowSignal, pass as passSignal, pick, picked } from "./app_state";
 import { Picture } from "./Heat";
 import { geometryOf, type Geometry } from "./map_geometry";
 import { boxOf, countTiles, fillOf, Patterns, Tiles, Walk } from "./MapTiles";
-import { crop, Growing, Whole } from "./MapSides";
+import { Growing, Whole } from "./MapSides";
 import { Programs } from "./MapPrograms";
 import { MapWords } from "./MapWords";
 import { kindOf } from "./names";
@@ -192,7 +193,14 @@ function Marks({ pass, now, geometry }: { pass: Pass; now: Beat; geometry: Geome
         <rect class="read" x={nearX - 2} y={y + tile.top} width={x - nearX - 4} height={tile.height} rx="3" />
       )}
       <g transform={`translate(${x}, ${y})`}>
-        <Walk pass={pass} geometry={geometry} program={now.program} role={now.moment.role} id="map" />
+        <Walk
+          pass={pass}
+          geometry={geometry}
+          program={now.program}
+          role={now.moment.role}
+          here={now.stage.tile}
+          id="map"
+        />
         {tile && (
           <rect class="here" x={tile.left} y={tile.top} width={tile.width} height={tile.height} rx="3" />
         )}

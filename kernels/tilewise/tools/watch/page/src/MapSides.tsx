@@ -8,6 +8,7 @@ import { RESULT, type Geometry, type Strip } from "./map_geometry";
 import { kindOf, symbolOf } from "./names";
 import { placeOf } from "./axes";
 import { matrix, tensor, type Matrix, type Pass } from "./recording";
+import { crop } from "./crop";
 import { beatsOf, largest, type Beat } from "./walk";
 
 type Side = "left" | "top" | "right" | "bottom";
@@ -43,16 +44,6 @@ export function Whole({
       />
     </div>
   );
-}
-
-/** The first rows of a matrix: tiles reach beyond the end of the text. */
-export function crop(x: Matrix, rows: number, columns = x.columns): Matrix {
-  if (rows >= x.rows && columns >= x.columns) return x;
-  const [height, width] = [Math.min(rows, x.rows), Math.min(columns, x.columns)];
-  const data = new Float32Array(height * width);
-  for (let i = 0; i < height; i++)
-    for (let j = 0; j < width; j++) data[i * width + j] = x.data[i * x.columns + j]!;
-  return { ...x, rows: height, columns: width, data, shape: [height, width] };
 }
 
 interface Part {

@@ -2,7 +2,7 @@
 
 import type { JSX } from "preact";
 import type { Geometry } from "./map_geometry";
-import type { Pass, Program } from "./recording";
+import type { Pass, Program, Stage } from "./recording";
 import { stepsOf } from "./walk";
 
 const STATES: Record<string, string> = { ".": "skipped", "%": "cut", "#": "full" };
@@ -101,12 +101,14 @@ export function Walk({
   geometry,
   program,
   role,
+  here,
   id,
 }: {
   pass: Pass;
   geometry: Geometry;
   program: Program;
   role: string | undefined;
+  here: Stage["tile"]; // the tile of this moment
   id: string;
 }): JSX.Element {
   const steps = stepsOf(program, role).filter((each) => each.tile);
@@ -119,14 +121,16 @@ export function Walk({
         <polyline points={middle.map((each) => each.join(",")).join(" ")} marker-end={`url(#${id}-tip)`} />
       )}
       {isLarge &&
-        middle.map(([x, y], i) => (
-          <g key={i}>
-            <circle cx={x} cy={y} r="8" />
-            <text x={x} y={y} text-anchor="middle" dominant-baseline="central">
-              {i + 1}
-            </text>
-          </g>
-        ))}
+        middle.map(([x, y], i) =>
+          String(steps[i]!.tile) === String(here) ? null : ( // its numbers are shown
+            <g key={i}>
+              <circle cx={x} cy={y} r="8" />
+              <text x={x} y={y} text-anchor="middle" dominant-baseline="central">
+                {i + 1}
+              </text>
+            </g>
+          ),
+        )}
     </g>
   );
 }

@@ -3,7 +3,7 @@
 
 import { scaleLinear } from "d3-scale";
 import { interpolateLab } from "d3-interpolate";
-import { signal } from "@preact/signals";
+import { effect, signal } from "@preact/signals";
 import type { Kind } from "./names";
 
 export type Theme = "light" | "dark";
@@ -11,6 +11,9 @@ export type Theme = "light" | "dark";
 const asked = matchMedia("(prefers-color-scheme: dark)");
 export const theme = signal<Theme>(asked.matches ? "dark" : "light");
 let chosen = false;
+effect(() => {
+  document.documentElement.dataset.theme = theme.value;
+});
 asked.addEventListener("change", () => {
   if (!chosen) theme.value = asked.matches ? "dark" : "light";
 });

@@ -34,7 +34,7 @@ export function brief(x: number, characters: number): string {
   if (!Number.isFinite(x)) return x > 0 ? "∞" : `${MINUS}∞`;
   if (Number.isInteger(x) && Math.abs(x) < 1e4) return (x < 0 ? MINUS : "") + String(Math.abs(x));
   const sign = x < 0 ? MINUS : "";
-  for (const digits of [2, 1]) {
+  for (const digits of [2, 1, 0]) {
     const text = sign + Math.abs(x).toFixed(digits);
     if (text.length <= characters) return text;
   }

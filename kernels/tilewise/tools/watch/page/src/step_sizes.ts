@@ -23,13 +23,13 @@ export function sizesFor(
   const bound = (x: number, low: number, high: number): number =>
     Math.max(low, Math.min(high, Math.floor(x * 4) / 4)) * zoom;
   const number = bound(isNarrow ? 34 : 42, 20, 42);
-  const dim = bound((free * (isNarrow ? 0.27 : 0.24)) / dims, 1, 14);
+  const dim = bound((free * (isNarrow ? 0.27 : 0.24)) / dims, 0.25, 14);
   const first = Math.max(dims * (dim / zoom), (isNarrow ? 0 : numbers) * (number / zoom + 4)); // the left column holds Q, or numbers
   return {
     token: bound((free - first - dims * (dim / zoom)) / across, 4, 34),
     line: bound((isNarrow ? 190 : 204) / down, 4, 16),
     dim,
-    thin: bound(64 / dims, 1.5, 8),
+    thin: bound(64 / dims, 0.25, 8),
     number,
     label,
     isNarrow,

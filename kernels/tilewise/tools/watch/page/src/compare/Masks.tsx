@@ -9,7 +9,7 @@ import { cellFor, WeightsFigure } from "./WeightsFigure";
 export function Masks(): JSX.Element {
   const { mask } = recording.compare;
   const [box, width] = useWidth(900);
-  const room = width < 640 ? Math.min(300, width - 16) : Math.min(330, (width - 96) / mask.length / 2);
+  const room = width < 640 ? Math.min(300, (width - 20) / 2) : Math.min(330, (width - 96) / mask.length / 2);
   return (
     <section class="figure whole" aria-labelledby="masks-title">
       <div class="figure-head">

@@ -28,13 +28,25 @@ export function pointsOf(row: number): Point[] {
   });
 }
 
+/** The ends of tiles, without one that would touch the last; of many, whatever the chart chooses. */
+function ticksOf(keys: number[]): number[] | number {
+  if (keys.length > 8) return 8;
+  const last = keys.at(-1)!;
+  return keys.filter((each) => each === last || last - each > 0.08 * last);
+}
+
 export function Rounding(): JSX.Element {
   const { rounding } = recording.compare;
   const [row, setRow] = useState(WORST);
   const options = useMemo<Plot.PlotOptions>(() => {
     const points = pointsOf(row);
     return {
-      x: { label: "keys taken in →", grid: false },
+      x: {
+        label: "keys taken in →",
+        domain: [0, Math.max(...rounding.flatMap((each) => each.keys))],
+        tickFormat: "d",
+        ticks: ticksOf(rounding[0]!.keys),
+      },
       y: { type: "log", label: "↑ largest |O / row_sum − float64's|", grid: true, tickFormat: ".0e" },
       marks: rounding.flatMap(({ dtype }, i) => {
         const mine = points.filter((each) => each.dtype === dtype);

@@ -44,24 +44,27 @@ function pair(asked: Asked): [number, number] {
   return asked.name.endsWith("T") ? [asked.column, asked.row] : [asked.row, asked.column];
 }
 
+/** A score of tiles that lie in shared memory, of which a warpgroup has no copy. */
+function fromShared(asked: Asked, row: number, key: number): string[] {
+  const { beat, pass } = asked;
+  const [q, k] = [tensor("q", pass), tensor("k", pass)];
+  const [i, j] = [placeOf("row", row, beat, pass), placeOf("key", key, beat, pass)];
+  if (!q || !k || i >= q.rows || j >= k.rows) return [];
+  const sum = dot(q, i, k, j);
+  return [
+    `Row of Q times row of K, by the tensor cores, from shared memory and in 16 bits: about ${sum.text} = ${short(sum.total)}`,
+  ];
+}
+
 export const score: Teller = (asked) => {
   const [row, key] = pair(asked);
   if (asked.value === -Infinity)
     return [
       `The mask hides the key ${keyName(asked, key)} from ${rowName(asked, row)}: −∞, whose exponential is 0.`,
     ];
-  const { beat, pass } = asked;
   const [q, k] = [asked.read("q"), asked.read("k")];
-  const [wholeQ, wholeK] = [tensor("q", pass), tensor("k", pass)];
-  if (!wholeQ || !wholeK) return [];
-  const isHeld = q !== null && k !== null; // else they lie in shared memory, rounded to 16 bits
-  const sum = isHeld
-    ? dot(q, row, k, key)
-    : dot(wholeQ, placeOf("row", row, beat, pass), wholeK, placeOf("key", key, beat, pass));
-  if (!isHeld)
-    return [
-      `Row of Q times row of K, by the tensor cores from shared memory, in 16 bits: about ${sum.text} = ${short(sum.total)}`,
-    ];
+  if (!q || !k) return fromShared(asked, row, key);
+  const sum = dot(q, row, k, key);
   const lines = [`Row of Q times row of K: ${sum.text} = ${short(sum.total)}`];
   if (isClose(sum.total, asked.value))
     lines.push(`The scale ${short(scale)} joins in the exponential, where it costs nothing.`);
