@@ -266,21 +266,60 @@ WRONG = {
         [(RINGS, f"{RINGS}        mbarrier.wait(full.index(stage), phase)\n")],
         r"at most 1 copies were under way at once, 2 expected",
     ),
+    "9 twice": (
+        [("(steps)", "(2 * steps)"), ("[step * 16", "[step // 2 * 16"), ("result + x", "result + 0.5 * x")],
+        r"12288 bytes were asked for, 6144 expected: each tile once",
+    ),
     "9 no kernel": ([("@gluon.jit\ndef exercise", "def exercise")], "put @gluon.jit before it"),
 }
+
+
+def edited(number, edits, folder):
+    """The exercise of a solution in which (old, new) are replaced."""
+    text = (SOLUTIONS / f"{NAMES[number]}.py").read_text()
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "mine.py").write_text(text)
+    return load(folder / "mine.py")
 
 
 @needs_interpreter
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_answer_is_told_what_is_wrong(wrong, tmp_path):
     number, (edits, message) = int(wrong[0]), WRONG[wrong]
-    text = (SOLUTIONS / f"{NAMES[number]}.py").read_text()
-    for old, new in edits:
-        assert old in text
-        text = text.replace(old, new)
-    (tmp_path / "mine.py").write_text(text)
-    is_right, said = check(number, load(tmp_path / "mine.py"))
+    is_right, said = check(number, edited(number, edits, tmp_path))
     assert not is_right and re.search(message, said, re.S), said
+
+
+# Other ways to be right, as edits too.
+RIGHT = {
+    "3 keeps lse alone": [
+        ("    row_max, row_sum = -math.inf, 0.0\n", "    lse = -math.inf\n"),
+        ("        new_max = max(row_max, s)\n", "        high, low = max(lse, s), min(lse, s)\n"),
+        ("        row_sum = row_sum * math.exp(row_max - new_max) + math.exp(s - new_max)\n", ""),
+        ("        row_max = new_max\n", "        lse = high + math.log1p(math.exp(low - high))\n"),
+        ("return row_max + math.log(row_sum) if row_sum else -math.inf", "return lse"),
+    ],
+    "6 scales first": [
+        ("s = tl.dot(q, tl.trans(k))", "s = tl.dot(q, tl.trans(k)) * factor"),
+        ("1) * factor)", "1))"), ("s * factor - new_max", "s - new_max"), ("abs(scale) *", "scale *"),
+        ("1.0 if scale >= 0 else -1.0", "1.0"),
+    ],
+    "8 a sigmoid": [
+        ("torch.exp(lse_a - base), torch.exp(lse_b - base)",
+         "(torch.sigmoid(x).nan_to_num(0.0) for x in (lse_a - lse_b, lse_b - lse_a))"),
+        ("lse_max + torch.log(total)", "torch.logaddexp(lse_a, lse_b)"),
+    ],
+}  # fmt: skip
+
+
+@needs_interpreter
+@pytest.mark.parametrize("right", RIGHT)
+def test_another_right_answer_passes(right, tmp_path):
+    number = int(right[0])
+    is_right, said = check(number, edited(number, RIGHT[right], tmp_path))
+    assert is_right, said
 
 
 # ---- The command

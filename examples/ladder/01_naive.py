@@ -3,9 +3,10 @@
 Each of N queries asks all N keys how alike they are: S = Q Kᵀ / √D. A softmax turns each row of S into
 weights P that sum to one. The answer is the average of the values with these weights: O = P V.
 
-What it costs  4 N² D FLOPs in two products, and N × N numbers that are written and read again four times:
-               the products, the scaled ones, the weights. Twice as long a text is four times as much
-               memory: at N = 131072 in fp16 each of these matrices has 32 GiB, where Q has 16 MiB.
+What it costs  4 N² D FLOPs in two products, and three matrices of N × N numbers, each of which is
+               written and read again: the products, the scaled ones, the weights. Twice as long a text is
+               four times as much memory: at N = 131072 and D = 64 in fp16 each of them has 32 GiB, where Q
+               has 16 MiB.
 Source         "Attention is all you need" (Vaswani et al. 2017, arXiv 1706.03762).
 The real one   reference/tilewise_reference/attention.py, which says what every result must be.
 Exercise       Attention with a mask: a bool matrix, False where a query may not see a key. A query that

@@ -6,8 +6,8 @@ What changed   Three lines of rung 4. exp(x) is 2^(x · log2 e), and that is how
 Why            A step of the loop has TILE_Q · TILE_KV exponentials, and the unit for them is slow. What
                stands around them should be as little as can be: now one multiplication for each pair, and
                with the subtraction of row_max it is a single instruction, a multiply-add.
-What it saves  Half of the multiplications of single numbers, in each tile. No bytes, no FLOPs in
-               products.
+What it saves  One of two multiplications for each pair; those that rescale O remain. No bytes, and no
+               FLOPs in products.
 What it needs  A scale above 0: otherwise the largest product is not the largest score.
 Source         FlashAttention-2 (Dao 2023, arXiv 2307.08691), in its kernels. exp as 2^x: Triton's
                ExpOpConversionApprox.

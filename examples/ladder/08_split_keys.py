@@ -6,8 +6,8 @@ What changed   Writing a text word by word has one new query a step, and so one 
                them.
 Why            The states of two sets of keys can be joined in any order: the merge is the online softmax
                once more, with a split for a key, its lse for the score and its O for the value.
-What it saves  Time, on a chip with many processors: the longest walk is shorter by the number of splits.
-               It costs memory for the parts, which does not depend on N.
+What it saves  Time, on a chip with many processors: the longest walk is as many times shorter as there
+               are splits. It costs memory for the parts, which does not depend on N.
 Source         "Flash-Decoding" (Dao, Haziza, Massa and Sizov 2023,
                https://pytorch.org/blog/flash-decoding/).
 The real one   kernels/tilewise/kernels/combine.py; tilewise.merge joins results of two calls.

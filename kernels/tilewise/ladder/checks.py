@@ -96,8 +96,8 @@ def check_lse(exercise: Exercise) -> str:
         top = max(scores, default=-math.inf)
         total = math.fsum(math.exp(s - top) for s in scores) if top > -math.inf else 0.0
         want = top + math.log(total) if total else -math.inf
-        # Each addition to row_sum rounds, and so does what is added.
-        allowed = 2.0**-52 * (4 * len(scores) + 4 * abs(want)) if total else 0.0
+        # Each score may round lse once or twice, also where no more than lse is kept.
+        allowed = 2.0**-52 * 4 * len(scores) * (1 + abs(want)) if total else 0.0
         if not isinstance(got, float):
             raise Refused(f"{case}: lse must be a float, but is {got!r}")
         if not (got == want or abs(got - want) <= allowed):
