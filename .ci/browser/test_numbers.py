@@ -27,7 +27,7 @@ def element(array: np.ndarray, row: int, column: int) -> np.generic:
 
 
 def test_each_variable_is_shown_as_recorded(show):
-    """Of every pass, where a variable is first set in its second half, a number of it is read off the page."""
+    """In every pass, where a variable is first set in the second half, one of its numbers is read."""
     view = show()
     for shown in view.recording.passes:
         view.tab(shown.name)

@@ -68,6 +68,7 @@ def test_the_map_has_the_grids_tiles_and_the_steps_numbers(show, recorded):
         view.page.locator(f".ground .tile.{kind}").first.get_attribute("fill") for kind in ("cut", "skipped")
     }
     assert len(patterns - {None}) == 2  # told apart by more than colour
+    assert_aligned(view)
     # Sᵀ of a step, and S on the map
     position = first(view, "dkv", "sT", "full")
     view.go(position)
@@ -76,6 +77,17 @@ def test_the_map_has_the_grids_tiles_and_the_steps_numbers(show, recorded):
     on_map = view.pixels(canvas, rows, keys)
     in_step = view.pixels(view.variable("sT").locator("canvas"), 16, 16)[:, :rows]
     assert np.abs(on_map - in_step.transpose(1, 0, 2)).max() <= 2
+
+
+def assert_aligned(view):
+    """Q ends where the scores begin and has their rows; K lies over them and has their columns."""
+    scores, q, k = (
+        view.page.locator(place).bounding_box()
+        for place in (".scores .cells", '.map [data-name="q"]', '.map [data-name="k"]')
+    )
+    assert (q["y"], q["height"]) == pytest.approx((scores["y"], scores["height"]), abs=1)
+    assert (k["x"], k["width"]) == pytest.approx((scores["x"], scores["width"]), abs=1)
+    assert 0 < scores["x"] - (q["x"] + q["width"]) < 80 and 0 < scores["y"] - (k["y"] + k["height"]) < 90
 
 
 def test_numbers_fade_when_the_walk_leaves_unless_kept(show):
