@@ -162,6 +162,20 @@ def test_gradients_grow_by_what_is_told(show):
         )
 
 
+def test_no_account_is_given_that_does_not_add_up(show):
+    """A variable of one name may be computed elsewhere in another way: then the page says only what it is."""
+    view = show()
+    view.tab("combine")
+    position = next(i for i, beat in enumerate(beats(view.pass_of("combine"))) if "lse" in beat.moment.sets)
+    view.go(position)  # of a split, and loaded: not the logarithm of anything that is there
+    assert "ln row_sum =" not in view.point_at("lse", 1, 0).origin
+    view = show("unlike")  # softcap: the scale is among the scores, and not due to dK once more
+    view.tab("dkv")
+    found = beats(view.pass_of("dkv"))
+    view.go(max(i for i, beat in enumerate(found) if "dk" in beat.moment.sets))
+    assert view.point_at("dk", 1, 0).origin.startswith("Rounded for storing")
+
+
 def test_nothing_is_told_of_what_is_not_there(show):
     """A number of a tile that the walk has left is gone, and a skipped tile never had one."""
     view = show()

@@ -43,11 +43,32 @@ export class Asked {
   }
 }
 
-/** 1 where the scores have it in them already. */
+/** What is told of a number, and, where that is a computation, what it gives here, in float64. */
+export interface Account {
+  lines: string[];
+  total?: number;
+}
+
+export type Teller = (asked: Asked) => Account | null;
+
+export const plain = (...lines: string[]): Account => ({ lines });
+export const computed = (total: number, ...lines: string[]): Account => ({ total, lines });
+
+/** Of the dot products; 1 where the scores have it in them already. */
 export const scale = recording.call.scale ?? 1;
+export const isScaledLate = recording.call.scale !== null;
+
+const isFine = recording.call.dtype === "float32";
 
 /** Are two numbers equal but for rounding, of bf16 where the call is in that? */
 export function isClose(a: number, b: number): boolean {
-  const tolerance = recording.call.dtype === "float32" ? 1e-4 : 2e-2;
+  const tolerance = isFine ? 1e-4 : 2e-2;
   return a === b || Math.abs(a - b) <= tolerance * (1e-3 + Math.max(Math.abs(a), Math.abs(b)));
+}
+
+/** Can one be the other at all? If not, what was computed here is not what the kernel did. */
+export function isLikely(a: number, b: number): boolean {
+  return (
+    isClose(a, b) || Math.abs(a - b) <= 0.05 * Math.max(Math.abs(a), Math.abs(b)) + (isFine ? 1e-5 : 2e-2)
+  );
 }

@@ -3,12 +3,12 @@
 import { at, matrix, tensor, type Pass } from "../recording";
 import { meaningOf } from "../names";
 import { beatsOf, type Held } from "../walk";
-import { Asked } from "./asked";
+import { Asked, isClose, isLikely, type Teller } from "./asked";
 import * as backward from "./backward";
 import * as forward from "./forward";
 import { fromMemory, loadOf } from "./memory";
 
-const TELLERS: Record<string, forward.Teller> = {
+const TELLERS: Record<string, Teller> = {
   s: forward.score,
   sT: forward.score,
   p: forward.weight,
@@ -38,8 +38,11 @@ export function originOf(pass: Pass, name: string, row: number, column: number, 
   const isBackward = pass.name === "dkv" || pass.name === "dq";
   if (load) return [fromMemory(load, row, column)];
   const teller = name === "row_max" ? (isBackward ? backward.keptMax : forward.rowMax) : TELLERS[name];
-  const told = teller?.(asked) ?? [];
-  if (told.length > 0) return told;
+  const told = teller?.(asked);
+  if (told && (told.total === undefined || isLikely(told.total, asked.value)))
+    return told.total === undefined || isClose(told.total, asked.value)
+      ? told.lines
+      : [...told.lines, "That is in float64; the kernel rounds on its way."];
   const { moment } = held.beat;
   const text = meaningOf(name) || moment.note;
   return [text, `Set by ${moment.function}, line ${moment.lines[0]} of ${moment.file}.`].filter(Boolean);
