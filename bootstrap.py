@@ -1,4 +1,5 @@
-"""Set tilewise up and run it: `python bootstrap.py COMMAND [arguments]`, COMMAND one of demo, test and bench.
+"""Set tilewise up and run it: `python bootstrap.py COMMAND [arguments]`, COMMAND one of watch, demo, test and
+bench.
 
 Makes .venv beside this file (or reuses it while it is up to date), installs what the command needs, runs the
 command, and ends with its exit code. Standard library only.
@@ -53,6 +54,7 @@ TEST_MODULES = ["pytest", "xdist", "pytest_timeout", "hypothesis", "hatchling"]
 BEHIND_MODULES = ["transformers", "diffusers", "kernels", "timm"]
 COMMANDS: dict[str, tuple[str, list[str], list[str]]] = {
     "demo": ("demo", DEMO_MODULES, ["-m", "tilewise", "demo"]),
+    "watch": ("demo", DEMO_MODULES, ["-m", "tilewise", "watch"]),
     "test": (
         "test,demo,bench,behind",
         [*DEMO_MODULES, *BENCH_MODULES, *TEST_MODULES, *BEHIND_MODULES],

@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn": {"cached", "api", "parts"},
     "integrations": {"packed", "api", "parts"},
     "demo": {"nn", "api", "parts"},
+    "ladder": {"gluon_emulator"},
     SHARED: {"parts"},
     "tools.overlap": {SHARED},
     "tools.compiled": {SHARED, "plan", "kernels", "parts"},
@@ -48,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tools.show": {SHARED, "tools.explain", "tools.doctor", "plan", "kernels", "parts"},
     "tools.watch": {
         SHARED,
+        "tools.explain",
         "tools.show",
         "tools.overlap",
         "demo",

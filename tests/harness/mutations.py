@@ -17,6 +17,7 @@ from .mutations_float64 import MUTATIONS as FLOAT64_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_hopper_backward import MUTATIONS as HOPPER_BACKWARD_MUTATIONS
 from .mutations_host import MUTATIONS as HOST_MUTATIONS
+from .mutations_ladder import MUTATIONS as LADDER_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_one_walk import MUTATIONS as ONE_WALK_MUTATIONS
 from .mutations_pieces import MUTATIONS as PIECES_MUTATIONS
@@ -25,6 +26,7 @@ from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_show import MUTATIONS as SHOW_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 from .mutations_transformers import MUTATIONS as TRANSFORMERS_MUTATIONS
+from .mutations_watch import MUTATIONS as WATCH_MUTATIONS
 
 ADDRESSING = "kernels/tilewise/parts/addressing.py"
 ALIBI = "kernels/tilewise/parts/scores/alibi.py"
@@ -398,6 +400,7 @@ MUTATIONS = (
     *HOPPER_MUTATIONS,
     *HOST_MUTATIONS,
     *HOPPER_BACKWARD_MUTATIONS,
+    *LADDER_MUTATIONS,
     *NN_MUTATIONS,
     *ONE_WALK_MUTATIONS,
     *PIECES_MUTATIONS,
@@ -406,6 +409,7 @@ MUTATIONS = (
     *SHOW_MUTATIONS,
     *TOOLS_MUTATIONS,
     *TRANSFORMERS_MUTATIONS,
+    *WATCH_MUTATIONS,
     *BENCH_MUTATIONS,
 )
 # fmt: on

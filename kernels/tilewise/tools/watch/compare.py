@@ -8,9 +8,15 @@ import numpy as np
 import torch
 
 from ...kernels.tile import Tile
+from ...parts.shape import Shape
+from ...plan.passes import run_forward
 from ...plan.request import Request
-from ...pytorch.plain import run_torch
+from ...pytorch.plain import oracle_arguments, run_torch
+from ..explain.coverage import rows_of as bounds_of
+from ..explain.coverage import tile_states
 from .recording import (
+    CUT,
+    FULL,
     SKIPPED,
     Array,
     Arrays,
@@ -33,43 +39,63 @@ EQUATIONS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def compare(request: Request, shown: Shown, tile: Tile, arrays: Arrays) -> Compare:
-    """All comparisons of a call, each computed by the kernel itself."""
-    name = " & ".join(map(repr, request.masks)) or "no mask"
-    masks = [(name, request)]
+def compare(
+    request: Request, shown: Shown, tile: Tile, walk: Pass, arrays: Arrays, omitted: dict[str, str]
+) -> Compare:
+    """All comparisons of a call, each computed by the kernel itself. walk: of its forward. omitted: gets what
+    cannot be compared, and why."""
+    reason = why_not_rounding(request)
+    if reason is not None:
+        omitted["rounding"] = reason
+    masks = [masked(" & ".join(map(repr, request.masks)) or "no mask", request, walk.grid, shown, arrays)]
     if request.masks:
-        masks.append(("no mask", replace(request, masks=())))
+        free = tile_states(bounds_of((), dense(shown)), dense(shown), tile.tile_q, tile.tile_kv)[0, 0]
+        grid = ["".join((SKIPPED, CUT, FULL)[state] for state in row) for row in free.tolist()]
+        masks.append(masked("no mask", replace(request, masks=()), grid, shown, arrays))
     return Compare(
-        similarities(request, shown, tile, arrays),
-        [masked(name, asked, shown, tile, arrays) for name, asked in masks],
-        [] if request.dropout is not None else [rounding(request, n, shown, tile, arrays) for n in DTYPES],
+        similarities(request, shown, arrays),
+        masks,
+        [] if reason else [rounding(request, name, shown, tile, arrays) for name in DTYPES],
         Cost(request.shape.q_heads, request.q.element_size()),
     )
 
 
-def weights(request: Request, shown: Shown, tile: Tile) -> tuple[Array, Pass]:
-    """The weights of what is shown, [rows, keys] in fp32, and the walk that made them."""
-    q, k = request.q.float(), request.k.float()
-    asked = replace(request, q=q, k=k)
-    asked = replace(asked, v=identity_values(asked))
-    watched = watch_forward(asked, replace(shown, value_dim=asked.v.shape[3]), tile, Arrays(None))
-    rows = query_rows(watched.out, shown, request.packing is not None)
-    return rows[:, : shown.kv_len].numpy(), watched.passes[0]
+def dense(shown: Shown) -> Shape:
+    """What is shown, as a call of its own."""
+    return Shape(1, 1, 1, *shown.lengths, shown.head_dim, shown.value_dim)
 
 
-def similarities(request: Request, shown: Shown, tile: Tile, arrays: Arrays) -> list[Similarity]:
+def weights(request: Request, shown: Shown) -> Array:
+    """The weights of what is shown, [rows, keys], in fp32."""
+    asked = replace(request, q=request.q.float(), k=request.k.float())
+    with torch.no_grad():
+        out, _, _ = run_forward(replace(asked, v=identity_values(asked, shown)), False)
+    return query_rows(out, shown)[:, : shown.kv_len].numpy()
+
+
+def similarities(request: Request, shown: Shown, arrays: Arrays) -> list[Similarity]:
     found = []
     for similarity, (name, equation) in EQUATIONS.items():
         asked = replace(request, similarity=similarity, scale=None)
-        found.append(Similarity(name, equation, arrays.add(weights(asked, shown, tile)[0])))
+        found.append(Similarity(name, equation, arrays.add(weights(asked, shown))))
     return found
 
 
-def masked(name: str, request: Request, shown: Shown, tile: Tile, arrays: Arrays) -> Masked:
-    found, walk = weights(request, shown, tile)
-    total = sum(map(len, walk.grid))
-    visited = total - sum(row.count(SKIPPED) for row in walk.grid)
-    return Masked(name, arrays.add(found), walk.grid, visited, total)
+def masked(name: str, request: Request, grid: list[str], shown: Shown, arrays: Arrays) -> Masked:
+    total = sum(map(len, grid))
+    visited = total - sum(row.count(SKIPPED) for row in grid)
+    return Masked(name, arrays.add(weights(request, shown)), grid, visited, total)
+
+
+def why_not_rounding(request: Request) -> str | None:
+    """Why float64 cannot stand beside the kernel; None if it can."""
+    if request.dropout is not None:
+        return f"dropout_p={request.dropout.p}: what is dropped is missing from partial results"
+    try:
+        oracle_arguments(request)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def rounding(request: Request, name: str, shown: Shown, tile: Tile, arrays: Arrays) -> Rounding:
@@ -82,8 +108,8 @@ def rounding(request: Request, name: str, shown: Shown, tile: Tile, arrays: Arra
     kept = Arrays(None)
     walk = watch_forward(asked, shown, tile, kept).passes[0]
     exact = replace(asked, q=asked.q.double(), k=asked.k.double(), impl="torch")
-    out, _ = run_torch(replace(exact, v=identity_values(exact)), False)
-    weight = query_rows(out, shown, request.packing is not None)[:, : shown.kv_len].numpy()
+    out, _ = run_torch(replace(exact, v=identity_values(exact, shown)), False)
+    weight = query_rows(out, shown)[:, : shown.kv_len].numpy()
     values = key_rows(asked.v, shown, asked).double().numpy()
     rows = shown.lengths[0]
     steps = max(sum(stage.kind == "step" for stage in program.stages) for program in walk.programs)

@@ -43,7 +43,7 @@ MODEL = (
 def as_hopper(request: Request) -> Request:
     """The request for Hopper's kernel, which takes 16-bit numbers."""
     if request.q.dtype == torch.float32:
-        q, k, v = (x.to(torch.bfloat16) for x in (request.q, request.k, request.v))
+        q, k, v = (x.to(torch.bfloat16).contiguous() for x in (request.q, request.k, request.v))
         request = replace(request, q=q, k=k, v=v)
     return replace(request, impl="hopper")
 

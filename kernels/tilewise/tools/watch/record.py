@@ -24,7 +24,7 @@ from .hopper import watch_hopper, why_not_hopper
 from .recording import Arrays, CallShown, Pass, Recording, TooLarge
 from .shown import Shown, key_rows, query_rows, shown_of
 from .source import tokens
-from .watched import watch_backward, watch_forward
+from .watched import Forward, watch_backward, watch_forward
 
 Tensor = torch.Tensor
 TILE = Tile(16, 16)  # the smallest there is: a page has room for few numbers
@@ -55,6 +55,8 @@ def record(asked: Asked, progress: Callable[[str], None] = lambda what: None) ->
     if not INTERPRETED:
         raise RuntimeError("kernels are watched in Triton's interpreter: set TRITON_INTERPRET=1")
     check(request)
+    if request.q.device.type != "cpu":
+        raise ValueError(f"q.device={request.q.device}: the interpreter works on the CPU; give tensors there")
     if request.q.dtype == torch.float64:
         raise ValueError("q.dtype=torch.float64: no kernel computes it; give float32, float16 or bfloat16")
     shown = shown_of(request, asked.batch, asked.head)
@@ -85,21 +87,21 @@ def record_shown(
     asked: Asked, shown: Shown, arrays: Arrays, omitted: dict[str, str], progress: Callable[[str], None]
 ) -> Recording:
     request, tile = asked.request, asked.tile
-    is_packed = request.packing is not None
     words = asked.words or numbered(shown)
 
     progress("the forward")
     forward = watch_forward(request, shown, tile, arrays)
     passes, files = list(forward.passes), set(forward.files)
     tensors = {
-        "q": arrays.add(numbers(query_rows(request.q, shown, is_packed))),
+        "q": arrays.add(numbers(query_rows(request.q, shown))),
         "k": arrays.add(numbers(key_rows(request.k, shown, request))),
         "v": arrays.add(numbers(key_rows(request.v, shown, request))),
-        "out": arrays.add(numbers(query_rows(forward.out, shown, is_packed))),
-        "lse": arrays.add(numbers(query_rows(forward.lse, shown, is_packed))),
+        "out": arrays.add(numbers(query_rows(forward.out, shown))),
+        "lse": arrays.add(numbers(query_rows(forward.lse, shown))),
     }
     if request.cache is not None:
         omitted["backward"] = "a cache has no backward"
+        name_rows(passes, request, forward, shown, words, arrays)
     else:
         progress("the backward")
         do = forward.out.clone()  # of the loss ½ Σ O²
@@ -108,8 +110,8 @@ def record_shown(
         files |= backward.files
         dq, dk, dv = backward.grads
         tensors |= {
-            "dout": arrays.add(numbers(query_rows(do, shown, is_packed))),
-            "dq": arrays.add(numbers(query_rows(dq, shown, is_packed))),
+            "dout": arrays.add(numbers(query_rows(do, shown))),
+            "dq": arrays.add(numbers(query_rows(dq, shown))),
             "dk": arrays.add(numbers(key_rows(dk, shown, request))),
             "dv": arrays.add(numbers(key_rows(dv, shown, request))),
         }
@@ -119,9 +121,7 @@ def record_shown(
         passes += found
         files |= sources
     elif request.cache is None:
-        omitted["splits"] = (
-            "decoding after this call is shown where queries are rows of their keys, under Causal"
-        )
+        omitted["splits"] = "a step of decoding is shown after a call over a whole text, under Causal() alone"
     reason = why_not_hopper(request)
     if reason is None:
         progress("Hopper's forward, in the emulator")
@@ -131,7 +131,7 @@ def record_shown(
     else:
         omitted["hopper"] = reason
     progress("comparisons")
-    compared = compare(request, shown, tile, arrays)
+    compared = compare(request, shown, tile, forward.passes[0], arrays, omitted)
     return Recording(
         title=asked.title,
         made=dict(
@@ -216,11 +216,19 @@ def decoding(
     rows = words[0][-count:]
     if few.group > 1:
         rows = [f"{word}, head {head}" for word in rows for head in few.heads]
-    tensors = {
-        "q": arrays.add(numbers(query_rows(step.q, few, False))),
-        "out": arrays.add(numbers(query_rows(forward.out, few, False))),
-        "lse": arrays.add(numbers(query_rows(forward.lse, few, False))),
-    }
-    for each in forward.passes:
-        each.words, each.tensors = {"queries": rows, "keys": words[1]}, tensors
+    name_rows(forward.passes, step, forward, few, (rows, words[1]), arrays)
     return forward.passes, forward.files
+
+
+def name_rows(
+    passes: list[Pass], request: Request, forward: Forward, shown: Shown, words: tuple[list[str], list[str]],
+    arrays: Arrays,
+) -> None:  # fmt: skip
+    """Give passes over a cache words and tensors of their own. The merge has its rows by heads."""
+    tensors = dict(q=request.q, out=forward.out, lse=forward.lse)
+    own = {name: query_rows(x, shown) for name, x in tensors.items()}
+    places = torch.arange(len(words[0]))
+    for each in passes:
+        order = shown.by_heads(places) if each.name == "combine" else places
+        each.words = {"queries": [words[0][place] for place in order.tolist()], "keys": words[1]}
+        each.tensors = {name: arrays.add(numbers(x[order])) for name, x in own.items()}

@@ -29,6 +29,7 @@ class Shown:
     value_dim: int
     q_heads: int
     q_rows: int  # of all sequences
+    is_packed: bool
 
     @property
     def kv_head(self) -> int:
@@ -46,14 +47,18 @@ class Shown:
         return self.q_len * len(self.heads), self.kv_len
 
     @property
-    def rows(self) -> list[int]:
-        """The rows that are shown, as the kernel that merges splits counts those of all."""
-        block = self.batch if self.q_first == 0 else 0
+    def merged_rows(self) -> list[int]:
+        """The rows that are shown, as the kernel that merges splits counts those of all: by heads."""
+        block = 0 if self.is_packed else self.batch
         return [
             (block * self.q_heads + head) * self.q_rows + self.q_first + row
-            for row in range(self.q_len)
             for head in self.heads
+            for row in range(self.q_len)
         ]
+
+    def by_heads(self, rows: Tensor) -> Tensor:
+        """Of what is shown, first all rows of the first head."""
+        return rows.unflatten(0, (self.q_len, len(self.heads))).transpose(0, 1).flatten(0, 1)
 
 
 def shown_of(request: Request, batch: int, head: int) -> Shown:
@@ -74,7 +79,7 @@ def shown_of(request: Request, batch: int, head: int) -> Shown:
         raise ValueError(f"{q_len=} and {kv_len=} of batch={batch}: there must be a row and a key to watch")
     return Shown(
         batch, head, shape.group, cache is not None, q_first, q_len, kv_first, kv_len, shape.head_dim,
-        shape.value_dim, shape.q_heads, request.q.shape[2],
+        shape.value_dim, shape.q_heads, request.q.shape[2], packing is not None,
     )  # fmt: skip
 
 
@@ -83,10 +88,12 @@ def _sequence(offsets: Tensor, batch: int) -> tuple[int, int]:
     return first, stop - first
 
 
-def query_rows(x: Tensor, shown: Shown, is_packed: bool) -> Tensor:
+def query_rows(x: Tensor, shown: Shown) -> Tensor:
     """Of a tensor [batch, q_heads, rows, dim] or, of a number a row, [batch, q_heads, rows]: what is shown,
     [rows, dim] or [rows]."""
-    rows = x[0 if is_packed else shown.batch, list(shown.heads), shown.q_first : shown.q_first + shown.q_len]
+    rows = x[
+        0 if shown.is_packed else shown.batch, list(shown.heads), shown.q_first : shown.q_first + shown.q_len
+    ]
     return rows.transpose(0, 1).flatten(0, 1)
 
 
@@ -101,21 +108,15 @@ def key_rows(x: Tensor, shown: Shown, request: Request) -> Tensor:
     return x[batch, shown.kv_head, shown.kv_first : shown.kv_first + shown.kv_len]
 
 
-def identity_values(request: Request) -> Tensor:
-    """Values with which attention hands out its weights: that of a key is 1 at the key's own place, [kv_len]
-    wide."""
-    k, size = request.k, request.shape.kv_len
+def identity_values(request: Request, shown: Shown) -> Tensor:
+    """Values with which attention hands out its weights: that of a key is 1 at the key's own place, as wide
+    as what is shown has keys."""
+    k, size = request.k, shown.kv_len
     v = k.new_zeros((*k.shape[:3], size))
     if request.cache is not None and request.cache.pages is not None:
-        pages = request.cache.pages
-        for j in range(size):
-            v[pages.table[:, j // pages.page_size].long(), :, j % pages.page_size, j] = 1
-    elif request.packing is not None and request.cache is None:
-        packing = request.packing
-        offsets = packing.q_offsets if packing.kv_offsets is None else packing.kv_offsets
-        for batch in range(packing.batch):
-            first, length = _sequence(offsets, batch)
-            v[0, :, first : first + length] = torch.eye(length, size, dtype=v.dtype)
+        place = torch.arange(size)
+        page = request.cache.pages.table[shown.batch].long()[place // request.cache.pages.page_size]
+        v[page, :, place % request.cache.pages.page_size, place] = 1
     else:
-        v[:] = torch.eye(size, dtype=v.dtype)
+        v[:, :, shown.kv_first : shown.kv_first + size] = torch.eye(size, dtype=v.dtype)
     return v

@@ -130,11 +130,9 @@ class Teller:
 
     def moment(self, run: Run, statement: Statement, role: str = "") -> Moment | None:
         """None where nothing of it is worth a look."""
-        telling = tellings_in(statement.file).get(statement.lines[0])
+        telling = tellings_in(statement.file).get(statement.lines[0], SILENT)
         names = [name for name in statement.sets if name in GLOSSARY]
-        if not names and not (telling is not None and telling.is_always):
-            return None
-        if telling is None:
+        if not names and not telling.is_always:
             return None
         values = {name: columns_of(name, statement.sets[name], self.shown) for name in names}
         if run.function == COMBINE.function:
@@ -150,7 +148,7 @@ class Teller:
     def of_shown(self, run: Run, x: Array) -> Array:
         """Of a tile with rows of all heads, the rows that are shown, in their order."""
         rows = run.known["row"].handle.data.tolist()
-        return x[[rows.index(row) for row in self.shown.rows if row in rows]] if x.ndim else x
+        return x[[rows.index(row) for row in self.shown.merged_rows if row in rows]] if x.ndim else x
 
     def loads(self, run: Run, statement: Statement, names: list[str]) -> list[Load]:
         """Where the rows of a tile come from; of one in pieces, where the first piece does."""
@@ -218,7 +216,7 @@ def is_shown(run: Run, kernel: Kernel, shown: Shown) -> bool:
     known = run.known
     if kernel.name == "combine":
         rows = known["row"].handle.data
-        return bool(np.isin(rows, shown.rows).any())
+        return bool(np.isin(rows, shown.merged_rows).any())
     if integer(known["batch"]) != shown.batch:
         return False
     is_of_group = kernel.walks == "rows" or shown.is_grouped
@@ -237,14 +235,15 @@ def pass_of(kernel: Kernel, runs: Sequence[Run], teller: Teller, tile: tuple[int
             run, kernel, teller.shown
         ):
             continue
+        owns = owned(run, kernel, tile, teller.shown)
+        if owns[0] >= owns[1]:  # packed sequences have programs to spare
+            continue
         stages = [stage for stage in teller.stages(run, kernel, tile) if stage.moments]
         for stage in stages:
             if stage.tile is not None:
                 grid[stage.tile] = CUT if stage.state == "cut" else FULL
         split = run.program[1] if kernel.name == "splits" else None
-        programs.append(
-            Program(run.program, kernel.walks, owned(run, kernel, tile, teller.shown), split, stages)
-        )
+        programs.append(Program(run.program, kernel.walks, owns, split, stages))
     return Pass(
         kernel.name, kernel.title, kernel.about, kernel.file, kernel.function, tile, lengths,
         ["".join(row) for row in grid], programs,
@@ -254,10 +253,10 @@ def pass_of(kernel: Kernel, runs: Sequence[Run], teller: Teller, tile: tuple[int
 def owned(run: Run, kernel: Kernel, tile: tuple[int, int], shown: Shown) -> tuple[int, int]:
     """The rows, or keys, that a program owns: the first, and the first after the last."""
     if kernel.walks == "splits":
-        mine = np.flatnonzero(np.isin(shown.rows, run.known["row"].handle.data))
+        mine = np.flatnonzero(np.isin(shown.merged_rows, run.known["row"].handle.data))
         return int(mine[0]), int(mine[-1]) + 1
     if kernel.walks == "rows":
         first = integer(run.known["kv_start"])
-        return first, min(first + tile[1], shown.lengths[1])
+        return first, min(first + tile[1], integer(run.known["kv_len"]))
     first = integer(run.known["q_tile"]) * tile[0]
-    return first, min(first + tile[0], shown.lengths[0])
+    return first, min(first + tile[0], integer(run.known["q_len"]) * len(shown.heads))

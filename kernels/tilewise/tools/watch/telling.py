@@ -56,6 +56,7 @@ FORWARD: Tellings = {
     ),
     "kept = kept_pairs": T("The mask cuts this tile, so it is asked for each pair: does it count?"),
     "s = tl.where(kept": T("Pairs that do not count get -∞, whose exponential is 0.", "S = -∞ where masked"),
+    "seen = tl.max": T("Which of these keys does any row see?"),
     "v = where_rows": T("Values of keys that no row sees become 0, so that a NaN there can hurt nobody."),
     "row_max, row_sum, p, rescale = softmax_step": T(
         "The softmax takes in one tile: a new maximum, the weights of this tile, and the factor that is due "
@@ -114,6 +115,7 @@ STEP: Tellings = {
 }
 
 JOIN: Tellings = {
+    "base = anchor(row_max)": T("What is subtracted; 0 for a row that has seen no key."),
     "row_max = tl.maximum(max_a": T("The larger of the two maxima.", "m = max(a, b)"),
     "a = tl.exp2": T("The factor due to the first state."),
     "b = tl.exp2": T("The factor due to the second state."),
@@ -135,6 +137,7 @@ COMBINE: Tellings = {
         "O = O · a + Oₛ · b",
     ),
     "o, lse, _ = softmax_finish": T("The division, once a row.", "O = O / row_sum"),
+    "batch, head, q_idx = row": T("Which row of which head each of them is."),
     "tl.store(ptrs": T("The result of all keys is written.", is_always=True),
 }
 
@@ -154,6 +157,7 @@ DKV: Tellings = {
     "q_tile = row_tile": T("The next tile of rows."),
     "q_idx = q_tile * TILE_Q": T("Its rows."),
     "row = tl.minimum(q_idx": T("Rows beyond the end stand for the last one."),
+    "row = q_idx": T("All of its rows are there."),
     "lo, hi, _ = intersect_intervals": T("Each row asks the mask for its range of keys."),
     "q_mask = (q_idx": T("Rows that see none of these keys do not enter."),
     "q = load_pieces": T("This tile of Q comes from memory.", "Q = Q[q_idx, :]"),
@@ -168,6 +172,9 @@ DKV: Tellings = {
     ),
     "kept = q_mask": T("The mask cuts this tile, so it is asked for each pair."),
     "pT = tl.where": T("Pairs that do not count weigh nothing.", "P = 0 where masked"),
+    "q, do = where_rows": T(
+        "Rows that see none of these keys become 0, so that a NaN there can hurt nobody."
+    ),
     "dv = products": T(
         "A value gets back the gradient of every row that used it, by the weight with which it did.",
         "dV = dV + Pᵀ dO",
@@ -185,6 +192,7 @@ DKV: Tellings = {
         "A key gets back every query that met it, by how its score should have moved.", "dK = dK + dSᵀ Q"
     ),
     "dk = scaled": T("The scale of the dot products, once.", "dK = dK · scale"),
+    "dk = PROJECT": T("And back through what became of K before it was multiplied."),
     "dk = rounded": T("dK is rounded to its dtype."),
     "dv = rounded": T("dV is rounded to its dtype."),
     "store_pieces(dk_head": T("dK is written.", is_always=True),
@@ -217,11 +225,13 @@ DQ: Tellings = {
     "ds = pull_back": T("And back through what acted on the scores."),
     "kept = kept_pairs": T("The mask cuts this tile, so it is asked for each pair."),
     "ds = tl.where": T("Pairs that do not count pass nothing back.", "dS = 0 where masked"),
+    "seen = tl.max": T("Which of these keys does any row see?"),
     "k = where_rows": T("Keys that no row sees become 0, so that a NaN there can hurt nobody."),
     "dq = products": T(
         "A query gets back every key that it met, by how its score should have moved.", "dQ = dQ + dS K"
     ),
     "dq = scaled": T("The scale of the dot products, once.", "dQ = dQ · scale"),
+    "dq = PROJECT": T("And back through what became of Q before it was multiplied."),
     "dq = rounded": T("dQ is rounded to its dtype."),
     "store_pieces(head_of(dqueries": T("dQ is written.", is_always=True),
 }
@@ -230,6 +240,8 @@ CONSUMER: Tellings = {
     "q_ring.release(place_at": T("Says that the place of Q is free.", is_always=True),
     "k_ring.release_all": T("Says that all places of K are free.", is_always=True),
     "v_ring.release_all": T("Says that all places of V are free.", is_always=True),
+    "q_idx = q_start + gl.arange(0, ROWS, S_ROWS)": T("The rows of this warpgroup."),
+    "row = gl.minimum(q_idx": T("Rows beyond the end stand for the last one."),
     "lo, hi, _ = intersect_intervals": T("Each row asks the mask for its range of keys."),
     "row_max = gl.full": T("No key has been seen: the largest score is -∞.", "row_max = -∞"),
     "row_sum = gl.full": T("And the sum is 0.", "row_sum = 0"),
@@ -248,6 +260,7 @@ CONSUMER: Tellings = {
     "k_ring.wait_full(k_place, rows.steps > 1)": T(
         "Waits for K of the next step, if there is one.", is_always=True
     ),
+    "p = unpack_pairs(pairs, DTYPE, P_LAYOUT)  # [ROWS": T("P of the step before, rounded to 16 bits."),
     "sync(MY_TURN, TURN_THREADS)\n                s_later": T(
         "Waits for its turn: the other warpgroup issues its products first, so that one's softmax runs while "
         "the other multiplies.",
@@ -280,6 +293,7 @@ CONSUMER: Tellings = {
     "o = scaled(o, rescale)\n            if not IS_FULL": T(
         "O is scaled to the new maximum.", "O = O · rescale"
     ),
+    "p = unpack_pairs(pairs, DTYPE, P_LAYOUT)\n": T("P of the last step, rounded to 16 bits."),
     "v_ring.wait_full(v_place)\n        # O": T("Waits for the last V.", is_always=True),
     "o = wait_products(start_products": T("The last product.", "O = O + P V"),
     "row_max, row_sum, rescale, _ = softmax_join": T("The sink joins the softmax."),
@@ -290,6 +304,7 @@ CONSUMER: Tellings = {
         "One division a row turns sums into a softmax.", "LSE = row_max + ln row_sum"
     ),
     "o = scaled(o, factor)": T("Only now is anything divided.", "O = O / row_sum"),
+    "q_idx = q_start + gl.arange(0, ROWS, O_ROWS)": T("The rows once more, where O has them."),
     "gl.store(lse[0]": T("LSE is written: one number a row.", is_always=True),
     "store_async(out_descs": T("The copy engine takes O to memory.", is_always=True),
 }
