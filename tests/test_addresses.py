@@ -391,4 +391,7 @@ def run_cases() -> None:
 
 
 if __name__ == "__main__":
-    run_cases()
+    from harness.quick import quick_interpreter  # beside this file, where Python looks first
+
+    with quick_interpreter():
+        run_cases()

@@ -90,16 +90,12 @@ def test_wheel_requires_torch_and_triton_and_nothing_else(wheel: Path) -> None:
     assert {"test", "bench", "demo", "dev"} <= set(metadata.get_all("Provides-Extra"))
 
 
-def test_version_is_told_alike_by_wheel_and_package(wheel: Path, installed: Path) -> None:
-    ran = run_python(["-c", "import tilewise; print(tilewise.__version__)"], installed)
-    assert ran.stdout.strip() == metadata_of(wheel)["Version"]
-
-
-def test_importing_needs_no_gpu_and_compiles_nothing(installed: Path, tmp_path: Path) -> None:
+def test_importing_needs_no_gpu_and_compiles_nothing(wheel: Path, installed: Path, tmp_path: Path) -> None:
+    """And the package tells the wheel's version."""
     cache = tmp_path / "triton_cache"
     program = (
         "import torch, tilewise, tilewise_reference\n"
-        "print(tilewise.__file__); print(tilewise_reference.__file__)\n"
+        "print(tilewise.__version__); print(tilewise.__file__); print(tilewise_reference.__file__)\n"
         "assert not torch.cuda.is_available(), 'a GPU is in sight'\n"
         "assert not torch.cuda.is_initialized(), 'importing tilewise started CUDA'\n"
         "import sys\n"
@@ -109,9 +105,9 @@ def test_importing_needs_no_gpu_and_compiles_nothing(installed: Path, tmp_path: 
     )
     ran = run_python(["-c", program], installed, TRITON_CACHE_DIR=str(cache))
     assert ran.returncode == 0, ran.stderr
-    assert [Path(line).parent for line in ran.stdout.split()] == [
-        installed / name for name in sorted(SOURCES)
-    ]
+    version, *files = ran.stdout.split()
+    assert version == metadata_of(wheel)["Version"]
+    assert [Path(file).parent for file in files] == [installed / name for name in sorted(SOURCES)]
     assert not cache.exists() or not any(cache.iterdir()), "importing tilewise compiled a kernel"
 
 
@@ -128,19 +124,25 @@ def test_command_starts_in_the_interpreter_without_a_gpu_and_says_so(installed: 
     assert ran.stderr.startswith(said) and "cannot read nowhere" in ran.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["--help"], ("explain", "inspect", "tune", "doctor", "demo")),
-        (["demo", "--help"], ("Sentences to compare",)),
-        (["tune", "--help"], ("--forget",)),
-    ],
-    ids=" ".join,
-)
-def test_help_starts_no_interpreter(words: list[str], named: tuple[str, ...], installed: Path) -> None:
-    ran = run_python(["-m", "tilewise", *words], installed)
+HELP = {  # what each must name
+    "--help": ("explain", "inspect", "tune", "doctor", "demo"),
+    "demo --help": ("Sentences to compare",),
+    "tune --help": ("--forget",),
+}
+
+
+def test_help_starts_no_interpreter(installed: Path) -> None:
+    program = "import sys; from tilewise.__main__ import main\n"
+    program += f"for words in {[*HELP]}:\n    sys.argv = ['tilewise', *words.split()]\n"
+    program += (
+        "    try:\n        main()\n    except SystemExit as end:\n        print('ended with', end.code)"
+    )
+    ran = run_python(["-c", program], installed)
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert all(name in ran.stdout for name in named)
+    *told, rest = ran.stdout.split("ended with 0\n")
+    assert len(told) == len(HELP) and rest == ""
+    for text, names in zip(told, HELP.values(), strict=True):
+        assert all(name in text for name in names), text
 
 
 def test_command_leaves_a_set_interpreter_variable_alone(installed: Path) -> None:

@@ -37,8 +37,9 @@ BROUGHT = {"torch", "triton", "numpy", "transformers", *sys.stdlib_module_names}
 
 def main(out: Path) -> None:
     """Write the folders, in place of those that were there."""
+    sources = there()
     for backend in BACKENDS:
-        files, name = copies(backend)
+        files, name = copies(backend, sources)
         folder = out / "build" / f"torch-{backend}"
         shutil.rmtree(folder, ignore_errors=True)
         for path, content in files.items():
@@ -52,10 +53,9 @@ def main(out: Path) -> None:
         print(f"{folder}: {len(files)} files, {name}")
 
 
-def copies(backend: str) -> tuple[dict[str, bytes], str]:
+def copies(backend: str, sources: dict[str, str]) -> tuple[dict[str, bytes], str]:
     """Every file of a variant by its path, and the name of its namespace. Raises ValueError for what cannot
     be moved."""
-    sources = {place(module, file): file.read_text(encoding="utf-8") for module, file in reached().items()}
     data = {path: (FOLDERS[PACKAGE] / path).read_bytes() for path in DATA}
     given = json.dumps([sorted(sources.items()), [*map(str, data.values())]])
     name = f"{PACKAGE}_{backend}_{hashlib.sha256(given.encode()).hexdigest()[:12]}"
@@ -67,6 +67,11 @@ def copies(backend: str) -> tuple[dict[str, bytes], str]:
 
 
 # ---- What is there
+
+
+def there() -> dict[str, str]:
+    """The source of every module that a variant has, by the path that it gets."""
+    return {place(module, file): file.read_text(encoding="utf-8") for module, file in reached().items()}
 
 
 def all_modules() -> dict[str, Path]:

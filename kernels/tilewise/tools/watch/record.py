@@ -29,6 +29,7 @@ from .watched import Forward, watch_backward, watch_forward
 Tensor = torch.Tensor
 TILE = Tile(16, 16)  # the smallest there is: a page has room for few numbers
 NEW_ROWS = 4  # of the decoding that follows a call whose queries are its keys' rows
+MOST_TEXT = 4_400_000  # bytes, beside those of the page itself
 MOST_KEYS = 512  # of a row: weights are read off the kernel as values, which are no wider
 
 
@@ -63,9 +64,12 @@ def record(asked: Asked, progress: Callable[[str], None] = lambda what: None) ->
     refuse_large(request, shown, asked.tile)
     arrays, omitted = Arrays(), dict[str, str]()
     try:
-        return record_shown(asked, shown, arrays, omitted, progress)
+        found = record_shown(asked, shown, arrays, omitted, progress)
+        if len(found.to_json()) > MOST_TEXT:
+            raise TooLarge
     except TooLarge:
         raise TooLarge(too_large(shown, asked.tile)) from None
+    return found
 
 
 def refuse_large(request: Request, shown: Shown, tile: Tile) -> None:
@@ -77,10 +81,10 @@ def refuse_large(request: Request, shown: Shown, tile: Tile) -> None:
 def too_large(shown: Shown, tile: Tile) -> str:
     rows, keys = shown.lengths
     return (
-        f"a page can hold no call of {rows} rows and {keys} keys with {shown.head_dim=} and "
-        f"{shown.value_dim=} in tiles of {tile.tile_q} x {tile.tile_kv}: give fewer words, or larger tiles "
-        "(--tile 64 64)"
-    ).replace("shown.", "")
+        f"a page of 5 MB can hold no call of {rows} rows and {keys} keys with head_dim={shown.head_dim} and "
+        f"value_dim={shown.value_dim} in tiles of {tile.tile_q} x {tile.tile_kv}: give fewer rows, such as a "
+        "shorter text"
+    )
 
 
 def record_shown(
@@ -169,6 +173,12 @@ def call_shown(request: Request, shown: Shown) -> CallShown:
     given = [f"mask={mask}"] * bool(mask) + [f"score={score}"] * bool(score)
     if similarity != "scaled_dot":
         given.append(f"similarity={similarity!r}")
+    if request.scale is not None:
+        given.append("scale=scale" if isinstance(request.scale, Tensor) else f"scale={request.scale}")
+    if request.sink is not None:
+        given.append("sink=sink")
+    if request.dropout is not None:
+        given.append(f"dropout_p={request.dropout.p}")
     name = "cached_attention" if request.cache is not None else "attention"
     name = "packed_attention" if request.packing is not None and request.cache is None else name
     return CallShown(
