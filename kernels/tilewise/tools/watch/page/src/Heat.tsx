@@ -98,7 +98,7 @@ function draw(canvas: HTMLCanvasElement, drawing: Drawing, shade: Theme): void {
       if (characters < 3 || kind === "bool" || x === -Infinity) continue;
       const text = brief(x, characters);
       if (text === "") continue;
-      pen.fillStyle = scale.isDark(x) ? "#ffffff" : "#14181c";
+      pen.fillStyle = scale.isDark(x) ? "#ffffff" : "#000000";
       pen.fillText(text, left + width / 2, top + height / 2 + 0.5);
     }
 }

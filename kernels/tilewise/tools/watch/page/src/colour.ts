@@ -32,6 +32,7 @@ const WEIGHT: Record<Theme, string[]> = {
   dark: ["#1d2228", "#24507f", "#5c9bdb", "#d9ebfb"],
 };
 const STEPS = 512; // colours of a scale
+const HALF = 0.179; // the luminance on which black and white are read equally well
 
 export interface Scale {
   kind: Kind;
@@ -53,7 +54,7 @@ function table(kind: "signed" | "weight", of: Theme): { colours: string[]; dark:
       .range(stops)
       .interpolate(interpolateLab);
     const colours = Array.from({ length: STEPS }, (_, i) => scale(i / (STEPS - 1)));
-    found = { colours, dark: colours.map((each) => luminance(each) < 0.36) };
+    found = { colours, dark: colours.map((each) => luminance(each) < HALF) };
     tables.set(key, found);
   }
   return found;

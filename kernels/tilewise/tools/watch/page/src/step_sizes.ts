@@ -22,7 +22,7 @@ export function sizesFor(
   const free = room - 2 * label - 28;
   const bound = (x: number, low: number, high: number): number =>
     Math.max(low, Math.min(high, Math.floor(x * 4) / 4)) * zoom;
-  const number = bound(isNarrow ? 34 : 42, 20, 42);
+  const number = isNarrow ? 34 : 42;
   const dim = bound((free * (isNarrow ? 0.27 : 0.24)) / dims, 0.25, 14);
   const first = Math.max(dims * (dim / zoom), (isNarrow ? 0 : numbers) * (number / zoom + 4)); // the left column holds Q, or numbers
   return {
@@ -30,7 +30,7 @@ export function sizesFor(
     line: bound((isNarrow ? 190 : 204) / down, 4, 16),
     dim,
     thin: bound(64 / dims, 0.25, 8),
-    number,
+    number: Math.min(60, number * zoom), // a number needs no more
     label,
     isNarrow,
   };
