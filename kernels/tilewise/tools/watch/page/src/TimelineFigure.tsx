@@ -9,7 +9,7 @@ import { useWidth } from "./useWidth";
 import { beatsOf, stepsOf, type Beat } from "./walk";
 
 const LANE = 34;
-const NAME = 118;
+const NAME = 112;
 const AXIS = 26;
 
 function isSameRole(a: Beat, b: Beat): boolean {
@@ -40,18 +40,18 @@ export function clockOf(timeline: Timeline, now: Beat): number {
 export function TimelineFigure({ timeline }: { timeline: Timeline }): JSX.Element {
   const now = nowSignal.value!;
   const [box, room] = useWidth(900);
-  const width = Math.max(room, 720);
+  const width = Math.max(room - NAME, 640);
   const x = scaleLinear()
     .domain([0, timeline.clocks])
-    .range([NAME, width - 12]);
+    .range([6, width - 12]);
   const height = timeline.lanes.length * LANE + AXIS;
   const clock = clockOf(timeline, now);
   const current = stepOf(now);
   useEffect(() => {
     const view = box.current!;
     const left = x(clock);
-    if (left < view.scrollLeft + NAME || left > view.scrollLeft + view.clientWidth - 40)
-      view.scrollLeft = left - view.clientWidth / 2;
+    if (left < view.scrollLeft || left > view.scrollLeft + view.clientWidth - NAME - 20)
+      view.scrollLeft = left - (view.clientWidth - NAME) / 2;
   }, [clock, width]);
   const firstUnit = timeline.lanes.findIndex((lane) => lane.unit);
   const tip = useRef<HTMLParagraphElement>(null);
@@ -67,6 +67,14 @@ export function TimelineFigure({ timeline }: { timeline: Timeline }): JSX.Elemen
         </p>
       </div>
       <div class="scroller" ref={box} tabIndex={0} role="region" aria-label="Lanes of roles and units">
+        <ul class="lane-names" style={{ width: NAME }}>
+          {timeline.lanes.map((lane) => (
+            <li key={lane.name} class={lane.name === now.moment.role ? "on" : ""} style={{ height: LANE }}>
+              {lane.name}
+            </li>
+          ))}
+          <li style={{ height: AXIS }}>clocks</li>
+        </ul>
         <svg
           width={width}
           height={height}
@@ -80,14 +88,6 @@ export function TimelineFigure({ timeline }: { timeline: Timeline }): JSX.Elemen
               class={lane.unit ? "lane unit" : "lane"}
             >
               <line x1="0" x2={width} y1="0" y2="0" class={i === firstUnit ? "border" : ""} />
-              <text
-                x="0"
-                y={LANE / 2}
-                dominant-baseline="central"
-                class={lane.name === now.moment.role ? "on" : ""}
-              >
-                {lane.name}
-              </text>
               {lane.spans.map((span, j) => (
                 <g
                   key={j}
@@ -124,9 +124,6 @@ export function TimelineFigure({ timeline }: { timeline: Timeline }): JSX.Elemen
                 {tick}
               </text>
             ))}
-            <text x="0" y="17">
-              clocks
-            </text>
           </g>
           <line class="clock" x1={x(clock)} x2={x(clock)} y1="0" y2={height - AXIS} />
         </svg>

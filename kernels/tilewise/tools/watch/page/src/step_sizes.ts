@@ -24,7 +24,8 @@ export function sizesFor(
     Math.max(low, Math.min(high, Math.floor(x * 4) / 4)) * zoom;
   const number = isNarrow ? 34 : 42;
   const dim = bound((free * (isNarrow ? 0.27 : 0.24)) / dims, 0.25, 14);
-  const first = Math.max(dims * (dim / zoom), (isNarrow ? 0 : numbers) * (number / zoom + 4)); // the left column holds Q, or numbers
+  // The left column holds Q, or numbers.
+  const first = Math.max(dims * (dim / zoom), (isNarrow ? 0 : numbers) * (number + 4));
   return {
     token: bound((free - first - dims * (dim / zoom)) / across, 4, 34),
     line: bound((isNarrow ? 190 : 204) / down, 4, 16),
