@@ -280,6 +280,9 @@ def test_hopper_is_told_by_role_and_comes_to_the_same(recording, walks):
     assert visited == {(0, 0), (0, 1), (0, 2)}
     owners = {(moment.role, stage.tile[0]) for _, stage, moment in moments(hopper) if stage.tile is not None}
     assert owners == {("warpgroup 1", 0), ("warpgroup 2", 1)}
+    for role in ("warpgroup 1", "warpgroup 2"):
+        own = [stage for _, stage, moment in moments(hopper) if moment.role == role and "s" in moment.sets]
+        assert {stage.kind for stage in own} == {"step"} and {stage.tile[1] for stage in own} == {0, 1, 2}
     lanes = {lane.name: lane for lane in hopper.timeline.lanes}
     steps = {span.step for span in lanes["tensor cores"].spans}
     assert steps == {stage_step for stage_step in range(3)}

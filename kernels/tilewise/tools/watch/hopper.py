@@ -105,7 +105,7 @@ def watch_hopper(request: Request, shown: Shown, arrays: Arrays) -> tuple[Pass, 
 
 def told_of(run: Run, shown: Shown) -> Iterator[Told]:
     """The statements of one role that worked on what is shown."""
-    begin, end = loop_lines(run.file, run.function)
+    _, end = loop_lines(run.file, run.function)
     is_producer = (run.file, run.function) == PRODUCER
     role = "producer" if is_producer else f"warpgroup {integer(run.known['WARPGROUP']) + 1}"
     for number, own in enumerate(by_rows(run.statements)):
@@ -115,7 +115,7 @@ def told_of(run: Run, shown: Shown) -> Iterator[Told]:
             continue
         row = q_start // WARPGROUP_ROWS + (0 if is_producer else integer(run.known["WARPGROUP"]))
         state: Literal["cut", "full"] = "cut"  # step 0 asks the mask, whatever its tile
-        for kind, count, part in parts_of(own, begin, end):
+        for kind, count, part in parts_of(own, end):
             states = [int(each.sets["IS_FULL"]) for each in part if "IS_FULL" in each.sets]
             if states:
                 state = "full" if states[-1] else "cut"
@@ -139,11 +139,9 @@ def by_rows(statements: Iterable[Statement]) -> Iterator[list[Statement]]:
         yield found
 
 
-def parts_of(
-    statements: Sequence[Statement], begin: int, end: int
-) -> Iterator[tuple[str, int, list[Statement]]]:
-    """What is before the first step, each step, and what follows the last: kind, number, statements. A
-    consumer's step 0 is before its loop, from its wait for Q on."""
+def parts_of(statements: Sequence[Statement], end: int) -> Iterator[tuple[str, int, list[Statement]]]:
+    """What is before the first step, each step, and what follows the last: kind, number, statements. end: the
+    last line of the loop. A consumer's step 0 is before its loop, from its wait for Q on."""
     kind, number, part = "start", 0, list[Statement]()
     for statement in statements:
         line, is_own = statement.lines[0], statement.depth == 0
@@ -153,7 +151,7 @@ def parts_of(
         elif is_own and "step" in statement.sets:
             yield kind, number, part
             kind, number, part = "step", int(statement.sets["step"]), []
-        elif is_own and kind == "step" and not begin <= line <= end and "IS_FULL" not in statement.sets:
+        elif is_own and kind == "step" and line > end and "IS_FULL" not in statement.sets:
             yield kind, number, part
             kind, number, part = "end", 0, []
         part.append(statement)
