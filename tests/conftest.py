@@ -67,7 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from harness import oracle, turns
 
     oracle.ALSO[:] = config.getoption("also")
-    os.environ.setdefault(turns.VARIABLE, turns.today())  # the same for all workers, also about midnight
+    os.environ.setdefault(turns.VARIABLE, turns.due())  # the same for all workers, also about midnight
 
 
 def pytest_report_header() -> str:

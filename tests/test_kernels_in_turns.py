@@ -1,12 +1,14 @@
 """Is everything compiled within a few days? harness/turns.py says what a run compiles."""
 
 import itertools
+import json
 
 import pytest
 import triton
 from packaging.version import Version
 
 import harness.variants
+from harness import turns
 from harness.baseline import load
 from harness.variants import (
     EVERYWHERE,
@@ -77,3 +79,24 @@ def test_the_baseline_has_every_row_for_every_target():
     for name in ("main_variants", "backward_variants"):
         rows = {(target, each.name) for target in TARGETS for each in getattr(harness.variants, name)()}
         assert rows <= known
+
+
+def test_whatever_a_kernel_is_made_of_counts(tmp_path, monkeypatch):
+    """Once all is compiled and noted, a run takes the day's turn; after a change, or by another Triton, all."""
+    files = ("kernels/tilewise/kernels/forward.py", "kernels/tilewise/parts/masks/causal.py",
+             "kernels/tilewise/plan/tile_table.json", "tests/harness/variants.py")  # fmt: skip
+    for name in (*files, "docs/start.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(turns, "NOTED", tmp_path / "compiled.json")
+    assert turns.due(tmp_path) == "all"
+    (tmp_path / "compiled.json").write_text(json.dumps({triton.__version__: turns.sources(tmp_path)}))
+    assert turns.due(tmp_path) == turns.today()
+    (tmp_path / "docs/start.md").write_text("other prose")
+    assert turns.due(tmp_path) == turns.today()
+    for name in files:
+        (tmp_path / name).write_text("# changed")
+        assert turns.due(tmp_path) == "all", name
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(triton, "__version__", "3.99.0")
+    assert turns.due(tmp_path) == "all"

@@ -5,17 +5,36 @@ To compile everything for every chip takes minutes of both cores. A change seldo
 row of the table and on one chip alone, so most variants go from chip to chip, a day each: the number of the
 day decides, and every run of a day compiles the same.
 
+That is for kernels which have been compiled before. Where a source of theirs, a tile or a list of variants
+has changed since all was compiled by this Triton, or Triton is another, everything has its turn.
+
     TILEWISE_TURN=739950 python -m pytest tests/test_compiled.py    as on that day: the header says its number
-    TILEWISE_TURN=all python -m pytest tests/test_compiled.py       everything, as a change of tiles deserves
+    TILEWISE_TURN=all python -m pytest tests/test_compiled.py       everything
+    PYTHONPATH=tests python -m harness.turns                        note that all was compiled, and passed
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from pathlib import Path
+
+import triton
 
 VARIABLE, EVERYTHING = "TILEWISE_TURN", "all"
+ROOT = Path(__file__).parents[2]
+NOTED = (
+    ROOT / "tests" / "baselines" / "compiled.json"
+)  # by the version of Triton, the sources of all it compiled
+SOURCES = (
+    "kernels/tilewise/kernels/**/*.py",
+    "kernels/tilewise/parts/**/*.py",
+    "kernels/tilewise/plan/tile*",
+    "tests/harness/variants.py",
+)
 
 
 def today() -> str:
@@ -23,9 +42,30 @@ def today() -> str:
     return str(datetime.now(timezone.utc).toordinal())
 
 
+def sources(root: Path = ROOT) -> str:
+    """A hash of what compiled kernels depend on."""
+    paths = sorted(path for pattern in SOURCES for path in root.glob(pattern))
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def due(root: Path = ROOT) -> str:
+    """What a run compiles that nobody has said anything about: all, or what has its turn today."""
+    noted = json.loads(NOTED.read_text()) if NOTED.exists() else {}
+    return today() if noted.get(triton.__version__) == sources(root) else EVERYTHING
+
+
+def note() -> None:
+    """Note that this Triton has compiled everything that these sources ask for."""
+    noted = json.loads(NOTED.read_text()) if NOTED.exists() else {}
+    NOTED.write_text(json.dumps(noted | {triton.__version__: sources()}, indent=1, sort_keys=True) + "\n")
+
+
 def turn() -> int | None:
     """The number that decides; None where everything has its turn."""
-    said = os.environ.get(VARIABLE) or today()
+    said = os.environ.get(VARIABLE) or due()
     if said == EVERYTHING:
         return None
     if not said.isdecimal():
@@ -37,3 +77,7 @@ def has_its_turn(place: int, target: str, targets: Sequence[str]) -> bool:
     """Whether the variant at this place in its list, which is for these targets, is compiled for this one."""
     number = turn()
     return target in targets and (number is None or targets[(place + number) % len(targets)] == target)
+
+
+if __name__ == "__main__":
+    note()
