@@ -82,7 +82,7 @@ def test_the_baseline_has_every_row_for_every_target():
 
 
 def test_whatever_a_kernel_is_made_of_counts(tmp_path, monkeypatch):
-    """Once all is compiled and noted, a run takes the day's turn; after a change, or by another Triton, all."""
+    """Once all is compiled and noted a run takes the day's turn; after a change, or by a new Triton, all."""
     files = ("kernels/tilewise/kernels/forward.py", "kernels/tilewise/parts/masks/causal.py",
              "kernels/tilewise/plan/tile_table.json", "tests/harness/variants.py")  # fmt: skip
     for name in (*files, "docs/start.md"):

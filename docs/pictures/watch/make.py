@@ -85,8 +85,7 @@ def main() -> None:
                     page.locator(".how summary").click()
                 else:  # by its heading; nothing lies over it
                     page.add_style_tag(content=".dock, .now, .tabs { display: none }")
-                    for more in page.locator("details[open] > summary").all():
-                        more.click()
+                    page.evaluate("document.querySelectorAll('details').forEach((x) => (x.open = false))")
                     taken = page.locator(f"section[aria-labelledby={part}-title]")
                 save(HERE / f"{name}{'_dark' if scheme == 'dark' else ''}.png", taken.screenshot())
                 page.close()
