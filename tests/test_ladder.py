@@ -16,13 +16,11 @@ import triton.language as tl
 
 import tilewise.ladder
 from harness.examples import EXAMPLES, ROOT, SOURCES
+from harness.gluon import needs_interpreter
 from tilewise.ladder import __main__ as command
 from tilewise.ladder.counting import counted
 from tilewise.ladder.exercises import EXERCISES, check, load
 
-needs_interpreter = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="exercises are counted where Triton's interpreter runs kernels"
-)
 RUNGS = EXAMPLES / "ladder"
 SOLUTIONS = Path(__file__).parent / "ladder_solutions"
 NAMES = dict(enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), 1))

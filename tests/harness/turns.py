@@ -15,6 +15,7 @@ has changed since all was compiled by this Triton, or Triton is another, everyth
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -63,9 +64,12 @@ def note() -> None:
     NOTED.write_text(json.dumps(noted | {triton.__version__: sources()}, indent=1, sort_keys=True) + "\n")
 
 
+unsaid = functools.cache(due)  # for a process that asks for each of many
+
+
 def turn() -> int | None:
     """The number that decides; None where everything has its turn."""
-    said = os.environ.get(VARIABLE) or due()
+    said = os.environ.get(VARIABLE) or unsaid()
     if said == EVERYTHING:
         return None
     if not said.isdecimal():
