@@ -1,4 +1,5 @@
-"""What tests of `tilewise watch` have in common: small calls of every kind, and what was recorded of them."""
+"""What tests of `tilewise watch` have in common: small calls of every kind, what is learned in them being
+trained, and what was recorded of them."""
 
 from __future__ import annotations
 
@@ -92,16 +93,18 @@ def memory(x, offset, count, column):
 
 CALLS = {
     "sink, window, groups, bf16": lambda: dense(
-        17, 33, (4, 2), (16, 16), torch.bfloat16, sink=torch.randn(4),
+        17, 33, (4, 2), (16, 16), torch.bfloat16, sink=torch.randn(4, requires_grad=True),
         mask=tilewise.Causal() & tilewise.Window(9, 0), batch=2,
     ),
     "cosine, bias, fp16": lambda: dense(
-        17, 19, (2, 2), (16, 32), torch.float16, similarity=tilewise.Cosine(torch.full((2,), 10.0)),
-        bias=torch.randn(1, 2, 17, 19).half(), mask=tilewise.Padding(torch.tensor([19, 7])), batch=2,
+        17, 19, (2, 2), (16, 32), torch.float16, batch=2, mask=tilewise.Padding(torch.tensor([19, 7])),
+        similarity=tilewise.Cosine(torch.full((2,), 10.0).requires_grad_()),
+        bias=torch.randn(1, 2, 17, 19).half().requires_grad_(),
     ),
     "softcap, ALiBi, documents, dropout": lambda: dense(
-        33, 33, score=[tilewise.Softcap(20.0), tilewise.ALiBi(tilewise.alibi_slopes(2))], dropout_p=0.2,
-        dropout_seed=torch.tensor([7]), mask=tilewise.Documents(torch.arange(33) // 9) & tilewise.Causal(),
+        33, 33, score=[tilewise.Softcap(20.0), tilewise.ALiBi(tilewise.alibi_slopes(2).requires_grad_())],
+        dropout_p=0.2, dropout_seed=torch.tensor([7]),
+        mask=tilewise.Documents(torch.arange(33) // 9) & tilewise.Causal(),
     ),
     "pieces": lambda: dense(17, 17, (2, 2), (80, 72), mask=tilewise.Causal()),
     "packed": lambda: packed(mask=tilewise.Causal()),

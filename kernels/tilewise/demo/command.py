@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 from warnings import catch_warnings, simplefilter
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ..parts.numerics import INTERPRETED
+from .dtypes import TORCH_DTYPES, Dtype
 from .encoder import build_encoder
 from .figures import draw_attention, draw_similarity
 from .measure import LayerReport, attention_weights, similarities, watch
@@ -26,16 +26,6 @@ from .torch_encoder import torch_embeddings
 
 BATCH = 32
 
-
-class Dtype(str, Enum):
-    """Number formats that the demo runs in."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
-TORCH_DTYPES = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
 # The smallest cosine between an embedding and that of PyTorch's encoder in fp32 that counts as the same.
 SAME = {Dtype.fp32: 0.9999, Dtype.fp16: 0.999, Dtype.bf16: 0.99}
 

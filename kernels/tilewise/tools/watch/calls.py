@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tilewise_reference.cases import find_case
 
 from ... import api
+from ...demo.dtypes import TORCH_DTYPES, Dtype
 from ...demo.encoder import build_encoder
 from ...demo.model import load_config, load_weights, model_folder, split_into_pieces
 from ...demo.text import Text, read_text
@@ -25,14 +26,13 @@ from ..inputs import case_inputs
 from ..shrink import shrunk
 from .record import Asked
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LINES = 6  # of the text that ships with the demo
 LENGTH = 64  # that cases shrink to
 
 
 def of_text(
     sentences: Sequence[str], file: Path | None, encoding: str, layer: int, head: int, mask: Mask | None,
-    dtype: str, tile: Tile, command: str,
+    dtype: Dtype, tile: Tile, command: str,
 ) -> Asked:  # fmt: skip
     """One head of the demo's pretrained encoder, reading all sentences as one text.
 
@@ -55,7 +55,7 @@ def of_text(
     encoder = build_encoder(config, load_weights(folder), impl="torch")
     q, k, v = inputs_of_layer(encoder, layer, torch.tensor([pieces.ids]))
     own = slice(head - 1, head)
-    q, k, v = (x[:, own].to(DTYPES[dtype]).contiguous() for x in (q, k, v))
+    q, k, v = (x[:, own].to(TORCH_DTYPES[dtype]).contiguous() for x in (q, k, v))
     return Asked(
         make_request(q, k, v, mask=mask), f"{shortened(whole)} — layer {layer}, head {head}", command,
         tile=tile, words=(pieces.words, pieces.words),
@@ -84,12 +84,12 @@ def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: text.rindex(" ", 0, most)] + " …"
 
 
-def of_article(mask: Mask | None, dtype: str, tile: Tile, command: str) -> Asked:
+def of_article(mask: Mask | None, dtype: Dtype, tile: Tile, command: str) -> Asked:
     """The article's model: a sequence of 10 vectors of 512 numbers, and three `Linear(512, 256)`."""
     torch.manual_seed(0)
     x = torch.randn(10, 512)
     with torch.no_grad():
-        q, k, v = (nn.Linear(512, 256)(x)[None, None].to(DTYPES[dtype]) for _ in range(3))
+        q, k, v = (nn.Linear(512, 256)(x)[None, None].to(TORCH_DTYPES[dtype]) for _ in range(3))
     words = [f"x{number}" for number in range(1, 11)]
     return Asked(
         make_request(q, k, v, mask=mask), "The article's model: x [10, 512], Linear(512, 256)", command,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from ...demo.dtypes import Dtype
 from ...demo.text import DemoError
 from ...kernels.tile import Tile
 from ...parts.masks.mask import Mask
@@ -18,14 +18,6 @@ from ..show.expression import mask_from
 from . import calls
 from .page import write
 from .record import Asked, record
-
-
-class Dtype(str, Enum):
-    """Number formats of a text's queries, keys and values."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
 
 
 def watch(
@@ -64,7 +56,7 @@ def watch(
     try:
         with console.status("reading") as status:
             asked = find(
-                what or [], text, encoding, article, case, layer, head, batch, call, mask, dtype.value, tile
+                what or [], text, encoding, article, case, layer, head, batch, call, mask, dtype, tile
             )
             found = record(asked, lambda part: status.update(part))
         path = write(found, out)
@@ -78,7 +70,7 @@ def watch(
 
 def find(
     what: list[str], text: Path | None, encoding: str, article: bool, case: str | None, layer: int,
-    head: int | None, batch: int, call: int, mask: str, dtype: str, sizes: tuple[int, int],
+    head: int | None, batch: int, call: int, mask: str, dtype: Dtype, sizes: tuple[int, int],
 ) -> Asked:  # fmt: skip
     """The call that the command line asks for."""
     is_script = bool(what) and what[0].endswith(".py")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ...kernels.tile import Tile
-from ...parts.shape import Shape
+from ...parts.shape import Shape, ceil_div
 from ...plan.passes import run_forward
 from ...plan.request import Request
 from ...pytorch.plain import oracle_arguments, run_torch
@@ -68,8 +68,7 @@ def dense(shown: Shown) -> Shape:
 def weights(request: Request, shown: Shown) -> Array:
     """The weights of what is shown, [rows, keys], in fp32."""
     asked = replace(request, q=request.q.float(), k=request.k.float())
-    with torch.no_grad():
-        out, _, _ = run_forward(replace(asked, v=identity_values(asked, shown)), False)
+    out, _, _ = run_forward(replace(asked, v=identity_values(asked, shown)), False)
     return query_rows(out, shown)[:, : shown.kv_len].numpy()
 
 
@@ -103,7 +102,7 @@ def rounding(request: Request, name: str, shown: Shown, tile: Tile, arrays: Arra
     dtype = DTYPES[name]
     asked = replace(request, q=request.q.to(dtype), k=request.k.to(dtype), v=request.v.to(dtype))
     if asked.cache is not None:  # all keys by one program
-        capacity = -(-asked.shape.kv_len // tile.tile_kv) * tile.tile_kv
+        capacity = ceil_div(asked.shape.kv_len, tile.tile_kv) * tile.tile_kv
         asked = replace(asked, cache=asked.cache._replace(split_size=capacity))
     kept = Arrays(None)
     walk = watch_forward(asked, shown, tile, kept).passes[0]

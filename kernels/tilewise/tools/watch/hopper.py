@@ -12,6 +12,7 @@ import torch
 
 from ...kernels.hopper.limits import WARPGROUP_ROWS
 from ...kernels.tile import HopperTile
+from ...parts.shape import ceil_div
 from ...plan import tiles
 from ...plan.checks import check
 from ...plan.passes import run_forward
@@ -74,11 +75,11 @@ def watch_hopper(request: Request, shown: Shown, arrays: Arrays) -> tuple[Pass, 
     """The pass, and the files of the sources that ran."""
     tracer = Tracer({CONSUMER, PRODUCER}, is_always_told)
     asked = as_hopper(request)
-    with torch.no_grad(), tiles.use(TILE, ("hopper",)), watching(tracer):
+    with tiles.use(TILE, ("hopper",)), watching(tracer):
         run_forward(asked, True)
     teller = Teller(arrays, shown)
     programs = []
-    grid = np.full([-(-shown.q_len // WARPGROUP_ROWS), -(-shown.kv_len // TILE_KV)], SKIPPED)
+    grid = np.full([ceil_div(shown.q_len, WARPGROUP_ROWS), ceil_div(shown.kv_len, TILE_KV)], SKIPPED)
     steps = 0
     for index, runs in itertools.groupby(
         sorted(tracer.runs, key=lambda run: run.program), lambda run: run.program

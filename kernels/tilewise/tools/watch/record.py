@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import triton
 from ...kernels.tile import Tile
 from ...parts.masks.causal import Causal
 from ...parts.numerics import INTERPRETED
+from ...parts.shape import ceil_div
 from ...parts.similarity import Cosine
 from ...plan.bind import bind
 from ...plan.checks import check
@@ -61,21 +62,17 @@ def record(asked: Asked, progress: Callable[[str], None] = lambda what: None) ->
     if request.q.dtype == torch.float64:
         raise ValueError("q.dtype=torch.float64: no kernel computes it; give float32, float16 or bfloat16")
     shown = shown_of(request, asked.batch, asked.head)
-    refuse_large(request, shown, asked.tile)
+    if max(shown.lengths) > MOST_KEYS:
+        raise TooLarge(too_large(shown, asked.tile))
     arrays, omitted = Arrays(), dict[str, str]()
     try:
-        found = record_shown(asked, shown, arrays, omitted, progress)
+        with torch.no_grad():  # a script's bias may be one that is trained
+            found = record_shown(asked, shown, arrays, omitted, progress)
         if len(found.to_json()) > MOST_TEXT:
             raise TooLarge
     except TooLarge:
         raise TooLarge(too_large(shown, asked.tile)) from None
     return found
-
-
-def refuse_large(request: Request, shown: Shown, tile: Tile) -> None:
-    """Before any work: what can certainly not be held."""
-    if max(shown.lengths) > MOST_KEYS:
-        raise TooLarge(too_large(shown, tile))
 
 
 def too_large(shown: Shown, tile: Tile) -> str:
@@ -154,15 +151,19 @@ def record_shown(
 
 
 def numbers(x: Tensor) -> np.ndarray[Any, Any]:
-    return x.detach().float().numpy()
+    return x.float().numpy()
 
 
 def numbered(shown: Shown) -> tuple[list[str], list[str]]:
     """Names for rows without words."""
-    rows = [str(row) for row in range(shown.q_len)]
-    if shown.is_grouped and shown.group > 1:
-        rows = [f"{row}, head {head}" for row in rows for head in shown.heads]
-    return rows, [str(key) for key in range(shown.kv_len)]
+    return of_heads(map(str, range(shown.q_len)), shown), [str(key) for key in range(shown.kv_len)]
+
+
+def of_heads(rows: Iterable[str], shown: Shown) -> list[str]:
+    """The names of what is shown, where each row is there for several heads."""
+    if len(shown.heads) == 1:
+        return list(rows)
+    return [f"{row}, head {head}" for row in rows for head in shown.heads]
 
 
 def call_shown(request: Request, shown: Shown) -> CallShown:
@@ -215,17 +216,15 @@ def decoding(
 ) -> tuple[list[Pass], set[str]]:
     """The last rows of the call once more, as a step over a cache of its keys, split in two."""
     count = min(NEW_ROWS, shown.q_len)
-    half = -(-shown.kv_len // 2)
+    half = ceil_div(shown.kv_len, 2)
     step = cached_request(
         request.q[:, :, -count:], request.k, request.v, mask=Causal(), scale=request.scale,
         similarity=request.similarity, kv_lens=torch.full((request.shape.batch,), shown.kv_len),
-        split_size=-(-half // tile.tile_kv) * tile.tile_kv,
+        split_size=ceil_div(half, tile.tile_kv) * tile.tile_kv,
     )  # fmt: skip
     few = shown_of(step, shown.batch, shown.head)
     forward = watch_forward(step, few, tile, arrays)
-    rows = words[0][-count:]
-    if few.group > 1:
-        rows = [f"{word}, head {head}" for word in rows for head in few.heads]
+    rows = of_heads(words[0][-count:], few)
     name_rows(forward.passes, step, forward, few, (rows, words[1]), arrays)
     return forward.passes, forward.files
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...parts.shape import Pages
 from ...plan.request import Request
 
 Tensor = torch.Tensor
@@ -69,10 +70,9 @@ def shown_of(request: Request, batch: int, head: int) -> Shown:
             raise ValueError(f"{name}={given} must be from 0 to {count - 1}: the call has {count}")
     q_first, q_len, kv_first, kv_len = 0, shape.q_len, 0, shape.kv_len
     if packing is not None:
-        q_first, q_len = _sequence(packing.q_offsets, batch)
+        (q_first, q_len), of_keys = (_sequence(offsets, batch) for offsets in packing.offsets())
         if cache is None:
-            kv_offsets = packing.q_offsets if packing.kv_offsets is None else packing.kv_offsets
-            kv_first, kv_len = _sequence(kv_offsets, batch)
+            kv_first, kv_len = of_keys
     if cache is not None:
         kv_len = int(cache.kv_lens[batch])
     if 0 in (q_len, kv_len):
@@ -88,6 +88,12 @@ def _sequence(offsets: Tensor, batch: int) -> tuple[int, int]:
     return first, stop - first
 
 
+def _in_pages(pages: Pages, shown: Shown) -> tuple[Tensor, Tensor]:
+    """The page of each key that is shown, and its place there."""
+    key = torch.arange(shown.kv_len)
+    return pages.table[shown.batch].long()[key // pages.page_size], key % pages.page_size
+
+
 def query_rows(x: Tensor, shown: Shown) -> Tensor:
     """Of a tensor [batch, q_heads, rows, dim] or, of a number a row, [batch, q_heads, rows]: what is shown,
     [rows, dim] or [rows]."""
@@ -100,10 +106,8 @@ def query_rows(x: Tensor, shown: Shown) -> Tensor:
 def key_rows(x: Tensor, shown: Shown, request: Request) -> Tensor:
     """The same of one along keys, [kv_len, dim]; a cache's pages are put together."""
     if request.cache is not None and request.cache.pages is not None:
-        pages = request.cache.pages
-        place = torch.arange(shown.kv_len)
-        page = pages.table[shown.batch].long()[place // pages.page_size]
-        return x[page, shown.kv_head, place % pages.page_size]
+        page, place = _in_pages(request.cache.pages, shown)
+        return x[page, shown.kv_head, place]
     batch = 0 if request.packing is not None and request.cache is None else shown.batch
     return x[batch, shown.kv_head, shown.kv_first : shown.kv_first + shown.kv_len]
 
@@ -114,9 +118,8 @@ def identity_values(request: Request, shown: Shown) -> Tensor:
     k, size = request.k, shown.kv_len
     v = k.new_zeros((*k.shape[:3], size))
     if request.cache is not None and request.cache.pages is not None:
-        place = torch.arange(size)
-        page = request.cache.pages.table[shown.batch].long()[place // request.cache.pages.page_size]
-        v[page, :, place % request.cache.pages.page_size, place] = 1
+        page, place = _in_pages(request.cache.pages, shown)
+        v[page, :, place, torch.arange(size)] = 1
     else:
         v[:, :, shown.kv_first : shown.kv_first + size] = torch.eye(size, dtype=v.dtype)
     return v

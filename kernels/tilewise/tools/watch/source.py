@@ -5,7 +5,7 @@ from __future__ import annotations
 from pygments.lexers.python import PythonLexer
 from pygments.token import Comment, Keyword, Name, Number, String, _TokenType
 
-from .tracer import PACKAGE
+from .tracer import source_of
 
 CLASSES: tuple[tuple[_TokenType, str], ...] = (
     (Comment, "c"),
@@ -19,9 +19,8 @@ CLASSES: tuple[tuple[_TokenType, str], ...] = (
 
 def tokens(file: str) -> list[list[tuple[str, str]]]:
     """The lines of a file, each a list of (class, text)."""
-    text = (PACKAGE / file).read_text(encoding="utf-8")
     lines: list[list[tuple[str, str]]] = [[]]
-    for kind, piece in PythonLexer(stripnl=False).get_tokens(text):
+    for kind, piece in PythonLexer(stripnl=False).get_tokens(source_of(file)):
         name = next((name for of, name in CLASSES if kind in of), "")
         for number, part in enumerate(piece.split("\n")):
             if number:

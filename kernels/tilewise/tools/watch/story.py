@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import triton.language as tl
 
+from ...parts.shape import ceil_div
 from .glossary import GLOSSARY
 from .recording import (
     CUT,
@@ -28,7 +29,7 @@ from .recording import (
 )
 from .shown import Shown
 from .telling import Telling, function_lines, tellings_in
-from .tracer import PACKAGE, Fetched, Run, Statement
+from .tracer import Fetched, Run, Statement, tree_of
 
 SILENT = Telling("")
 # A kernel's variables whose columns are those of rows of Q and K, and of V and O: the rest is padding.
@@ -41,8 +42,8 @@ FETCHED = {"q": ("q", "queries"), "k": ("k", "keys"), "v": ("v", "values"), "do"
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a kernel's walk is told: the variable that begins a step, and that says in which of two runs of
-    the walk it is (the run number in which tiles are cut)."""
+    """How a kernel's walk is told. run: the variable that says in which of two runs of the walk a step is,
+    and the number of the run in which tiles are cut; "" where there is but one."""
 
     name: PassName
     file: str
@@ -89,7 +90,7 @@ def loop_lines(file: str, function: str) -> tuple[int, int]:
     begin, end = function_lines(file, function)
     loops = [
         node
-        for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(file))
         if isinstance(node, ast.For) and begin <= node.lineno <= end
         and "range" in ast.unparse(node.iter) and "static" not in ast.unparse(node.iter)
     ]  # fmt: skip
@@ -100,7 +101,7 @@ def loop_lines(file: str, function: str) -> tuple[int, int]:
 @functools.cache
 def stored_variable(file: str, line: int) -> str:
     """The variable that a statement stores: the second argument of its call."""
-    for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Expr) and node.lineno == line and isinstance(node.value, ast.Call):
             return ast.unparse(node.value.args[1])
     raise RuntimeError(f"{file}:{line} stores nothing")
@@ -228,7 +229,7 @@ def is_shown(run: Run, kernel: Kernel, shown: Shown) -> bool:
 def pass_of(kernel: Kernel, runs: Sequence[Run], teller: Teller, tile: tuple[int, int]) -> Pass:
     """The programs of a kernel that worked on what is shown."""
     lengths = teller.shown.lengths
-    grid = np.full([-(-length // size) for length, size in zip(lengths, tile, strict=True)], SKIPPED)
+    grid = np.full([ceil_div(length, size) for length, size in zip(lengths, tile, strict=True)], SKIPPED)
     programs = []
     for run in runs:
         if (run.file, run.function) != (kernel.file, kernel.function) or not is_shown(

@@ -11,7 +11,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from .tracer import PACKAGE, statements_of
+from .tracer import source_of, statements_of, tree_of
 
 
 class Telling(NamedTuple):
@@ -349,7 +349,7 @@ def tellings_in(file: str) -> dict[int, Telling]:
 
     Raises RuntimeError where a beginning is that of no statement of its function, or of several.
     """
-    text = (PACKAGE / file).read_text(encoding="utf-8")
+    text = source_of(file)
     lines = text.splitlines(keepends=True)
     starts = [0, *itertools.accumulate(map(len, lines))]
     first_lines = {first for first, _ in statements_of(file).values()}
@@ -372,7 +372,7 @@ def tellings_in(file: str) -> dict[int, Telling]:
 
 def function_lines(file: str, name: str) -> tuple[int, int]:
     """The first and the last line of a function."""
-    for node in ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body:
+    for node in tree_of(file).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return node.lineno, node.end_lineno or node.lineno
     raise RuntimeError(f"{file} has no function {name}")

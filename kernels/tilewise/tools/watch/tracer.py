@@ -66,12 +66,21 @@ LOADS = ("parts/addressing.py", "load_tile")
 STORES = ("parts/addressing.py", "store_tile")
 
 
+def source_of(file: str) -> str:
+    return (PACKAGE / file).read_text(encoding="utf-8")
+
+
+@functools.cache
+def tree_of(file: str) -> ast.Module:
+    return ast.parse(source_of(file))
+
+
 @functools.cache
 def statements_of(file: str) -> dict[int, tuple[int, int]]:
     """The first and the last line of the innermost statement that each line of a file is part of; of one with
     a body, its head alone."""
     lines: dict[int, tuple[int, int]] = {}
-    for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(file)):
         if not isinstance(node, ast.stmt):
             continue
         body = getattr(node, "body", None)
@@ -164,7 +173,7 @@ class Tracer:
     def __init__(
         self,
         kernels: set[tuple[str, str]],
-        is_told: Callable[[str, int], bool] = lambda file, line: False,
+        is_told: Callable[[str, int], bool],
     ) -> None:
         """is_told: whether a statement counts that sets nothing, by its file and first line."""
         self.kernels, self.is_told = kernels, is_told

@@ -10,7 +10,7 @@ import torch
 
 from ...kernels.tile import Tile
 from ...plan import tiles
-from ...plan.passes import multiprocessors, run_backward, run_forward, split_keys
+from ...plan.passes import run_backward, run_forward
 from ...plan.request import Request
 from .recording import Arrays, Pass
 from .shown import Shown
@@ -41,17 +41,17 @@ class Backward:
 def watched(kernels: list[Kernel], tile: Tile) -> Iterator[Tracer]:
     """Watch these kernels, with this tile for all passes."""
     tracer = Tracer({(kernel.file, kernel.function) for kernel in kernels}, is_always_told)
-    with torch.no_grad(), tiles.use(tile), tiles.use_walks(2), watching(tracer):
+    with tiles.use(tile), tiles.use_walks(2), watching(tracer):
         yield tracer
 
 
 def watch_forward(request: Request, shown: Shown, tile: Tile, arrays: Arrays) -> Forward:
     """The forward of what is shown; where a cache's keys are split, the splits and their merge."""
-    is_split = split_keys(request.shape, tile, multiprocessors(request.q.device)) is not None
-    kernels = [SPLITS, COMBINE] if is_split else [FORWARD]
-    with watched(kernels, tile) as tracer:
+    with watched([FORWARD, COMBINE], tile) as tracer:
         out, lse, statistics = run_forward(request, True, for_backward=True)
     assert lse is not None and statistics is not None  # both were asked for
+    is_split = any(run.function == COMBINE.function for run in tracer.runs)
+    kernels = [SPLITS, COMBINE] if is_split else [FORWARD]
     teller = Teller(arrays, shown)
     passes = [pass_of(kernel, tracer.runs, teller, (tile.tile_q, tile.tile_kv)) for kernel in kernels]
     return Forward(passes, teller.files, out, lse, statistics)
