@@ -21,7 +21,7 @@ from .measure import LayerReport, attention_weights, similarities, watch
 from .model import load_config, load_weights, model_folder, pad, split_into_pieces
 from .output import check_writable, staged, write_pairs
 from .report import print_layers, print_sentences, print_similarities
-from .text import DemoError, read_text
+from .text import DemoError, check_choice, read_text
 from .torch_encoder import torch_embeddings
 
 BATCH = 32
@@ -169,8 +169,3 @@ def choose_device() -> tuple[str, str]:
     if torch.cuda.is_available():
         return "cuda", f"{torch.cuda.get_device_name()}: the kernel runs compiled"
     raise DemoError("there is no GPU, and Triton's interpreter is off: set TRITON_INTERPRET=1")
-
-
-def check_choice(option: str, given: int, count: int) -> None:
-    if not 1 <= given <= count:
-        raise DemoError(f"{option} {given} must be from 1 to {count}")

@@ -15,6 +15,12 @@ class DemoError(Exception):
     """The caller must change something; the message says what, in one line."""
 
 
+def check_choice(option: str, given: int, count: int) -> None:
+    """Raise DemoError where an option, which counts from 1, names none of so many."""
+    if not 1 <= given <= count:
+        raise DemoError(f"{option} {given} must be from 1 to {count}")
+
+
 class Text(NamedTuple):
     """Sentences, where they came from, and a remark for the reader ("" for none)."""
 

@@ -17,7 +17,7 @@ from ... import api
 from ...demo.dtypes import TORCH_DTYPES, Dtype
 from ...demo.encoder import build_encoder
 from ...demo.model import load_config, load_weights, model_folder, split_into_pieces
-from ...demo.text import Text, read_text
+from ...demo.text import Text, check_choice, read_text
 from ...kernels.tile import Tile
 from ...nn import AttentionCore
 from ...parts.masks.mask import Mask
@@ -36,15 +36,14 @@ def of_text(
 ) -> Asked:  # fmt: skip
     """One head of the demo's pretrained encoder, reading all sentences as one text.
 
-    layer and head count from 1. Raises DemoError where there is no text or no model, ValueError for a layer
-    or a head that the encoder has not.
+    layer and head count from 1. Raises DemoError where there is no text or no model, and for a layer or a
+    head that the encoder has not.
     """
     text = read_text(list(sentences), file, encoding) if sentences or file else own_text()
     folder = model_folder()
     config = load_config(folder)
-    for name, given, count in (("--layer", layer, config.layers), ("--head", head, config.heads)):
-        if not 1 <= given <= count:
-            raise ValueError(f"{name} {given} must be from 1 to {count}")
+    check_choice("--layer", layer, config.layers)
+    check_choice("--head", head, config.heads)
     whole = " ".join(text.sentences)
     (pieces,) = split_into_pieces(folder, [whole], config.max_pieces)
     if pieces.dropped:
@@ -102,7 +101,14 @@ def of_case(name: str, batch: int, head: int, tile: Tile, command: str) -> Asked
     case = shrunk(find_case(name), batch=2, kv_heads=2, group=2, length=LENGTH, suffix=" (shortened)")
     inputs = case_inputs(case, "cpu")
     request = request_of(inputs.q, inputs.k, inputs.v, **inputs.arguments)
-    return Asked(request, f"{case.name}: {case.provenance}", command, batch, head, tile)
+    return one_of(request, f"{case.name}: {case.provenance}", command, batch, head, tile)
+
+
+def one_of(request: Request, title: str, command: str, batch: int, head: int, tile: Tile) -> Asked:
+    """One sequence and head of a call, which count from 1. Raises DemoError for one that is not there."""
+    check_choice("--batch", batch, request.shape.batch)
+    check_choice("--head", head, request.shape.q_heads)
+    return Asked(request, title, command, batch - 1, head - 1, tile)
 
 
 class _Found(BaseException):
@@ -143,7 +149,7 @@ def of_script(
         api.watchers.remove(watch)
         sys.argv = before
         sys.path.remove(str(path.resolve().parent))
-    return Asked(request, f"{path.name}, call {call}", command, batch, head, tile)
+    return one_of(request, f"{path.name}, call {call}", command, batch, head, tile)
 
 
 def detached(request: Request) -> Request:

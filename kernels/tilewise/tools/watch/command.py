@@ -83,11 +83,13 @@ def find(
         raise ValueError(f"give one of these, not {' and '.join(asked)}")
     tile = Tile(*sizes)
     command = shlex.join(["tilewise", *sys.argv[1:]])
+    if head is None:
+        head = 1 if case is not None or is_script else 2
     if case is not None:
-        return calls.of_case(case, batch - 1, (head or 1) - 1, tile, command)
+        return calls.of_case(case, batch, head, tile, command)
     if is_script:
-        return calls.of_script(Path(what[0]), what[1:], call, batch - 1, (head or 1) - 1, tile, command)
+        return calls.of_script(Path(what[0]), what[1:], call, batch, head, tile, command)
     chosen: Mask | None = None if mask == "none" else mask_from(mask)
     if article:
         return calls.of_article(chosen, dtype, tile, command)
-    return calls.of_text(what, text, encoding, layer, head or 2, chosen, dtype, tile, command)
+    return calls.of_text(what, text, encoding, layer, head, chosen, dtype, tile, command)
