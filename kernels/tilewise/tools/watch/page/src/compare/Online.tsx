@@ -7,6 +7,7 @@ import { short } from "../format";
 import { recording } from "../recording";
 import { Chart } from "./chart";
 import { stepsOfRow } from "./online_steps";
+import { RowChoice } from "./RowChoice";
 
 export function Online(): JSX.Element {
   const { queries, keys } = recording.words;
@@ -67,24 +68,14 @@ export function Online(): JSX.Element {
         </p>
       </div>
       <div class="controls">
-        <label class="choice">
-          <span>Row</span>
-          <select
-            aria-label="Row"
-            value={String(row)}
-            onChange={(event) => {
-              const next = Number(event.currentTarget.value);
-              setRow(next);
-              setTaken(stepsOfRow(next).length);
-            }}
-          >
-            {queries.map((word, i) => (
-              <option key={i} value={String(i)}>
-                {i}: {word}
-              </option>
-            ))}
-          </select>
-        </label>
+        <RowChoice
+          row={row}
+          words={queries}
+          choose={(next) => {
+            setRow(next);
+            setTaken(stepsOfRow(next).length);
+          }}
+        />
         <label class="choice wide">
           <span>
             Tiles taken in: {shown} of {steps.length}

@@ -5,6 +5,7 @@ import { useMemo, useState } from "preact/hooks";
 import * as Plot from "@observablehq/plot";
 import { at, matrix, recording } from "../recording";
 import { Chart } from "./chart";
+import { RowChoice } from "./RowChoice";
 
 const WORST = -1;
 const DASHES = ["", "7 4", "2 4", "9 3 2 3"];
@@ -87,21 +88,9 @@ export function Rounding(): JSX.Element {
         </p>
       </div>
       <div class="controls">
-        <label class="choice">
-          <span>Row</span>
-          <select
-            aria-label="Row"
-            value={String(row)}
-            onChange={(event) => setRow(Number(event.currentTarget.value))}
-          >
-            <option value={String(WORST)}>the worst row</option>
-            {recording.words.queries.map((word, i) => (
-              <option key={i} value={String(i)}>
-                {i}: {word}
-              </option>
-            ))}
-          </select>
-        </label>
+        <RowChoice row={row} words={recording.words.queries} choose={setRow}>
+          <option value={String(WORST)}>the worst row</option>
+        </RowChoice>
       </div>
       <Chart
         label="Largest error of a row by keys taken in, a line for each dtype"
