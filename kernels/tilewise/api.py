@@ -23,6 +23,7 @@ from .plan.request import Request, as_heads, as_packing, cached_request, make_re
 from .plan.rules.cache import new_misfits
 from .plan.rules.implementations import implementation_is_known, kernel_can_run
 from .plan.rules.options import dropout_fits
+from .plan.shards import is_dtensor
 from .pytorch.dispatch import answer_again, run_portable
 from .pytorch.nested import is_nested, unpack
 from .pytorch.plain import run_torch
@@ -146,6 +147,10 @@ def answer(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     if not watchers and (found := answer_again(request, return_lse)) is not None:
         return found
     check(request)
+    if is_dtensor(request.q):  # cut over devices, each of which comes back with its part
+        from .pytorch.sharded import answer_on_mesh  # imports DTensor, as the caller did
+
+        return answer_on_mesh(request, return_lse, answer)
     for watch in watchers:
         watch(request)
     is_plain = implementation(request) == "torch"

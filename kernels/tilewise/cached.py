@@ -16,6 +16,7 @@ from .plan.checks import check
 from .plan.names import CACHED_ARGUMENTS
 from .plan.request import Request, as_heads, cached_request
 from .plan.rules.cache import new_misfits
+from .plan.shards import is_dtensor
 from .pytorch.append import append, turn_queries
 
 Tensor = torch.Tensor
@@ -125,6 +126,12 @@ def attend(
     check(request)
     for reason in new_misfits(request, new_k, new_v, rotary):
         raise ValueError(reason)
+    if is_dtensor(request.q):
+        from .pytorch.sharded import attend_on_mesh  # imports DTensor, as the caller did
+
+        if new_k is not None and request.packing is not None:
+            new_k, new_v = as_heads(new_k, new_v)
+        return attend_on_mesh(request, new_k, new_v, rotary, return_lse, turn, answer)
     if new_k is not None and new_v is not None:
         if request.packing is not None:
             new_k, new_v = as_heads(new_k, new_v)
