@@ -81,6 +81,8 @@ def part_of(request: Request, shards: Shards) -> Request:
     heads = shards.range(HEADS, q_heads)
     first = shards.range(HEADS, kv_heads, shards.kept)[0]
     taken = heads_taken(heads, q_heads // kv_heads, first)
+    is_paged = request.cache is not None and request.cache.pages is not None
+    kv_dims = {HEADS: 1} if is_paged else ROWS  # any page may hold rows of any sequence
     similarity, dropout = request.similarity, request.dropout
 
     def everywhere(x: Any) -> Any:
@@ -97,8 +99,8 @@ def part_of(request: Request, shards: Shards) -> Request:
     return replace(
         rows_of(request, batch),
         q=placed(q, shards, ROWS),
-        k=with_heads(placed(k, shards, ROWS, shards.kv_axes), taken),
-        v=with_heads(placed(v, shards, ROWS, shards.kv_axes), taken),
+        k=with_heads(placed(k, shards, kv_dims, shards.kv_axes), taken),
+        v=with_heads(placed(v, shards, kv_dims, shards.kv_axes), taken),
         masks=tuple([with_tensors(mask, everywhere) for mask in request.masks]),
         scores=tuple([with_tensors(score, everywhere) for score in request.scores]),
         scale=everywhere(request.scale),
