@@ -11,6 +11,7 @@ import tilewise_reference
 
 from .kernels.dropout_mask import launch_dropout_mask
 from .parts.dropout import Dropout
+from .parts.dtensors import is_dtensor
 from .parts.masks.mask import Mask, as_mask
 from .parts.scores.bias import Bias
 from .parts.scores.score import Score, as_scores
@@ -23,7 +24,6 @@ from .plan.request import Request, as_heads, as_packing, cached_request, make_re
 from .plan.rules.cache import new_misfits
 from .plan.rules.implementations import implementation_is_known, kernel_can_run
 from .plan.rules.options import dropout_fits
-from .plan.shards import is_dtensor
 from .pytorch.dispatch import answer_again, run_portable
 from .pytorch.nested import is_nested, unpack
 from .pytorch.plain import run_torch

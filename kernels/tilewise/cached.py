@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 
 from .api import answer, refuse_unknown
+from .parts.dtensors import is_dtensor
 from .parts.masks.mask import Mask
 from .parts.rotary import RotaryTable
 from .parts.scores.score import Score
@@ -16,7 +17,6 @@ from .plan.checks import check
 from .plan.names import CACHED_ARGUMENTS
 from .plan.request import Request, as_heads, cached_request
 from .plan.rules.cache import new_misfits
-from .plan.shards import is_dtensor
 from .pytorch.append import append, turn_queries
 
 Tensor = torch.Tensor

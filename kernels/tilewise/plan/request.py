@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from ..parts.dropout import Dropout
+from ..parts.dtensors import is_dtensor
 from ..parts.masks.mask import Mask, as_mask
 from ..parts.place import Place
 from ..parts.scores.bias import Bias
 from ..parts.scores.score import Score, as_scores
 from ..parts.shape import Cache, Packing, Pages, Shape
 from ..parts.similarity import Cosine, Similarity, similarity_scores
-from .shards import agreed, is_dtensor
+from .shards import agreed
 
 Tensor = torch.Tensor
 

@@ -11,14 +11,13 @@ Numbers alone, and the same on every rank; `agreed` alone sends something.
 
 from __future__ import annotations
 
-import functools
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from ..parts.dtensors import dim_of
 from ..parts.masks.causal import Causal
 from ..parts.masks.window import Window
 from ..parts.scores.softcap import Softcap
@@ -28,25 +27,12 @@ BATCH, HEADS = 0, 1  # dimensions of q, k and v that a mesh may cut
 Range = tuple[int, int]  # from the first to before the last
 
 
-def is_dtensor(x: Any) -> bool:
-    """Without importing DTensor's module: who has one has imported it."""
-    if type(x) is torch.Tensor or type(x) is torch.nn.Parameter:
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
-
-
 def agreed(seed: torch.Tensor, mesh: Any) -> torch.Tensor:
     """One number for all ranks of a mesh, that each has drawn one for: the largest."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     drawn = DTensor.from_local(seed, mesh, [Partial("max")] * mesh.ndim, run_check=False)
     return drawn.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
-
-
-def dim_of(placement: Any) -> int | None:
-    """The dimension along which a placement shards; None for all others."""
-    return int(placement.dim) if placement.is_shard() else None
 
 
 class Shards(NamedTuple):
@@ -108,7 +94,6 @@ def chunk(size: int, cuts: Sequence[tuple[int, int]]) -> Range:
     return start, stop
 
 
-@functools.lru_cache(maxsize=1024)
 def chunks(size: int, counts: tuple[int, ...]) -> tuple[Range, ...]:
     """All of them."""
     found: list[Range] = [(0, size)]
@@ -127,11 +112,12 @@ def needed(heads: Range, group: int) -> Range:
     return (start // group, -(-stop // group)) if start < stop else (0, 0)
 
 
-@functools.lru_cache(maxsize=1024)
 def kept_dims(q_heads: int, kv_heads: int, counts: tuple[int, ...]) -> int:
     """By how many of these counts, one after the other, key heads can be cut so that every chunk has all that
     the query heads of its ranks need."""
     group = q_heads // kv_heads
+    if kv_heads % math.prod(counts) == 0:
+        return len(counts)
     for kept in range(len(counts), 0, -1):
         per = math.prod(counts[kept:])
         have = chunks(kv_heads, counts[:kept])

@@ -15,15 +15,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 
+from ..parts.dtensors import dim_of, from_part, is_dtensor
 from ..parts.place import Place
 from ..parts.rotary import RotaryTable
 from ..parts.shape import Cache, Packing, computed_in
 from ..parts.similarity import Cosine
 from ..plan.request import Request
 from ..plan.shards import (
-    BATCH, HEADS, Range, Shards, asks_where, chunk, dim_of, heads_taken, is_dtensor, shards_of
+    BATCH, HEADS, Range, Shards, asks_where, chunk, heads_taken, shards_of
 )  # fmt: skip
 from .append import append, lengths_after
 
@@ -166,9 +167,10 @@ def with_tensors(part: Any, change: Callable[[Any], Any]) -> Any:
     if not any([is_dtensor(x) for x in part.tensors().values()]):
         return part
     made = object.__new__(type(part))
-    made.__dict__.update(part.__dict__)
     for name in part.FIELDS:
         setattr(made, name, within(getattr(part, name), change))
+    if hasattr(part, "_twin"):
+        made._twin = part._twin
     return made
 
 
@@ -196,18 +198,7 @@ def is_some(part: Request) -> bool:
 
 def joined(shards: Shards, request: Request, out: Tensor, lse: Tensor | None) -> tuple[Any, Any]:
     """What the ranks have, as DTensors."""
-    sizes = request.q.shape[:3]
-    whole_out = as_dtensor(out, shards, (*sizes, request.v.shape[3]))
-    return whole_out, None if lse is None else as_dtensor(lse, shards, tuple(sizes))
-
-
-def as_dtensor(x: Tensor, shards: Shards, sizes: tuple[int, ...]) -> Any:
-    """x, a rank's part of a tensor of these sizes [batch, heads, ...], in the order of memory that x has."""
-    strides, stride = [0] * len(sizes), 1
-    for dim in sorted(range(len(sizes)), key=lambda d: (x.stride(d), -d)):
-        strides[dim] = stride
-        stride *= max(sizes[dim], 1)
     placements = [Replicate() if axis is None else Shard(axis) for axis in shards.axes]
-    return DTensor.from_local(
-        x, shards.mesh, placements, run_check=False, shape=torch.Size(sizes), stride=tuple(strides)
-    )
+    sizes = tuple(request.q.shape[:3])
+    whole_out = from_part(out, shards.mesh, placements, (*sizes, request.v.shape[3]))
+    return whole_out, None if lse is None else from_part(lse, shards.mesh, placements, sizes)

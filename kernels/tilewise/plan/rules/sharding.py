@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ...parts.dtensors import dim_of, is_dtensor
 from ..request import Request
-from ..shards import BATCH, HEADS, asks_where, is_cut, is_dtensor, shards_of
+from ..shards import BATCH, HEADS, asks_where, is_cut, shards_of
 
 SEQUENCE, DIM = 2, 3
 CONTEXT = "hold sequences in parts with tilewise.distributed.context_parallel_attention"
@@ -61,33 +62,27 @@ def placement_misfits(r: Request, name: str, x: Any) -> Iterator[str]:
     """What is wrong with the placements of one of q, k and v [batch, heads, length, dim]."""
     rows, columns = "queries" if name == "q" else "keys", "value_dim" if name[-1] == "v" else "head_dim"
     for mesh_dim, placement in enumerate(x.placements):
-        where = f"{name} has {in_given_dims(r, name, placement)!r} along dimension {mesh_dim} of its mesh"
-        if placement.is_replicate():
+        dim = dim_of(placement)
+        if placement.is_replicate() or dim in (BATCH, HEADS):
             continue
-        if not placement.is_shard():
-            kind = "a sum that is still to be made" if placement.is_partial() else "no plain Shard"
-            yield f"{where}, {kind}: give {name}.redistribute(placements=[Replicate()]), or along heads"
-        elif placement.dim == SEQUENCE:
-            yield (
-                f"{where}, a part of the {rows}: shard {name} along heads or batch, as "
-                f"{name}.redistribute(placements=...) does, or {CONTEXT}"
-            )
-        elif placement.dim == DIM:
-            yield (
-                f"{where}, a part of {columns}: shard {name} along heads or batch, or "
-                f"{name}.redistribute(placements=[Replicate()])"
-            )
+        where = f"along dimension {mesh_dim} of its mesh"
+        if dim is None:
+            what = "Partial, a sum that is still to be made" if placement.is_partial() else "no plain Shard"
+            yield f"{name} is {what}, {where}: redistribute it to Replicate(), or Shard(...) along heads"
+            continue
+        given = f"{name} is Shard({given_dim(r, name, dim)}) {where}, a part of "
+        if dim == SEQUENCE:
+            yield f"{given}the {rows}: redistribute it along heads or batch, or {CONTEXT}"
+        else:
+            yield f"{given}{columns}: redistribute it along heads or batch, or to Replicate()"
 
 
-def in_given_dims(r: Request, name: str, placement: Any) -> Any:
-    """A placement by the dimensions of what the caller gave: packed [tokens, heads, dim], or pages [pages,
-    page_size, heads, dim]."""
-    if not placement.is_shard():
-        return placement
+def given_dim(r: Request, name: str, dim: int) -> int:
+    """A dimension of what the caller gave: packed [tokens, heads, dim], or pages [pages, page_size, heads,
+    dim]."""
     if name.startswith("cache_"):
-        paged = r.cache is not None and r.cache.pages is not None
-        return type(placement)((0, 2, 1, 3)[placement.dim]) if paged else placement
-    return type(placement)((0, 1, 0, 2)[placement.dim]) if r.packing is not None else placement
+        return (0, 2, 1, 3)[dim] if r.cache is not None and r.cache.pages is not None else dim
+    return (0, 1, 0, 2)[dim] if r.packing is not None else dim
 
 
 def beside_misfits(r: Request, name: str, x: torch.Tensor) -> Iterator[str]:
@@ -130,25 +125,18 @@ def cache_misfits(r: Request) -> Iterator[str]:
     if r.cache is None:
         return
     k, v = r.k, r.v
-    if k.placements != v.placements:  # type: ignore[attr-defined]
-        yield f"cache_k.placements={k.placements} and cache_v.placements={v.placements} must be equal"  # type: ignore[attr-defined]
+    dims_k, dims_v = ([dim_of(each) for each in x.placements] for x in (k, v))  # type: ignore[attr-defined]
+    if dims_k != dims_v:
+        yield "cache_k and cache_v must have the same placements"
         return
     shards = shards_of(r.q, k, v)
-    wanted = shards.kv_axes
-    for dim, placement in enumerate(k.placements):  # type: ignore[attr-defined]
-        if placement.is_replicate():
-            continue
-        if placement.dim == BATCH and (r.cache.pages is not None or r.packing is not None):
-            what = "its pages" if r.cache.pages is not None else "batch, beside packed queries"
+    for mesh_dim, (dim, has) in enumerate(zip(dims_k, shards.kv_axes, strict=True)):
+        where = f"the cache is Shard({given_dim(r, 'cache_k', dim or 0)}) along dimension {mesh_dim} of its mesh"
+        if dim == BATCH and (r.cache.pages is not None or r.packing is not None):
+            what = "a part of the pages" if r.cache.pages is not None else "along batch, beside packed queries"
+            yield f"{where}, {what}: shard it along heads, or give each rank's own call plain tensors"
+        elif dim is not None and dim != has:
             yield (
-                f"the cache is sharded along {what} over dimension {dim} of its mesh: shard it along heads, or "
-                "give each rank's part as plain tensors"
-            )
-        elif wanted[dim] != placement.dim:
-            kind = "batch" if placement.dim == BATCH else "heads"
-            why = f"with kv_heads={k.shape[1]} and q_heads={r.q.shape[1]} over {shards.mesh.size(dim)} ranks, a "
-            why = why if placement.dim == HEADS and shards.axes[dim] == HEADS else "beside q as it is sharded, a "
-            yield (
-                f"the cache is sharded along {kind} over dimension {dim} of its mesh, and {why}rank would need "
-                "what another has: replicate the cache there, or redistribute q"
+                f"{where}, and with q_heads={r.q.shape[1]}, kv_heads={k.shape[1]} and q as it is sharded a rank "
+                "would need what another has: redistribute the cache to Replicate() there, or q"
             )
