@@ -241,7 +241,7 @@ def serve() -> None:
 
 
 def work(test: Connection, folder: str, rank: int, size: int, timeout: float) -> None:
-    """Join the process group, and answer calls until the test's end of the pipe is closed. Does not return."""
+    """Join the process group, and answer calls until the test ends. Does not return."""
     import torch.distributed as dist
 
     error = os.open(f"{folder}/stderr-{rank}", os.O_WRONLY | os.O_CREAT)
