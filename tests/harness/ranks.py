@@ -9,6 +9,7 @@ after a call that failed, whose messages may still be under way, and for what ki
 Nothing hangs: whoever takes longer than `limit` seconds is killed, with the stacks of all in the error.
 
 The function must be found by its name in its module. Arguments and results are pickled, tensors by value.
+A function that makes groups or meshes itself must run on all four: PyTorch numbers groups as they are made.
 """
 
 from __future__ import annotations

@@ -17,13 +17,20 @@ MAKE_ONE = 'init_device_mesh("cuda", (ranks,))'
 
 
 class Group(NamedTuple):
-    """The ranks along a dimension of a mesh, or of a whole mesh, and this process among them. handle: PyTorch's
-    group; world: by rank, the number among all processes; members: by rank, the number in PyTorch's group."""
+    """The ranks along a dimension of a mesh, or of a whole mesh, and this process among them.
+
+    handle:  PyTorch's group
+    rank:    of this process
+    world:   by rank, the number among all processes
+    members: by rank, the number in PyTorch's group
+    timeout: the seconds after which an operation fails
+    """
 
     handle: dist.ProcessGroup
     rank: int
     world: tuple[int, ...]
     members: tuple[int, ...]
+    timeout: float
 
     @property
     def size(self) -> int:
@@ -72,16 +79,15 @@ def group_along(mesh: DeviceMesh, dim: int) -> Group:
     """The ranks that differ from this one in dimension `dim` of the mesh alone."""
     place = coordinate(mesh)
     line = mesh.mesh[tuple(slice(None) if d == dim else place[d] for d in range(mesh.ndim))]
-    return as_group(mesh.get_group(dim), place[dim], line.tolist())
+    return as_group(mesh.get_group(dim), place[dim], line.tolist(), mesh.device_type)
 
 
-def as_group(handle: dist.ProcessGroup, rank: int, world: list[int]) -> Group:
+def as_group(handle: dist.ProcessGroup, rank: int, world: list[int], device_type: str) -> Group:
     members = tuple(dist.get_group_rank(handle, process) for process in world)
-    return Group(handle, rank, tuple(world), members)
+    return Group(handle, rank, tuple(world), members, timeout_of(handle, device_type).total_seconds())
 
 
 def timeout_of(handle: dist.ProcessGroup, device_type: str) -> timedelta:
-    """After which an operation of the group fails."""
     found: timedelta = handle._get_backend(torch.device(device_type)).options._timeout
     return found
 
@@ -93,21 +99,22 @@ _hosts: dict[Any, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}  # (all proc
 
 def host_group(mesh: DeviceMesh) -> Group:
     """All ranks of the mesh in a gloo group, for what hosts say to one another about a call: the mesh's own
-    group, or that of all processes, if it is one of gloo and has these ranks; else one that is made once, with
+    group, or that of all processes, if it is one of gloo with these ranks; else one that is made once, with
     the mesh's time-out. All ranks of the mesh must call."""
-    ranks = tuple(mesh.mesh.flatten().tolist())
     everyone = dist.group.WORLD
+    assert everyone is not None  # there is a mesh
+    world = mesh.mesh.flatten().tolist()
     for handle in (*([mesh.get_group(0)] if mesh.ndim == 1 else []), everyone):
-        if is_gloo(handle) and set(dist.get_process_group_ranks(handle)) == set(ranks):
-            return as_group(handle, rank_in(mesh), list(ranks))
+        if is_gloo(handle) and set(dist.get_process_group_ranks(handle)) == set(world):
+            return as_group(handle, rank_in(mesh), world, "cpu")
     timeout = timeout_of(mesh.get_group(0), mesh.device_type)
-    made_for, handle = _hosts.get((ranks, timeout), (None, None))
-    if made_for is not everyone:  # none yet, or torch.distributed was ended and begun again
-        handle = dist.new_group(list(ranks), timeout, backend="gloo", use_local_synchronization=True)
-        _hosts[ranks, timeout] = everyone, handle
-    return as_group(handle, rank_in(mesh), list(ranks))
+    key = tuple(world), timeout
+    if key not in _hosts or _hosts[key][0] is not everyone:  # torch.distributed was ended and begun again
+        made = dist.new_group(world, timeout, backend="gloo", use_local_synchronization=True)
+        _hosts[key] = everyone, made
+    return as_group(_hosts[key][1], rank_in(mesh), world, "cpu")
 
 
 def is_gloo(handle: dist.ProcessGroup) -> bool:
     """Whether tensors of the CPU go through gloo there."""
-    return "cpu:gloo" in dist.get_backend_config(handle).split(",")
+    return "cpu:gloo" in str(dist.get_backend_config(handle)).split(",")
