@@ -46,27 +46,24 @@ def dropout_keep(
     p: float,
     shape: tuple[int, int, int, int],
     device: torch.device | str | None = None,
-    first_row: int = 0,
-    first_batch: int = 0,
+    origin: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> Tensor:
     """The pairs that dropout with probability ``p`` keeps: bool ``shape`` = [batch, q_heads, q_len, kv_len].
 
-    seed: as in ``philox``. device: by default the seed's, or the CPU. first_row: the q_idx of the first row;
-    first_batch: the number of the first sequence. Raises ValueError unless 0 <= p <= 1.
+    seed: as in ``philox``. device: by default the seed's, or the CPU. origin: the numbers of the first
+    sequence, head, query and key. Raises ValueError unless 0 <= p <= 1.
     """
     if not 0 <= p <= 1:
         raise ValueError(f"{p=} must be from 0 to 1")
     if device is None and isinstance(seed, Tensor):
         device = seed.device
-    batch, q_heads, q_len, kv_len = shape
-    words = philox(
-        seed,
-        torch.arange((kv_len + 3) // 4, device=device),
-        torch.arange(first_row, first_row + q_len, device=device).reshape(q_len, 1),
-        torch.arange(q_heads, device=device).reshape(q_heads, 1, 1),
-        torch.arange(first_batch, first_batch + batch, device=device).reshape(batch, 1, 1, 1),
-    )  # four of [batch, q_heads, q_len, kv_len / 4 rounded up]
-    word = torch.stack(words, dim=4).flatten(3)[..., :kv_len]  # of key j: number j mod 4 of counter j div 4
+    batch, head, row, key = (
+        torch.arange(first, first + size, device=device) for first, size in zip(origin, shape, strict=True)
+    )
+    quad = torch.arange(origin[3] // 4, (origin[3] + shape[3] + 3) // 4, device=device)
+    words = philox(seed, quad, row[:, None], head[:, None, None], batch[:, None, None, None])
+    word = torch.stack(words, dim=4).flatten(3)  # of key j: number j mod 4 of counter j div 4
+    word = word[..., key - 4 * (origin[3] // 4)]  # [batch, q_heads, q_len, kv_len]
     return (word >> 1) >= round(p * 2**31)
 
 

@@ -354,7 +354,7 @@ MUTATIONS = (
              "kv_idx + block.kv_start", "kv_idx",
              tests("plain_blocks", "blocks_of_any_number_of_rows[window-2]")),
     Mutation("plain: every block drops as the first", PLAIN,
-             "first_row=block.q_start", "first_row=0",
+             "seed.device, origin)", "seed.device, (0, 0, 0, 0))",
              tests("plain_blocks", "blocks_of_any_number_of_rows[dropout-2]")),
     Mutation("plain: the last key of a block forgotten", PLAIN,
              "int(keys[1][start:end].max())", "int(keys[1][start:end].min())",

@@ -141,17 +141,18 @@ def sequence_sums_kernel(sums_ptr, grad_ptr, q_heads, sizes, layout, TILE: tl.co
 
 
 def parameter_gradient(
-    backward: BackwardCall, modifier: int, parameter: Parameter, tensor: torch.Tensor, tile: Tile
-) -> torch.Tensor:
-    """The gradient of `tensor`, in its shape and dtype; `modifier` is the place in the chain of the one that
-    reads it. The tile is square, of the rows that backward.ranges was made for."""
+    backward: BackwardCall, modifier: int, parameter: Parameter, tensor: torch.Tensor, tile: Tile,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of `tensor`, in its shape and, unless one is given, its dtype; `modifier` is the place in
+    the chain of the one that reads it. The tile is square, of the rows that backward.ranges was made for."""
     shape = backward.call.shape
     if tensor.numel() == 0 or 0 in shape.scores:
-        return torch.zeros_like(tensor)
+        return torch.zeros_like(tensor, dtype=dtype)
     walk, kept, own, sums, sizes = plan(parameter, tensor, shape, tile.tile_q)
     # Pairs are written as they are; sums are added up once more, and rounded after that.
-    dtype = tensor.dtype if kept is EACH_PAIR else torch.float32
-    grad = torch.empty(sums, dtype=dtype, device=tensor.device)
+    dtype = dtype or tensor.dtype
+    grad = torch.empty(sums, dtype=dtype if kept is EACH_PAIR else torch.float32, device=tensor.device)
     buckets = parameter.buckets
     arguments = backward_arguments(backward, tile) | dict(
         ranges_ptr=backward.ranges,
@@ -176,7 +177,7 @@ def parameter_gradient(
         total = sequence_sums(grad, shape, tile.tile_q).sum_to_size(parameter.sizes)
     else:
         total = grad.sum_to_size(parameter.sizes)
-    return total.to(tensor.dtype).reshape(tensor.shape)
+    return total.to(dtype).reshape(tensor.shape)
 
 
 def sequence_sums(sums: torch.Tensor, shape: Shape, tile: int) -> torch.Tensor:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from ..kernels.call import Call
+from ..parts.place import place_mask, place_score
 from .request import Request
 
 
 def bind(request: Request) -> Call:
-    shape, chain = request.shape, request.chain
+    shape, whole, place, similarity = request.shape, request.whole, request.place, request.similarity_scores
+    masks = [mask.bind(whole) for mask in request.masks]
+    scores = [score.bind(whole) for score in request.scores]
+    if place is not None:
+        masks = [place_mask(mask, place) for mask in masks]
+        scores = [place_score(score, place) for score in scores]
+    origin = None if place is None else place.origin
     return Call(
         shape=shape,
         q=request.q,
         k=request.k,
         v=request.v,
         sink=request.sink,
-        masks=tuple([mask.bind(shape) for mask in request.masks]),
-        scores=tuple([score.bind(shape) for score in chain]),
-        unit=request.similarity_scores.unit,
-        operand=request.similarity_scores.operand,
-        project=request.similarity_scores.project,
+        masks=tuple(masks),
+        scores=(*[score.bind(shape) for score in similarity.scores], *scores),
+        unit=similarity.unit,
+        operand=similarity.operand,
+        project=similarity.project,
         has_gaps=any([mask.has_gaps for mask in request.masks]),
         is_grouped=request.cache is not None,
-        dropout=() if request.dropout is None else request.dropout.args(),
+        dropout=() if request.dropout is None else request.dropout.args(origin),
     )

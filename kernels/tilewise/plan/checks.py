@@ -59,6 +59,7 @@ RULES: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
     (options.parameters_are_floating, ()),
     (options.float64_is_of_one_piece, GIVEN),
     (options.other_devices_agree, GIVEN),
+    (options.part_lies_inside, SIZES),
     (options.masks_and_scores_fit, SIZES),
     (options.corners_are_clear, FITTING_PARTS),
     (implementations.implementation_is_known, ()),
@@ -111,7 +112,7 @@ def looks(r: Request) -> tuple[Any, ...]:
         r.cache is not None and (r.cache.split_size, r.cache.pages is not None and r.cache.pages[1:]),
         r.deterministic is True or r.deterministic is False,
         r.strict and (is_watched(), *[t.stride() for _, t in r.other_tensors]),
-        r.impl == "hopper" and hopper.looks(r),
+        r.impl == "hopper" and hopper.looks(r), r.place,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from ..kernels.one_walk import launch_dqkv
 from ..kernels.parameters import parameter_gradient
 from ..kernels.prepare import BackwardCall, prepare
 from ..kernels.tile import HopperBackwardTile, HopperTile, Tile
+from ..parts.place import own_part, place_parameter
 from ..parts.scores.score import Parameter
 from ..parts.shape import Shape, ceil_div
 from .bind import bind
@@ -98,9 +99,11 @@ def launch_hopper(
 
 
 def run_backward(
-    request: Request, out: Tensor, statistics: Tensor, do: Tensor, dlse: Tensor | None, needs: list[bool]
-) -> list[Tensor]:
-    """The gradients of those of (q, k, v, *other tensors) that `needs` names, in order."""
+    request: Request, out: Tensor, statistics: Tensor, do: Tensor, dlse: Tensor | None, needs: list[bool],
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of those of (q, k, v, *other tensors) that `needs` names, in order; each in the dtype of
+    what it is the gradient of, or in this one."""
     q, k, v, shape = request.q, request.k, request.v, request.shape
     in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
     has_all = needs[0] and (needs[1] or needs[2])
@@ -112,9 +115,10 @@ def run_backward(
     backward = prepare(bind(request), out, statistics.contiguous(), do, dlse, tile.tile_q)
     grads: dict[int, Tensor] = {}
     if needs[0]:
-        grads[0] = empty_in_order_of(q, shape.head_dim)
+        grads[0] = empty_in_order_of(q, shape.head_dim, dtype)
     if needs[1] or needs[2]:
-        grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
+        grads[1] = empty_in_order_of(k, shape.head_dim, dtype)
+        grads[2] = empty_in_order_of(v, shape.value_dim, dtype)
     if in_hopper:
         launch_hopper_backward(backward, grads[0], grads[1], grads[2], tile, in_order)
     elif in_one_walk:
@@ -128,15 +132,15 @@ def run_backward(
     slots = parameter_slots(request)
     # The parameters' kernel is a portable one, and may have ranges for tiles of its own.
     square = square_tile(choose_tile(q, shape, "dkv") if in_hopper else tile, widest(shape))
-    if square.tile_q != tile.tile_q and any(needs[3 + slot] for slot, _, _ in slots):
+    if square.tile_q != tile.tile_q and any(needs[3 + slot] for slot, *_ in slots):
         backward = prepare(backward.call, out, statistics.contiguous(), do, dlse, square.tile_q)
     for slot, modifier, parameter in slots:
         if needs[3 + slot]:
-            grad = parameter_gradient(backward, modifier, parameter, others[slot][1], square)
-            grads[3 + slot] = grad
+            tensor = others[slot][1]
+            grads[3 + slot] = grad_of_parameter(request, backward, modifier, parameter, tensor, square, dtype)
     for slot, (name, tensor) in enumerate(others):
         if name == "sink" and needs[3 + slot]:
-            grads[3 + slot] = sink_gradient(tensor, backward)
+            grads[3 + slot] = sink_gradient(tensor, backward).to(dtype or tensor.dtype)
     return [grads[i] for i, needed in enumerate(needs) if needed]
 
 
@@ -161,7 +165,7 @@ def parameter_slots(request: Request) -> list[tuple[int, int, Parameter]]:
             found.append((names.index(name), modifier, parameter))
     slot = len(names) - sum(len(score.tensors()) for score in request.scores)
     for modifier, score in enumerate(request.scores, start=own):
-        parameters = score.parameters(request.shape)
+        parameters = score.parameters(request.whole)
         for name in score.tensors():
             if name in parameters:
                 found.append((slot, modifier, parameters[name]))
@@ -169,22 +173,38 @@ def parameter_slots(request: Request) -> list[tuple[int, int, Parameter]]:
     return found
 
 
+def grad_of_parameter(
+    request: Request, backward: BackwardCall, modifier: int, parameter: Parameter, tensor: Tensor, tile: Tile,
+    dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """The gradient of a modifier's tensor; of a part's, 0 where it reads nothing."""
+    place, shape = request.place, request.shape
+    if place is None or modifier < len(request.similarity_scores.scores):
+        return parameter_gradient(backward, modifier, parameter, tensor, tile, dtype)
+    whole = torch.zeros_like(tensor, dtype=dtype)
+    own = own_part(whole, parameter, place, shape)
+    placed = place_parameter(parameter, place, shape)
+    own.copy_(parameter_gradient(backward, modifier, placed, own, tile, dtype).view(own.shape))
+    return whole
+
+
 def sink_gradient(sink: Tensor, backward: BackwardCall) -> Tensor:
     """dsink = -Σ P_sink · delta: a sink is one more key, whose value is 0."""
     row_max = backward.row_max  # in natural units wherever there is a sink
     p = torch.exp2((sink.float()[:, None] - row_max) / math.log(2) - backward.sum_log2)
     p = torch.where(row_max == -torch.inf, 0.0, p)  # [batch, q_heads, q_len]
-    return -(p * backward.delta).sum((0, 2)).to(sink.dtype)
+    return -(p * backward.delta).sum((0, 2))
 
 
-def empty_in_order_of(x: Tensor, dim: int) -> Tensor:
+def empty_in_order_of(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor with x's first three sizes and `dim`, dense, its dimensions in memory in the order of x's, so
-    that a caller who transposed [batch, length, heads, dim] inputs can transpose back without a copy."""
+    that a caller who transposed [batch, length, heads, dim] inputs can transpose back without a copy. In x's
+    dtype, or this one."""
     if x.is_contiguous():
-        return x.new_empty((*x.shape[:3], dim))
+        return x.new_empty((*x.shape[:3], dim), dtype=dtype)
     order = [0, 1, 2]
     for a, b in ((0, 1), (1, 2), (0, 1)):  # sorted() by stride, which a compiler cannot trace for all lengths
         if x.stride(order[a]) < x.stride(order[b]):
             order[a], order[b] = order[b], order[a]
     sizes = [x.shape[axis] for axis in order]
-    return x.new_empty((*sizes, dim)).permute(*[order.index(axis) for axis in range(3)], 3)
+    return x.new_empty((*sizes, dim), dtype=dtype).permute(*[order.index(axis) for axis in range(3)], 3)

@@ -9,6 +9,7 @@ import torch
 
 from ..parts.dropout import Dropout
 from ..parts.masks.mask import Mask, as_mask
+from ..parts.place import Place
 from ..parts.scores.bias import Bias
 from ..parts.scores.score import Score, as_scores
 from ..parts.shape import Cache, Packing, Pages, Shape
@@ -36,6 +37,8 @@ class Request:
     packing: Packing | None = None  # then q, and without a cache k and v, are [1, heads, tokens, dim]
     cache: Cache | None = None  # then k and v are [batch, heads, capacity, dim] or [pages, heads, size, dim]
     deterministic: bool = True  # of the backward
+    # Where it lies in a larger call, whose masks, scores and dropout these are; else they are its own.
+    place: Place | None = None
     _shape: Shape | None = field(default=None, init=False)
     _similarity_scores: Similarity | None = field(default=None, init=False)
     _other_tensors: list[tuple[str, torch.Tensor]] | None = field(default=None, init=False)
@@ -52,6 +55,11 @@ class Request:
             sizes = (batch, q_heads, kv_heads, q_len, kv_len, head_dim, self.v.shape[3])
             self._shape = Shape(*sizes, self.packing, self.cache)
         return self._shape
+
+    @property
+    def whole(self) -> Shape:
+        """The sizes that masks and scores are made for."""
+        return self.shape if self.place is None else self.place.whole(self.shape)
 
     @property
     def plugs(self) -> tuple[Mask | Score, ...]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..parts.dropout import Dropout
+from ..parts.place import Place
 from ..parts.shape import Cache, Packing, Pages
 from ..parts.similarity import Cosine
 from ..plan.implementation import implementation
@@ -66,7 +67,10 @@ def encode(request: Request) -> Encoded:
     seed, p = (None, None) if request.dropout is None else (request.dropout.seed, request.dropout.p)
     packing = None if request.packing is None else tuple(request.packing)
     cache = None if request.cache is None else as_tuples(request.cache)
-    given = (request.scale, temperature, similarity, request.sink, seed, packing, cache, p, request.impl)
+    place = None if request.place is None else tuple(request.place)
+    given = (
+        request.scale, temperature, similarity, request.sink, seed, packing, cache, p, request.impl, place
+    )  # fmt: skip
     for value in given:
         _put(value, encoded, words)
     for parts in (request.masks, request.scores):
@@ -126,7 +130,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
     tensors, ints, floats = iter(encoded.tensors), iter(encoded.ints), iter(encoded.floats)
     take = lambda: _take(words, tensors, ints, floats)  # noqa: E731
 
-    scale, temperature, similarity, sink, seed, packing, cache, p, impl = (take() for _ in range(9))
+    scale, temperature, similarity, sink, seed, packing, cache, p, impl, place = (take() for _ in range(10))
     parts: list[tuple[Any, ...]] = []
     for _ in range(2):
         count = int(next(words)[1:])
@@ -148,6 +152,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
         packing=None if packing is None else Packing(*packing),
         cache=None if cache is None else from_tuples(cache),
         deterministic=deterministic,
+        place=None if place is None else Place(*place),
     )  # fmt: skip
 
 

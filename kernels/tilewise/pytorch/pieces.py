@@ -69,7 +69,10 @@ def sequences(request: Request) -> Iterator[Request]:
         else:
             assert kv_starts is not None
             k, v = (x[:, :, kv_starts[batch] : kv_starts[batch + 1]] for x in (request.k, request.v))
-        yield replace(request, q=q, k=k, v=v, packing=None, cache=None)
+        place = None
+        if request.place is not None:  # the part has some heads of each sequence, and all of its rows
+            place = request.place._replace(q_len=q.shape[2], kv_len=k.shape[2])
+        yield replace(request, q=q, k=k, v=v, packing=None, cache=None, place=place)
 
 
 def filled(x: Tensor, cache: Cache, batch: int, capacity: int) -> Tensor:
@@ -100,7 +103,7 @@ def filled_rows(cache: Cache, batch: int, first: int, count: int, x: Tensor) -> 
 def check_extents(request: Request, q_len: int, kv_len: int, batch: int) -> None:
     """Raise ValueError for a mask or score whose tensor is shorter than the sequence."""
     for part in request.plugs:
-        q_extent, kv_extent = part.extents(request.shape)
+        q_extent, kv_extent = part.extents(request.whole)
         if q_len > q_extent or kv_len > kv_extent:
             raise ValueError(
                 f"{part.called()} has tensors for {q_extent} queries and {kv_extent} keys, and sequence "

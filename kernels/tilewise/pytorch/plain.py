@@ -77,6 +77,8 @@ def fused_is_the_same(request: Request, return_lse: bool) -> bool:
         return False
     if request.q.device.type != "cpu" or shape.head_dim != shape.value_dim or is_watched():
         return False
+    if request.place is not None and request.masks:  # which are those of a larger call
+        return False
     if torch.compiler.is_compiling() and return_lse and request.needs_gradient:
         return False  # lse has no gradient in PyTorch's formula
     if min(shape.batch, shape.q_len, shape.kv_len) == 0:
@@ -290,30 +292,37 @@ def rows_of_a_block(shape: Shape) -> int:
 def seen_keys(request: Request) -> tuple[Tensor, Tensor]:
     """The first and one more than the last of the keys that each row may see, by the masks' bounds; int64
     [q_len]. It reads the masks' tensors, which on a CPU costs nothing."""
-    shape = request.shape
+    shape, whole, (_, _, row, key) = request.shape, request.whole, origin_of(request)
     starts, ends = torch.zeros(shape.q_len, dtype=torch.int64), torch.full((shape.q_len,), shape.kv_len)
     for mask in request.masks:
-        bounds = mask.bounds(shape)
+        bounds = mask.bounds(whole)
         if bounds is not None:
-            lo, hi = (x.expand(shape.scores[:3]).flatten(0, 1) for x in bounds[:2])
+            lo, hi = (x.expand(whole.scores[:3]).flatten(0, 1) for x in bounds[:2])
+            lo, hi = (x[:, row : row + shape.q_len] - key for x in (lo, hi))
             starts, ends = starts.maximum(lo.amin(0)), ends.minimum(hi.amax(0))
     return starts.clamp(0, shape.kv_len), ends.clamp(0, shape.kv_len)
+
+
+def origin_of(request: Request) -> tuple[int, int, int, int]:
+    """Where the request begins in the call whose masks and scores it has."""
+    return (0, 0, 0, 0) if request.place is None else request.place.origin
 
 
 def oracle_arguments(request: Request, block: Block | None = None) -> dict[str, Any]:
     """The request as `tilewise_reference.attention` takes it, every mask and score by its twin; for the rows
     and keys of a block, if one is given."""
-    shape, similarity, dropped = request.shape, request.similarity, {}
+    shape, whole, similarity, dropped = request.shape, request.whole, request.similarity, {}
     block = Block(0, shape.q_len, 0, shape.kv_len) if block is None else block
+    batch, head, row, key = origin_of(request)
+    origin = batch + block.batch, head, row + block.q_start, key + block.kv_start
     if request.dropout is not None:
         p, seed = request.dropout
-        sizes = (shape.batch, shape.q_heads, block.q_end - block.q_start, block.kv_end)
-        first = dict(first_row=block.q_start, first_batch=block.batch)
-        keep = tilewise_reference.dropout_keep(seed, p, sizes, seed.device, **first)
-        dropped = dict(dropout_p=p, dropout_keep=keep[..., block.kv_start :])
+        sizes = (shape.batch, shape.q_heads, block.q_end - block.q_start, block.kv_end - block.kv_start)
+        keep = tilewise_reference.dropout_keep(seed, p, sizes, seed.device, origin)
+        dropped = dict(dropout_p=p, dropout_keep=keep)
     return dict(
-        mask=[shifted(mask.twin(shape), block) for mask in request.masks],
-        score=[twin_in_block(score, shape, block) for score in request.scores],
+        mask=[shifted(mask.twin(whole), origin) for mask in request.masks],
+        score=[twin_in_block(score, request, block, origin) for score in request.scores],
         scale=request.scale,
         similarity="cosine" if isinstance(similarity, Cosine) else similarity,
         temperature=similarity.temperature if isinstance(similarity, Cosine) else None,
@@ -322,25 +331,23 @@ def oracle_arguments(request: Request, block: Block | None = None) -> dict[str, 
     )
 
 
-def shifted(twin: Any, block: Block) -> Any:
-    """The twin of a mask or a score, for index tensors that count from the block's first sequence, row and
-    key."""
+def shifted(twin: Any, origin: tuple[int, int, int, int]) -> Any:
+    """The twin of a mask or a score, for index tensors that count from this sequence, head, row and key."""
 
     def moved(*given: Tensor) -> Any:
         *before, batch, head, q_idx, kv_idx = given
-        return twin(*before, batch + block.batch, head, q_idx + block.q_start, kv_idx + block.kv_start)
+        at = (x + first for x, first in zip((batch, head, q_idx, kv_idx), origin, strict=True))
+        return twin(*before, *at)
 
     return moved
 
 
-def twin_in_block(score: Score, shape: Shape, block: Block) -> Any:
+def twin_in_block(score: Score, request: Request, block: Block, origin: tuple[int, int, int, int]) -> Any:
     if not isinstance(score, Bias):
-        return shifted(score.twin(shape), block)
-    bias = score.bias  # read by its place, not by index
-    if bias.dim() > 0 and bias.shape[-1] > 1:
-        bias = bias[..., block.kv_start : block.kv_end]
-    if bias.dim() > 1 and bias.shape[-2] > 1:
-        bias = bias[..., block.q_start : block.q_end, :]
-    if bias.dim() == 4 and bias.shape[0] > shape.batch:  # one of several packed sequences
-        bias = bias[block.batch : block.batch + shape.batch]
+        return shifted(score.twin(request.whole), origin)
+    bias, shape = score.bias, request.shape  # read by its place, not by index
+    sizes = shape.batch, shape.q_heads, block.q_end - block.q_start, block.kv_end - block.kv_start
+    for axis in range(-bias.dim(), 0):
+        if bias.shape[axis] > 1:
+            bias = bias.narrow(axis, origin[axis], sizes[axis])
     return additive_bias(bias)

@@ -80,6 +80,10 @@ def rows_are_not_packed(r: Request) -> str | None:
     )
 
 
+def call_is_whole(r: Request) -> str | None:
+    return None if r.place is None else "the call is a part of a larger one, whose positions it does not know"
+
+
 def nothing_is_dropped(r: Request) -> str | None:
     return None if r.dropout is None else f"dropout_p={r.dropout.p} must be 0: it has no dropout"
 
@@ -125,6 +129,7 @@ RULES: tuple[Callable[[Request], str | None], ...] = (
     dims_are_narrow,
     some_key_is_there,
     rows_are_not_packed,
+    call_is_whole,
     nothing_is_dropped,
     masks_leave_no_gaps,
     scores_are_known,

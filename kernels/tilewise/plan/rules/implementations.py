@@ -59,7 +59,7 @@ def twins_exist(r: Request) -> str | None:
         return None
     for part in r.plugs:
         try:
-            part.twin(r.shape)
+            part.twin(r.whole)
         except ValueError as error:
             return str(error)
     return None
@@ -77,7 +77,7 @@ def memory_is_linear(r: Request) -> str | None:
             f"{r.q.device.type}) may hold {score_matrix_words(r.shape, computed_in(r.q.dtype))}: call it "
             "without, or leave strict out"
         )
-    return stored_pairs(r.plugs, r.shape)
+    return stored_pairs(r.plugs, r.whole)
 
 
 def gradients_exist(r: Request) -> str | None:
@@ -89,7 +89,7 @@ def gradients_exist(r: Request) -> str | None:
             if tensor.requires_grad:
                 return f"{part.called(name)} requires a gradient, and a mask has none: detach() it"
     for score in r.scores:
-        why_not, trained = score.no_gradient(), score.parameters(r.shape)
+        why_not, trained = score.no_gradient(), score.parameters(r.whole)
         if why_not is not None:
             return why_not
         for name, tensor in score.tensors().items():

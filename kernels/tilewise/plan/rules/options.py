@@ -100,7 +100,7 @@ def other_devices_agree(r: Request) -> str | None:
 
 
 def masks_and_scores_fit(r: Request) -> str | None:
-    return "; ".join(f"{p.called()}: {why}" for p in r.plugs for why in p.misfits(r.shape)) or None
+    return "; ".join(f"{p.called()}: {why}" for p in r.plugs for why in p.misfits(r.whole)) or None
 
 
 def corners_are_clear(r: Request) -> str | None:
@@ -110,7 +110,7 @@ def corners_are_clear(r: Request) -> str | None:
     if not r.shape.is_dense or not parts:
         return None
     named = " and ".join([p.called() for p in parts])
-    q_len, kv_len = r.shape.q_len, r.shape.kv_len
+    q_len, kv_len = r.whole.q_len, r.whole.kv_len
     for mask in r.masks:
         if isinstance(mask, Padding) and mask.side == "right" and q_len != kv_len:
             return (
@@ -131,6 +131,25 @@ def deterministic_is_a_bool(r: Request) -> str | None:
     if isinstance(r.deterministic, bool):
         return None
     return f"deterministic={r.deterministic!r} must be True or False"
+
+
+PARTED = ("sequences", "query heads", "queries", "keys")  # a call may be a part of a larger one's
+
+
+def part_lies_inside(r: Request) -> str | None:
+    """Such a part ends where the whole does, and drops its pairs four keys at a time."""
+    if r.place is None:
+        return None
+    sizes = r.shape.batch, r.shape.q_heads, r.shape.q_len, r.shape.kv_len
+    for name, first, size, full in zip(PARTED, r.place.origin, sizes, r.whole.scores, strict=True):
+        if first < 0 or first + size > full:
+            return f"the part's {name} {first} to {first + size} must lie in the whole call's 0 to {full}"
+    if r.dropout is not None and r.place.first_key % 4:
+        return (
+            f"dropout_p={r.dropout.p} draws for four keys at once, and a part begins at key "
+            f"{r.place.first_key}: cut the sequence at multiples of 4"
+        )
+    return None
 
 
 def dropout_fits(r: Request) -> str | None:
