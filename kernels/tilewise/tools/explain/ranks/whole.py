@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ....parts.masks.mask import Mask
+from ....parts.place import Place, place_parameter
 from ....parts.shape import Shape
 from ....plan.passes import parameter_slots
 from ....plan.request import Request
@@ -61,7 +62,7 @@ class Whole:
                 (sizes[0], sizes[1], sizes[1]), (shape.head_dim, shape.head_dim, shape.value_dim), strict=True
             )
         )
-        part = replace(self.request, q=q, k=k, v=v)
+        part = replace(self.request, q=q, k=k, v=v, place=Place(*self.shape[:5]))
         computed = tuple(computed_tensors(part))
         names = {x.name for x in self.work.computed}
         return replace(
@@ -73,7 +74,7 @@ class Whole:
                 *(x for x in self.work.extras if x.name not in names),
                 *(Extra(x.name, x.bytes, False) for x in computed),
             ),
-            parameters=tuple(trained(self.request, shape)) if self.work.parameters else (),
+            parameters=tuple(trained(part)) if self.work.parameters else (),
             computed=computed,
             walks=walks_of(part, self.chip, self.on_its_gpu),
         )
@@ -99,12 +100,12 @@ class Whole:
         return joined(found)
 
 
-def trained(request: Request, shape: Shape) -> Iterator[TrainedParameter]:
-    """The parameters of scores that get a gradient from a part of this shape: of one with an element a row
-    or a key, as much as the part reads."""
-    for slot, _, parameter in parameter_slots(request):
-        name, tensor = request.other_tensors[slot]
+def trained(part: Request) -> Iterator[TrainedParameter]:
+    """The parameters of scores that get a gradient from a part of a call: of each what the part reads."""
+    assert part.place is not None
+    for slot, modifier, parameter in parameter_slots(part):
+        name, tensor = part.other_tensors[slot]
+        if modifier >= len(part.similarity_scores.scores):
+            parameter = place_parameter(parameter, part.place, part.shape)
         if tensor.requires_grad and tensor.numel():
-            read = zip(parameter.sizes, shape.scores, strict=False)
-            cut = parameter._replace(sizes=tuple(min(size, most) for size, most in read))
-            yield as_trained(name, cut, tensor, shape)
+            yield as_trained(name, parameter, tensor, part.shape)

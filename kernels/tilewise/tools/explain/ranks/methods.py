@@ -1,0 +1,206 @@
+"""What does each method ask of every rank? Bytes, time, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ....distributed.order import Order, order_of
+from .chunks import Chunks, chunks_of, held
+from .findings import Method, Pass
+from .memory import memory_of_all_gather, memory_of_heads, memory_of_ring
+from .traffic import Sizes, by_ring, heads_of_rank, why_not_heads
+from .waiting import ring_seconds
+from .whole import Whole
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share a call, and where its rows are. mesh: how many there are, or of a mesh with two
+    dimensions how many across and within; link: bytes a second, of each dimension of the mesh."""
+
+    mesh: tuple[int, ...]
+    link: tuple[float, ...]
+    order: str
+    q_order: Order
+    kv_order: Order
+
+    @property
+    def count(self) -> int:
+        return self.q_order.ranks
+
+    @property
+    def slowest(self) -> float:
+        """The link that whoever talks to all ranks waits for."""
+        return min(self.link)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the ranks of one pass do, each number a tensor [ranks]; times are of one rank after another's
+    start together. before, after: bytes that every rank sends, and receives, with nothing computed meanwhile.
+    """
+
+    sent: Tensor
+    received: Tensor
+    compute: Tensor
+    done: Tensor  # seconds, from when what comes before is there
+
+
+def ring(whole: Whole, ranks: Ranks) -> Method:
+    """Keys travel to the queries that see them, while others are computed."""
+    chunks = chunks_of(whole, ranks.q_order, ranks.kv_order, (whole.shape.q_heads, whole.shape.kv_heads))
+    forward, backward = ring_shares(whole, chunks, ranks.slowest, whole.shape.kv_heads)
+    return Method(
+        "ring", (ranks.count,), "",
+        tuple(chunks.by_ranks(chunks.times.pairs).sum(1).tolist()),
+        pass_of(forward, ranks.slowest),
+        pass_of(backward, ranks.slowest) if whole.work.training else None,
+        memory_of_ring(whole, ranks.q_order, ranks.kv_order, chunks.needed()),
+    )  # fmt: skip
+
+
+def ring_shares(whole: Whole, chunks: Chunks, link: float, kv_heads: int) -> tuple[Share, Share]:
+    """Forward and backward of a ring over the ranks of `chunks`, with so many heads of keys."""
+    sizes = Sizes.of(whole)
+    rows, needed = chunks.kv_order.chunk, chunks.needed()
+    keys = by_ring(needed, sizes.keys(rows, sizes.element, kv_heads))
+    sums = by_ring(needed, sizes.keys(rows, sizes.sums, kv_heads))
+    found = []
+    for seconds, back in ((chunks.times.forward, torch.zeros_like(sums)), (chunks.times.backward, sums)):
+        compute = chunks.by_ranks(seconds)
+        done = ring_seconds(compute, keys, back, link)
+        found.append(Share(keys.sum(0) + back.sum(1), keys.sum(1) + back.sum(0), compute.sum(1), done))
+    return found[0], found[1]
+
+
+def pass_of(share: Share, link: float, before: int = 0, after: int = 0, outer: float | None = None) -> Pass:
+    """The pass of these shares. before, after: bytes that every rank sends and receives besides, while
+    nothing is computed, on the link `outer`."""
+    besides = before + after
+    sent, received = share.sent + besides, share.received + besides
+    alone = besides / (outer or link)
+    on_link = float(torch.maximum(share.sent, share.received).max()) / link + alone
+    return Pass(
+        tuple(sent.tolist()),
+        tuple(received.tolist()),
+        tuple(share.compute.tolist()),
+        on_link,
+        float(share.done.max()) + alone,
+    )
+
+
+def all_gather(whole: Whole, ranks: Ranks) -> Method:
+    """Every rank gets all keys, and then computes its queries."""
+    shape, sizes, count = whole.shape, Sizes.of(whole), ranks.count
+    part = shape._replace(q_len=ranks.q_order.chunk)
+    chunk = torch.arange(ranks.q_order.chunks, device="cpu")
+    times = whole.times(part, chunk, torch.zeros_like(chunk))
+    each = held(ranks.q_order)
+    others = (count - 1) * sizes.keys(ranks.kv_order.rows_each, sizes.element)
+    gradients = (count - 1) * sizes.keys(ranks.kv_order.rows_each, sizes.sums)
+
+    def made(seconds: Tensor, before: int, after: int) -> Pass:
+        compute, nothing = seconds[each].sum(1), torch.zeros(count, dtype=torch.int64, device="cpu")
+        return pass_of(Share(nothing, nothing, compute, compute), ranks.slowest, before, after)
+
+    return Method(
+        "all_gather", (count,), "",
+        tuple(times.pairs[each].sum(1).tolist()),
+        made(times.forward, others, 0),
+        made(times.backward, 0, gradients) if whole.work.training else None,
+        memory_of_all_gather(whole, ranks.q_order, ranks.kv_order),
+    )  # fmt: skip
+
+
+def heads(whole: Whole, ranks: Ranks) -> Method:
+    """Every rank gets the whole sequence, of some heads."""
+    count = ranks.count
+    if why := why_not_heads(whole.shape, count):
+        return Method("heads", (count,), why)
+    q_heads, kv_heads = heads_of_rank(whole.shape, count)
+    part = whole.shape._replace(q_heads=q_heads, kv_heads=kv_heads)
+    first = torch.zeros(1, dtype=torch.int64, device="cpu")
+    found = [each.times(part, first, first) for each in by_heads(whole, count)]
+    pairs, forward, backward = (
+        torch.cat([getattr(times, name) for times in found]).expand(count)
+        for name in ("pairs", "forward", "backward")
+    )
+    bytes_of = exchanged(whole, ranks, count)
+
+    def made(compute: Tensor, name: str) -> Pass:
+        nothing = torch.zeros(count, dtype=torch.int64, device="cpu")
+        return pass_of(Share(nothing, nothing, compute, compute), ranks.slowest, *bytes_of[name])
+
+    return Method(
+        "heads", (count,), "",
+        tuple(pairs.tolist()),
+        made(forward, "forward"),
+        made(backward, "backward") if whole.work.training else None,
+        memory_of_heads(whole, ranks.q_order, ranks.kv_order, count),
+    )  # fmt: skip
+
+
+def by_heads(whole: Whole, ranks: int) -> list[Whole]:
+    """The call with the heads of each rank; one that stands for all where masks do not tell heads apart."""
+    if whole.rows.repeats[1] == 1:
+        return [whole]
+    each = whole.shape.q_heads // ranks
+    return [replace(whole, heads=(rank * each, (rank + 1) * each)) for rank in range(ranks)]
+
+
+def exchanged(whole: Whole, ranks: Ranks, within: int) -> dict[str, tuple[int, int]]:
+    """Bytes that every rank sends, and receives, where `within` ranks divide the heads: before and after what
+    is computed, of each pass."""
+    shape, sizes = whole.shape, Sizes.of(whole)
+    q_rows, kv_rows, others = ranks.q_order.rows_each, ranks.kv_order.rows_each, within - 1
+    q_heads, kv_heads = heads_of_rank(shape, within)
+    q, out = (sizes.queries(q_rows, dim, q_heads) for dim in (shape.head_dim, shape.value_dim))
+    keys = sizes.keys(kv_rows, sizes.element, kv_heads)
+    lse = sizes.statistics(q_rows, q_heads) if whole.work.return_lse else 0
+    return {
+        "forward": (others * (q + keys), others * (out + lse)),
+        "backward": (others * out, others * (q + keys)),
+    }
+
+
+def ring_of_heads(whole: Whole, ranks: Ranks, across: int, within: int) -> Method:
+    """Heads are divided within a group of ranks, and groups are a ring."""
+    name, mesh = "ring, heads", (across, within)
+    if why := why_not_heads(whole.shape, within):
+        return Method(name, mesh, why)
+    q_order, kv_order = (order_of(x.length, across, ranks.order) for x in (ranks.q_order, ranks.kv_order))
+    part = heads_of_rank(whole.shape, within)
+    shares, pairs, chunks = [], [], None
+    for each in by_heads(whole, within):
+        chunks = chunks_of(each, q_order, kv_order, part)
+        shares.append(ring_shares(each, chunks, ranks.link[0], part[1]))
+        pairs.append(chunks.by_ranks(chunks.times.pairs).sum(1))
+    bytes_of = exchanged(whole, ranks, within)
+
+    def made(which: int, name: str) -> Pass:
+        every = [share[which] for share in shares]
+        joined = Share(*(flat([getattr(x, field) for x in every], within) for field in FIELDS))
+        return pass_of(joined, ranks.link[0], *bytes_of[name], outer=ranks.link[-1])
+
+    assert chunks is not None
+    return Method(
+        name, mesh, "",
+        tuple(flat(pairs, within).tolist()),
+        made(0, "forward"),
+        made(1, "backward") if whole.work.training else None,
+        memory_of_heads(whole, ranks.q_order, ranks.kv_order, within),
+    )  # fmt: skip
+
+
+FIELDS = ("sent", "received", "compute", "done")
+
+
+def flat(of_heads: list[Tensor], within: int) -> Tensor:
+    """A number of each group, for each share of the heads or one for all, as one of each rank: those of a
+    group stand one behind the other."""
+    return torch.stack(of_heads, 1).expand(-1, within).flatten()
