@@ -41,5 +41,7 @@ def spent(method: Method) -> str:
 def compared(other: Method, best: Method) -> str:
     ratio, memory = other.seconds / best.seconds, other.bytes / best.bytes
     time = "as long" if ratio < ALIKE else f"{ratio:.2f}× as long"
-    more = f"{quantity(other.bytes, 'B')} a rank, {memory:.2f}× as much" if memory >= 1.01 else "no more memory"
+    more = (
+        f"{quantity(other.bytes, 'B')} a rank, {memory:.2f}× as much" if memory >= 1.01 else "no more memory"
+    )
     return f"{time} ({spent(other)}) and {more}"

@@ -7,49 +7,85 @@ from dataclasses import dataclass
 
 import torch
 
-from ....distributed.blocks import blocks_of
+from ....distributed.blocks import Blocks, blocks_of
+from ....distributed.calls import is_free, part_calls
 from ....distributed.order import Order
 from ....parts.shape import Shape
 from ..coverage import Rows
-from .pieces import Times
+from .pieces import Times, joined
 from .whole import Whole
 
+Tensor = torch.Tensor
+AT_ONCE = 1 << 18  # blocks whose numbers are looked up together
 NOT_SEEN, FULL, ASKED, BLIND, FIRST_CUT = range(5)  # classes of blocks
 
 
 @dataclass(frozen=True)
 class Chunks:
     """seen [q_chunks, kv_chunks]: as the run knows it. classes int32, the same: of each block its place in
-    `times`; blocks of one class take the same time."""
+    `times`; blocks of one class take the same time. full_alone [patterns]: of a rank's queries against the
+    keys of another where nothing is seen but FULL blocks; by which they are: bit i · (chunks of a rank) + j
+    is chunk i of its rows against chunk j of those keys."""
 
     q_order: Order
     kv_order: Order
-    seen: torch.Tensor
-    classes: torch.Tensor
+    seen: Tensor
+    classes: Tensor
     times: Times
+    full_alone: Times
 
     @property
     def ranks(self) -> int:
         return self.q_order.ranks
 
-    def by_ranks(self, of_classes: torch.Tensor) -> torch.Tensor:
+    def by_ranks(self, of_classes: Tensor, weights: Tensor | None = None) -> Tensor:
         """A number of each class, summed over the blocks of the queries of a rank and the keys of another,
-        [ranks of queries, ranks of keys]."""
+        [ranks of queries, ranks of keys]; weights: of chunk i of the rank's and chunk j of the other's."""
         found = torch.zeros(self.ranks, self.ranks, dtype=of_classes.dtype, device="cpu")
-        for q_chunks in held(self.q_order).unbind(1):
-            rows = self.classes[q_chunks]
-            for kv_chunks in held(self.kv_order).unbind(1):
-                found += of_classes[rows[:, kv_chunks]]
+        q_chunks, kv_chunks = held(self.q_order), held(self.kv_order)
+        some = max(1, AT_ONCE // self.kv_order.chunks)
+        for to, which in zip(found.split(some), q_chunks.split(some), strict=True):  # what caches hold
+            for i, each in enumerate(which.unbind(1)):
+                classes = self.classes.index_select(0, each)
+                of_chunks = of_classes.index_select(0, classes.flatten()).view(classes.shape)
+                for j, column in enumerate(kv_chunks.unbind(1)):
+                    to += of_chunks.index_select(1, column) * (1 if weights is None else weights[i, j])
         return found
 
-    def needed(self) -> torch.Tensor:
+    def pairs(self) -> Tensor:
+        """The pairs of query and key that count, of each rank, int64 [ranks]."""
+        return self.by_ranks(self.times.pairs).sum(1)
+
+    def seconds(self) -> tuple[Tensor, Tensor]:
+        """Of forward and backward, [ranks of queries, ranks of keys]. FULL blocks are called together where
+        the run does; blocks that are cut are counted as calls of their own, and so is whatever they stand
+        beside."""
+        forward, backward = self.by_ranks(self.times.forward), self.by_ranks(self.times.backward)
+        if len(self.full_alone.forward) == 0:
+            return forward, backward
+        is_full = torch.zeros(len(self.times.pairs), dtype=torch.uint8, device="cpu")
+        is_full[FULL] = 1
+        of_rank = [len(order.held[0]) for order in (self.q_order, self.kv_order)]
+        bits = (1 << torch.arange(of_rank[0] * of_rank[1], device="cpu")).view(of_rank)
+        pattern = self.by_ranks(is_full, bits.to(torch.uint8))
+        is_other = 1 - is_full
+        is_other[NOT_SEEN] = 0
+        alone = self.by_ranks(is_other) == 0
+        together = (x[pattern.int()] for x in (self.full_alone.forward, self.full_alone.backward))
+        forward, backward = (
+            torch.where(alone, of_all, by_block)
+            for of_all, by_block in zip(together, (forward, backward), strict=True)
+        )
+        return forward, backward
+
+    def needed(self) -> Tensor:
         """How many chunks of the keys of a rank are seen by queries of another, int64 [ranks of queries,
         ranks of keys]: those that travel, but for a rank's own."""
         needs = self.seen[held(self.q_order)].any(1)
         return needs[:, held(self.kv_order)].sum(2)
 
 
-def held(order: Order) -> torch.Tensor:
+def held(order: Order) -> Tensor:
     """The chunks of every rank, [ranks, chunks of a rank]."""
     return torch.tensor(order.held, device="cpu")
 
@@ -68,30 +104,57 @@ def chunks_of(whole: Whole, q_order: Order, kv_order: Order, heads: tuple[int, i
         exists[name] = name != NOT_SEEN and bool(of_class.any())
         place = int(of_class.flatten().to(torch.uint8).argmax())
         places[name] = torch.tensor(divmod(place, classes.shape[1]), device="cpu")
-    q_heads, kv_heads = heads
-    shape = whole.shape._replace(
-        q_heads=q_heads, kv_heads=kv_heads, q_len=q_order.chunk, kv_len=kv_order.chunk
-    )
-    found = whole.times(shape, places[exists, 0], places[exists, 1] * kv_order.chunk)
+    sizes = torch.tensor([q_order.chunk, kv_order.chunk], device="cpu")
+    part = whole.shape._replace(q_heads=heads[0], kv_heads=heads[1])
+    block = part._replace(q_len=q_order.chunk, kv_len=kv_order.chunk)
+    found = whole.times(block, *(places[exists] * sizes).unbind(1))
     times = Times(*(spread(column, exists) for column in (found.forward, found.backward, found.pairs)))
-    return Chunks(q_order, kv_order, seen, classes, times)
+    full_alone = found[:0]
+    if is_free(whole.request) and exists[FULL]:
+        full_alone = called_together(whole, part, q_order, kv_order)
+    return Chunks(q_order, kv_order, seen, classes, times, full_alone)
 
 
-def spread(column: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+def called_together(whole: Whole, part: Shape, q_order: Order, kv_order: Order) -> Times:
+    """The times of a rank's queries against the keys of another, by which blocks are FULL and no other is
+    seen: as `Chunks.full_alone`."""
+    rows, keys = (
+        Order(len(x.held[0]) * x.chunk, (tuple(range(len(x.held[0]))),)) for x in (q_order, kv_order)
+    )
+    count = rows.chunks * keys.chunks
+    unmasked, nothing = whole.unmasked(), torch.zeros(1, dtype=torch.int64, device="cpu")
+    of_calls: dict[tuple[int, int], Times] = {}
+    found = []
+    for pattern in range(1 << count):
+        bits = [pattern >> bit & 1 for bit in range(count)]
+        full = torch.tensor(bits, dtype=torch.bool, device="cpu").view(rows.chunks, keys.chunks)
+        at_hand = full.any(0).nonzero()[:, 0].tolist()
+        total = Times(nothing.double(), nothing.double(), nothing)
+        for call in part_calls(0, at_hand, Blocks(full, full), rows, keys, is_free=True):
+            size = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
+            if size not in of_calls:
+                shape = part._replace(q_len=size[0], kv_len=size[1])
+                of_calls[size] = unmasked.times(shape, nothing, nothing)
+            total = total + of_calls[size]
+        found.append(total)
+    return joined(found)
+
+
+def spread(column: Tensor, exists: torch.Tensor) -> Tensor:
     """The numbers of those that exist, and 0 for the others."""
     found = torch.zeros(len(exists), dtype=column.dtype, device="cpu")
     found[exists] = column
     return found
 
 
-def classes_of(rows: Rows, seen: torch.Tensor, q_order: Order, kv_order: Order) -> torch.Tensor:
+def classes_of(rows: Rows, seen: Tensor, q_order: Order, kv_order: Order) -> Tensor:
     """The class of every block; those that are cut are all FIRST_CUT. Every pair of a FULL block counts; all
     rows of an ASKED one reach over all of its keys, and a mask is asked; nobody in a BLIND one sees a key,
     which the run does not know."""
     start = torch.arange(kv_order.chunks, device="cpu") * kv_order.chunk
     stop = start + kv_order.chunk
 
-    def by_chunk(x: torch.Tensor) -> torch.Tensor:
+    def by_chunk(x: Tensor) -> Tensor:
         """[batch, heads, rows] -> [chunks, 1, rows of all batches and heads]"""
         return x.unflatten(2, (q_order.chunks, q_order.chunk)).movedim(2, 0).flatten(1)[:, None]
 

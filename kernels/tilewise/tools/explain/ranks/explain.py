@@ -19,6 +19,7 @@ from ..coverage import pairs_that_count
 from ..explain import chip_for, on_meta, reasons, refuse_malformed
 from ..findings import Work
 from .advice import advised
+from .chunks import chunks_of
 from .findings import Method, RanksFindings
 from .link import link_rate
 from .methods import Ranks, all_gather, heads, ring, ring_of_heads
@@ -174,8 +175,10 @@ def shared_by(whole: Whole, mesh: tuple[int, ...], links: tuple[float, ...], ord
 
 
 def methods_of(whole: Whole, ranks: Ranks) -> Iterator[Method]:
-    yield ring(whole, ranks)
-    yield all_gather(whole, ranks)
+    heads_of = whole.shape.q_heads, whole.shape.kv_heads
+    chunks = chunks_of(whole, ranks.q_order, ranks.kv_order, heads_of)
+    yield ring(whole, ranks, chunks)
+    yield all_gather(whole, ranks, chunks)
     yield heads(whole, ranks)
     yield two_levels(whole, ranks)
 
@@ -187,7 +190,9 @@ def two_levels(whole: Whole, ranks: Ranks) -> Method:
     sizes = [n for n in range(2, ranks.count // 2 + 1) if ranks.count % n == 0]
     fitting = [n for n in sizes if not why_not_heads(whole.shape, n)]
     if not fitting:
-        why = f"{ranks.count} ranks do not divide into groups that could share q's {whole.shape.q_heads} heads"
+        why = (
+            f"{ranks.count} ranks do not divide into groups that could share q's {whole.shape.q_heads} heads"
+        )
         return Method("ring, heads", (), why)
     found = [ring_of_heads(whole, ranks, ranks.count // within, within) for within in fitting]
     return min(found, key=lambda method: (method.seconds, method.bytes))

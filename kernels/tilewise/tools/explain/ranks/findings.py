@@ -7,6 +7,7 @@ from typing import Any
 
 from ..findings import Work
 from ..workload import Allocation
+from .memory import peak
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Method:
 
     @property
     def bytes(self) -> int:
-        """The memory that a rank needs."""
-        return sum(x.bytes for x in self.memory)
+        """The memory that a rank needs, in the forward or the backward, whichever is more."""
+        return peak(self.memory)
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from ....distributed.order import Order, order_of
+from ....parts.shape import ceil_div
 from .chunks import Chunks, chunks_of, held
 from .findings import Method, Pass
 from .memory import memory_of_all_gather, memory_of_heads, memory_of_ring
+from .pieces import Times
 from .traffic import Sizes, by_ring, heads_of_rank, why_not_heads
 from .waiting import ring_seconds
 from .whole import Whole
@@ -51,13 +52,12 @@ class Share:
     done: Tensor  # seconds, from when what comes before is there
 
 
-def ring(whole: Whole, ranks: Ranks) -> Method:
+def ring(whole: Whole, ranks: Ranks, chunks: Chunks) -> Method:
     """Keys travel to the queries that see them, while others are computed."""
-    chunks = chunks_of(whole, ranks.q_order, ranks.kv_order, (whole.shape.q_heads, whole.shape.kv_heads))
     forward, backward = ring_shares(whole, chunks, ranks.slowest, whole.shape.kv_heads)
     return Method(
         "ring", (ranks.count,), "",
-        tuple(chunks.by_ranks(chunks.times.pairs).sum(1).tolist()),
+        tuple(chunks.pairs().tolist()),
         pass_of(forward, ranks.slowest),
         pass_of(backward, ranks.slowest) if whole.work.training else None,
         memory_of_ring(whole, ranks.q_order, ranks.kv_order, chunks.needed()),
@@ -71,8 +71,7 @@ def ring_shares(whole: Whole, chunks: Chunks, link: float, kv_heads: int) -> tup
     keys = by_ring(needed, sizes.keys(rows, sizes.element, kv_heads))
     sums = by_ring(needed, sizes.keys(rows, sizes.sums, kv_heads))
     found = []
-    for seconds, back in ((chunks.times.forward, torch.zeros_like(sums)), (chunks.times.backward, sums)):
-        compute = chunks.by_ranks(seconds)
+    for compute, back in zip(chunks.seconds(), (torch.zeros_like(sums), sums), strict=True):
         done = ring_seconds(compute, keys, back, link)
         found.append(Share(keys.sum(0) + back.sum(1), keys.sum(1) + back.sum(0), compute.sum(1), done))
     return found[0], found[1]
@@ -94,27 +93,54 @@ def pass_of(share: Share, link: float, before: int = 0, after: int = 0, outer: f
     )
 
 
-def all_gather(whole: Whole, ranks: Ranks) -> Method:
-    """Every rank gets all keys, and then computes its queries."""
-    shape, sizes, count = whole.shape, Sizes.of(whole), ranks.count
-    part = shape._replace(q_len=ranks.q_order.chunk)
-    chunk = torch.arange(ranks.q_order.chunks, device="cpu")
-    times = whole.times(part, chunk, torch.zeros_like(chunk))
-    each = held(ranks.q_order)
-    others = (count - 1) * sizes.keys(ranks.kv_order.rows_each, sizes.element)
-    gradients = (count - 1) * sizes.keys(ranks.kv_order.rows_each, sizes.sums)
+def all_gather(whole: Whole, ranks: Ranks, chunks: Chunks) -> Method:
+    """Every rank first gets all keys that its queries see, and then computes."""
+    sizes, needed = Sizes.of(whole), chunks.needed()
+    rows = ranks.kv_order.chunk
+    keys = by_ring(needed, sizes.keys(rows, sizes.element))
+    sums = by_ring(needed, sizes.keys(rows, sizes.sums))
+    times = gathered(whole, chunks)
 
-    def made(seconds: Tensor, before: int, after: int) -> Pass:
-        compute, nothing = seconds[each].sum(1), torch.zeros(count, dtype=torch.int64, device="cpu")
-        return pass_of(Share(nothing, nothing, compute, compute), ranks.slowest, before, after)
+    def made(seconds: Tensor, back: Tensor) -> Pass:
+        compute = seconds[held(ranks.q_order)].sum(1)
+        sent, received = keys.sum(0) + back.sum(1), keys.sum(1) + back.sum(0)
+        # All keys have come before the first is read, and gradients go when the last one is computed.
+        before, after = (float(torch.maximum(x.sum(0), x.sum(1)).max()) / ranks.slowest for x in (keys, back))
+        return pass_of(Share(sent, received, compute, compute + before + after), ranks.slowest)
 
     return Method(
-        "all_gather", (count,), "",
-        tuple(times.pairs[each].sum(1).tolist()),
-        made(times.forward, others, 0),
-        made(times.backward, 0, gradients) if whole.work.training else None,
-        memory_of_all_gather(whole, ranks.q_order, ranks.kv_order),
+        "all_gather", (ranks.count,), "",
+        tuple(times.pairs[held(ranks.q_order)].sum(1).tolist()),
+        made(times.forward, torch.zeros_like(sums)),
+        made(times.backward, sums) if whole.work.training else None,
+        memory_of_all_gather(whole, ranks.q_order, ranks.kv_order, needed),
     )  # fmt: skip
+
+
+LENGTHS = 256  # of runs that are told apart; of more, each is counted as the next longer one
+
+
+def gathered(whole: Whole, chunks: Chunks) -> Times:
+    """Of each chunk of queries, [q_chunks], one call for each run of chunks of keys that it sees."""
+    q_order, kv_order, seen = chunks.q_order, chunks.kv_order, chunks.seen
+    edge = torch.zeros(len(seen), 1, dtype=torch.bool, device="cpu")
+    begins = (seen & ~torch.cat([edge, seen[:, :-1]], 1)).nonzero()
+    ends = (seen & ~torch.cat([seen[:, 1:], edge], 1)).nonzero()
+    count = ends[:, 1] - begins[:, 1] + 1
+    coarse = ceil_div(int(count.max()), LENGTHS) if len(count) else 1
+    count = (-(-count // coarse) * coarse).clamp(max=kv_order.chunks)
+    first = torch.minimum(begins[:, 1], kv_order.chunks - count)
+    found = [
+        torch.zeros(len(seen), dtype=x, device="cpu") for x in (torch.float64, torch.float64, torch.int64)
+    ]
+    for length in count.unique().tolist():
+        of_length = count == length
+        rows = begins[of_length, 0]
+        shape = whole.shape._replace(q_len=q_order.chunk, kv_len=length * kv_order.chunk)
+        times = whole.times(shape, rows * q_order.chunk, first[of_length] * kv_order.chunk)
+        for total, each in zip(found, (times.forward, times.backward, times.pairs), strict=True):
+            total.index_add_(0, rows, each)
+    return Times(*found)
 
 
 def heads(whole: Whole, ranks: Ranks) -> Method:
@@ -125,7 +151,7 @@ def heads(whole: Whole, ranks: Ranks) -> Method:
     q_heads, kv_heads = heads_of_rank(whole.shape, count)
     part = whole.shape._replace(q_heads=q_heads, kv_heads=kv_heads)
     first = torch.zeros(1, dtype=torch.int64, device="cpu")
-    found = [each.times(part, first, first) for each in by_heads(whole, count)]
+    found = [each.times(part, first, first, joined_to=False) for each in by_heads(whole, count)]
     pairs, forward, backward = (
         torch.cat([getattr(times, name) for times in found]).expand(count)
         for name in ("pairs", "forward", "backward")
@@ -179,7 +205,7 @@ def ring_of_heads(whole: Whole, ranks: Ranks, across: int, within: int) -> Metho
     for each in by_heads(whole, within):
         chunks = chunks_of(each, q_order, kv_order, part)
         shares.append(ring_shares(each, chunks, ranks.link[0], part[1]))
-        pairs.append(chunks.by_ranks(chunks.times.pairs).sum(1))
+        pairs.append(chunks.pairs())
     bytes_of = exchanged(whole, ranks, within)
 
     def made(which: int, name: str) -> Pass:

@@ -55,6 +55,9 @@ class Times:
     def __getitem__(self, which: Any) -> Times:
         return Times(self.forward[which], self.backward[which], self.pairs[which])
 
+    def __add__(self, other: Times) -> Times:
+        return Times(self.forward + other.forward, self.backward + other.backward, self.pairs + other.pairs)
+
 
 def joined(times: list[Times]) -> Times:
     """The pieces of all, in order."""

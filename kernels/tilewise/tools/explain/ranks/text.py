@@ -53,9 +53,7 @@ def passes(e: RanksFindings) -> Iterator[Section]:
     )
     heading = ("method", "sends", "receives", "link", "kernels", "exposed", "at least")
     for name in ("forward", "backward"):
-        rows = tuple(
-            (named(m), *cells(getattr(m, name))) for m in e.methods if getattr(m, name) is not None
-        )
+        rows = tuple((named(m), *cells(getattr(m, name))) for m in e.methods if getattr(m, name) is not None)
         if rows:
             said = (meaning,) if name == "forward" else ()
             yield Section(f"{name.capitalize()} on an {e.gpu}, with links of {rates}", said, heading, rows)

@@ -1,8 +1,9 @@
 """When is a ring done, if messages travel under the computation?
 
 A rank posts what it receives next, and what it sends meanwhile, when it begins to compute a step: two buffers.
-It begins the next step when it has computed this one and its keys have come. Links carry one message after
-another each way. In the backward the gradients of a step's keys go back to their owner behind it.
+It begins the next step when it has computed this one and its keys have come. In the backward the gradients of
+a step's keys go back to their owner when they are computed, and have come before the step after the next one
+begins. Links carry one message after another each way: `distributed.walk`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ def ring_seconds(
         x.double().gather(1, of_step).T.contiguous() for x in (compute, keys / link, gradients / link)
     )
     links = Links(ranks)
-    begin, owners = (torch.zeros(ranks, dtype=torch.float64, device="cpu") for _ in range(2))
+    begin, late = (torch.zeros(ranks, dtype=torch.float64, device="cpu") for _ in range(2))
     for step in range(ranks):
         done = begin + computing[step]
         come = links.carry(arriving[step + 1], begin, step + 1) if step + 1 < ranks else done
         # The gradients go from a rank to the one whose keys it had: the other way round.
-        owners = torch.maximum(owners, links.carry(returning[step].roll(-step), done, -step))
-        begin = torch.maximum(done, come)
-    return torch.maximum(begin, owners)
+        back = links.carry(returning[step].roll(-step), done, -step)
+        begin, late = torch.maximum(torch.maximum(done, come), late), back
+    return torch.maximum(begin, late)
 
 
 class Links:
@@ -46,7 +47,9 @@ class Links:
         none, by receiver; ready: from when on a rank sends and receives."""
         if not bool(seconds.any()):
             return torch.zeros_like(seconds)
-        both = torch.maximum(torch.maximum(ready, self.inwards), torch.maximum(ready, self.outwards).roll(step))
+        both = torch.maximum(
+            torch.maximum(ready, self.inwards), torch.maximum(ready, self.outwards).roll(step)
+        )
         stop = torch.where(seconds > 0, both + seconds, 0.0)
         self.inwards = torch.maximum(self.inwards, stop)
         self.outwards = torch.maximum(self.outwards, stop.roll(-step))

@@ -18,7 +18,10 @@ from ..coverage import Rows, has_contents
 from ..workload import Extra, TrainedParameter, Workload
 from .pieces import Pieces, Times, joined, times_of
 
+Tensor = torch.Tensor
 AT_ONCE = 1 << 22  # rows that are counted together, of all heads that differ
+# Bytes that PyTorch moves for a number in fp32: of total · a + piece · b in three operations, and of a sum.
+JOINED, ADDED = 8 + 8 + 12, 12
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Whole:
         masks = self.request.masks
         return tuple(mask for mask in masks if all(map(has_contents, mask.tensors().values())))
 
+    def unmasked(self) -> Whole:
+        """The call without its masks: every pair counts."""
+        parts = self.work.parts.with_masks((), self.shape)
+        return replace(self, request=replace(self.request, masks=()), work=replace(self.work, parts=parts))
+
     def part(self, shape: Shape) -> Workload:
         """The workload of a part of this shape, but for what it sees: masks and scores are those of the whole
         call, read where the part lies."""
@@ -79,25 +87,35 @@ class Whole:
             walks=walks_of(part, self.chip, self.on_its_gpu),
         )
 
-    def times(self, shape: Shape, chunks: torch.Tensor, starts: torch.Tensor) -> Times:
-        """Of calls of this shape, one for each of `chunks` of shape.q_len rows of queries, against the
-        shape.kv_len keys from that of `starts` on."""
+    def times(self, shape: Shape, first_rows: Tensor, first_keys: Tensor, joined_to: bool = True) -> Times:
+        """Of calls of this shape, one from each of these rows and keys of the sequence on. joined_to: what
+        they give is added to what the rank has of other keys."""
         rows, work = self.rows, self.part(shape)
-        batch, heads = rows.repeats
+        some = max(1, AT_ONCE // max(1, rows.repeats[0] * rows.repeats[1] * shape.q_len))
         found = []
-        for some in torch.arange(len(chunks), device="cpu").split(
-            max(1, AT_ONCE // max(1, batch * heads * shape.q_len))
-        ):
-            start = starts[some, None, None, None]
+        for row, key in zip(first_rows.split(some), first_keys.split(some), strict=True):
+            at = row[:, None] + torch.arange(shape.q_len, device="cpu")
+            # [batch, heads, pieces, rows] -> [pieces, batch, heads, rows]
+            lo, hi, whole = (x[:, :, at].permute(2, 0, 1, 3) for x in (rows.lo, rows.hi, rows.whole))
+            lo, hi = ((x - key[:, None, None, None]).clamp(0, shape.kv_len) for x in (lo, hi))
+            seen = Rows(*(x.flatten(0, 1) for x in (lo, hi, whole)))
+            found.append(times_of(work, Pieces(shape, seen, len(row))))
+        times = joined(found)
+        if not joined_to:
+            return times
+        forward, backward = self.joining(shape)
+        return replace(times, forward=times.forward + forward, backward=times.backward + backward)
 
-            def cut(x: torch.Tensor, some: torch.Tensor = some) -> torch.Tensor:
-                """[batch, heads, rows] -> [pieces, batch, heads, rows of a piece]"""
-                return x.unflatten(2, (-1, shape.q_len))[:, :, chunks[some]].permute(2, 0, 1, 3)
-
-            lo, hi = ((cut(x) - start).clamp(0, shape.kv_len) for x in (rows.lo, rows.hi))
-            seen = Rows(*(x.flatten(0, 1) for x in (lo, hi, cut(rows.whole))))
-            found.append(times_of(work, Pieces(shape, seen, len(some))))
-        return joined(found)
+    def joining(self, shape: Shape) -> tuple[float, float]:
+        """Seconds in which the results of a call of this shape are added to others, by memory alone: out, and
+        in the backward the gradients of q, k and v, all in fp32."""
+        queries, keys = (
+            shape.batch * heads * rows
+            for heads, rows in ((shape.q_heads, shape.q_len), (shape.kv_heads, shape.kv_len))
+        )
+        gradients = queries * shape.head_dim + keys * (shape.head_dim + shape.value_dim)
+        moved = queries * shape.value_dim * JOINED, gradients * ADDED
+        return moved[0] / self.chip.memory_bytes, moved[1] / self.chip.memory_bytes
 
 
 def trained(part: Request) -> Iterator[TrainedParameter]:
