@@ -55,14 +55,19 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 def run_torch(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out in q's dtype and memory order, and lse in fp32 or, where q is, fp64."""
+    out, lse = unrounded(request, return_lse)
+    return empty_in_order_of(request.q, out.shape[3]).copy_(out), lse if return_lse else None
+
+
+def unrounded(request: Request, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """out and lse in the dtype of scores."""
     q = request.q
 
     def answer(request: Request, batch: int | None = None) -> tuple[Tensor, Tensor]:
         return fused(request) if fused_is_the_same(request, return_lse) else in_blocks(request, batch)
 
     with torch.autocast(q.device.type, enabled=False) if is_autocast(q.device) else nullcontext():
-        out, lse = answer(request) if request.shape.is_dense else by_sequence(request, answer)
-    return empty_in_order_of(q, out.shape[3]).copy_(out), lse if return_lse else None
+        return answer(request) if request.shape.is_dense else by_sequence(request, answer)
 
 
 # ---- PyTorch's fused kernel for CPUs

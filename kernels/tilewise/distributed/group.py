@@ -1,0 +1,120 @@
+"""From a DeviceMesh to the process groups that messages go through.
+
+A rank is called by its place in the mesh, from 0, in row-major order: not by its number among all processes,
+nor by its number in PyTorch's group, which may both be others.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+MAKE_ONE = 'init_device_mesh("cuda", (ranks,))'
+
+
+class Group(NamedTuple):
+    """The ranks along a dimension of a mesh, or of a whole mesh, and this process among them.
+
+    handle:  PyTorch's group
+    rank:    of this process
+    world:   by rank, the number among all processes
+    members: by rank, the number in PyTorch's group
+    timeout: the seconds after which an operation fails
+    """
+
+    handle: dist.ProcessGroup
+    rank: int
+    world: tuple[int, ...]
+    members: tuple[int, ...]
+    timeout: float
+
+    @property
+    def size(self) -> int:
+        return len(self.world)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.size}"
+
+
+def check_mesh(mesh: Any, name: str = "mesh") -> DeviceMesh:
+    """The mesh, of one or two dimensions, with this process in it; else ValueError."""
+    if not isinstance(mesh, DeviceMesh):
+        raise ValueError(
+            f"{name}={mesh!r} must be a torch.distributed.device_mesh.DeviceMesh, as {MAKE_ONE} makes one"
+        )
+    if mesh.ndim not in (1, 2):
+        names = mesh.mesh_dim_names
+        some = f"{name}[{names[-1]!r}]" if names else f"one made with names, and then {name}[NAME]"
+        raise ValueError(
+            f"{name}={mesh} has {mesh.ndim} dimensions and must have one or two: give the part that the "
+            f"sequence is split over, such as {some}"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{name}={mesh} has the processes {mesh.mesh.flatten().tolist()}, and this one is "
+            f"{dist.get_rank()}: only those of the mesh may call"
+        )
+    return mesh
+
+
+def rank_in(mesh: DeviceMesh) -> int:
+    """This process' rank in the mesh, row-major."""
+    rank = 0
+    for size, place in zip(mesh.shape, coordinate(mesh), strict=True):
+        rank = rank * size + place
+    return rank
+
+
+def coordinate(mesh: DeviceMesh) -> tuple[int, ...]:
+    found = mesh.get_coordinate()
+    assert found is not None  # `check_mesh` has seen to it
+    return tuple(found)
+
+
+def group_along(mesh: DeviceMesh, dim: int) -> Group:
+    """The ranks that differ from this one in dimension `dim` of the mesh alone."""
+    place = coordinate(mesh)
+    line = mesh.mesh[tuple(slice(None) if d == dim else place[d] for d in range(mesh.ndim))]
+    return as_group(mesh.get_group(dim), place[dim], line.tolist(), mesh.device_type)
+
+
+def as_group(handle: dist.ProcessGroup, rank: int, world: list[int], device_type: str) -> Group:
+    members = tuple(dist.get_group_rank(handle, process) for process in world)
+    return Group(handle, rank, tuple(world), members, timeout_of(handle, device_type).total_seconds())
+
+
+def timeout_of(handle: dist.ProcessGroup, device_type: str) -> timedelta:
+    found: timedelta = handle._get_backend(torch.device(device_type)).options._timeout
+    return found
+
+
+# ---- What hosts say to one another
+
+_hosts: dict[Any, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}  # (all processes then, the group made)
+
+
+def host_group(mesh: DeviceMesh) -> Group:
+    """All ranks of the mesh in a gloo group, for what hosts say to one another about a call: the mesh's own
+    group, or that of all processes, if it is one of gloo with these ranks; else one that is made once, with
+    the mesh's time-out. All ranks of the mesh must call."""
+    everyone = dist.group.WORLD
+    assert everyone is not None  # there is a mesh
+    world = mesh.mesh.flatten().tolist()
+    for handle in (*([mesh.get_group(0)] if mesh.ndim == 1 else []), everyone):
+        if is_gloo(handle) and set(dist.get_process_group_ranks(handle)) == set(world):
+            return as_group(handle, rank_in(mesh), world, "cpu")
+    timeout = timeout_of(mesh.get_group(0), mesh.device_type)
+    key = tuple(world), timeout
+    if key not in _hosts or _hosts[key][0] is not everyone:  # torch.distributed was ended and begun again
+        made = dist.new_group(world, timeout, backend="gloo", use_local_synchronization=True)
+        _hosts[key] = everyone, made
+    return as_group(_hosts[key][1], rank_in(mesh), world, "cpu")
+
+
+def is_gloo(handle: dist.ProcessGroup) -> bool:
+    """Whether tensors of the CPU go through gloo there."""
+    return "cpu:gloo" in str(dist.get_backend_config(handle)).split(",")
