@@ -161,9 +161,9 @@ SHORT_CASES: tuple[Case, ...] = tuple(
 )  # fmt: skip
 
 LONG_CASES: tuple[Case, ...] = (
-    _case("llama3-70b-prefill-128k", "Llama 3.1 70B: 64 query and 8 key/value heads of 128 (arXiv 2407.21783, "
-          "table 3), context 131072 (section 3.4.2; config.json)", "prefill", heads=(64, 8), length=131072,
-          head_dim=128, causal="bottom_right"),
+    _case("llama3-70b-prefill-128k", "Llama 3.1 70B: 64 query and 8 key/value heads of 128 (arXiv "
+          "2407.21783, table 3), context 131072 (section 3.4.2; config.json)", "prefill", heads=(64, 8),
+          length=131072, head_dim=128, causal="bottom_right"),
 )  # fmt: skip
 
 

@@ -39,9 +39,7 @@ class Share(NamedTuple):
     def calls(self, request: Request, keys: Keys) -> list[tuple[slice, slice, Request]]:
         """What is computed of the keys at hand: rows of the rank, rows of the keys, and the request of
         both."""
-        found = part_calls(
-            self.rank, keys.chunks, self.blocks, self.q_order, self.kv_order, is_free(request)
-        )
+        found = part_calls(self.rank, keys.chunks, self.blocks, self.q_order, self.kv_order, is_free(request))
         return [(call.rows, call.keys, part_request(request, call, keys.k, keys.v)) for call in found]
 
 
@@ -142,4 +140,3 @@ def gradients(
         delta = delta.masked_fill(statistics[0] == -torch.inf, 0.0)
         total[3 + sinks.index(True)] = sink_gradient(request.sink, statistics, delta)
     return total
-

@@ -31,10 +31,6 @@ from ..inputs import case_inputs, packed_offsets
 from .explain import Explanation
 from .explain import explain as explain_call
 from .findings import Work
-from .ranks.command import as_asked
-from .ranks.explain import explain_ranks
-from .ranks.text import sections as shared_sections
-from .ranks.text import title as shared_title
 from .text import Section, is_number, sections, table, title
 
 INTERVAL_FEATURES = ("causal", "window", "documents")
@@ -116,8 +112,9 @@ def explain(
             chosen = find_case(case)
         call = call_of(chosen, training, impl) | {"gpu": gpu}
         if ranks is not None:
-            planned = explain_ranks(**call, **as_asked(ranks, link, order))
-            found, heading, said = planned.to_dict(), shared_title(planned), shared_sections(planned)
+            from .ranks.command import planned  # it imports what is distributed, for which others do not wait
+
+            found, heading, said = planned(call, ranks, link, order)
         elif link is not None or order is not None:
             raise ValueError("--link and --order go with --ranks")
         else:

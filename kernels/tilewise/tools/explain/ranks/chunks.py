@@ -107,7 +107,8 @@ def chunks_of(whole: Whole, q_order: Order, kv_order: Order, heads: tuple[int, i
     sizes = torch.tensor([q_order.chunk, kv_order.chunk], device="cpu")
     part = whole.shape._replace(q_heads=heads[0], kv_heads=heads[1])
     block = part._replace(q_len=q_order.chunk, kv_len=kv_order.chunk)
-    found = whole.times(block, *(places[exists] * sizes).unbind(1))
+    rows, keys = (places[exists] * sizes).unbind(1)
+    found = whole.times(block, rows, keys)
     times = Times(*(spread(column, exists) for column in (found.forward, found.backward, found.pairs)))
     full_alone = found[:0]
     if is_free(whole.request) and exists[FULL]:

@@ -5,11 +5,22 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..text import Section
+from .explain import explain_ranks
 from .link import link_rate
+from .text import sections, title
+
+
+def planned(
+    call: dict[str, Any], ranks: str, link: str | None, order: str | None
+) -> tuple[dict[str, Any], str, list[Section]]:
+    """What `explain_ranks` finds of a call: for JSON, its title and its sections."""
+    found = explain_ranks(**call, **as_asked(ranks, link, order))
+    return found.to_dict(), title(found), sections(found)
 
 
 def as_asked(ranks: str, link: str | None, order: str | None) -> dict[str, Any]:
-    """The arguments of `explain_ranks` that --ranks, --link and --order mean. Raises ValueError for others."""
+    """The arguments of `explain_ranks` that --ranks, --link and --order mean. ValueError for others."""
     found = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", ranks.strip())
     if found is None:
         raise ValueError(f"--ranks {ranks} must be a number, or two of a mesh, as in 4x8")

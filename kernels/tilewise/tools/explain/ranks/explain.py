@@ -143,9 +143,8 @@ def links_of(link: Any, mesh: tuple[int, ...]) -> tuple[float, ...]:
     """The rate of the links of each dimension of a mesh."""
     given = link if isinstance(link, tuple) else (link,) * len(mesh)
     if len(given) != len(mesh):
-        raise ValueError(
-            f"{link=} must be one rate, or one for each dimension of the mesh: ranks={' x '.join(map(str, mesh))}"
-        )
+        sizes = " x ".join(map(str, mesh))
+        raise ValueError(f"{link=} must be one rate, or one for each dimension of the mesh: ranks={sizes}")
     return tuple(map(link_rate, given))
 
 
@@ -161,8 +160,8 @@ def refuse_what_no_kernel_takes(request: Request) -> None:
     if broken := reasons(replace(on_meta(given), impl="portable", strict=False)):
         raise ValueError(broken[0])
     if 0 in request.shape.scores:
-        raise ValueError(f"q.shape={tuple(request.q.shape)} and k.shape={tuple(request.k.shape)} have nothing "
-                         "to share: no pair of query and key")  # fmt: skip
+        shapes = f"q.shape={tuple(request.q.shape)} and k.shape={tuple(request.k.shape)}"
+        raise ValueError(f"{shapes} have no pair of query and key: there is nothing to share")
 
 
 def shared_by(whole: Whole, mesh: tuple[int, ...], links: tuple[float, ...], order: str) -> Ranks:

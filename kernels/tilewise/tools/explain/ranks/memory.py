@@ -13,7 +13,7 @@ from .traffic import Sizes
 from .whole import Whole
 
 ARGUMENT, RESULT, FORWARD, KEPT, BACKWARD, GRADIENT = (
-    "argument", "result", "during the forward", "for the backward", "during the backward", "gradient",
+    "argument", "result", "forward", "kept", "backward", "gradient",
 )  # fmt: skip
 PHASES = (
     {ARGUMENT, RESULT, FORWARD, KEPT},
@@ -83,10 +83,10 @@ def memory_of_all_gather(
     rows = int(needed.sum(1).max()) * kv_order.chunk
     traffic = int((moved.sum(0) + moved.sum(1)).max()) * kv_order.chunk
     found = [*local.always(), *joining(local, rows)]
-    for phase in (FORWARD, BACKWARD)[: 1 + local.training]:
-        found.append(Allocation("keys gathered", sizes.keys(rows, sizes.element), phase))
+    found.append(Allocation("keys gathered", sizes.keys(rows, sizes.element), FORWARD))
     found.append(Allocation("keys arriving, leaving", sizes.keys(traffic, sizes.element), FORWARD))
     if local.training:
+        found.append(Allocation("keys gathered again", sizes.keys(rows, sizes.element), BACKWARD))
         found.append(Allocation("gradients arriving, leaving", sizes.keys(traffic, sizes.sums), BACKWARD))
     return tuple(found)
 

@@ -117,7 +117,7 @@ def all_gather(whole: Whole, ranks: Ranks, chunks: Chunks) -> Method:
     )  # fmt: skip
 
 
-LENGTHS = 256  # of runs that are told apart; of more, each is counted as the next longer one
+LENGTHS = 64  # of runs that are told apart; of more, each is counted as the next longer one
 
 
 def gathered(whole: Whole, chunks: Chunks) -> Times:

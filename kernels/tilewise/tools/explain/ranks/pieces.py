@@ -97,7 +97,8 @@ class OnePiece(Parts):
         self.answers = answers
 
     def total(self, count: Callable[..., Any], start: Any, *tile: int) -> Any:
-        found = self.answers[count, *tile]
+        question = (count, *tile)
+        found = self.answers[question]
         if count not in VISITS:
             return found[0]
         sides = (tile[0], tile[-1])  # that of a parameter is square
@@ -105,7 +106,7 @@ class OnePiece(Parts):
 
 
 class Asking(dict[Question, list[int]]):
-    """Answers of the first piece, worked out when they are asked for: afterwards it is known what is asked."""
+    """Answers of the first piece, worked out when they are asked for: then it is known what is asked."""
 
     def __init__(self, pieces: Pieces) -> None:
         super().__init__()

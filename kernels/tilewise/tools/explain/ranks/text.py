@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..text import Section, counted, duration, quantity, sentence, share, wrapped
-from .advice import named
+from .advice import compared, named
 from .findings import Pass, RanksFindings
 
 
@@ -24,9 +24,13 @@ def sections(e: RanksFindings) -> list[Section]:
 
 
 def method(e: RanksFindings) -> Section:
-    found = [sentence(text) for text in f"take {named(e[e.best])}; {e.because}".split("; ")]
+    able = [m for m in e.methods if not m.why_not]
+    found = [f"Take {e.because}."]
+    found += [f"{compared(m, e[e.best])}." for m in able if m.name != e.best]
     found += [f"{named(m)} cannot be: {m.why_not}." for m in e.methods if m.why_not]
-    found.append("Counted by datasheet and link, not measured: no GPU has run any of this.")
+    found.append(
+        "Counted, not measured: times are floors by the datasheet and the rate of the link, without latency."
+    )
     return Section("Which method", tuple(found))
 
 
@@ -48,8 +52,8 @@ def work(e: RanksFindings) -> Section:
 def passes(e: RanksFindings) -> Iterator[Section]:
     rates = " across and ".join(quantity(rate, "B/s") for rate in e.link) + " within" * (len(e.link) > 1)
     meaning = (
-        "Most of any rank. link: the time that its bytes take there. kernels: their least time by the "
-        "datasheet's rates. exposed: what waiting for bytes, and for other ranks, adds to that."
+        "Each is the most of any rank. link: the time that its bytes take there. kernels: their least time, "
+        "with what joins their results. exposed: what waiting for bytes and for other ranks adds to that."
     )
     heading = ("method", "sends", "receives", "link", "kernels", "exposed", "at least")
     for name in ("forward", "backward"):
@@ -65,12 +69,13 @@ def cells(x: Pass) -> tuple[str, ...]:
 
 
 def memory(e: RanksFindings) -> Section:
-    rows = []
-    for m in e.methods:
-        rows += [(named(m), x.name, quantity(x.bytes, "B"), x.kept) for x in m.memory]
-        if m.memory:
-            rows.append((named(m), "in all", quantity(m.bytes, "B"), ""))
-    return Section("Memory of a rank", (), ("method", "tensor", "size", "kept as"), tuple(rows))
+    able = [m for m in e.methods if m.memory]
+    names = {x.name: x.kept for m in able for x in m.memory}
+    of = [{x.name: quantity(x.bytes, "B") for x in m.memory} for m in able]
+    rows = [(name, kept, *(each.get(name, "") for each in of)) for name, kept in names.items()]
+    most = ("at most at one time", "", *(quantity(m.bytes, "B") for m in able))
+    meaning = "forward, backward: in that pass alone. kept: from one to the other."
+    return Section("Memory of a rank", (meaning,), ("tensors", "kept as", *map(named, able)), (*rows, most))
 
 
 def plain_text(e: RanksFindings) -> str:

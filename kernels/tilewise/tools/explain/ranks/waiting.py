@@ -1,9 +1,9 @@
 """When is a ring done, if messages travel under the computation?
 
-A rank posts what it receives next, and what it sends meanwhile, when it begins to compute a step: two buffers.
-It begins the next step when it has computed this one and its keys have come. In the backward the gradients of
-a step's keys go back to their owner when they are computed, and have come before the step after the next one
-begins. Links carry one message after another each way: `distributed.walk`.
+A rank posts what it receives next, and what it sends meanwhile, when it begins to compute a step: two
+buffers. It begins the next step when it has computed this one and its keys have come. In the backward the
+gradients of a step's keys go back to their owner when they are computed, and have come before the step after
+the next one begins. Links carry one message after another each way. So it is in `distributed.walk`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,8 @@ class Links:
         none, by receiver; ready: from when on a rank sends and receives."""
         if not bool(seconds.any()):
             return torch.zeros_like(seconds)
-        both = torch.maximum(
-            torch.maximum(ready, self.inwards), torch.maximum(ready, self.outwards).roll(step)
-        )
-        stop = torch.where(seconds > 0, both + seconds, 0.0)
+        receiver, sender = torch.maximum(ready, self.inwards), torch.maximum(ready, self.outwards)
+        stop = torch.where(seconds > 0, torch.maximum(receiver, sender.roll(step)) + seconds, 0.0)
         self.inwards = torch.maximum(self.inwards, stop)
         self.outwards = torch.maximum(self.outwards, stop.roll(-step))
         return stop

@@ -98,7 +98,7 @@ class Whole:
             # [batch, heads, pieces, rows] -> [pieces, batch, heads, rows]
             lo, hi, whole = (x[:, :, at].permute(2, 0, 1, 3) for x in (rows.lo, rows.hi, rows.whole))
             lo, hi = ((x - key[:, None, None, None]).clamp(0, shape.kv_len) for x in (lo, hi))
-            seen = Rows(*(x.flatten(0, 1) for x in (lo, hi, whole)))
+            seen = Rows(lo.flatten(0, 1), hi.flatten(0, 1), whole.flatten(0, 1))
             found.append(times_of(work, Pieces(shape, seen, len(row))))
         times = joined(found)
         if not joined_to:
