@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import typer
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import tilewise
 from harness.explained import ALL_CASES, meta
+from harness.ranks import run
 from tilewise.distributed.blocks import blocks_of, ring
 from tilewise.distributed.order import order_of
+from tilewise.distributed.rows import Rows as JoinedRows
 from tilewise.parts.shape import Shape
 from tilewise.plan.request import make_request
 from tilewise.tools.chips import find_chip
@@ -27,7 +30,7 @@ from tilewise.tools.explain.ranks import pieces
 from tilewise.tools.explain.ranks.chunks import chunks_of
 from tilewise.tools.explain.ranks.link import link_rate
 from tilewise.tools.explain.ranks.waiting import ring_seconds
-from tilewise.tools.explain.ranks.whole import Whole
+from tilewise.tools.explain.ranks.whole import ADDED, JOINED, Whole
 from tilewise_reference import CACHED_CASES, PACKED_CASES
 
 LONG = ALL_CASES["llama3-70b-prefill-128k"]
@@ -223,6 +226,33 @@ def test_thousands_of_ranks_are_a_few_different_calls(monkeypatch):
     assert found["heads"].why_not == "q has 64 heads, which 1024 ranks cannot share evenly"
 
 
+class Traffic(TorchDispatchMode):
+    """Bytes that operations read and write of tensors with so many numbers."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.bytes = numbers, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            moved = [x for x in (*args, found) if isinstance(x, torch.Tensor) and x.numel() == self.numbers]
+            self.bytes += sum(x.nbytes for x in moved)
+        return found
+
+
+def test_joining_moves_as_many_bytes_as_it_is_charged_for():
+    q, piece, numbers = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16), 1 * 2 * 8 * 16
+    rows = JoinedRows(q, 16, None, 1.0)
+    for add, charged in (
+        (lambda: rows.take(slice(0, 8), piece, torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)), JOINED),
+        (lambda: rows.out.add_(piece), ADDED),
+    ):
+        with Traffic(numbers) as traffic:
+            add()
+        assert traffic.bytes == charged * numbers
+
+
 # ---- Waiting
 
 
@@ -249,6 +279,16 @@ def test_two_ranks_wait(keys, gradients, done):
     to = bytes_of([0, keys[0]], [keys[1], 0])
     back = bytes_of([0, gradients[0]], [gradients[1], 0])
     assert ring_seconds(SECOND, to, back, 1.0).tolist() == done
+
+
+def test_gradients_come_home_before_the_step_after_the_next_one():
+    """Four ranks; the steps take 1, 1, 1 and 10 seconds. Gradients of step 1 are under way from 2 to 4, so
+    that the last step, which could begin at 3, begins at 4; its own then take from 14 to 16."""
+    rank = torch.arange(4)
+    is_last = (rank[:, None] - rank) % 4 == 3
+    back = 2.0 * (torch.ones(4, 4) - torch.eye(4))
+    found = ring_seconds(1 + 9.0 * is_last, torch.zeros(4, 4), back, 1.0)
+    assert found.tolist() == [16.0] * 4
 
 
 def test_a_link_carries_one_message_after_another():
@@ -295,6 +335,14 @@ def test_memory_of_a_ring_shrinks_with_the_ranks():
     assert many["all_gather"].bytes * 4 > few["all_gather"].bytes
     gathered = {x.name: x.bytes for x in many["all_gather"].memory}["keys gathered"]
     assert gathered == 131072 * 8 * 256 * 2  # all of k and v, by whoever has the last row
+
+
+def test_memory_is_that_of_the_pass_that_needs_more():
+    ring_method = tilewise.explain_ranks(**call_of(LONG, training=True), ranks=8, **FAST)["ring"]
+    of = {kept: sum(x.bytes for x in ring_method.memory if x.kept == kept) for kept in
+          ("argument", "result", "kept", "gradient", "forward", "backward")}  # fmt: skip
+    rest = of["argument"] + of["result"] + of["kept"]
+    assert ring_method.bytes == rest + max(of["forward"], of["gradient"] + of["backward"])
 
 
 # ---- What is said
@@ -455,3 +503,66 @@ def test_mistakes_on_the_command_line_are_named(words, said, command):
 def test_what_ranks_do_not_share_is_said(case, command):
     ran = command(f"--ranks 2 --link 1GB/s --case {case}")
     assert ran.exit_code == 2 and "share" in ran.output
+
+
+# ---- Against a run
+
+
+def bytes_of_a_run(
+    mesh: Any, method: Any, order: str, name: str, heads: tuple[int, int], return_lse: bool
+) -> list[tuple[int, int]]:
+    """(sent, received) by a rank that runs it, in the forward and in the backward."""
+    from tilewise.distributed import context_parallel_attention, split
+    from tilewise.distributed.exchange import Channel
+
+    made: list[Any] = []
+    begin = Channel.__init__
+    Channel.__init__ = lambda self, *args: made.append(self) or begin(self, *args)
+    try:
+        q, k, v = (torch.randn(x.shape, dtype=x.dtype) for x in call(48, heads))
+        own = [split(x, mesh, order=order).requires_grad_() for x in (q, k, v)]
+        found = context_parallel_attention(
+            *own,
+            mesh=mesh,
+            method=method,
+            order=order,
+            mask=MASKS[name](48),
+            impl="torch",
+            return_lse=return_lse,
+        )
+        forward = [sum(getattr(x, way) for x in made) for way in ("sent", "received")]
+        results = found if return_lse else (found,)
+        torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+        both = [sum(getattr(x, way) for x in made) for way in ("sent", "received")]
+    finally:
+        Channel.__init__ = begin
+    return [tuple(forward), tuple(all_of - before for all_of, before in zip(both, forward, strict=True))]
+
+
+RUNS = [
+    ("ring", "zigzag", "causal", (4, 2), False),
+    ("ring", "contiguous", "window", (4, 2), True),
+    ("ring", "zigzag", "causal documents", (4, 4), False),
+    ("ring", "zigzag", "padding", (4, 1), False),
+    ("ring", "contiguous", "bool", (4, 2), False),
+    ("ring", "zigzag", "nothing", (4, 2), False),
+    ("all_gather", "zigzag", "prefix", (4, 2), False),
+    ("all_gather", "contiguous", "documents", (4, 2), True),
+    ("heads", "zigzag", "causal", (12, 4), False),
+    ("heads", "contiguous", "both sides", (8, 1), True),
+    (("ring", "heads"), "zigzag", "causal", (4, 2), False),
+    (("ring", "heads"), "contiguous", "causal documents", (4, 1), True),
+    (("ring", "heads"), "zigzag", "window", (6, 3), False),
+]
+
+
+@pytest.mark.parametrize(("method", "order", "name", "heads", "return_lse"), RUNS, ids=str)
+def test_four_ranks_send_what_was_planned(method, order, name, heads, return_lse):
+    mesh = (4,) if isinstance(method, str) else (2, 2)
+    counted = run(mesh, bytes_of_a_run, method, order, name, heads, return_lse)
+    found = planned(
+        *call(48, heads), ranks=4 if mesh == (4,) else mesh, order=order, mask=MASKS[name](48),
+        return_lse=return_lse, work="training",
+    )[method if mesh == (4,) else ", ".join(method)]  # fmt: skip
+    for each, of_run in ((found.forward, [x[0] for x in counted]), (found.backward, [x[1] for x in counted])):
+        assert [*zip(each.sent, each.received, strict=True)] == of_run

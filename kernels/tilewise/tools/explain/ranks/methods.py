@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ....distributed.order import Order, order_of
+from ....distributed.order import Order
 from ....parts.shape import ceil_div
 from .chunks import Chunks, chunks_of, held
 from .findings import Method, Pass
-from .memory import memory_of_all_gather, memory_of_heads, memory_of_ring
-from .pieces import Times
+from .memory import memory_of_all_gather, memory_of_both, memory_of_heads, memory_of_ring
+from .pieces import Times, joined
 from .traffic import Sizes, by_ring, heads_of_rank, why_not_heads
 from .waiting import ring_seconds
 from .whole import Whole
@@ -42,18 +42,25 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Share:
-    """What the ranks of one pass do, each number a tensor [ranks]; times are of one rank after another's
-    start together. before, after: bytes that every rank sends, and receives, with nothing computed meanwhile.
-    """
+    """What each rank does in one pass, [ranks]: bytes, seconds of its kernels, and when it is done."""
 
     sent: Tensor
     received: Tensor
     compute: Tensor
-    done: Tensor  # seconds, from when what comes before is there
+    done: Tensor
+
+
+def why_not_parts(whole: Whole, ranks: Ranks) -> str:
+    """Why the call cannot be cut along its keys; empty if it can."""
+    if whole.request.dropout is None or ranks.kv_order.chunk % 4 == 0:
+        return ""
+    return f"dropout is drawn for four keys at once, and a chunk has {ranks.kv_order.chunk}"
 
 
 def ring(whole: Whole, ranks: Ranks, chunks: Chunks) -> Method:
     """Keys travel to the queries that see them, while others are computed."""
+    if why := why_not_parts(whole, ranks):
+        return Method("ring", (ranks.count,), why)
     forward, backward = ring_shares(whole, chunks, ranks.slowest, whole.shape.kv_heads)
     return Method(
         "ring", (ranks.count,), "",
@@ -77,24 +84,23 @@ def ring_shares(whole: Whole, chunks: Chunks, link: float, kv_heads: int) -> tup
     return found[0], found[1]
 
 
-def pass_of(share: Share, link: float, before: int = 0, after: int = 0, outer: float | None = None) -> Pass:
-    """The pass of these shares. before, after: bytes that every rank sends and receives besides, while
-    nothing is computed, on the link `outer`."""
-    besides = before + after
-    sent, received = share.sent + besides, share.received + besides
-    alone = besides / (outer or link)
-    on_link = float(torch.maximum(share.sent, share.received).max()) / link + alone
+def pass_of(share: Share, link: float, besides: int = 0, outer: float = 1.0) -> Pass:
+    """The pass of these shares. besides: bytes that every rank sends and receives while nothing is computed,
+    on the link `outer`."""
+    on_link = float(torch.maximum(share.sent, share.received).max()) / link
     return Pass(
-        tuple(sent.tolist()),
-        tuple(received.tolist()),
+        tuple((share.sent + besides).tolist()),
+        tuple((share.received + besides).tolist()),
         tuple(share.compute.tolist()),
-        on_link,
-        float(share.done.max()) + alone,
+        on_link + besides / outer,
+        float(share.done.max()) + besides / outer,
     )
 
 
 def all_gather(whole: Whole, ranks: Ranks, chunks: Chunks) -> Method:
     """Every rank first gets all keys that its queries see, and then computes."""
+    if why := why_not_parts(whole, ranks):
+        return Method("all_gather", (ranks.count,), why)
     sizes, needed = Sizes.of(whole), chunks.needed()
     rows = ranks.kv_order.chunk
     keys = by_ring(needed, sizes.keys(rows, sizes.element))
@@ -151,22 +157,18 @@ def heads(whole: Whole, ranks: Ranks) -> Method:
     q_heads, kv_heads = heads_of_rank(whole.shape, count)
     part = whole.shape._replace(q_heads=q_heads, kv_heads=kv_heads)
     first = torch.zeros(1, dtype=torch.int64, device="cpu")
-    found = [each.times(part, first, first, joined_to=False) for each in by_heads(whole, count)]
-    pairs, forward, backward = (
-        torch.cat([getattr(times, name) for times in found]).expand(count)
-        for name in ("pairs", "forward", "backward")
-    )
-    bytes_of = exchanged(whole, ranks, count)
+    times = joined([each.times(part, first, first, joined_to=False) for each in by_heads(whole, count)])
+    moved = exchanged(whole, ranks, count)
 
-    def made(compute: Tensor, name: str) -> Pass:
-        nothing = torch.zeros(count, dtype=torch.int64, device="cpu")
-        return pass_of(Share(nothing, nothing, compute, compute), ranks.slowest, *bytes_of[name])
+    def made(seconds: Tensor, name: str) -> Pass:
+        compute, nothing = seconds.expand(count), torch.zeros(count, dtype=torch.int64, device="cpu")
+        return pass_of(Share(nothing, nothing, compute, compute), ranks.slowest, moved[name], ranks.slowest)
 
     return Method(
         "heads", (count,), "",
-        tuple(pairs.tolist()),
-        made(forward, "forward"),
-        made(backward, "backward") if whole.work.training else None,
+        tuple(times.pairs.expand(count).tolist()),
+        made(times.forward, "forward"),
+        made(times.backward, "backward") if whole.work.training else None,
         memory_of_heads(whole, ranks.q_order, ranks.kv_order, count),
     )  # fmt: skip
 
@@ -179,47 +181,43 @@ def by_heads(whole: Whole, ranks: int) -> list[Whole]:
     return [replace(whole, heads=(rank * each, (rank + 1) * each)) for rank in range(ranks)]
 
 
-def exchanged(whole: Whole, ranks: Ranks, within: int) -> dict[str, tuple[int, int]]:
-    """Bytes that every rank sends, and receives, where `within` ranks divide the heads: before and after what
-    is computed, of each pass."""
+def exchanged(whole: Whole, ranks: Ranks, within: int) -> dict[str, int]:
+    """Bytes that every rank sends, and receives, in each pass where `within` ranks divide the heads, before
+    and after what is computed: each rank gets some heads of the rows of every other one."""
     shape, sizes = whole.shape, Sizes.of(whole)
-    q_rows, kv_rows, others = ranks.q_order.rows_each, ranks.kv_order.rows_each, within - 1
+    q_rows, kv_rows = ranks.q_order.rows_each, ranks.kv_order.rows_each
     q_heads, kv_heads = heads_of_rank(shape, within)
     q, out = (sizes.queries(q_rows, dim, q_heads) for dim in (shape.head_dim, shape.value_dim))
     keys = sizes.keys(kv_rows, sizes.element, kv_heads)
     lse = sizes.statistics(q_rows, q_heads) if whole.work.return_lse else 0
-    return {
-        "forward": (others * (q + keys), others * (out + lse)),
-        "backward": (others * out, others * (q + keys)),
-    }
+    # The gradients of all of these go the other way, in the dtypes of what they are gradients of.
+    return dict.fromkeys(("forward", "backward"), (within - 1) * (q + keys + out + lse))
 
 
 def ring_of_heads(whole: Whole, ranks: Ranks, across: int, within: int) -> Method:
     """Heads are divided within a group of ranks, and groups are a ring."""
     name, mesh = "ring, heads", (across, within)
-    if why := why_not_heads(whole.shape, within):
+    if why := why_not_heads(whole.shape, within) or why_not_parts(whole, ranks):
         return Method(name, mesh, why)
-    q_order, kv_order = (order_of(x.length, across, ranks.order) for x in (ranks.q_order, ranks.kv_order))
+    groups = [range(group * within, (group + 1) * within) for group in range(across)]
+    q_order, kv_order = (order.together(groups) for order in (ranks.q_order, ranks.kv_order))
     part = heads_of_rank(whole.shape, within)
-    shares, pairs, chunks = [], [], None
-    for each in by_heads(whole, within):
-        chunks = chunks_of(each, q_order, kv_order, part)
-        shares.append(ring_shares(each, chunks, ranks.link[0], part[1]))
-        pairs.append(chunks.pairs())
-    bytes_of = exchanged(whole, ranks, within)
+    of_heads = [chunks_of(each, q_order, kv_order, part) for each in by_heads(whole, within)]
+    shares = [ring_shares(whole, chunks, ranks.link[0], part[1]) for chunks in of_heads]
+    moved = exchanged(whole, ranks, within)
 
     def made(which: int, name: str) -> Pass:
         every = [share[which] for share in shares]
-        joined = Share(*(flat([getattr(x, field) for x in every], within) for field in FIELDS))
-        return pass_of(joined, ranks.link[0], *bytes_of[name], outer=ranks.link[-1])
+        of_ranks = Share(*(flat([getattr(x, field) for x in every], within) for field in FIELDS))
+        return pass_of(of_ranks, ranks.link[0], moved[name], ranks.link[-1])
 
-    assert chunks is not None
+    needed, orders = of_heads[0].needed(), (ranks.q_order, ranks.kv_order)
     return Method(
         name, mesh, "",
-        tuple(flat(pairs, within).tolist()),
+        tuple(flat([chunks.pairs() for chunks in of_heads], within).tolist()),
         made(0, "forward"),
         made(1, "backward") if whole.work.training else None,
-        memory_of_heads(whole, ranks.q_order, ranks.kv_order, within),
+        memory_of_both(whole, orders, within, needed, kv_order.chunk),
     )  # fmt: skip
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from ....distributed.heads import key_heads
 from ....parts.shape import Shape, computed_in
 from .whole import Whole
 
@@ -46,10 +46,9 @@ class Sizes:
 
 
 def heads_of_rank(shape: Shape, ranks: int) -> tuple[int, int]:
-    """The heads of q and of k that a rank has where heads are divided. Where the heads of k do not divide,
-    some of them are repeated: as few as let every head of q find its own."""
-    q_heads = shape.q_heads // ranks
-    return q_heads, q_heads // math.gcd(shape.group, q_heads)
+    """The heads of q and of k that a rank has where heads are divided; some of k may be on several ranks."""
+    of_keys = key_heads(shape.q_heads, shape.kv_heads, ranks)
+    return shape.q_heads // ranks, len(of_keys[0])
 
 
 def why_not_heads(shape: Shape, ranks: int) -> str:
@@ -62,4 +61,9 @@ def why_not_heads(shape: Shape, ranks: int) -> str:
 def by_ring(needed: torch.Tensor, chunk: int) -> torch.Tensor:
     """Bytes that travel from the rank of keys to that of queries, int64 [ranks of queries, ranks of keys].
     needed: how many chunks, as `Chunks.needed` gives them; chunk: the bytes of one."""
-    return (needed - torch.diag(needed.diagonal())) * chunk
+    return others(needed) * chunk
+
+
+def others(needed: torch.Tensor) -> torch.Tensor:
+    """Without the chunks that a rank has itself."""
+    return needed - torch.diag(needed.diagonal())
