@@ -34,9 +34,7 @@ Words = dict[str, str]
 
 DIGEST = 32  # bytes; 8 more say how long the words are
 FAILED = ""  # the name, which no argument has, of a rank's own error
-KINDS = {
-    kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)
-}  # as a caller's mistake
+KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}  # a caller's mistakes
 
 
 @contextmanager
@@ -71,11 +69,11 @@ def agreed(hosts: Group, call: str) -> Iterator[Words]:
 
 
 def compared(hosts: Group, words: Words, call: str) -> list[Words] | None:
-    """The words of every rank; None if they are all the same and none is an error."""
+    """The words of every rank; None if they are all the same."""
     data = json.dumps(words, sort_keys=True).encode()
     head = blake2b(data, digest_size=DIGEST).digest() + len(data).to_bytes(8, "little")
     heads = gathered(hosts, head, call)
-    if all(each == head for each in heads) and FAILED not in words:
+    if all(each == head for each in heads):
         return None
     longest = max(int.from_bytes(each[DIGEST:], "little") for each in heads)
     texts = gathered(hosts, data.ljust(longest), call)
