@@ -7,7 +7,8 @@ from harness import ranks
 from tilewise.distributed import join, positions, split
 from tilewise.distributed.agree import agreed, word
 from tilewise.distributed.exchange import Channel
-from tilewise.distributed.group import check_mesh, group_along, host_group, rank_in
+from tilewise.distributed.group import check_mesh, group_along, rank_in
+from tilewise.distributed.hosts import host_group
 from tilewise.distributed.order import ORDERS
 
 SHAPES = [(1,), (3,), (4,), (2, 2)]

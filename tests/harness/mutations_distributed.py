@@ -8,12 +8,13 @@ AGREE = "kernels/tilewise/distributed/agree.py"
 EXCHANGE = "kernels/tilewise/distributed/exchange.py"
 FAULTS = "kernels/tilewise/distributed/faults.py"
 GROUP = "kernels/tilewise/distributed/group.py"
+HOSTS = "kernels/tilewise/distributed/hosts.py"
 SEQUENCE = "kernels/tilewise/distributed/sequence.py"
 
 PLACE = tests("distributed_sequence", "a_rank_is_a_place_in_the_mesh")
 MESSAGES = tests("distributed_sequence", "messages_arrive_and_are_counted")
 GRID = tests("distributed_sequence", "join_undoes_split[(2, 2)-contiguous]")
-HOSTS = tests("distributed_faults", "the_hosts_of_a_part_of_the_processes")
+BESIDE = tests("distributed_faults", "hosts_whose_groups_have_no_gloo_get_it_once")
 READ = tests("distributed_faults", "a_tensor_is_read_once_until_it_changes")
 
 # fmt: off
@@ -24,13 +25,15 @@ MUTATIONS = (
              "if d == dim else place[d]", "if d != dim else place[d]", GRID),
     Mutation("group: a place in the mesh taken for a number in PyTorch's group", GROUP,
              "dist.get_group_rank(handle, process) for process in world", "range(len(world))", PLACE),
-    Mutation("group: hosts of a larger group", GROUP,
-             "set(dist.get_process_group_ranks(handle)) == set(world)",
-             "set(dist.get_process_group_ranks(handle)) >= set(world)", HOSTS),
-    Mutation("group: hosts meet in a new group for each call", GROUP,
-             "if key not in _hosts or", "if True or", HOSTS),
-    Mutation("group: hosts wait for the longer time-out", GROUP,
-             "timeout = min(timeout_of", "timeout = max(timeout_of", HOSTS),
+    Mutation("hosts: their group has PyTorch's own time-out", HOSTS,
+             "handle.size(), timeout)", "handle.size(), dist.default_pg_timeout)", BESIDE),
+    Mutation("hosts: they meet where groups are numbered by each rank for itself", HOSTS,
+             "dist.ProcessGroupGloo(store, handle.rank(), handle.size(), timeout)",
+             "dist.new_group([*group.world], use_local_synchronization=True)._get_backend(CPU)", BESIDE),
+    Mutation("hosts: the first dimension of the mesh is gathered first", HOSTS,
+             "in reversed(self.lines):", "in self.lines:", BESIDE),
+    Mutation("hosts: words by PyTorch's numbers of ranks", HOSTS,
+             "[found[member] for member in group.members]", "found", PLACE),
     Mutation("exchange: received bytes counted as those sent", EXCHANGE,
              "self.received += bytes_of(receives)", "self.received += bytes_of(sends)", MESSAGES),
     Mutation("exchange: elements for bytes", EXCHANGE, "x.numel() * x.element_size()", "x.numel()", MESSAGES),
@@ -58,8 +61,6 @@ MUTATIONS = (
     Mutation("agree: lengths are compared, and no words", AGREE,
              "if all(each == head for", "if all(each[DIGEST:] == head[DIGEST:] for",
              tests("distributed_faults", "ranks_that_differ[numbers-(4,)]")),
-    Mutation("agree: words by PyTorch's numbers of ranks", AGREE,
-             "for member in hosts.members]", "for member in range(hosts.size)]", PLACE),
     Mutation("agree: errors of several kinds are of the first", AGREE,
              "if len(kinds) == 1 else", "if kinds else",
              tests("distributed_faults", "the_error_of_one_is_that_of_all")),

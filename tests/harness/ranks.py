@@ -90,6 +90,7 @@ class Pool:
     """`size` processes in one process group whose operations fail after `timeout` seconds. A context."""
 
     def __init__(self, size: int = RANKS, timeout: float = LIMIT) -> None:
+        control = template()  # before the sockets: it may be a fork of this process
         self.size, self.shapes = size, set()
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.workers: list[Connection] = []
@@ -99,7 +100,7 @@ class Pool:
             self.workers.append(Connection(ours.detach()))
             theirs.append(other)
         job = pickle.dumps((self.folder.name, size, timeout))
-        socket.send_fds(template(), [len(job).to_bytes(4, "little") + job], [s.fileno() for s in theirs])
+        socket.send_fds(control, [len(job).to_bytes(4, "little") + job], [s.fileno() for s in theirs])
         for other in theirs:
             other.close()
         self.pids = [pid for _, pid in self.answers(range(size), LIMIT, "the start")]
@@ -183,8 +184,8 @@ def home(function: Callable[..., Any]) -> tuple[str, str]:
 
 @functools.cache
 def template() -> socket.socket:
-    """Starts the process that the others are forks of; what is sent here makes it fork. It is itself a fork of
-    this one, if this one has no other thread, as under `mutate`: that saves the imports."""
+    """Starts the process that the others are forks of; what is sent here makes it fork. It is itself a fork
+    of this one, if this one has no other thread, as under `mutate`: that saves the imports."""
     ours, theirs = socket.socketpair()
     if len(os.listdir("/proc/self/task")) == 1:
         if (pid := os.fork()) == 0:

@@ -17,11 +17,12 @@ from ..plan.checks import check
 from ..plan.implementation import implementation
 from ..plan.names import refuse_unknown
 from ..plan.request import Request, make_request
-from .agree import Words, agreed, gathered, word
+from .agree import Words, agreed, word
 from .blocks import blocks_of
 from .exchange import Channel
-from .group import Group, check_mesh, coordinate, group_along, host_group
+from .group import check_mesh, coordinate, group_along
 from .heads import Exchanged, ToHeads, ToRows, key_heads, query_heads
+from .hosts import Hosts, host_group
 from .order import Order, order_of
 from .share import Share, attend_to_all
 from .walk import WALKS
@@ -96,15 +97,19 @@ def context_parallel_attention(
     check_mesh(mesh)
     hosts = host_group(mesh)
     with agreed(hosts, CALL) as given:
-        if dropout_p and dropout_seed is None:
-            dropout_seed = drawn(hosts, q)
+        is_drawn = bool(dropout_p) and dropout_seed is None and isinstance(q, Tensor)
+        if is_drawn:  # when all have agreed that it is
+            dropout_seed = torch.zeros(1, dtype=torch.int64, device=q.device)
         arguments = dict(
             mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
             dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, deterministic=deterministic,
         )  # fmt: skip
+        given["dropout_seed is drawn"] = repr(is_drawn)
         given.update(in_words(q, k, v, arguments, method=method, order=order, return_lse=return_lse))
         layout = layout_of(mesh, method)
         request, q_order, kv_order = checked(q, k, v, arguments, layout, order)
+    if is_drawn and dropout_seed is not None:
+        dropout_seed.fill_(drawn(hosts))
     return run(request, layout, q_order, kv_order, return_lse)
 
 
@@ -152,13 +157,11 @@ def in_words(q: Any, k: Any, v: Any, arguments: dict[str, Any], **others: Any) -
     return words
 
 
-def drawn(hosts: Group, q: Any) -> Tensor:
+def drawn(hosts: Hosts) -> int:
     """A seed from the CPU's generator of the first rank; all ranks' generators move on."""
     own = torch.randint(-(1 << 62), 1 << 62, (1,), dtype=torch.int64, device="cpu")
-    seeds = gathered(hosts, int(own).to_bytes(8, "little", signed=True), CALL)
-    seed = int.from_bytes(seeds[0], "little", signed=True)
-    device = q.device if isinstance(q, Tensor) else None
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    seeds = hosts.gather(int(own).to_bytes(8, "little", signed=True), f"{CALL}, drawing a seed")
+    return int.from_bytes(seeds[0], "little", signed=True)
 
 
 def checked(
