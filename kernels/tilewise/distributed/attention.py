@@ -19,10 +19,11 @@ from ..plan.checks import check
 from ..plan.implementation import implementation
 from ..plan.names import refuse_unknown
 from ..plan.request import Request, make_request, without_drawing
-from .agree import Words, agreed, gathered, word
+from .agree import Words, agreed, word
 from .exchange import Channel
-from .group import Group, check_mesh, coordinate, group_along, host_group
+from .group import check_mesh, coordinate, group_along
 from .heads import Exchanged, ToHeads, ToRows, key_heads, query_heads
+from .hosts import Hosts, host_group
 from .known import known_blocks
 from .order import Order, order_of
 from .share import Share, attend_to_all
@@ -190,10 +191,10 @@ def trained(request: Request) -> list[str]:
     return [name for name, x in named if x.requires_grad and torch.is_grad_enabled()]
 
 
-def drawn(hosts: Group, device: torch.device) -> Tensor:
+def drawn(hosts: Hosts, device: torch.device) -> Tensor:
     """A seed from the CPU's generator of the first rank; all ranks' generators move on."""
     own = torch.randint(-(1 << 62), 1 << 62, (1,), dtype=torch.int64, device="cpu")
-    seeds = gathered(hosts, int(own).to_bytes(8, "little", signed=True), CALL)
+    seeds = hosts.gather(int(own).to_bytes(8, "little", signed=True), f"{CALL}, drawing a seed")
     seed = int.from_bytes(seeds[0], "little", signed=True)
     return torch.tensor([seed], dtype=torch.int64, device=device)
 
