@@ -10,7 +10,9 @@ from .mutation import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
 from .mutations_compat import MUTATIONS as COMPAT_MUTATIONS
+from .mutations_context_parallel import MUTATIONS as CONTEXT_PARALLEL_MUTATIONS
 from .mutations_copies import MUTATIONS as COPIES_MUTATIONS
+from .mutations_distributed import MUTATIONS as DISTRIBUTED_MUTATIONS
 from .mutations_drop_in import MUTATIONS as DROP_IN_MUTATIONS
 from .mutations_flash_impl import MUTATIONS as FLASH_IMPL_MUTATIONS
 from .mutations_float64 import MUTATIONS as FLOAT64_MUTATIONS
@@ -21,6 +23,7 @@ from .mutations_ladder import MUTATIONS as LADDER_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_one_walk import MUTATIONS as ONE_WALK_MUTATIONS
 from .mutations_pieces import MUTATIONS as PIECES_MUTATIONS
+from .mutations_planner import MUTATIONS as PLANNER_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_show import MUTATIONS as SHOW_MUTATIONS
@@ -393,8 +396,10 @@ MUTATIONS = (
              tests("transforms", "second_order_raises[eager-bias]")),
     *BACKWARD_MUTATIONS,
     *COMPAT_MUTATIONS,
+    *CONTEXT_PARALLEL_MUTATIONS,
     *COPIES_MUTATIONS,
     *FLASH_IMPL_MUTATIONS,
+    *DISTRIBUTED_MUTATIONS,
     *DROP_IN_MUTATIONS,
     *FLOAT64_MUTATIONS,
     *HOPPER_MUTATIONS,
@@ -404,6 +409,7 @@ MUTATIONS = (
     *NN_MUTATIONS,
     *ONE_WALK_MUTATIONS,
     *PIECES_MUTATIONS,
+    *PLANNER_MUTATIONS,
     *POSITIONS_MUTATIONS,
     *ROWS_MUTATIONS,
     *SHOW_MUTATIONS,
