@@ -59,6 +59,7 @@ MASKS: dict[str, Any] = {
     "prefix": lambda n: tilewise.Prefix(torch.tensor([n // 5, 0])),
     "padding": lambda n: tilewise.Padding(torch.tensor([n // 3, n])),
     "bool": lambda n: torch.rand(n, n, generator=torch.Generator().manual_seed(0)) < 0.5,
+    "ragged": lambda n: tilewise.Intervals(torch.arange(n) * 7 % 61 * n // 200, torch.full((n,), n)),
     "nothing": lambda n: tilewise.Padding(torch.zeros(2, dtype=torch.int64)),
 }
 
@@ -173,7 +174,17 @@ def test_masks_that_tell_heads_apart_give_ranks_different_work():
     assert two_levels[1] + two_levels[3] == of_heads[2:].sum()
 
 
-@pytest.mark.parametrize("name", ["causal", "documents", "window", "prefix", "bool", "nothing"])
+def answers(parts: Parts) -> list[tuple[tuple[Any, ...], list[int]]]:
+    """All that the model asks of parts, and what they say."""
+    found: list[Any] = [((count,), [parts.counted(count)]) for count in pieces.COUNTS]
+    for walk in pieces.VISITS:
+        tile = (32,) if walk is pieces.walk_of_a_parameter else (32, 16)
+        covered = parts.covered(walk, *tile)
+        found.append(((walk, *tile), [covered.visited, covered.full]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["causal", "documents", "ragged", "prefix", "bool", "nothing"])
 def test_blocks_that_are_counted_together_are_counted_as_each_alone(name):
     """Against the model of one call at a time, on the rows of each block."""
     q, k, v = call(512, (4, 2), (64, 64))
@@ -193,6 +204,8 @@ def test_blocks_that_are_counted_together_are_counted_as_each_alone(name):
             )
             rows = Rows(lo, hi, whole.rows.whole[:, :, 128 * i :][:, :, :128])
             alone = Parts([Part(shape, rows)])
+            for question, answer in answers(alone):
+                assert pieces.Pieces(shape, rows, 1).asked(*question)[0].tolist() == answer, question
             times = chunks.times[at]
             assert int(times.pairs) == alone.counted(pieces.pairs_that_count)
             if chunks.seen[i, j]:
@@ -205,13 +218,19 @@ def test_blocks_that_are_counted_together_are_counted_as_each_alone(name):
 
 def test_full_blocks_are_called_together_where_the_run_does():
     """Unmasked, a rank's two chunks of rows against both of another's keys are one call: as many programs,
-    and a result that is joined once. Scores that depend on positions forbid it."""
-    q, k, v = call(4096, (4, 2), (64, 64), batch=1)
-    free, bound = (planned(q, k, v, ranks=4, score=score) for score in (None, tilewise.Softcap(5.0)))
-    one = tilewise.explain(*call(1024, (4, 2), (64, 64), batch=1), gpu="H200", return_lse=True)
+    and a result that is joined once. Scores that depend on positions forbid it, and so do bool masks."""
+    sizes = (4, 2), (64, 64), 1
     joined = 28 * 4 * 1024 * 64 / find_chip("H200").memory_bytes
-    assert free["ring"].forward.busiest == pytest.approx(4 * (one.seconds + joined))
-    assert bound["ring"].forward.busiest > free["ring"].forward.busiest
+    allowed = torch.ones(4096, 4096, dtype=torch.bool)
+    for features, of_block, calls, rows in (
+        ({}, {}, 4, 1024),
+        (dict(score=tilewise.Softcap(5.0)), dict(score=tilewise.Softcap(5.0)), 16, 512),
+        (dict(mask=allowed), dict(mask=allowed[:512, :512]), 16, 512),
+    ):
+        found = planned(*call(4096, *sizes), ranks=4, **features)
+        one = tilewise.explain(*call(rows, *sizes), gpu="H200", return_lse=True, **of_block)
+        expected = calls * (one.seconds + joined * rows / 1024)
+        assert found["ring"].forward.busiest == pytest.approx(expected), features
 
 
 def test_thousands_of_ranks_are_a_few_different_calls(monkeypatch):
@@ -269,9 +288,9 @@ NONE = torch.zeros(2, 2)
     [
         ([0, 0], [0, 0], [2, 2]),
         ([1, 1], [0, 0], [2, 2]),  # hidden under the step before
-        ([1.5, 1], [0, 0], [2.5, 2]),  # rank 0 waits for its keys
-        ([0, 0], [0.5, 1], [3, 2.5]),  # what rank 1 has computed comes last
-        ([3, 1], [1, 1], [5, 5]),  # rank 0 begins at 3 and sends at 4; rank 1's answer is held up until then
+        ([1.5, 1], [0, 0], [2.5, 2.5]),  # rank 0 waits for its keys, and rank 1 until they are sent
+        ([0, 0], [0.5, 1], [3, 3]),  # what rank 1 has computed comes last
+        ([3, 1], [1, 1], [5, 5]),  # both begin at 3, and send what they have computed at 4
     ],
 )
 def test_two_ranks_wait(keys, gradients, done):
@@ -291,11 +310,38 @@ def test_gradients_come_home_before_the_step_after_the_next_one():
     assert found.tolist() == [16.0] * 4
 
 
-def test_a_link_carries_one_message_after_another():
-    """Three ranks that compute nothing and get 1 byte from each other: 2 seconds, one after the other."""
+def of_ranks(count: int, **entries: float) -> torch.Tensor:
+    """Nothing, but r12=3.0: 3 for the queries of rank 1 and the keys of rank 2."""
+    found = torch.zeros(count, count)
+    for name, value in entries.items():
+        found[int(name[1]), int(name[2])] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keys", "gradients", "done"),
+    [
+        (3, {}, {}, [3, 3, 3]),
+        # Posted when step 1 begins, at 1: there at 2.5, when step 1 is done since 2.
+        (3, dict(r01=1.5), {}, [3.5, 3.5, 3]),
+        # What rank 0 sends, first to rank 1 and then to rank 2: from 0 to 4, and from 4 to 8.
+        (3, dict(r10=4.0, r20=4.0), {}, [9, 6, 9]),
+        # Rank 0 gets keys of rank 2 from 1 to 4, so that gradients of rank 1, ready at 2, come from 4 to 7.
+        (4, dict(r02=3.0), dict(r10=3.0), [8, 8, 6, 4]),
+        # Rank 1 sends keys to rank 3 from 1 to 4, so that its gradients go from 4 to 7.
+        (4, dict(r31=3.0), dict(r10=3.0), [8, 8, 4, 6]),
+    ],
+)
+def test_a_link_carries_one_message_after_another(ranks, keys, gradients, done):
+    """A second for each step, at a byte a second."""
+    found = ring_seconds(torch.ones(ranks, ranks), of_ranks(ranks, **keys), of_ranks(ranks, **gradients), 1.0)
+    assert found.tolist() == done
+
+
+def test_twice_the_rate_is_half_the_time():
     to = torch.ones(3, 3) - torch.eye(3)
     assert ring_seconds(torch.zeros(3, 3), to, torch.zeros(3, 3), 1.0).tolist() == [2, 2, 2]
-    assert ring_seconds(torch.zeros(3, 3), to, torch.zeros(3, 3), 4.0).tolist() == [0.5, 0.5, 0.5]
+    assert ring_seconds(torch.zeros(3, 3), to, torch.zeros(3, 3), 2.0).tolist() == [1, 1, 1]
 
 
 def test_a_faster_link_exposes_less_and_all_gather_hides_nothing():
