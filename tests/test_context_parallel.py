@@ -1,21 +1,18 @@
-"""Attention over several ranks against one device: out, lse and every gradient, in all that calls may have."""
+"""Attention over several ranks against one device: out, lse and every gradient, whatever a call has."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
+
+import tilewise
 from harness.features import build
 from harness.gradients import assert_gradients_match, trained, with_leaves
 from harness.oracle import assert_matches
 from harness.problem import keeps_pairs
 from harness.ranks import run
-
-import tilewise
-from tilewise.parts.similarity import Cosine
 from tilewise.plan.request import Request, request_of
 
 Tensor = torch.Tensor

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import tilewise.nn.core
 from harness.examples import EXAMPLES, SOURCES, run_python
 
-TINY = ["--device", "cpu", "--dtype", "fp32", "--steps", 25, "--batch", 4, "--context", 24, "--width", 32]
+TINY = ["--device", "cpu", "--dtype", "fp32", "--steps", 25, "--batch", 4, "--length", 24, "--width", 32]
 TINY += ["--layers", 1, "--heads", 2, "--interpreter-steps", 0, "--sample-length", 20]
 OUTPUTS = ["checkpoint.pt", "losses.csv", "losses.png", "losses.svg", "sample.txt"]
 
@@ -313,7 +313,7 @@ def test_a_checkpoint_that_is_none(train_gpt, content):
         (["--steps", 0], "--steps"),
         (["--text", "missing.txt"], "cannot read the text missing.txt: No such file"),
         (["--text", "."], "cannot read the text .: Is a directory"),
-        (["--text", "short.txt"], "too few for --context 24"),
+        (["--text", "short.txt"], "too few for texts of 24"),
         (["--text", "latin1.txt"], "the text latin1.txt is not UTF-8"),
         (["--resume"], "--resume: there is no checkpoint.pt in train-gpt"),
         (["--heads", 3], "--width 32 must be a multiple of --heads 3"),

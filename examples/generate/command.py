@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.console import Console
 from torch import Tensor
-from train_gpt.checkpoint import CHECKPOINT, load_checkpoint
+from train_gpt.checkpoint import CHECKPOINT, load_checkpoint, load_weights
 from train_gpt.model import GPT, build_gpt
 from train_gpt.settings import ExampleError
 from train_gpt.text import TEXT, Corpus, load_corpus
@@ -100,7 +100,7 @@ def load(folder: Path, text: Path, device: str) -> tuple[GPT, Corpus]:
     if content["text"] != corpus.digest:
         raise ExampleError(f"the checkpoint in {folder} is of another text than {text}")
     model = build_gpt("tilewise", settings, len(corpus.vocabulary))
-    model.load_state_dict(content["runs"][settings.variants[0]]["model"])
+    load_weights(folder, content, settings.variants[0], model)
     return model.eval(), corpus
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from .parts import load_parts, remove_parts
+from .ranks import ALONE, Ranks
 from .settings import ExampleError, Settings
 from .training import Run
 
@@ -38,15 +41,23 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         raise ExampleError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def save_checkpoint(out: Path, settings: Settings, digest: str, runs: dict[str, Run]) -> None:
-    """Everything that it takes to go on: the batch of a step follows from seed and step, as does dropout."""
-    content = {
-        "format": FORMAT,
-        "settings": asdict(settings),
-        "text": digest,
-        "runs": {variant: run.state() for variant, run in runs.items()},
-    }
-    replace_file(out / CHECKPOINT, lambda path: torch.save(content, path))
+def save_checkpoint(
+    out: Path, settings: Settings, digest: str, runs: dict[str, Run], ranks: Ranks = ALONE
+) -> None:
+    """Everything that it takes to go on: the batch of a step follows from seed and step, as does dropout.
+
+    Runs in parts come first, each in a new folder. Then the one file that names them takes the place of the
+    last, and what only the last has named is removed: at any moment, the file and what it names are whole.
+    """
+    states = {variant: run.save(out) for variant, run in runs.items()}
+
+    def write() -> None:
+        content = {"format": FORMAT, "settings": asdict(settings), "text": digest, "runs": states}
+        if ranks.first:
+            replace_file(out / CHECKPOINT, lambda path: torch.save(content, path))
+            remove_parts(out, {state.get("parts") for state in states.values()})
+
+    ranks.together(write)
 
 
 def load_checkpoint(out: Path) -> dict[str, Any] | None:
@@ -68,16 +79,25 @@ def load_checkpoint(out: Path) -> dict[str, Any] | None:
         raise ExampleError(f"{path} is not a checkpoint of this program: start over with --fresh") from error
 
 
+def load_weights(out: Path, content: dict[str, Any], variant: str, model: nn.Module) -> None:
+    """Give a model the weights that the checkpoint in `out` has of a variant."""
+    state = content["runs"][variant]
+    if "parts" in state:
+        load_parts(out / state["parts"], model)
+    else:
+        model.load_state_dict(state["model"])
+
+
 def steps_done(content: dict[str, Any]) -> int:
     """How many steps a checkpoint's models have been trained for."""
     return len(content["runs"][content["settings"].variants[0]]["losses"])
 
 
-def restore(runs: dict[str, Run], content: dict[str, Any]) -> None:
+def restore(out: Path, runs: dict[str, Run], content: dict[str, Any]) -> None:
     """Put every run where the checkpoint has it. Raises ExampleError where it does not fit."""
     try:
         for variant, run in runs.items():
-            run.load(content["runs"][variant])
+            run.load(content["runs"][variant], out)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ExampleError(
             f"the checkpoint does not fit the model it names: start over with --fresh ({error})"

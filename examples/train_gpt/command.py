@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from enum import Enum
@@ -19,6 +20,7 @@ from .compare import ALLOWED_AT_THE_END, compare
 from .figures import draw_losses
 from .interpreted import compare_with_interpreter
 from .loop import Stop, train
+from .ranks import Ranks, SeveralRanks, check_parts, join_ranks, lost_rank, speaks
 from .report import describe, explain_allowed, print_losses, write_losses
 from .sampling import sample
 from .settings import ExampleError, Settings, choose_settings
@@ -68,7 +70,7 @@ def train_gpt(
         int | None, typer.Option(min=1, help="Of training. [default: 400; on a GPU 1000]")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Texts a step. [default: 24; on a GPU 64]")] = None,
-    context: Annotated[
+    length: Annotated[
         int | None, typer.Option(min=1, help="Characters of a text. [default: 64; on a GPU 256]")
     ] = None,
     width: Annotated[
@@ -92,6 +94,17 @@ def train_gpt(
         bool | None,
         typer.Option("--resume/--fresh", help="Go on from the checkpoint in the folder, or start over."),
     ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes that train one model; torchrun starts them.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks that share each text. [default: all that --shard leaves]"),
+    ] = None,
+    shard: Annotated[
+        int | None,
+        typer.Option(min=1, help="Parts of the batch, for as many groups of ranks. [default: 1]"),
+    ] = None,
     interpreter_steps: Annotated[
         int | None,
         typer.Option(min=0, help="Steps of a tiny model in Triton's interpreter. [default: 5; on a GPU 0]"),
@@ -114,47 +127,67 @@ def train_gpt(
     Writes losses.png, losses.svg, losses.csv, sample.txt and checkpoint.pt. The exit code is 1 if the losses
     do not agree, 2 for a request that cannot be met, 130 if interrupted, which loses nothing: --resume goes
     on.
+
+    On several GPUs, or in several processes of a CPU, torchrun starts the same command:
+
+    torchrun --nproc-per-node 4 examples/train_gpt.py --ranks 4 --context 2 --shard 2
+
+    Then tilewise's model is trained by all ranks together, each with a part of it, of the batch and of every
+    text, and rank 0 trains the others, whole, to compare. Any number of ranks can go on from its checkpoint,
+    one process too. Without torchrun, --ranks 4 is refused.
     """
     given = dict(
         implementation=implementation and implementation.value, device=device.value,
-        dtype=dtype and dtype.value, steps=steps, batch=batch, context=context, width=width, layers=layers,
+        dtype=dtype and dtype.value, steps=steps, batch=batch, context=length, width=width, layers=layers,
         heads=heads, lr=lr, dropout=dropout, seed=seed,
     )  # fmt: skip
-    stop = Stop()
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    stop, first = Stop(), speaks()
+    console = Console(highlight=False, quiet=not first)
+    errors = Console(stderr=True, highlight=False, quiet=not first)
     try:
-        settings, corpus, content = prepare(given, text, out, resume, prompt)
+        group = join_ranks(ranks, context, shard, device.value)
+        settings, corpus, content = group.together(lambda: prepare(given, text, out, resume, prompt, group))
+        group.agree(settings=settings, text=corpus.digest, step=content and steps_done(content))
     except ExampleError as error:
         fail(errors, str(error), 2)
     if interpreter_steps is None:
         interpreter_steps = INTERPRETER_STEPS if settings.device == "cpu" else 0
-    print_header(console, settings, corpus, text)
+    print_header(console, settings, corpus, text, group)
 
-    # Asked for by name: with TRITON_INTERPRET=1 set, None would send every step through the interpreter.
-    impl = "torch" if settings.device == "cpu" else None
-    runs = {variant: Run(variant, settings, len(corpus.vocabulary), impl) for variant in settings.variants}
     problems = []
     try:
+        runs = make_runs(settings, len(corpus.vocabulary), group)
         if content is not None:
-            restore(runs, content)
+            group.together(lambda: restore(out, runs, content))
             console.print(f"going on after step {steps_done(content)} of {settings.steps}", markup=False)
-        train(runs, settings, corpus, out, stop, console)
-        if not stop():
-            problems += report(console, runs, corpus, out)
-        if not stop() and interpreter_steps:
+        trained = runs[settings.variants[0]]
+        complete = train(runs, settings, corpus, out, stop, console, group)
+        model = trained.whole() if complete else None
+        group.close()
+        if model is not None and not stop():
+            problems += report(console, runs, corpus, out, group)
+        if model is not None and not stop() and interpreter_steps:
             problems += check_interpreter(console, text, settings, interpreter_steps, stop)
-        if not stop():
-            first = next(iter(runs))
-            written = sample(runs[first].model, corpus, settings, prompt, sample_length, temperature)
+        if model is not None and not stop():
+            written = sample(model, corpus, settings, prompt, sample_length, temperature)
             replace_file(out / "sample.txt", lambda path: path.write_text(written + "\n", encoding="utf-8"))
-            console.print(f"text sampled from the model trained with {first}:\n", style="italic")
+            console.print(f"text sampled from the model trained with {trained.variant}:\n", style="italic")
             console.print(written + "\n", markup=False)
-    except (ExampleError, NotImplementedError, torch.OutOfMemoryError) as error:
+    except ExampleError as error:
         fail(errors, str(error), 1)
-    if stop():
-        steps = len(next(iter(runs.values())).losses)
-        errors.print(f"interrupted: step {steps} of {settings.steps} is saved; to go on:", markup=False)
-        errors.print(go_on(text, out), markup=False, soft_wrap=True)
+    except (NotImplementedError, torch.OutOfMemoryError) as error:
+        fail(Console(stderr=True, highlight=False), group.named(str(error)), 1)
+    except RuntimeError as error:
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        gone = f"cannot go on, because another rank has ended: {lost}"
+        fail(Console(stderr=True, highlight=False), group.named(gone), 1)
+    if stop() or not complete:
+        errors.print(
+            f"interrupted: step {len(trained.losses)} of {settings.steps} is saved; to go on:", markup=False
+        )
+        errors.print(go_on(text, out, group), markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     console.print(
         f"losses.png, losses.svg, losses.csv, sample.txt and {CHECKPOINT} are in {out}", markup=False
@@ -163,8 +196,22 @@ def train_gpt(
         fail(errors, "; ".join(problems), 1)
 
 
+def make_runs(settings: Settings, vocabulary: int, ranks: Ranks) -> dict[str, Run]:
+    """A run for every variant. On several ranks, each has its part of tilewise's, and the first has the
+    others, whole."""
+    # Asked for by name: with TRITON_INTERPRET=1 set, None would send every step through the interpreter.
+    impl = "torch" if settings.device == "cpu" else None
+    if not isinstance(ranks, SeveralRanks):
+        return {variant: Run(variant, settings, vocabulary, impl) for variant in settings.variants}
+    from .parallel import PartOfARun
+
+    part = PartOfARun(settings, vocabulary, impl, ranks)
+    others = settings.variants[1:] if ranks.first else []
+    return {"tilewise": part} | {variant: Run(variant, settings, vocabulary, impl) for variant in others}
+
+
 def prepare(
-    given: dict[str, Any], text: Path, out: Path, resume: bool | None, prompt: str
+    given: dict[str, Any], text: Path, out: Path, resume: bool | None, prompt: str, ranks: Ranks
 ) -> tuple[Settings, Corpus, dict[str, Any] | None]:
     """The settings, the text and the checkpoint to go on from, if any. Raises ExampleError for a request that
     cannot be met, before any work is done."""
@@ -181,6 +228,7 @@ def prepare(
     settings = choose_settings(given, content and content["settings"])
     if settings.device == "cuda" and INTERPRETED:
         raise ExampleError("TRITON_INTERPRET=1 is set: unset it to train on the GPU")
+    check_parts(settings, ranks)
     corpus = load_corpus(text, settings.context)
     if content is not None and content["text"] != corpus.digest:
         raise ExampleError(f"the checkpoint in {out} is of another text than {text}")
@@ -194,7 +242,7 @@ def prepare(
     return settings, corpus, content
 
 
-def print_header(console: Console, settings: Settings, corpus: Corpus, text: Path) -> None:
+def print_header(console: Console, settings: Settings, corpus: Corpus, text: Path, ranks: Ranks) -> None:
     characters = len(corpus.train) + len(corpus.tail)
     console.print(
         f"{text.name}: {characters} characters, {len(corpus.vocabulary)} different ones, the last "
@@ -205,9 +253,19 @@ def print_header(console: Console, settings: Settings, corpus: Corpus, text: Pat
     if settings.device == "cuda":
         where = f"{torch.cuda.get_device_name()}: tilewise's kernels run compiled"
     console.print(f"{settings.dtype} on {where}", markup=False)
+    if ranks.count > 1:
+        console.print(
+            f"{ranks.count} ranks train tilewise's model: the batch in {in_parts(ranks.shard)}, every text "
+            f"in {in_parts(ranks.context)}, the weights in {in_parts(ranks.count)}",
+            markup=False,
+        )
 
 
-def report(console: Console, runs: dict[str, Run], corpus: Corpus, out: Path) -> list[str]:
+def in_parts(count: int) -> str:
+    return "one piece" if count == 1 else f"{count} parts"
+
+
+def report(console: Console, runs: dict[str, Run], corpus: Corpus, out: Path, ranks: Ranks) -> list[str]:
     """Print the losses, write and draw them, compare them; what is wrong with them, a line a problem."""
     bigram, problems, comparison = bigram_loss(corpus), [], None
     print_losses(console, runs)
@@ -218,7 +276,8 @@ def report(console: Console, runs: dict[str, Run], corpus: Corpus, out: Path) ->
     if len(runs) > 1:
         tilewise, sdpa = runs["tilewise"], runs["sdpa"]
         comparison = compare(tilewise.losses, sdpa.losses, runs["control"].losses, sdpa.settings.dtype)
-        said = describe(comparison, "tilewise", "sdpa")
+        tested = "tilewise" if ranks.count == 1 else f"tilewise on {ranks.count} ranks"
+        said = describe(comparison, tested, "sdpa")
         console.print(said, markup=False)
         console.print(explain_allowed(comparison), markup=False)
         if not comparison.agrees:
@@ -249,10 +308,14 @@ def check_interpreter(console: Console, text: Path, settings: Settings, steps: i
     return [] if comparison.agrees else [said]
 
 
-def go_on(text: Path, out: Path) -> str:
+def go_on(text: Path, out: Path, ranks: Ranks) -> str:
     """The command that resumes this run."""
-    command = ["python", sys.argv[0], "--resume", "--out", str(out)]
-    return shlex.join(command + ([] if text == TEXT else ["--text", str(text)]))
+    start, parts = ["python"], []
+    if ranks.count > 1:
+        start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+        parts = ["--ranks", ranks.count, "--context", ranks.context, "--shard", ranks.shard]
+    command = [*start, sys.argv[0], "--resume", "--out", out, *parts]
+    return shlex.join(map(str, command + ([] if text == TEXT else ["--text", text])))
 
 
 def fail(errors: Console, message: str, code: int) -> NoReturn:

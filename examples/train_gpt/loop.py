@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .checkpoint import save_checkpoint
 from .compare import COMPARED
+from .ranks import ALONE, Ranks
 from .settings import ExampleError, Settings
 from .text import Corpus, validation_batches
 from .training import Run
@@ -39,9 +40,16 @@ class Stop:
 
 
 def train(
-    runs: dict[str, Run], settings: Settings, corpus: Corpus, out: Path, stop: Stop, console: Console
-) -> None:
-    """Train every variant to its last step, or until `stop`; in both cases the checkpoint has it all.
+    runs: dict[str, Run],
+    settings: Settings,
+    corpus: Corpus,
+    out: Path,
+    stop: Stop,
+    console: Console,
+    ranks: Ranks = ALONE,
+) -> bool:
+    """Train every variant to its last step, or until `stop` on any rank; in both cases the checkpoint has it
+    all. Was it to the last step? All ranks stop at the same one.
 
     Raises ExampleError where a loss is not a number, or a checkpoint cannot be written.
     """
@@ -58,7 +66,7 @@ def train(
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=settings.steps, completed=done, losses="")
-        while not stop():
+        while not ranks.any(stop()):
             if done % every == 0 or done == settings.steps:
                 for run in shown:
                     if done not in run.validation:
@@ -73,7 +81,8 @@ def train(
             done += 1
             losses = ", ".join(f"{run.losses[-1]:.3f}" for run in shown)
             progress.update(task, completed=done, losses=f"loss {losses}")
-            if time.monotonic() - saved > SAVE_SECONDS:
-                save_checkpoint(out, settings, corpus.digest, runs)
+            if ranks.any(time.monotonic() - saved > SAVE_SECONDS):
+                save_checkpoint(out, settings, corpus.digest, runs, ranks)
                 saved = time.monotonic()
-    save_checkpoint(out, settings, corpus.digest, runs)
+    save_checkpoint(out, settings, corpus.digest, runs, ranks)
+    return done == settings.steps

@@ -22,6 +22,8 @@ from .settings import Settings
 
 Attend = Callable[..., Tensor]  # q, k, v [batch, heads, length, head_dim], mask= -> the same as q
 
+MakeCore = Callable[..., AttentionCore]  # heads, head_dim, impl= -> what attends between heads
+
 
 class SdpaCore(AttentionCore):
     """Attention between heads by PyTorch's own function."""
@@ -59,7 +61,9 @@ CORES: dict[str, type[AttentionCore]] = {
 class Block(nn.Module):
     """x [batch, length, width] -> the same: attention, then an MLP, a norm before each."""
 
-    def __init__(self, settings: Settings, core: type[AttentionCore], impl: str | None) -> None:
+    def __init__(
+        self, settings: Settings, core: MakeCore, impl: str | None, dropout: Callable[[float], nn.Module]
+    ) -> None:
         super().__init__()
         width, heads = settings.width, settings.heads
         self.attention_norm = nn.LayerNorm(width)
@@ -68,7 +72,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = dropout(settings.dropout)
 
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         """attend: what computes attention between heads in place of the core, as one that keeps keys and
@@ -87,36 +91,51 @@ class GPT(nn.Module):
     """ids [batch, length] int64, of at most `context` characters -> logits [batch, length, vocabulary]."""
 
     def __init__(
-        self, settings: Settings, vocabulary: int, core: type[AttentionCore], impl: str | None
+        self,
+        settings: Settings,
+        vocabulary: int,
+        core: MakeCore,
+        impl: str | None,
+        dropout: Callable[[float], nn.Module],
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, settings.width)
         self.positions = nn.Embedding(settings.context, settings.width)
-        self.dropout = nn.Dropout(settings.dropout)
-        self.blocks = nn.ModuleList([Block(settings, core, impl) for _ in range(settings.layers)])
+        self.dropout = dropout(settings.dropout)
+        self.blocks = nn.ModuleList([Block(settings, core, impl, dropout) for _ in range(settings.layers)])
         self.norm = nn.LayerNorm(settings.width)
 
     def forward(
         self, ids: Tensor, positions: Tensor | None = None, attends: Sequence[Attend] | None = None
     ) -> Tensor:
-        """positions: where the characters stand, of ids' shape, if not at 0, 1, ...; attends: one a block."""
+        """positions: where the characters stand, of ids' shape or [length], if not at 0, 1, ...; attends: one
+        a block."""
         at = self.positions.weight[: ids.shape[1]] if positions is None else self.positions(positions)
         x = self.dropout(self.tokens(ids) + at)
         for i, block in enumerate(self.blocks):
             x = block(x, None if attends is None else attends[i])
         return F.linear(self.norm(x), self.tokens.weight)
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """The mean of -log p(target) in nats, fp32; ids and targets [batch, length]."""
-        return F.cross_entropy(self(ids).float().flatten(0, 1), targets.flatten())
+    def loss(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The mean of -log p(target) in nats, fp32; ids and targets [batch, length], positions as in
+        `forward`."""
+        return F.cross_entropy(self(ids, positions).float().flatten(0, 1), targets.flatten())
 
 
-def build_gpt(variant: str, settings: Settings, vocabulary: int, impl: str | None = None) -> GPT:
+def build_gpt(
+    variant: str,
+    settings: Settings,
+    vocabulary: int,
+    impl: str | None = None,
+    core: MakeCore | None = None,
+    dropout: Callable[[float], nn.Module] = nn.Dropout,
+) -> GPT:
     """A GPT with the variant's attention and with weights that depend on settings.seed alone.
 
     variant: a name in CORES. impl: as in `tilewise.attention`; of no effect on the other variants.
+    core, dropout: what makes the variant's modules where they are not the usual ones.
     """
-    model = GPT(settings, vocabulary, CORES[variant], impl)
+    model = GPT(settings, vocabulary, core or CORES[variant], impl, dropout)
     generator = torch.Generator().manual_seed(settings.seed)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

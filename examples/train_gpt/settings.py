@@ -35,6 +35,8 @@ class Settings:
         return ["tilewise", "sdpa", "control"] if self.implementation == "both" else [self.implementation]
 
 
+OPTIONS = {"context": "length"}  # where the option has another name than the setting
+
 # About a minute of two cores.
 CPU_DEFAULTS = {
     "dtype": "fp32",
@@ -79,9 +81,10 @@ def choose_settings(given: dict[str, Any], saved: Settings | None) -> Settings:
         settings = saved
         for name, value in asked.items():
             if value != getattr(saved, name):
+                option = OPTIONS.get(name, name)
                 raise ExampleError(
-                    f"--{name} {value} does not fit the checkpoint, which has {name} {getattr(saved, name)}: "
-                    f"leave --{name} out, or start over with --fresh"
+                    f"--{option} {value} does not fit the checkpoint, which has {option} "
+                    f"{getattr(saved, name)}: leave --{option} out, or start over with --fresh"
                 )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ExampleError("--device cuda: torch finds no GPU here")

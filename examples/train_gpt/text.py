@@ -50,8 +50,8 @@ def load_corpus(path: Path, context: int) -> Corpus:
     held_out = int(len(ids) * HELD_OUT)
     if held_out <= context:
         raise ExampleError(
-            f"the text {path} has {len(ids)} characters: too few for --context {context}, which must be less "
-            f"than the {HELD_OUT:.0%} held out"
+            f"the text {path} has {len(ids)} characters: too few for texts of {context}, which must be "
+            f"less than the {HELD_OUT:.0%} held out"
         )
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Corpus(vocabulary, ids[:-held_out], ids[-held_out:], digest)

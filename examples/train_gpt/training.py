@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .model import build_gpt
+from .model import GPT, build_gpt
+from .parts import load_parts
+from .ranks import ALONE, Ranks
 from .settings import Settings
 from .text import Corpus, batch_of, seed_of
 
@@ -21,15 +24,39 @@ WEIGHT_DECAY = 0.1
 
 
 class Run:
-    """A model in training. losses: one a step; validation: the tail's loss after so many steps."""
+    """A model in training. losses: one a step; validation: the tail's loss after so many steps.
 
-    def __init__(self, variant: str, settings: Settings, vocabulary: int, impl: str | None = None) -> None:
-        self.settings = settings
-        self.model = build_gpt(variant, settings, vocabulary, impl)
+    ranks: those that train it together, each with its own part (`parallel.py`); by default one, which has
+    all.
+    """
+
+    positions: Tensor | None = None  # of the characters that `own` leaves, if not 0, 1, ...
+
+    def __init__(
+        self,
+        variant: str,
+        settings: Settings,
+        vocabulary: int,
+        impl: str | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.variant, self.settings, self.ranks = variant, settings, ranks
+        self.model = self.build(variant, vocabulary, impl)
         self.optimizer = build_optimizer(self.model, settings)
         self.losses: list[float] = []
         self.validation: dict[int, float] = {}
         self.seconds: list[float] = []
+
+    def build(self, variant: str, vocabulary: int, impl: str | None) -> GPT:
+        return build_gpt(variant, self.settings, vocabulary, impl)
+
+    def own(self, batch: Tensor) -> Tensor:
+        """What this rank has of a batch [texts, characters]."""
+        return batch
+
+    def whole(self) -> GPT | None:
+        """The model in one piece, on the first rank; None on the others. All must call it."""
+        return self.model
 
     def step(self, corpus: Corpus) -> None:
         """Train on the batch whose turn it is."""
@@ -41,39 +68,51 @@ class Run:
         torch.manual_seed(seed_of(self.settings.seed, step))  # for dropout
         self.model.train()
         with autocast(self.settings):
-            loss = self.model.loss(ids, targets)
+            loss = self.model.loss(self.own(ids), self.own(targets), self.positions)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
-        self.losses.append(loss.item())  # waits for the GPU, so the time below is the whole step's
+        # .item() waits for the GPU, so the time below is the whole step's.
+        self.losses.append(self.ranks.total(loss.item())[0] / self.ranks.count)
         self.seconds.append(time.perf_counter() - started)
 
     def validate(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         """Record the mean loss over the characters of all batches."""
         self.model.eval()
         total = count = 0.0
-        with torch.inference_mode(), autocast(self.settings):
+        # Not inference_mode: the first forward makes the buffers that fully_shard then trains with.
+        with torch.no_grad(), autocast(self.settings):
             for ids, targets in batches:
-                total += self.model.loss(ids, targets).item() * targets.numel()
-                count += targets.numel()
+                own = self.own(targets)
+                loss = self.model.loss(self.own(ids), own, self.positions)
+                if own.numel():  # the last batch may have fewer texts than there are ranks
+                    total += loss.item() * own.numel()
+                    count += own.numel()
+        total, count = self.ranks.total(total, count)
         self.validation[len(self.losses)] = total / count
 
-    def state(self) -> dict[str, Any]:
-        """All that `load` needs to go on as if never interrupted."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "losses": self.losses,
-            "validation": self.validation,
-            "seconds": self.seconds,
-        }
+    def save(self, out: Path) -> dict[str, Any]:
+        """All that `load` needs to go on as if never interrupted: the state, or the name of a folder in `out`
+        that has the tensors."""
+        history = {"losses": self.losses, "validation": self.validation, "seconds": self.seconds}
+        return self.tensors(out) | history
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def tensors(self, out: Path) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any], out: Path = Path()) -> None:
+        """Go on from a state that was saved in the folder `out`."""
+        if "parts" in state:
+            load_parts(out / state["parts"], self.model, self.optimizer)
+        else:
+            self.load_whole(state)
         self.losses, self.validation = state["losses"], state["validation"]
         self.seconds = state["seconds"]
+
+    def load_whole(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:

@@ -60,7 +60,7 @@ def key_heads(q_heads: int, kv_heads: int, ranks: int) -> tuple[tuple[int, ...],
 
 
 def all_rows(plans: list[Exchanged], tensors: list[Tensor], step: int) -> list[Tensor]:
-    """Of each tensor, x [batch, heads, rows, dim] of this rank's rows -> [batch, own heads, all rows, dim]."""
+    """Of each tensor, x [batch, heads, own rows, dim] -> [batch, own heads, all rows, dim]."""
     started = []
     for plan, x in zip(plans, tensors, strict=True):
         sends = [(rank, x[:, list(heads)]) for rank, heads in enumerate(plan.heads) if rank != plan.rank]
