@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import tilewise
+from harness import planner_table
 from harness.explained import ALL_CASES, meta
 from harness.ranks import run
 from tilewise.distributed.blocks import blocks_of, ring
@@ -418,6 +419,11 @@ def test_the_method_with_the_least_time_is_taken_and_of_like_ones_that_with_less
     # A link so slow that what is sent decides.
     slow = tilewise.explain_ranks(**call_of(LONG, training=False), ranks=8, link="1MB/s", gpu="H200")
     assert max(slow[slow.best].forward.sent) == min(max(m.forward.sent) for m in slow.methods)
+
+
+def test_the_figures_of_the_page_are_those_of_the_planner():
+    command = "PYTHONPATH=kernels:reference:tests python -m harness.planner_table"
+    assert planner_table.page() == planner_table.PAGE.read_text(encoding="utf-8"), command
 
 
 # ---- What is refused
