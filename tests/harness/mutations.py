@@ -11,6 +11,7 @@ from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
 from .mutations_compat import MUTATIONS as COMPAT_MUTATIONS
 from .mutations_copies import MUTATIONS as COPIES_MUTATIONS
+from .mutations_distributed import MUTATIONS as DISTRIBUTED_MUTATIONS
 from .mutations_drop_in import MUTATIONS as DROP_IN_MUTATIONS
 from .mutations_flash_impl import MUTATIONS as FLASH_IMPL_MUTATIONS
 from .mutations_float64 import MUTATIONS as FLOAT64_MUTATIONS
@@ -396,6 +397,7 @@ MUTATIONS = (
     *COMPAT_MUTATIONS,
     *COPIES_MUTATIONS,
     *FLASH_IMPL_MUTATIONS,
+    *DISTRIBUTED_MUTATIONS,
     *DROP_IN_MUTATIONS,
     *FLOAT64_MUTATIONS,
     *HOPPER_MUTATIONS,
