@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
@@ -410,6 +411,43 @@ def test_everything_is_json_and_plain_text():
         assert words in text, words
 
 
+def test_fake_tensors_are_planned_as_meta_ones():
+    arguments = dict(ranks=2, mask=tilewise.Causal(), work="training")
+    with FakeTensorMode():
+        fake = planned(*(torch.empty(x.shape, dtype=x.dtype) for x in call(48)), **arguments)
+    assert fake.to_dict() == planned(*call(48), **arguments).to_dict()
+
+
+def test_what_is_no_faster_than_one_gpu_is_said():
+    short, long = (planned(*call(length, (4, 2), (64, 64)), ranks=2) for length in (64, 65536))
+    words = "No faster than one H200 alone"
+    assert words in str(short) and words not in str(long)
+
+
+def test_every_dense_named_case_is_planned():
+    """With all that they ask for: biases, learned scores, sinks, dropout, cross-attention."""
+    count = 0
+    for case in ALL_CASES.values():
+        if case.sequences is None and case.q_len % 2 == 0 and not case.name.startswith("paper"):
+            arguments, count = call_of(case, training=True), count + 1
+            found = tilewise.explain_ranks(**arguments, ranks=2, order="contiguous", **FAST)
+            able = [method for method in found.methods if not method.why_not]
+            assert (
+                len(able) >= 2
+                and found["ring, heads"].why_not == "ranks=2 does not divide into groups of several"
+            )
+            for method in able:
+                assert sum(method.pairs) == found.pairs_that_count, case.name
+                assert min(x.busiest for x in method.passes) > 0, case.name
+    assert count > 35
+
+
+def test_dropout_is_not_cut_between_four_keys():
+    found = planned(*call(24), ranks=4, dropout_p=0.1)  # chunks of 3
+    why = "dropout is drawn for four keys at once, and a chunk has 3"
+    assert [m.why_not for m in found.methods] == [why, why, "", why] and found.best == "heads"
+
+
 def test_the_method_with_the_least_time_is_taken_and_of_like_ones_that_with_less_memory():
     found = tilewise.explain_ranks(**call_of(LONG, training=False), ranks=8, **FAST)
     least = min(m.seconds for m in found.methods)
@@ -497,7 +535,7 @@ def test_one_rank_sends_nothing():
     found = planned(*call(48), ranks=1, work="training")
     for method in found.methods[:3]:
         assert method.forward.sent == method.backward.sent == (0,) and method.forward.exposed == 0
-    assert found["ring, heads"].why_not.startswith("1 ranks do not divide")
+    assert found["ring, heads"].why_not == "ranks=1 does not divide into groups of several"
 
 
 # ---- The command
