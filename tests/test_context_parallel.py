@@ -29,13 +29,14 @@ MESHES = (
 HEADS = ((4, 4), (4, 2), (4, 1), (8, 2), (12, 4))  # with 12 and 4, four ranks cut a group in two
 MASKS = (
     (), ("causal",), ("causal_top_left",), ("causal_from_a_position",), ("window",), ("prefix",),
-    ("documents",), ("scattered_documents",), ("right_padding",), ("left_padding",), ("intervals",), ("bool_mask",),
-    ("user_mask",), ("user_interval",), ("causal", "documents"), ("causal", "window", "right_padding"),
+    ("documents",), ("scattered_documents",), ("right_padding",), ("left_padding",), ("intervals",),
+    ("bool_mask",), ("user_mask",), ("user_interval",), ("causal", "documents"),
+    ("causal", "window", "right_padding"),
 )  # fmt: skip
 OTHERS = (
     (), ("sink",), ("dropout",), ("alibi",), ("relative_position", "sink"), ("bias",),
-    ("softcap", "strided_bias"), ("user_score",), ("cosine_with_temperature",), ("tensor_scale", "sink"), ("other_scale",),
-    ("bfloat16",), ("float16", "sink"),
+    ("softcap", "strided_bias"), ("user_score",), ("cosine_with_temperature",), ("tensor_scale", "sink"),
+    ("other_scale",), ("bfloat16",), ("float16", "sink"),
 )  # fmt: skip
 # In the interpreter: own keys and those of others, each index that a kernel moves, each way of a mesh.
 KERNELS = (
@@ -115,9 +116,12 @@ def judge(shape: Any, method: Any, features: tuple[str, ...], order: str, impl: 
 
 @settings(max_examples=40)
 @given(
-    mesh=st.sampled_from(MESHES), heads=st.sampled_from(HEADS),
-    order=st.sampled_from(("zigzag", "contiguous")), mask=st.sampled_from(MASKS), others=st.sampled_from(OTHERS),
-)  # fmt: skip
+    st.sampled_from(MESHES),
+    st.sampled_from(HEADS),
+    st.sampled_from(("zigzag", "contiguous")),
+    st.sampled_from(MASKS),
+    st.sampled_from(OTHERS),
+)
 def test_ranks_are_one_device(mesh, heads, order, mask, others):
     judge(*mesh, (*mask, *others), order, "torch", q_heads=heads[0], kv_heads=heads[1])
 

@@ -10,6 +10,7 @@ from .mutation import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
 from .mutations_compat import MUTATIONS as COMPAT_MUTATIONS
+from .mutations_context_parallel import MUTATIONS as CONTEXT_PARALLEL_MUTATIONS
 from .mutations_copies import MUTATIONS as COPIES_MUTATIONS
 from .mutations_distributed import MUTATIONS as DISTRIBUTED_MUTATIONS
 from .mutations_drop_in import MUTATIONS as DROP_IN_MUTATIONS
@@ -395,6 +396,7 @@ MUTATIONS = (
              tests("transforms", "second_order_raises[eager-bias]")),
     *BACKWARD_MUTATIONS,
     *COMPAT_MUTATIONS,
+    *CONTEXT_PARALLEL_MUTATIONS,
     *COPIES_MUTATIONS,
     *FLASH_IMPL_MUTATIONS,
     *DISTRIBUTED_MUTATIONS,
