@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 from typer.testing import CliRunner
 
 from harness.examples import EXAMPLES, SOURCES
@@ -203,6 +206,31 @@ def test_what_fails_on_one_rank_is_said_on_all(examples):
         assert str(error) == "the disk is full"
     for error in errors((4,), know):
         assert "rank 3 has text b, and rank 0 has a: start all ranks with one command" in str(error)
+
+
+def save_to_a_full_disk(mesh, out):
+    ranks = example("ranks").SeveralRanks(4)
+    settings = example("settings").Settings(**TINY)
+    part = example("parallel").PartOfARun(settings, 60, "torch", ranks)
+    patch = mock.patch.object(
+        FileSystemWriter, "write_data", side_effect=OSError(28, "No space left on device")
+    )
+    with patch if ranks.rank == 1 else nullcontext():
+        part.save(out)
+
+
+def test_a_full_disk(tmp_path, examples):
+    for error in errors((4,), save_to_a_full_disk, tmp_path):
+        assert re.match(r"cannot write .*/parts-.*: rank 1: \[Errno 28\] No space left on device", str(error))
+    assert os.listdir(tmp_path) == []
+
+
+def test_parts_that_are_missing(tmp_path, examples):
+    checkpoint, settings = example("checkpoint"), example("settings").Settings(**TINY)
+    saved = mock.Mock(save=lambda out: {"parts": "parts-1", "losses": []})
+    checkpoint.save_checkpoint(tmp_path, settings, "", {"tilewise": saved})
+    with pytest.raises(example("settings").ExampleError, match="parts-1, which is not there, or not whole"):
+        checkpoint.load_checkpoint(tmp_path)
 
 
 def lose(mesh):
