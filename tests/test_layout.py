@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     SHARED: {"parts"},
     "tools.overlap": {SHARED},
     "tools.compiled": {SHARED, "plan", "kernels", "parts"},
-    "tools.explain": {SHARED, "pytorch", "plan", "kernels", "parts"},
+    "tools.explain": {SHARED, "distributed", "pytorch", "plan", "kernels", "parts"},
     "tools.inspect": {SHARED, "tools.compiled", "plan", "version"},
     "tools.tune": {SHARED, "pytorch", "plan", "kernels", "parts"},
     "tools.rank": {SHARED, "tools.compiled", "tools.overlap", "tools.tune", "plan", "kernels", "parts"},

@@ -1,5 +1,6 @@
 """tilewise: fused attention kernels in Triton for PyTorch."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import compat, integrations, nn
@@ -32,6 +33,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .drop_in.switch import sdpa
+    from .tools.explain.ranks.explain import explain_ranks
 
 __all__ = [
     "ALiBi",
@@ -58,6 +60,7 @@ __all__ = [
     "compat",
     "dropout_mask",
     "explain",
+    "explain_ranks",
     "integrations",
     "merge",
     "nn",
@@ -76,11 +79,13 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    """`sdpa`, when it is first asked for: it imports Dynamo, for as long as PyTorch takes itself."""
-    if name != "sdpa":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .drop_in.switch import sdpa
+# What is imported when it is first asked for: `sdpa` imports Dynamo, for as long as PyTorch takes itself, and
+# `explain_ranks` what is distributed.
+LATE = {"sdpa": ".drop_in.switch", "explain_ranks": ".tools.explain.ranks.explain"}
 
-    globals()[name] = sdpa
-    return sdpa
+
+def __getattr__(name: str) -> Any:
+    if name not in LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(LATE[name], __name__), name)
+    return found

@@ -11,6 +11,7 @@ import tilewise_reference
 
 from .kernels.dropout_mask import launch_dropout_mask
 from .parts.dropout import Dropout
+from .parts.dtensors import is_dtensor
 from .parts.masks.mask import Mask, as_mask
 from .parts.scores.bias import Bias
 from .parts.scores.score import Score, as_scores
@@ -146,6 +147,10 @@ def answer(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     if not watchers and (found := answer_again(request, return_lse)) is not None:
         return found
     check(request)
+    if is_dtensor(request.q):  # cut over devices, each of which comes back with its part
+        from .pytorch.sharded import answer_on_mesh  # imports DTensor, as the caller did
+
+        return answer_on_mesh(request, return_lse, answer)
     for watch in watchers:
         watch(request)
     is_plain = implementation(request) == "torch"

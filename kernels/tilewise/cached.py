@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 
 from .api import answer, refuse_unknown
+from .parts.dtensors import is_dtensor
 from .parts.masks.mask import Mask
 from .parts.rotary import RotaryTable
 from .parts.scores.score import Score
@@ -125,6 +126,12 @@ def attend(
     check(request)
     for reason in new_misfits(request, new_k, new_v, rotary):
         raise ValueError(reason)
+    if is_dtensor(request.q):
+        from .pytorch.sharded import attend_on_mesh  # imports DTensor, as the caller did
+
+        if new_k is not None and request.packing is not None:
+            new_k, new_v = as_heads(new_k, new_v)
+        return attend_on_mesh(request, new_k, new_v, rotary, return_lse, turn, answer)
     if new_k is not None and new_v is not None:
         if request.packing is not None:
             new_k, new_v = as_heads(new_k, new_v)

@@ -2,7 +2,7 @@
 
 from . import cases, dropout, masks, online, scores, yardstick
 from .attention import attention
-from .cases import CACHED_CASES, CASES, FEATURE_CASES, PACKED_CASES, SHORT_CASES, Case, paper_grid
+from .cases import CACHED_CASES, CASES, FEATURE_CASES, LONG_CASES, PACKED_CASES, SHORT_CASES, Case, paper_grid
 from .dropout import dropout_keep
 from .gradients import Gradients, gradients
 
@@ -10,6 +10,7 @@ __all__ = [
     "CACHED_CASES",
     "CASES",
     "FEATURE_CASES",
+    "LONG_CASES",
     "PACKED_CASES",
     "SHORT_CASES",
     "Case",

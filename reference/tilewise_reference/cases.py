@@ -1,8 +1,9 @@
 """Attention as real models run it: named shapes with their provenance, for tests, benchmarks and tuning.
 
 ``CASES`` lists models; ``paper_grid`` generates the grid on which FlashAttention's papers report speed;
-``FEATURE_CASES`` are rows of it with one feature each, ``SHORT_CASES`` are shorter than it. ``PACKED_CASES``
-pack sequences one behind the other, ``CACHED_CASES`` read a cache: cases_rows.py.
+``FEATURE_CASES`` are rows of it with one feature each, ``SHORT_CASES`` are shorter than it, ``LONG_CASES``
+are for several GPUs. ``PACKED_CASES`` pack sequences one behind the other, ``CACHED_CASES`` read a cache:
+cases_rows.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = [
     "CACHED_CASES",
     "CASES",
     "FEATURE_CASES",
+    "LONG_CASES",
     "PACKED_CASES",
     "SHORT_CASES",
     "Case",
@@ -158,6 +160,12 @@ SHORT_CASES: tuple[Case, ...] = tuple(
     for head_dim in (64, 128) for length in (64, 128, 256)
 )  # fmt: skip
 
+LONG_CASES: tuple[Case, ...] = (
+    _case("llama3-70b-prefill-128k", "Llama 3.1 70B: 64 query and 8 key/value heads of 128 (arXiv "
+          "2407.21783, table 3), context 131072 (section 3.4.2; config.json)", "prefill", heads=(64, 8),
+          length=131072, head_dim=128, causal="bottom_right"),
+)  # fmt: skip
+
 
 def named_cases(grid_dtype: str = "float16") -> dict[str, Case]:
     """Every case there is, by name; those of the papers' grid in this dtype."""
@@ -165,6 +173,7 @@ def named_cases(grid_dtype: str = "float16") -> dict[str, Case]:
         *CASES,
         *FEATURE_CASES,
         *SHORT_CASES,
+        *LONG_CASES,
         *PACKED_CASES,
         *CACHED_CASES,
         *paper_grid(dtype=grid_dtype),

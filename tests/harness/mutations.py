@@ -21,6 +21,7 @@ from .mutations_ladder import MUTATIONS as LADDER_MUTATIONS
 from .mutations_nn import MUTATIONS as NN_MUTATIONS
 from .mutations_one_walk import MUTATIONS as ONE_WALK_MUTATIONS
 from .mutations_pieces import MUTATIONS as PIECES_MUTATIONS
+from .mutations_planner import MUTATIONS as PLANNER_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_show import MUTATIONS as SHOW_MUTATIONS
@@ -404,6 +405,7 @@ MUTATIONS = (
     *NN_MUTATIONS,
     *ONE_WALK_MUTATIONS,
     *PIECES_MUTATIONS,
+    *PLANNER_MUTATIONS,
     *POSITIONS_MUTATIONS,
     *ROWS_MUTATIONS,
     *SHOW_MUTATIONS,

@@ -21,8 +21,11 @@ from packaging.version import Version
 import tilewise
 from tilewise.kernels.append import launch_append, launch_turn
 from tilewise.kernels.tile import CopiedTile, HopperBackwardTile, HopperTile
+from tilewise.parts.place import Place
 from tilewise.parts.rotary import RotaryTable
 from tilewise.parts.shape import Cache, Pages
+from tilewise.plan.passes import run_forward
+from tilewise.plan.request import request_of
 from tilewise.tools.compiled.compiler import (
     HOPPER_BACKWARD,
     TARGETS,
@@ -39,8 +42,10 @@ from tilewise.tools.compiled.variants import (
     hopper_variant,
     launch,
     launch_backward,
+    launch_gradients,
     one_walk_variant,
     plain_inputs,
+    target_tiles,
 )
 from tilewise.tools.inspect.inspect import DIMS
 
@@ -221,7 +226,27 @@ def feature_variant(features: tuple[str, ...], i: int, launched: Callable[..., N
 def feature_variants() -> list[Variant]:
     """Every feature in the forward, and what is not a feature: integers that are 1."""
     found = [feature_variant(features, i, launch) for i, features in enumerate(COMBINATIONS)]
-    return [*found, ones_variant()]
+    return [*found, ones_variant(), part_variant(False)]
+
+
+def part_variant(backward: bool) -> Variant:
+    """A part of a larger call, as ranks along a sequence make it: results in fp32, positions of the whole."""
+
+    def run() -> None:
+        features = ("causal", "window", "user_interval", "user_score", "relative_position", "dropout")
+        sizes = dict(q_heads=4, kv_heads=2, q_len=600, kv_len=600, head_dim=64, value_dim=64)
+        problem = build(torch.device("cpu"), random.Random(0), features, dtype=torch.bfloat16, **sizes)
+        whole = request_of(*problem.tensors(), **problem.keywords())
+        rows = dict(q=whole.q[:, :, 300:], k=whole.k[:, :, :300], v=whole.v[:, :, :300])
+        request = dataclasses.replace(whole, **rows, place=Place(*whole.shape[:5], first_row=300))
+        if backward:
+            launch_gradients(request, dtype=torch.float32)
+            return
+        out = request.q.new_empty(*request.q.shape[:3], 64, dtype=torch.float32)
+        with target_tiles():
+            run_forward(request, return_lse=False, for_backward=True, out=out)
+
+    return Variant("bf16 64 part of a call", run)
 
 
 def backward_feature_variants() -> list[Variant]:
@@ -232,7 +257,7 @@ def backward_feature_variants() -> list[Variant]:
     for i in (0, 3):
         variant = feature_variant(COMBINATIONS[i], i, in_one)
         found.append(dataclasses.replace(variant, kernels=("dqkv_kernel", "finish_dq_kernel")))
-    return found
+    return [*found, part_variant(True)]
 
 
 def backward_variants() -> list[Variant]:

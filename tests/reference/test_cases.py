@@ -9,6 +9,7 @@ from tilewise_reference import CASES, masks, paper_grid
 from tilewise_reference.cases import (
     CACHED_CASES,
     FEATURE_CASES,
+    LONG_CASES,
     PACKED_CASES,
     SHORT_CASES,
     Case,
@@ -17,7 +18,7 @@ from tilewise_reference.cases import (
     named_cases,
 )
 
-ALL = (*CASES, *paper_grid(), *FEATURE_CASES, *SHORT_CASES, *PACKED_CASES, *CACHED_CASES)
+ALL = (*CASES, *paper_grid(), *FEATURE_CASES, *SHORT_CASES, *LONG_CASES, *PACKED_CASES, *CACHED_CASES)
 BY_NAME = {case.name: case for case in CASES}
 SMALL = Case("small", 2, 6, 3, 5, 7, 4, 3, "float16", "prefill", "made up")
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..parts.masks.mask import Mask
 from ..parts.plug import Plug
 from .faults import blaming, in_words
 from .group import Group
@@ -127,6 +128,8 @@ def word(value: Any, *, contents: bool = False) -> str:
     if isinstance(value, Tensor):
         text = f"{value.dtype}{list(value.shape)}"
         return f"{text} (digest {digest(value)})" if contents else text
+    if isinstance(value, Mask) and value.parts() != (value,):
+        value = value.parts()
     if isinstance(value, Plug):
         tensors = dict.fromkeys(word(x, contents=contents) for x in own_tensors(value))
         return f"{value!r} of {', '.join(tensors)}" if tensors else repr(value)

@@ -100,14 +100,14 @@ _hosts: dict[Any, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}  # (all proc
 def host_group(mesh: DeviceMesh) -> Group:
     """All ranks of the mesh in a gloo group, for what hosts say to one another about a call: the mesh's own
     group, or that of all processes, if it is one of gloo with these ranks; else one that is made once, with
-    the mesh's time-out. All ranks of the mesh must call."""
+    the shorter of their time-outs. All ranks of the mesh must call."""
     everyone = dist.group.WORLD
     assert everyone is not None  # there is a mesh
     world = mesh.mesh.flatten().tolist()
     for handle in (*([mesh.get_group(0)] if mesh.ndim == 1 else []), everyone):
         if is_gloo(handle) and set(dist.get_process_group_ranks(handle)) == set(world):
             return as_group(handle, rank_in(mesh), world, "cpu")
-    timeout = timeout_of(mesh.get_group(0), mesh.device_type)
+    timeout = min(timeout_of(handle, mesh.device_type) for handle in (mesh.get_group(0), everyone))
     key = tuple(world), timeout
     if key not in _hosts or _hosts[key][0] is not everyone:  # torch.distributed was ended and begun again
         made = dist.new_group(world, timeout, backend="gloo", use_local_synchronization=True)

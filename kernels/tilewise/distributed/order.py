@@ -16,6 +16,7 @@ two by two, the zig-zag of 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 ORDERS = ("zigzag", "contiguous")
@@ -52,6 +53,25 @@ class Order(NamedTuple):
     def rows(self, rank: int) -> list[tuple[int, int]]:
         """The rows start..stop of each chunk that a rank holds."""
         return [(self.start(chunk), self.start(chunk + 1)) for chunk in self.held[rank]]
+
+    def of(self, ranks: Sequence[int]) -> Order:
+        """What some ranks hold, alone: chunks keep their numbers."""
+        return Order(self.rows_each * len(ranks), tuple([self.held[rank] for rank in ranks]))
+
+    def together(self, groups: Sequence[Sequence[int]]) -> Order:
+        """The order of groups of ranks, each of which has the rows of all its ranks. Chunks that stand side
+        by side in every group are one."""
+        held = [tuple(sorted([chunk for rank in group for chunk in self.held[rank]])) for group in groups]
+        size = len(groups[0])
+        starts = [chunks[::size] for chunks in held]
+        are_runs = all(
+            first % size == 0 and chunks[i * size : (i + 1) * size] == tuple(range(first, first + size))
+            for chunks, firsts in zip(held, starts, strict=True)
+            for i, first in enumerate(firsts)
+        )
+        if are_runs:
+            held = [tuple([first // size for first in firsts]) for firsts in starts]
+        return Order(self.length, tuple(held))
 
     def part(self, rank: int, chunk: int) -> slice:
         """Where a chunk is among the rows that the rank holds."""

@@ -13,7 +13,7 @@ from ..pytorch.autograd import SECOND_ORDER
 from ..pytorch.encoding import Encoded, decode, encode
 from .blocks import Blocks, ring
 from .calls import is_free, part_calls, part_request
-from .exchange import Exchange
+from .exchange import Channel
 from .order import Order
 from .rows import Rows, attend, differentiate, sink_gradient, unit_of, without_sink
 from .walk import WALKS, Keys, Walk
@@ -22,26 +22,27 @@ Tensor = torch.Tensor
 
 
 class Share(NamedTuple):
-    """The ranks along the sequence, and which of them this is; which rows and keys each holds; which of their
+    """What the ranks along the sequence send one another; which rows and keys each holds; which of their
     chunks see one another; how keys come: a name in WALKS."""
 
-    exchange: Exchange
-    rank: int
+    channel: Channel
     q_order: Order
     kv_order: Order
     blocks: Blocks
     method: str
 
+    @property
+    def rank(self) -> int:
+        return self.channel.group.rank
+
     def walk(self, k: Tensor, v: Tensor) -> Walk:
         steps = ring(self.rank, self.blocks.seen, self.q_order, self.kv_order)
-        return WALKS[self.method](self.exchange, steps, Keys(self.kv_order.held[self.rank], k, v))
+        return WALKS[self.method](self.channel, steps, Keys(self.kv_order.held[self.rank], k, v))
 
     def calls(self, request: Request, keys: Keys) -> list[tuple[slice, slice, Request]]:
         """What is computed of the keys at hand: rows of the rank, rows of the keys, and the request of
         both."""
-        found = part_calls(
-            self.rank, keys.chunks, self.blocks, self.q_order, self.kv_order, is_free(request)
-        )
+        found = part_calls(self.rank, keys.chunks, self.blocks, self.q_order, self.kv_order, is_free(request))
         return [(call.rows, call.keys, part_request(request, call, keys.k, keys.v)) for call in found]
 
 
@@ -142,4 +143,3 @@ def gradients(
         delta = delta.masked_fill(statistics[0] == -torch.inf, 0.0)
         total[3 + sinks.index(True)] = sink_gradient(request.sink, statistics, delta)
     return total
-

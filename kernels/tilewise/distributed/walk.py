@@ -21,7 +21,7 @@ import torch
 
 from ..parts.shape import computed_in
 from .blocks import Step
-from .exchange import Exchange, Pending
+from .exchange import Channel, Pending
 
 Tensor = torch.Tensor
 
@@ -72,8 +72,8 @@ class Walk:
     """Once around all keys, for a rank that has `own`: `compute` is called with all that some of its rows may
     see, piece by piece, and in the backward gives their gradients, in the dtype of scores."""
 
-    def __init__(self, exchange: Exchange, steps: Sequence[Step], own: Keys) -> None:
-        self.exchange, self.steps, self.own = exchange, steps, own
+    def __init__(self, channel: Channel, steps: Sequence[Step], own: Keys) -> None:
+        self.channel, self.steps, self.own = channel, steps, own
 
     def forward(self, compute: Compute) -> None:
         raise NotImplementedError
@@ -86,7 +86,7 @@ class Walk:
         """Let the keys of a step go and come, while something else is done."""
         plan = self.steps[step]
         sends = [(plan.target, self.own.message(plan.sent))] if plan.sent else []
-        return self.arriving(sends, plan.source, plan.received, self.own.k.dtype, f"keys of step {step}")
+        return self.arriving(sends, plan.source, plan.received, self.own.k.dtype, step)
 
     def start_back(self, step: int, gradients: Keys | None) -> Arriving:
         """Let the gradients of what came in a step go, and those of what went come."""
@@ -94,15 +94,15 @@ class Walk:
         if gradients is not None and plan.received:
             sends = [(plan.source, gradients.message(plan.received))]
         wide = computed_in(self.own.k.dtype)
-        return self.arriving(sends, plan.target, plan.sent, wide, f"gradients of step {step}")
+        return self.arriving(sends, plan.target, plan.sent, wide, step)
 
     def arriving(
         self, sends: list[tuple[int, Tensor]], source: int, chunks: tuple[int, ...], dtype: torch.dtype,
-        what: str,
+        step: int,
     ) -> Arriving:  # fmt: skip
         message, keys = self.own.room(chunks, dtype)
         receives = [(source, message)] if chunks else []
-        return Arriving(self.exchange.start(sends, receives, what), keys)
+        return Arriving(self.channel.start(sends, receives, step), keys)
 
 
 def add(total: Keys, arrived: Keys, chunks: Sequence[int]) -> None:

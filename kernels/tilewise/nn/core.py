@@ -13,6 +13,7 @@ from ..parts.masks.mask import Mask
 from ..parts.scores.score import Score
 from ..parts.similarity import Cosine
 from .rotary import Rotary
+from .sharded import check_norms
 
 MaskLike = Mask | Tensor | Any  # Any: a @triton.jit function
 ScoreLike = Score | Sequence[Score] | Any
@@ -127,6 +128,7 @@ class AttentionCore(nn.Module):
             refuse_unknown("forward", unknown, (*CALL_ARGUMENTS, "positions", "cache"))
         if positions is not None and self.rotary is None:
             raise ValueError("positions= has no effect without rotary=; make the module with one")
+        check_norms(q, self.q_norm, self.k_norm)
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         if self.rotary is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import AttentionCore, check_positive
+from .sharded import check_whole_parts, on_devices
 from .sizes import join_heads, resolve_sizes, split_heads
 from .weights import (
     apply_fused,
@@ -17,6 +18,7 @@ from .weights import (
     fuse_linears,
     head_sizes,
     multihead_linears,
+    split_linear,
 )
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class ProjectedAttention(nn.Module):
         self.core = AttentionCore(
             heads, sizes.head_dim, kv_heads=kv_heads, device=device, dtype=dtype, **core
         )
-        self.input_dim, self.fused = input_dims["q"], fused
+        self.input_dim, self.fused, self._fusable = input_dims["q"], fused, fused
         self.output_dim, self.head_dim, self.value_dim = sizes
         self.heads, self.kv_heads = heads, self.core.kv_heads
 
@@ -139,14 +141,48 @@ class ProjectedAttention(nn.Module):
         options = {"dropout": mha.dropout} | options
         return cls.from_linears(q, k, v, heads=mha.num_heads, out=out, **options).train(mha.training)
 
+    def split_projections(self) -> Self:
+        """Give queries, keys and values a Linear each, named `q`, `k` and `v`, where one makes several of them:
+        so that `ColwiseParallel` can cut each between heads. In place, with copies of the weights: make the
+        optimizer afterwards. Returns the module; `fuse_projections` is the way back. Raises ValueError for
+        weights that are cut already."""
+        for parts in [each for each in self.fused if len(each) > 1]:
+            linear = getattr(self, parts)
+            check_whole_parts(parts, linear)
+            for part, made in zip(parts, split_linear(linear, self._rows(parts)), strict=True):
+                setattr(self, part, made.train(linear.training))
+            delattr(self, parts)
+        self.fused = ("q", "k", "v")
+        return self
+
+    def fuse_projections(self) -> Self:
+        """Let one Linear make all that reads one sequence, as when the module was made. In place, with copies
+        of the weights. Returns the module. Raises ValueError for weights that are cut over devices."""
+        if self.fused == self._fusable:
+            return self
+        for parts in [each for each in self._fusable if len(each) > 1]:
+            linears = {part: getattr(self, part) for part in parts}
+            for part, linear in linears.items():
+                check_whole_parts(part, linear)
+            setattr(self, parts, fuse_linears(**linears).train(linears[parts[0]].training))
+            for part in parts:
+                delattr(self, part)
+        self.fused = self._fusable
+        return self
+
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What q, k and v are made from, [batch, length, width] each -> the three themselves, split into
         heads. One matmul for all that one Linear makes from one tensor."""
         inputs: dict[str, Tensor] = {"q": q, "k": k, "v": v}
         made: dict[str, Tensor] = {}
         for parts in self.fused:
-            read = [inputs[part] for part in parts]
-            made |= zip(parts, apply_fused(getattr(self, parts), self._rows(parts), read), strict=True)
+            read, linear, rows = [inputs[part] for part in parts], getattr(self, parts), self._rows(parts)
+            if len(parts) > 1:
+                check_whole_parts(parts, linear)
+            made |= zip(parts, apply_fused(linear, rows, read), strict=True)
+            if len(parts) == 1:
+                heads = self.heads if parts == "q" else self.kv_heads
+                made[parts] = on_devices(made[parts], parts, linear, heads, rows[0])
         return (
             split_heads(made["q"], self.heads),
             split_heads(made["k"], self.kv_heads),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..parts.dtensors import is_dtensor
 from ..parts.rotary import RotaryTable
+from .sharded import locally
 
 STYLES = ("half", "interleaved")
 
@@ -84,6 +86,8 @@ class Rotary(nn.Module):
         angles = self._angles(_as_positions(positions, q)).unsqueeze(-2)  # the same for all heads
         angles = angles.to(torch.promote_types(q.dtype, torch.float32))
         cos, sin = angles.cos(), angles.sin()
+        if is_dtensor(q) and is_dtensor(k):
+            return locally(self._turn, q, cos, sin), locally(self._turn, k, cos, sin)
         return self._turn(q, cos, sin), self._turn(k, cos, sin)
 
     def table(

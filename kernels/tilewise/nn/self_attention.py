@@ -115,7 +115,7 @@ class SelfAttention(ProjectedAttention):
         """
         if unknown:
             refuse_unknown("forward", unknown, (*CALL_ARGUMENTS, "positions", "cache"))
-        check_input("x", x, self.input_dim, self.qkv.weight)
+        check_input("x", x, self.input_dim, getattr(self, self.fused[0]).weight)
         return self._attend(x, mask=mask, bias=bias, score=score, positions=positions, cache=cache)
 
     def extra_repr(self) -> str:

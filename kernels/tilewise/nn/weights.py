@@ -38,10 +38,25 @@ def fuse_linears(**linears: nn.Linear) -> nn.Linear:
 def apply_fused(linear: nn.Linear, rows: Sequence[int], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     """What each part of a fused Linear, its next `rows`, makes of its own input; one matmul where the inputs
     are all one tensor."""
+    if len(rows) == 1:
+        return [linear(inputs[0])]
     if all(x is inputs[0] for x in inputs):
         return linear(inputs[0]).split(rows, dim=-1)
     biases = [None] * len(rows) if linear.bias is None else linear.bias.split(rows)
     return [F.linear(*part) for part in zip(inputs, linear.weight.split(rows), biases, strict=True)]
+
+
+def split_linear(linear: nn.Linear, rows: Sequence[int]) -> list[nn.Linear]:
+    """A Linear for each part of a fused one, its next `rows`. Weights are copied."""
+    weights = linear.weight.detach().split(list(rows))
+    biases = [None] * len(rows) if linear.bias is None else linear.bias.detach().split(list(rows))
+    made = []
+    for weight, bias in zip(weights, biases, strict=True):
+        made.append(make_linear(weight.clone(), None if bias is None else bias.clone()))
+        made[-1].weight.requires_grad_(linear.weight.requires_grad)
+        if made[-1].bias is not None:
+            made[-1].bias.requires_grad_(linear.bias.requires_grad)
+    return made
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -44,8 +44,14 @@ class Place(NamedTuple):
         return self[5:]
 
     def whole(self, part: Shape) -> Shape:
-        """The shape of the whole call that a call of this shape is a part of."""
-        return Shape(*self[:5], *part[5:])
+        """The shape of the whole call that a call of this shape is a part of. Of a cache it has the lengths
+        where the whole has them; those of others, which nobody asks for, are 0."""
+        packing, cache = part.packing, part.cache
+        if cache is not None and part.batch != self.batch:
+            behind = self.batch - self.first_batch - part.batch
+            lens = torch.nn.functional.pad(cache.kv_lens, (self.first_batch, behind))
+            cache = cache._replace(kv_lens=lens)
+        return Shape(*self[:5], part.head_dim, part.value_dim, packing, cache)
 
 
 # ---- Device functions. TARGET is the function that is asked; args: the origin, and what it takes itself.

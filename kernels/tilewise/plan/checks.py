@@ -17,7 +17,7 @@ from ..parts.numerics import INTERPRETED
 from ..parts.similarity import Cosine
 from .implementation import is_watched
 from .request import Request
-from .rules import cache, hopper, implementations, options, tensors
+from .rules import cache, hopper, implementations, options, sharding, tensors
 
 Rule = Callable[[Request], "str | None"]
 
@@ -70,7 +70,7 @@ RULES: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
     (options.deterministic_is_a_bool, ()),
     (implementations.memory_is_linear, FITTING),
 )
-RULES += ((cache.cache_has_no_gradient, SIZES),)
+RULES += ((cache.cache_has_no_gradient, SIZES), (sharding.sharding_fits, SIZES))
 RULES += ((implementations.gradients_exist, tuple(rule for rule, _ in RULES)),)
 
 
@@ -112,7 +112,7 @@ def looks(r: Request) -> tuple[Any, ...]:
         r.cache is not None and (r.cache.split_size, r.cache.pages is not None and r.cache.pages[1:]),
         r.deterministic is True or r.deterministic is False,
         r.strict and (is_watched(), *[t.stride() for _, t in r.other_tensors]),
-        r.impl == "hopper" and hopper.looks(r), r.place,
+        r.impl == "hopper" and hopper.looks(r), r.place, sharding.looks(r),
     )  # fmt: skip
 
 

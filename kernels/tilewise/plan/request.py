@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from ..parts.dropout import Dropout
+from ..parts.dtensors import is_dtensor
 from ..parts.masks.mask import Mask, as_mask
 from ..parts.place import Place
 from ..parts.scores.bias import Bias
 from ..parts.scores.score import Score, as_scores
 from ..parts.shape import Cache, Packing, Pages, Shape
 from ..parts.similarity import Cosine, Similarity, similarity_scores
+from .shards import agreed
 
 Tensor = torch.Tensor
 
@@ -149,7 +151,7 @@ def make_request(
         q, k, v = (x.to(dtype) if is_cast(x) else x for x in (q, k, v))
     dropout = None
     if dropout_p != 0 and (dropout_seed is not None or isinstance(q, Tensor)):
-        dropout = Dropout(dropout_p, draw_seed(q.device) if dropout_seed is None else dropout_seed)
+        dropout = Dropout(dropout_p, seed_for(q) if dropout_seed is None else dropout_seed)
     return Request(
         q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict, packing, cache, deterministic
     )
@@ -231,6 +233,12 @@ def is_cast(x: Any) -> bool:
 def is_autocast(device: torch.device) -> bool:
     """Whether an autocast region of the device is entered; some devices (meta) know none."""
     return device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
+
+
+def seed_for(q: Tensor) -> Tensor:
+    """A seed that is drawn for a call; ranks that share it, as DTensors, have one."""
+    seed = draw_seed(q.device)
+    return agreed(seed, q.device_mesh) if is_dtensor(q) else seed  # type: ignore[attr-defined]
 
 
 def draw_seed(device: torch.device) -> Tensor:

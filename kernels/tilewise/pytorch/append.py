@@ -32,15 +32,21 @@ library.define(f"turn_queries(Tensor q, Tensor k, {WHERE}, Tensor cos, Tensor si
 def append(request: Request, new_k: Tensor, new_v: Tensor, rotary: RotaryTable | None) -> Request:
     """Write new_k and new_v [blocks, kv_heads, rows, dim] behind what the request's cache holds; the request
     after that."""
-    cache, packing = request.cache, request.packing
+    cache = request.cache
     assert cache is not None
     cos, sin, interleaved = (None, None, False) if rotary is None else rotary
     given = (*where(request), cos, sin, interleaved, implementation(request))
     call = torch.ops.tilewise.append_to_cache if torch.compiler.is_compiling() else append_to_cache
     call(request.k, request.v, new_k, new_v, *given)
+    return replace(request, cache=cache._replace(kv_lens=lengths_after(request, new_k)))
+
+
+def lengths_after(request: Request, new_k: Tensor) -> Tensor:
+    """kv_lens once new_k [blocks, kv_heads, rows, head_dim] is in the cache."""
+    cache, packing = request.cache, request.packing
+    assert cache is not None
     added: Any = new_k.shape[2] if packing is None else packing.q_offsets.diff()
-    lens = (cache.kv_lens + added).to(cache.kv_lens.dtype)
-    return replace(request, cache=cache._replace(kv_lens=lens))
+    return (cache.kv_lens + added).to(cache.kv_lens.dtype)
 
 
 def turn_queries(request: Request, rotary: RotaryTable) -> Request:

@@ -10,6 +10,7 @@ import torch
 from ...parts.rotary import RotaryTable
 from ...parts.shape import INTS, computed_in
 from ..request import Request
+from . import sharding
 
 Tensor = torch.Tensor
 
@@ -79,6 +80,7 @@ def new_misfits(r: Request, new_k: Any, new_v: Any, rotary: RotaryTable | None) 
             wanted = (rows, shape.kv_heads, cache.shape[3])
         if tuple(new.shape) != wanted:
             yield f"{name}.shape={tuple(new.shape)} must be [{', '.join(map(str, wanted))}]"
+        yield from sharding.new_misfits(r, name, new, cache)
         if new.dtype != cache.dtype or new.device != cache.device:
             yield f"{name} is {new.dtype} on {new.device}, the cache {cache.dtype} on {cache.device}"
         if new.requires_grad and torch.is_grad_enabled():

@@ -23,7 +23,7 @@ from ...parts.scores.relative_position import RelativePosition
 from ...parts.shape import Shape
 from ...plan import tiles
 from ...plan.passes import parameter_slots, run_backward, run_forward
-from ...plan.request import request_of
+from ...plan.request import Request, request_of
 from ...plan.rules import hopper as hopper_rules
 from ..inputs import case_inputs
 from .compiler import HOPPER_BACKWARD, ONE_WALK, Variant
@@ -70,14 +70,18 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool =
 
 def launch_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, walks: int = 2, **given: Any) -> None:
     """What its backward does, with gradients of everything that has one, in so many walks."""
-    request = request_of(q, k, v, **given)
+    launch_gradients(request_of(q, k, v, **given), walks)
+
+
+def launch_gradients(request: Request, walks: int = 2, dtype: torch.dtype | None = None) -> None:
+    """The same of a request, its gradients in their own dtypes or in this one."""
     q = request.q
     out = q.new_empty(*q.shape[:3], request.shape.value_dim)
     dlse = q.new_empty(q.shape[:3], dtype=torch.float32)
     slots = {slot for slot, _, _ in parameter_slots(request)}
     needs = [True] * 3 + [slot in slots for slot in range(len(request.other_tensors))]
     with target_tiles(), tiles.use_walks(walks):
-        run_backward(request, out, dlse.expand(2, *dlse.shape), torch.empty_like(out), dlse, needs)
+        run_backward(request, out, dlse.expand(2, *dlse.shape), torch.empty_like(out), dlse, needs, dtype)
 
 
 def plain_inputs(

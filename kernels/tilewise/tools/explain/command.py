@@ -18,6 +18,7 @@ from tilewise_reference.cases import (
     CACHED_CASES,
     CASES,
     FEATURE_CASES,
+    LONG_CASES,
     SHORT_CASES,
     Case,
     Features,
@@ -30,7 +31,7 @@ from ..inputs import case_inputs, packed_offsets
 from .explain import Explanation
 from .explain import explain as explain_call
 from .findings import Work
-from .text import is_number, sections, table, title
+from .text import Section, is_number, sections, table, title
 
 INTERVAL_FEATURES = ("causal", "window", "documents")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -38,6 +39,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "models": CASES,
     "features": FEATURE_CASES,
     "short sequences": SHORT_CASES,
+    "for several GPUs": LONG_CASES,
     "keys and values in a cache": CACHED_CASES,
     "the papers' grid": tuple(paper_grid()),
 }
@@ -70,6 +72,17 @@ def explain(
     cosine: Annotated[bool, typer.Option("--cosine", help="Cosine similarity.")] = False,
     dropout: Annotated[float | None, typer.Option(help="Probability of dropping a pair.")] = None,
     impl: Annotated[str | None, typer.Option(help="Ask for portable, hopper or torch.")] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="Shared by so many GPUs, or on a mesh: 4x8 is 4 groups of 8. Needs --link."),
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(help="What a GPU sends and receives at once, as 450GB/s; on a mesh 50GB/s,450GB/s."),
+    ] = None,
+    order: Annotated[
+        str | None, typer.Option(help="Of rows over ranks: zigzag or contiguous. [default: zigzag]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     list_cases: Annotated[bool, typer.Option("--list", help="List the named cases.")] = False,
 ) -> None:
@@ -91,19 +104,31 @@ def explain(
         if case is None:
             chosen = case_of_sizes(q, kv, value_dim, dtype, features)
         elif q is not None or kv is not None or value_dim is not None or features:
-            raise ValueError("--case says everything but --gpu, --training and --impl; leave the others out")
+            raise ValueError(
+                "--case says everything but --gpu, --training, --impl and what goes with --ranks; leave the "
+                "others out"
+            )
         else:
             chosen = find_case(case)
-        found = explain_case(chosen, gpu, training, impl)
+        call = call_of(chosen, training, impl) | {"gpu": gpu}
+        if ranks is not None:
+            from .ranks.command import planned  # it imports what is distributed, for which others do not wait
+
+            found, heading, said = planned(call, ranks, link, order)
+        elif link is not None or order is not None:
+            raise ValueError("--link and --order go with --ranks")
+        else:
+            explained = explain_call(**call)
+            found, heading, said = explained.to_dict(), title(explained), sections(explained)
     except (ValueError, NotImplementedError) as error:
         typer.echo(f"tilewise explain: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(json.dumps({"case": chosen.name, **found.to_dict()}, indent=1))
+        typer.echo(json.dumps({"case": chosen.name, **found}, indent=1))
         return
     if case is not None:
         console.print(Text(f"{chosen.name}: {chosen.provenance}"))
-    print_explanation(console, found)
+    print_sections(console, heading, said)
 
 
 def case_of_sizes(
@@ -152,7 +177,12 @@ def window_of(given: str) -> tuple[int | None, int | None]:
 
 
 def explain_case(case: Case, gpu: str | None, training: bool, impl: str | None = None) -> Explanation:
-    """The explanation of a case, with q, k and v on the device meta: nothing of their size is stored."""
+    """The explanation of a case."""
+    return explain_call(gpu=gpu, **call_of(case, training, impl))
+
+
+def call_of(case: Case, training: bool, impl: str | None = None) -> dict[str, Any]:
+    """What `explain` takes of a case, with q, k and v on the device meta: nothing of their size is stored."""
     inputs = case_inputs(case, "meta", gradients=training)
     arguments = dict(inputs.arguments)
     if case.lengths is not None:  # what is visited stands in them
@@ -169,7 +199,7 @@ def explain_case(case: Case, gpu: str | None, training: bool, impl: str | None =
             if isinstance(part, Dense):
                 arguments["mask"] = arguments["mask"] & part
     work: Work = "training" if training else "forward"
-    return explain_call(inputs.q, inputs.k, inputs.v, gpu=gpu, work=work, impl=impl, **arguments)
+    return arguments | dict(q=inputs.q, k=inputs.k, v=inputs.v, work=work, impl=impl)
 
 
 def print_cases(console: Console) -> None:
@@ -198,9 +228,9 @@ def print_cases(console: Console) -> None:
         console.print()
 
 
-def print_explanation(console: Console, found: Explanation) -> None:
-    console.print(Text(title(found), style="bold"))
-    for section in sections(found):
+def print_sections(console: Console, heading: str, found: list[Section]) -> None:
+    console.print(Text(heading, style="bold"))
+    for section in found:
         console.print()
         console.print(Text(section.title, style="bold italic"))
         for sentence in section.sentences:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -251,27 +252,32 @@ def tile_states(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> torch.Te
     return key_tiles(rows, shape, tile_q, tile_kv).states(ceil_div(shape.kv_len, tile_kv))
 
 
-def walk_over_keys(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
-    """The tiles that the forward and dQ's pass visit: `kv_range` of every tile of rows."""
-    if 0 in shape.scores:
-        return NOTHING
+class Visits(NamedTuple):
+    """Tiles that are visited, and those of them in which every pair counts, of each batch and head that rows
+    tell apart: int64 [batch or 1, q_heads or 1]."""
+
+    visited: torch.Tensor
+    full: torch.Tensor
+
+
+def over_keys(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Visits:
+    """What the forward and dQ's pass visit: `kv_range` of every tile of rows."""
     found = key_tiles(rows, shape, tile_q, tile_kv)
-    full = int((found.full_last - found.full_first).sum())
-    return coverage(rows, shape, (tile_q, tile_kv), int((found.last - found.first).sum()), full)
+    return Visits((found.last - found.first).sum(2), (found.full_last - found.full_first).sum(2))
 
 
-def walk_over_rows(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
-    """The tiles that dK's and dV's pass visits: `q_range` of every tile of keys, from the first tile of rows
-    that visits it to the last; the first run of those in which every pair counts needs no mask."""
+def over_rows(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Visits:
+    """What dK's and dV's pass visits: `q_range` of every tile of keys, from the first tile of rows that
+    visits it to the last; the first run of those in which every pair counts needs no mask."""
+    visited, full = (torch.zeros(rows.repeats, dtype=torch.int64, device="cpu") for _ in range(2))
     if 0 in shape.scores:
-        return NOTHING
+        return Visits(visited, full)
     ranges = ranges_of(rows, shape, tile_q)
     q_tiles, kv_tiles = ceil_div(shape.q_len, tile_q), ceil_div(shape.kv_len, tile_kv)
     full_stop = ranges.full_stop.clone()
     if shape.q_len % tile_q:  # rows beyond q_len must be masked
         full_stop[..., -1] = 0
     index = torch.arange(q_tiles, device="cpu")[:, None]
-    visited = full = 0
     for chunk in torch.arange(kv_tiles, device="cpu").split(tile_q):  # as many numbers as there are rows
         begin = chunk * tile_kv  # [chunk], against [batch, q_heads, q_tiles, 1]
         visits = (ranges.start[..., None] < begin + tile_kv) & (ranges.stop[..., None] > begin)
@@ -281,23 +287,42 @@ def walk_over_rows(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Cover
         full_first = torch.where(is_full, index, q_tiles).amin(2, keepdim=True)
         ends = (index >= full_first) & ~is_full
         full_last = torch.minimum(torch.where(ends, index, q_tiles).amin(2, keepdim=True), last)
-        visited += int((last - first).clamp(min=0).sum())
-        full += int((full_last - full_first).clamp(min=0).sum())
-    return coverage(rows, shape, (tile_q, tile_kv), visited, full)
+        visited += (last - first).clamp(min=0).sum((2, 3))
+        full += (full_last - full_first).clamp(min=0).sum((2, 3))
+    return Visits(visited, full)
+
+
+def of_a_parameter(rows: Rows, shape: Shape, tile: int) -> Visits:
+    """What the gradient of a score's parameter visits; it masks them all."""
+    visited, full = over_keys(rows, shape, tile, tile)
+    return Visits(visited, torch.zeros_like(full))
+
+
+def walk_over_keys(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
+    return coverage(rows, shape, (tile_q, tile_kv), over_keys(rows, shape, tile_q, tile_kv))
+
+
+def walk_over_rows(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
+    return coverage(rows, shape, (tile_q, tile_kv), over_rows(rows, shape, tile_q, tile_kv))
 
 
 def walk_of_a_parameter(rows: Rows, shape: Shape, tile: int) -> Coverage:
-    """The tiles that the gradient of a score's parameter visits; it masks them all."""
-    covered = walk_over_keys(rows, shape, tile, tile)
-    return Coverage(covered.total, covered.skipped, covered.visited, 0)
+    return coverage(rows, shape, (tile, tile), of_a_parameter(rows, shape, tile))
 
 
-def coverage(rows: Rows, shape: Shape, tile: tuple[int, int], visited: int, full: int) -> Coverage:
+def coverage(rows: Rows, shape: Shape, tile: tuple[int, int], visits: Visits) -> Coverage:
     """Counts of the heads that `rows` tells apart, as those of all heads."""
     alike = shape.batch // rows.repeats[0] * (shape.q_heads // rows.repeats[1])
-    a_head = ceil_div(shape.q_len, tile[0]) * ceil_div(shape.kv_len, tile[1])
-    total = a_head * shape.batch * shape.q_heads
-    return Coverage(total, total - visited * alike, (visited - full) * alike, full * alike)
+    visited, full = (int(each.sum()) * alike for each in visits)
+    return coverage_of(shape, tile, visited, full)
+
+
+def coverage_of(shape: Shape, tile: tuple[int, int], visited: int, full: int) -> Coverage:
+    """The same of counts of all heads."""
+    if 0 in shape.scores:
+        return NOTHING
+    total = ceil_div(shape.q_len, tile[0]) * ceil_div(shape.kv_len, tile[1]) * shape.batch * shape.q_heads
+    return Coverage(total, total - visited, visited - full, full)
 
 
 # ---- Pairs and keys
@@ -309,18 +334,29 @@ def pairs_that_count(rows: Rows, shape: Shape) -> int:
     if 0 in shape.scores:
         return 0
     alike = shape.batch // rows.repeats[0] * (shape.q_heads // rows.repeats[1])
-    return int((rows.hi - rows.lo).clamp(min=0).sum()) * alike
+    return int(pairs_of_each(rows, shape).sum()) * alike
+
+
+def pairs_of_each(rows: Rows, shape: Shape) -> torch.Tensor:
+    """The same of each batch and head that rows tell apart, [batch or 1, q_heads or 1]."""
+    return (rows.hi - rows.lo).clamp(min=0).sum(2)
 
 
 def keys_that_are_seen(rows: Rows, shape: Shape) -> int:
     """Keys between the first and the last that some row sees, summed over batches and kv heads."""
     if 0 in shape.scores:
         return 0
+    found = keys_of_each(rows, shape)
+    alike = shape.batch // rows.repeats[0] * (shape.kv_heads // found.shape[1])
+    return int(found.sum()) * alike
+
+
+def keys_of_each(rows: Rows, shape: Shape) -> torch.Tensor:
+    """The same of each batch and head of keys that rows tell apart, [batch or 1, kv_heads or 1]."""
     sees = rows.lo < rows.hi
     start = torch.where(sees, rows.lo, shape.kv_len).amin(2)  # [batch or 1, q_heads or 1]
     stop = torch.where(sees, rows.hi, 0).amax(2)
     if rows.repeats[1] > 1:
         grouped = (rows.repeats[0], shape.kv_heads, shape.group)
         start, stop = start.reshape(grouped).amin(2), stop.reshape(grouped).amax(2)
-    alike = shape.batch // rows.repeats[0] * (shape.kv_heads // start.shape[1])
-    return int((stop - start).clamp(min=0).sum()) * alike
+    return (stop - start).clamp(min=0)

@@ -323,8 +323,13 @@ def sentence(text: str) -> str:
 
 def plain_text(e: Findings) -> str:
     """The explanation for a terminal, a log or a file, `WIDTH` wide unless a table needs more."""
-    lines = [title(e)]
-    for section in sections(e):
+    return wrapped(title(e), sections(e))
+
+
+def wrapped(heading: str, found: Iterable[Section]) -> str:
+    """The same of any sections."""
+    lines = [heading]
+    for section in found:
         lines += ["", section.title]
         for text in section.sentences:
             lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")

@@ -25,8 +25,10 @@ from ..chips import Chip
 from .coverage import (
     Coverage,
     Rows,
+    Visits,
     coverage,
     keys_that_are_seen,
+    over_keys,
     pairs_that_count,
     ranges_of,
     walk_of_a_parameter,
@@ -295,15 +297,17 @@ def hopper_forward(work: Workload) -> Kernel:
     )  # fmt: skip
 
 
-def hopper_walk(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
+def hopper_over_keys(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Visits:
     """As every walk over keys; but a tile of rows that sees no key visits one tile, and masks it out."""
-    found = walk_over_keys(rows, shape, tile_q, tile_kv)
+    visited, full = over_keys(rows, shape, tile_q, tile_kv)
     if 0 in shape.scores:
-        return found
+        return Visits(visited, full)
     ranges = ranges_of(rows, shape, tile_q)
-    blind = int((ranges.stop <= ranges.start).sum())
-    added = coverage(rows, shape, (tile_q, tile_kv), blind, 0).masked
-    return Coverage(found.total, found.skipped - added, found.masked + added, found.full)
+    return Visits(visited + (ranges.stop <= ranges.start).sum(2), full)
+
+
+def hopper_walk(rows: Rows, shape: Shape, tile_q: int, tile_kv: int) -> Coverage:
+    return coverage(rows, shape, (tile_q, tile_kv), hopper_over_keys(rows, shape, tile_q, tile_kv))
 
 
 def forward_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:

@@ -1,0 +1,1 @@
+"""What does a call cost when several GPUs share its sequence? Counted, without running it."""

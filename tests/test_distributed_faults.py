@@ -1,0 +1,216 @@
+"""What goes wrong between ranks is an error on every one of them that names the cause: never a hang, never a
+wrong number."""
+
+import os
+import re
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from harness import ranks
+from tilewise import Causal, Documents, Padding, Softcap
+from tilewise.distributed import agree, join
+from tilewise.distributed.agree import agreed, digest, word
+from tilewise.distributed.exchange import Channel
+from tilewise.distributed.group import group_along, host_group, rank_in
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([0, 0, 1, 1])
+
+# What the ranks are given, and what rank 2 is; how the error calls the one and the other.
+DIFFERENT = {
+    "dtype": (torch.zeros(2), torch.zeros(2).bfloat16(), r"torch.float32\[2\] .*", r"torch.bfloat16\[2\] .*"),
+    "shape": (torch.zeros(2), torch.zeros(1, 3), r"torch.float32\[2\] .*", r"torch.float32\[1, 3\] .*"),
+    "numbers": (torch.zeros(2), torch.ones(2), r"torch.float32\[2\] .*", r"torch.float32\[2\] .*"),
+    "name": ("ring", "heads", "'ring'", "'heads'"),
+    "mask": (Causal(), None, r"Causal\(\)", "None"),
+    "lengths": (
+        Padding(torch.tensor([3])),
+        Padding(torch.tensor([2])),
+        r"Padding\(tensor\[1\]\) of torch.int64\[1\] \(digest \w+\)",
+        r"Padding.*",
+    ),
+    "documents": (
+        Documents(IDS) & Causal(),
+        Documents(IDS.flip(0)) & Causal(),
+        r"\(Documents\(tensor\[4\]\) of torch.int64\[4\] \(digest \w+\), Causal\(\)\)",
+        r"\(Documents.*, Causal\(\)\)",
+    ),
+    "score": ((Softcap(9.0),), (Softcap(8.0),), r"\(Softcap\(9.0\)\)", r"\(Softcap\(8.0\)\)"),
+}
+
+
+def differ(mesh, value, other):
+    with agreed(host_group(mesh), "attention") as given:
+        given["the same"] = word(Causal())
+        given["argument"] = word(other if rank_in(mesh) == 2 else value, contents=True)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_ranks_that_differ(what, shape):
+    value, other, its_words, other_words = DIFFERENT[what]
+    found = ranks.errors(shape, differ, value, other)
+    assert {type(error) for error in found} == {ValueError} and len(set(map(str, found))) == 1
+    differs = rf"argument: {its_words} on ranks 0-1, 3; {other_words} on rank 2"
+    assert re.fullmatch(rf"attention: all ranks must be given the same\n  {differs}", str(found[0]))
+    ranks.run(shape, differ, value, value)  # and the processes go on
+
+
+def different_calls(mesh):
+    if rank_in(mesh):
+        join(torch.zeros(1, 2, 4), mesh, order="contiguous")
+    else:
+        with agreed(host_group(mesh), "attention") as given:
+            given["order"] = word("contiguous")
+
+
+def test_ranks_that_call_different_functions():
+    for error in ranks.errors((3,), different_calls):
+        assert "call: attention on rank 0; join on ranks 1-2" in str(error)
+        assert "x: not given on rank 0; torch.float32[1, 2, 4] on ranks 1-2" in str(error)
+        assert "order:" not in str(error)
+
+
+def unequal_join(mesh):
+    join(torch.zeros(1, 2 if rank_in(mesh) else 4, 4), mesh)
+
+
+def test_join_of_unequal_parts():
+    for error in ranks.errors((3,), unequal_join):
+        assert "x: torch.float32[1, 4, 4] on rank 0; torch.float32[1, 2, 4] on ranks 1-2" in str(error)
+
+
+def fail(mesh, kinds):
+    with agreed(host_group(mesh), "attention") as given:
+        given["x"] = word(1)
+        if kind := kinds[rank_in(mesh)]:
+            raise kind(f"not with {rank_in(mesh)}")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kind", "said"),
+    [
+        (
+            (None, ValueError, ValueError),
+            ValueError,
+            "ValueError: not with 1; rank 2: ValueError: not",
+        ),
+        ((None, NotImplementedError, None), NotImplementedError, "rank 1: NotImplementedError: not with 1"),
+        ((None, MemoryError, None), RuntimeError, "rank 1: MemoryError: not with 1"),
+        (
+            (None, ValueError, TypeError),
+            RuntimeError,
+            "ValueError: not with 1; rank 2: TypeError: not",
+        ),
+    ],
+    ids=str,
+)
+def test_the_error_of_one_is_that_of_all(kinds, kind, said):
+    found = ranks.errors((3,), fail, kinds)
+    for rank, (error, own) in enumerate(zip(found, kinds, strict=True)):
+        assert type(error) is (own or kind)
+        assert str(error) == f"not with {rank}" if own else said in str(error)
+
+
+# ---- Ranks that are gone: processes of their own, whose group waits for two seconds
+
+TIMEOUT = 2.0
+
+
+def ring(mesh, victim, end):
+    """Each sends to its right in two steps; the victim leaves between them."""
+    group = group_along(mesh, 0)
+    channel = Channel(group, "ring", CPU)
+    for step in (1, 2):
+        if step == 2 and group.rank == victim:
+            return end(1)
+        right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+        channel.start([(right, torch.ones(1000))], [(left, torch.empty(1000))], step).wait()
+
+
+@pytest.mark.parametrize("end", [os._exit, bool], ids=["dies", "leaves"])
+def test_a_rank_that_is_gone_in_the_middle_of_a_ring(end):
+    with ranks.Pool(3, TIMEOUT) as pool:
+        began = time.monotonic()
+        found = pool.outcomes((3,), ring, 1, end, limit=3 * TIMEOUT)
+        assert time.monotonic() - began < 2.5 * TIMEOUT
+    for rank in (0, 2):
+        error, text = found[rank]
+        assert type(error) is RuntimeError, text
+        assert re.match(rf"ring, step 2: no answer to rank {rank} of 3 from rank [012] \(of all", str(error))
+        assert "time-out of 2 s: it, or a rank that it waited for, died, left" in str(error)
+        assert "direct cause of the following exception" in text  # PyTorch's own words
+    assert "rank 1 (of all processes: 1)" in str(found[2][0]) + str(found[0][0])
+
+
+def never_there(mesh, end):
+    if rank_in(mesh) == 0:
+        return end(1)
+    with agreed(host_group(mesh), "attention") as given:
+        given["x"] = "1"
+        if rank_in(mesh) == 2:
+            raise ValueError("my own")
+
+
+@pytest.mark.parametrize("end", [os._exit, bool], ids=["dies", "leaves"])
+def test_a_rank_that_never_calls(end):
+    with ranks.Pool(3, TIMEOUT) as pool:
+        _, (error, _), (own, text) = pool.outcomes((3,), never_there, end, limit=3 * TIMEOUT)
+    assert (
+        "attention, comparing what the ranks were given: no answer to rank 1 of 3 from one of ranks 0, 2"
+        in str(error)
+    )
+    assert (type(own), str(own)) == (ValueError, "my own") and "no answer to rank 2" in text
+
+
+# ---- Words
+
+
+def test_a_tensor_is_read_once_until_it_changes(monkeypatch):
+    reads = []
+    string_at = agree.string_at
+    monkeypatch.setattr(agree, "string_at", lambda *at: (reads.append(at), string_at(*at))[1])
+    ids = torch.arange(6)
+    first = digest(ids)
+    assert digest(ids) == first and len(reads) == 1
+    ids[5] = 4
+    assert digest(ids) != first and len(reads) == 2
+    ids[5] = 5
+    assert digest(ids) == first == digest(torch.arange(12)[:6]) == digest(torch.arange(24)[::4] // 4)
+    others = [ids.int(), ids.reshape(2, 3), ids.flip(0), torch.arange(7), torch.arange(0)]
+    assert len({first, *map(digest, others)}) == 6
+    with torch.inference_mode():  # which counts no changes
+        counted = torch.arange(3)
+        before = digest(counted)
+        counted[0] = 1
+        assert digest(counted) != before
+
+
+def test_what_a_mask_has_worked_out_is_not_compared():
+    """Documents finds hulls of its ids: three numbers a row, which the ids say already."""
+    assert (
+        word(Documents(IDS), contents=True)
+        == f"Documents(tensor[4]) of torch.int64[4] (digest {digest(IDS)})"
+    )
+
+
+def test_the_hosts_of_a_part_of_the_processes():
+    """Neither the mesh's groups nor that of all processes has just these ranks: one is made, once."""
+    made = ranks.run((4,), hosts_of_two)  # on a mesh whose groups have PyTorch's own time-out
+    assert made[:2] == [(True, True, 60.0, 2, 0), (True, True, 60.0, 2, 1)]
+    assert made[2:] == [None, None]
+
+
+def hosts_of_two(mesh):
+    part = type(mesh)("cpu", torch.tensor([[1], [0]]))
+    if mesh.get_rank() > 1:
+        return None
+    hosts = host_group(part)
+    with agreed(hosts, "attention") as given:
+        given["x"] = "1"
+    own = set(dist.get_process_group_ranks(hosts.handle)) == {0, 1}
+    again = host_group(part)
+    return own, again.handle is hosts.handle, hosts.timeout, hosts.size, 1 - hosts.rank
