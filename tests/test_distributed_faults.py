@@ -14,7 +14,8 @@ from tilewise import Causal, Documents, Padding, Softcap
 from tilewise.distributed import agree, join
 from tilewise.distributed.agree import agreed, digest, word
 from tilewise.distributed.exchange import Channel
-from tilewise.distributed.group import group_along, host_group, rank_in
+from tilewise.distributed.group import group_along, rank_in
+from tilewise.distributed.hosts import host_group
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([0, 0, 1, 1])
@@ -179,7 +180,12 @@ def test_a_tensor_is_read_once_until_it_changes(monkeypatch):
     ids[5] = 4
     assert digest(ids) != first and len(reads) == 2
     ids[5] = 5
-    assert digest(ids) == first == digest(torch.arange(12)[:6]) == digest(torch.arange(24)[::4] // 4)
+    assert (
+        digest(ids)
+        == first
+        == digest(torch.arange(12)[:6])
+        == digest(torch.arange(6).repeat_interleave(2)[::2])
+    )
     others = [ids.int(), ids.reshape(2, 3), ids.flip(0), torch.arange(7), torch.arange(0)]
     assert len({first, *map(digest, others)}) == 6
     with torch.inference_mode():  # which counts no changes
@@ -197,20 +203,31 @@ def test_what_a_mask_has_worked_out_is_not_compared():
     )
 
 
-def test_the_hosts_of_a_part_of_the_processes():
-    """Neither the mesh's groups nor that of all processes has just these ranks: one is made, once."""
-    made = ranks.run((4,), hosts_of_two)  # on a mesh whose groups have PyTorch's own time-out
-    assert made[:2] == [(True, True, 60.0, 2, 0), (True, True, 60.0, 2, 1)]
-    assert made[2:] == [None, None]
+def hosts_beside(mesh):
+    """As where the mesh's groups carry tensors of GPUs alone."""
+    dist.get_backend_config = lambda handle: "cuda:nccl"
+    try:
+        first, again = host_group(mesh), host_group(mesh)
+        own = [group.handle._get_backend(CPU) for group, _ in first.lines]
+        made = [gloo for _, gloo in first.lines]
+        same = [gloo for _, gloo in again.lines]
+        timeouts = [gloo.options._timeout.total_seconds() == group.timeout for group, gloo in first.lines]
+        with pytest.raises(ValueError, match="x: 0 on ranks 0-1, 3; 1 on rank 2"), agreed(first, "") as x:
+            x["x"] = word(int(rank_in(mesh) == 2))
+        return made == same, any(a is b for a, b in zip(made, own, strict=True)), timeouts
+    finally:
+        dist.get_backend_config = get_backend_config
 
 
-def hosts_of_two(mesh):
-    part = type(mesh)("cpu", torch.tensor([[1], [0]]))
-    if mesh.get_rank() > 1:
-        return None
-    hosts = host_group(part)
-    with agreed(hosts, "attention") as given:
-        given["x"] = "1"
-    own = set(dist.get_process_group_ranks(hosts.handle)) == {0, 1}
-    again = host_group(part)
-    return own, again.handle is hosts.handle, hosts.timeout, hosts.size, 1 - hosts.rank
+get_backend_config = dist.get_backend_config
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=str)
+def test_hosts_whose_groups_have_no_gloo_get_it_once(shape):
+    """Also where the first process is in one group more than the others."""
+    ranks.run((1,), host_group_of_one)
+    assert ranks.run(shape, hosts_beside, limit=10) == 4 * [(True, False, [True for _ in shape])]
+
+
+def host_group_of_one(mesh):
+    assert host_group(mesh).gather(b"x", "") == [b"x"]

@@ -5,8 +5,10 @@ import torch
 
 from harness import ranks
 from tilewise.distributed import join, positions, split
+from tilewise.distributed.agree import agreed, word
 from tilewise.distributed.exchange import Channel
-from tilewise.distributed.group import check_mesh, group_along, host_group, rank_in
+from tilewise.distributed.group import check_mesh, group_along, rank_in
+from tilewise.distributed.hosts import host_group
 from tilewise.distributed.order import ORDERS
 
 SHAPES = [(1,), (3,), (4,), (2, 2)]
@@ -56,22 +58,31 @@ def turned(mesh):
     """A mesh of the same processes in another order: a rank is a place in the mesh, whatever PyTorch's group
     calls it."""
     other = type(mesh)("cpu", torch.tensor([2, 0, 3, 1]))
-    whole = torch.arange(16.0)
+    whole = torch.arange(16.0, requires_grad=True)
     part = split(whole, other, dim=0)
+    again = join(part, other, dim=0)
+    assert torch.equal(again, whole)
     group = group_along(other, 0)
     received = torch.empty(1)
     messages = [((group.rank + 1) % 4, torch.tensor([float(group.rank)]))], [((group.rank - 1) % 4, received)]
     Channel(group, "ring", torch.device("cpu")).start(*messages, 1).wait()
     names = rank_in(other), host_group(other).rank, group.rank, group.world[group.rank]
-    return names, part, join(part, other, dim=0), received.item()
+    (grad,) = torch.autograd.grad(again, part, whole.detach() * (group.rank == 3))
+    with (
+        pytest.raises(ValueError, match="x: 0 on ranks 0-1, 3; 1 on rank 2"),
+        agreed(host_group(other), "") as x,
+    ):
+        x["x"] = word(int(names[0] == 2))
+    return names, part, grad, received.item()
 
 
 def test_a_rank_is_a_place_in_the_mesh():
-    for process, (names, part, again, received) in enumerate(ranks.run((4,), turned)):
+    for process, (names, part, grad, received) in enumerate(ranks.run((4,), turned)):
         place = [1, 3, 0, 2][process]
         assert names == (place, place, place, process)
         assert part.tolist() == [2.0 * place, 2 * place + 1, 14 - 2 * place, 15 - 2 * place]
-        assert torch.equal(again, torch.arange(16.0)) and received == (place - 1) % 4
+        assert torch.equal(grad, part)  # which rank 3 has alone
+        assert received == (place - 1) % 4
 
 
 def messages(mesh):

@@ -10,7 +10,9 @@ from .mutation import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
 from .mutations_compat import MUTATIONS as COMPAT_MUTATIONS
+from .mutations_context_parallel import MUTATIONS as CONTEXT_PARALLEL_MUTATIONS
 from .mutations_copies import MUTATIONS as COPIES_MUTATIONS
+from .mutations_distributed import MUTATIONS as DISTRIBUTED_MUTATIONS
 from .mutations_drop_in import MUTATIONS as DROP_IN_MUTATIONS
 from .mutations_flash_impl import MUTATIONS as FLASH_IMPL_MUTATIONS
 from .mutations_float64 import MUTATIONS as FLOAT64_MUTATIONS
@@ -349,10 +351,10 @@ MUTATIONS = (
              "and return_lse and request.needs_gradient", "and False",
              tests("plain_fused", "compiled_lse_keeps_its_gradient")),
     Mutation("plain: every block at row 0", PLAIN,
-             "q_idx + block.q_start", "q_idx",
+             "row + block.q_start, key", "row, key",
              tests("plain_blocks", "blocks_of_any_number_of_rows[alibi-2]")),
     Mutation("plain: every block at key 0", PLAIN,
-             "kv_idx + block.kv_start", "kv_idx",
+             "key + block.kv_start\n", "key\n",
              tests("plain_blocks", "blocks_of_any_number_of_rows[window-2]")),
     Mutation("plain: every block drops as the first", PLAIN,
              "seed.device, origin)", "seed.device, (0, 0, 0, 0))",
@@ -394,8 +396,10 @@ MUTATIONS = (
              tests("transforms", "second_order_raises[eager-bias]")),
     *BACKWARD_MUTATIONS,
     *COMPAT_MUTATIONS,
+    *CONTEXT_PARALLEL_MUTATIONS,
     *COPIES_MUTATIONS,
     *FLASH_IMPL_MUTATIONS,
+    *DISTRIBUTED_MUTATIONS,
     *DROP_IN_MUTATIONS,
     *FLOAT64_MUTATIONS,
     *HOPPER_MUTATIONS,

@@ -4,8 +4,9 @@
     errors((2, 2), function, x)       what each of four ranks raised; all of them must raise
 
 The processes are kept from call to call: a call that does little takes milliseconds. They are forks of one
-process that has imported PyTorch and tilewise, so that also a new set of them costs little: it is needed
-after a call that failed, whose messages may still be under way, and for what kills a process (`Pool`).
+process that has imported PyTorch and tilewise and runs nothing, so that also a new set of them costs little:
+it is needed after a call that failed, whose messages may still be under way, and for what kills a process
+(`Pool`).
 Nothing hangs: whoever takes longer than `limit` seconds is killed, with the stacks of all in the error.
 
 The function must be found by its name in its module. Arguments and results are pickled, tensors by value.
@@ -89,6 +90,7 @@ class Pool:
     """`size` processes in one process group whose operations fail after `timeout` seconds. A context."""
 
     def __init__(self, size: int = RANKS, timeout: float = LIMIT) -> None:
+        control = template()  # before the sockets: it may be a fork of this process
         self.size, self.shapes = size, set()
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.workers: list[Connection] = []
@@ -98,7 +100,7 @@ class Pool:
             self.workers.append(Connection(ours.detach()))
             theirs.append(other)
         job = pickle.dumps((self.folder.name, size, timeout))
-        socket.send_fds(template(), [len(job).to_bytes(4, "little") + job], [s.fileno() for s in theirs])
+        socket.send_fds(control, [len(job).to_bytes(4, "little") + job], [s.fileno() for s in theirs])
         for other in theirs:
             other.close()
         self.pids = [pid for _, pid in self.answers(range(size), LIMIT, "the start")]
@@ -182,23 +184,33 @@ def home(function: Callable[..., Any]) -> tuple[str, str]:
 
 @functools.cache
 def template() -> socket.socket:
-    """Starts the process that the others are forks of; what is sent here makes it fork."""
+    """Starts the process that the others are forks of; what is sent here makes it fork. It is itself a fork
+    of this one, if this one has no other thread, as under `mutate`: that saves the imports."""
     ours, theirs = socket.socketpair()
-    one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
-    line = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import harness.ranks as r; r.serve()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", line, json.dumps(sys.path), str(theirs.fileno())],
-        env={"GLOO_SOCKET_IFNAME": "lo", **os.environ, **one_thread},
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
-    )
+    if len(os.listdir("/proc/self/task")) == 1:
+        if (pid := os.fork()) == 0:
+            ours.close()
+            serve(theirs)
+    else:
+        one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+        line = (
+            "import json, socket, sys; sys.path[:] = json.loads(sys.argv[1]); import harness.ranks as r; "
+            "r.serve(socket.socket(fileno=int(sys.argv[2])))"
+        )
+        pid = subprocess.Popen(
+            [sys.executable, "-c", line, json.dumps(sys.path), str(theirs.fileno())],
+            env={**os.environ, **one_thread},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        ).pid
     theirs.close()
 
     def end() -> None:
         while _kept:
             _kept.pop().close()
         ours.close()
-        process.wait()
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
 
     atexit.register(end)
     return ours
@@ -207,9 +219,9 @@ def template() -> socket.socket:
 # ---- The process that forks
 
 
-def serve() -> None:
-    """Import what all need, then fork: a set of processes for each message, until there are no more."""
-    control = socket.socket(fileno=int(sys.argv[2]))
+def serve(control: socket.socket) -> None:
+    """Import what all need, then fork: a set of processes for each message, until there are no more. Does not
+    return."""
     import pytest  # noqa: F401
     import torch.distributed
 
@@ -225,7 +237,7 @@ def serve() -> None:
         while True:
             data, fds, _, _ = socket.recv_fds(control, 4, RANKS)
             if not data:
-                return
+                os._exit(0)
             folder, size, timeout = pickle.loads(control.recv(int.from_bytes(data, "little")))
             for rank in range(size):
                 if os.fork() == 0:
@@ -245,6 +257,7 @@ def work(test: Connection, folder: str, rank: int, size: int, timeout: float) ->
     """Join the process group, and answer calls until the test ends. Does not return."""
     import torch.distributed as dist
 
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     error = os.open(f"{folder}/stderr-{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(error, 2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -6,7 +6,7 @@ and so is the error of one.
         check_the_arguments_of_this_rank()    # whose error is then everybody's
 
 Every rank sends 40 bytes, a digest of its words; only where the digests differ are the words themselves
-sent, to be set side by side. All of it is the hosts' talk, over gloo (`group.host_group`): no GPU is waited
+sent, to be set side by side. All of it is the hosts' talk, over gloo (`hosts.host_group`): no GPU is waited
 for, but where a tensor's contents must agree and have not been read yet.
 """
 
@@ -21,29 +21,26 @@ from inspect import signature
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..parts.masks.mask import Mask
 from ..parts.plug import Plug
-from .faults import blaming, in_words
-from .group import Group
+from .faults import in_words
+from .hosts import Hosts
 
 Tensor = torch.Tensor
 Words = dict[str, str]
 
 DIGEST = 32  # bytes; 8 more say how long the words are
 FAILED = ""  # the name, which no argument has, of a rank's own error
-KINDS = {
-    kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)
-}  # as a caller's mistake
+KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}  # a caller's mistakes
 
 
 @contextmanager
-def agreed(hosts: Group, call: str) -> Iterator[Words]:
+def agreed(hosts: Hosts, call: str) -> Iterator[Words]:
     """Takes the words of this rank's arguments; when the body ends, compares them with the other ranks'.
 
-    hosts: a group of gloo; all of its ranks must come here, in the same order of calls
+    hosts: all of them must come here, in the same order of calls
     call:  what errors name
 
     Raises, on every rank: ValueError for words that differ, with each argument, its values and the ranks that
@@ -70,25 +67,17 @@ def agreed(hosts: Group, call: str) -> Iterator[Words]:
         raise disagreement(call, everyone)
 
 
-def compared(hosts: Group, words: Words, call: str) -> list[Words] | None:
-    """The words of every rank; None if they are all the same and none is an error."""
+def compared(hosts: Hosts, words: Words, call: str) -> list[Words] | None:
+    """The words of every rank; None if they are all the same."""
     data = json.dumps(words, sort_keys=True).encode()
     head = blake2b(data, digest_size=DIGEST).digest() + len(data).to_bytes(8, "little")
-    heads = gathered(hosts, head, call)
-    if all(each == head for each in heads) and FAILED not in words:
+    what = f"{call}, comparing what the ranks were given"
+    heads = hosts.gather(head, what)
+    if all(each == head for each in heads):
         return None
     longest = max(int.from_bytes(each[DIGEST:], "little") for each in heads)
-    texts = gathered(hosts, data.ljust(longest), call)
+    texts = hosts.gather(data.ljust(longest), what)
     return [json.loads(text) for text in texts]
-
-
-def gathered(hosts: Group, data: bytes, call: str) -> list[bytes]:
-    """The bytes of every rank, as many from each."""
-    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    found = [torch.empty_like(mine) for _ in hosts.world]
-    with blaming(hosts, range(hosts.size), f"{call}, comparing what the ranks were given"):
-        dist.all_gather(found, mine, group=hosts.handle)
-    return [bytes(found[member].tolist()) for member in hosts.members]
 
 
 def disagreement(call: str, everyone: list[Words]) -> Exception:

@@ -9,6 +9,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..api import answer
+from ..parts.dropout import Dropout
+from ..parts.dtensors import is_dtensor
 from ..parts.masks.mask import Mask
 from ..parts.place import Place
 from ..parts.scores.score import Score
@@ -16,12 +18,13 @@ from ..parts.similarity import Cosine
 from ..plan.checks import check
 from ..plan.implementation import implementation
 from ..plan.names import refuse_unknown
-from ..plan.request import Request, make_request
-from .agree import Words, agreed, gathered, word
-from .blocks import blocks_of
+from ..plan.request import Request, make_request, without_drawing
+from .agree import Words, agreed, word
 from .exchange import Channel
-from .group import Group, check_mesh, coordinate, group_along, host_group
+from .group import check_mesh, coordinate, group_along
 from .heads import Exchanged, ToHeads, ToRows, key_heads, query_heads
+from .hosts import Hosts, host_group
+from .known import known_blocks
 from .order import Order, order_of
 from .share import Share, attend_to_all
 from .walk import WALKS
@@ -89,23 +92,55 @@ def context_parallel_attention(
     Raises ValueError, NotImplementedError and TypeError as `attention` does, on every rank; ValueError for
     a mesh, a method or an order that is not one, a length or heads that do not divide, and arguments that
     differ between ranks; RuntimeError, within the time-out of the process group, where a rank has died.
-    No GPU, and no NCCL, has run it yet: it is tested with gloo on CPUs.
+    Under torch.compile it stays outside of the graph. No GPU, and no NCCL, has run it yet: it is tested with
+    gloo on CPUs.
     """
     if unknown:
         refuse_unknown(CALL, unknown, ARGUMENTS)
+    arguments = dict(
+        mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, deterministic=deterministic,
+    )  # fmt: skip
+    given = q, k, v, arguments, mesh, method, order, return_lse
+    if torch.compiler.is_compiling():
+        from .uncompiled import uncompiled
+
+        found: Tensor | tuple[Tensor, Tensor] = uncompiled(attend_together, *given)
+        return found
+    return attend_together(*given)
+
+
+def attend_together(
+    q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], mesh: DeviceMesh, method: Method, order: str,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """The call, all of its arguments given; `arguments` are those of `make_request`."""
     check_mesh(mesh)
     hosts = host_group(mesh)
     with agreed(hosts, CALL) as given:
-        if dropout_p and dropout_seed is None:
-            dropout_seed = drawn(hosts, q)
-        arguments = dict(
-            mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
-            dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, deterministic=deterministic,
-        )  # fmt: skip
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_local(name, x)
         given.update(in_words(q, k, v, arguments, method=method, order=order, return_lse=return_lse))
         layout = layout_of(mesh, method)
-        request, q_order, kv_order = checked(q, k, v, arguments, layout, order)
+        request, q_order, kv_order = checked(q, k, v, without_drawing(q, arguments), layout, order)
+        given["requires a gradient"] = ", ".join(trained(request)) or "nothing"  # who runs a backward
+    if request.dropout is not None and arguments["dropout_seed"] is None:
+        request = replace(request, dropout=Dropout(request.dropout.p, drawn(hosts, q.device)))
     return run(request, layout, q_order, kv_order, return_lse)
+
+
+def check_local(name: str, x: Any) -> None:
+    """Raise ValueError for a tensor that is more than this rank's rows."""
+    if is_dtensor(x):
+        raise ValueError(
+            f"{name} is a DTensor, placed {x.placements}, and must be a plain tensor, this rank's rows: give "
+            f"{name}.to_local(), sharded along the sequence as tilewise.distributed.split has it"
+        )
+    if isinstance(x, Tensor) and x.is_nested:
+        raise ValueError(
+            f"{name} is nested, and must be a plain tensor, this rank's rows: put the sequences one behind "
+            "the other, with mask=tilewise.Documents(ids)"
+        )
 
 
 class Layout(NamedTuple):
@@ -145,19 +180,22 @@ def layout_of(mesh: DeviceMesh, method: Any) -> Layout:
 def in_words(q: Any, k: Any, v: Any, arguments: dict[str, Any], **others: Any) -> Words:
     """What all ranks must be given alike. Of masks and seeds the contents, too."""
     words = {name: word(x) for name, x in (("q", q), ("k", k), ("v", v))}
-    keys_are_trained = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (k, v))
-    words["k or v requires a gradient"] = repr(keys_are_trained)
     for name, value in (arguments | others).items():
         words[name] = word(value, contents=name in ("mask", "dropout_seed"))
     return words
 
 
-def drawn(hosts: Group, q: Any) -> Tensor:
+def trained(request: Request) -> list[str]:
+    """The names of what has a gradient."""
+    named = [*request.qkv().items(), *request.other_tensors]
+    return [name for name, x in named if x.requires_grad and torch.is_grad_enabled()]
+
+
+def drawn(hosts: Hosts, device: torch.device) -> Tensor:
     """A seed from the CPU's generator of the first rank; all ranks' generators move on."""
     own = torch.randint(-(1 << 62), 1 << 62, (1,), dtype=torch.int64, device="cpu")
-    seeds = gathered(hosts, int(own).to_bytes(8, "little", signed=True), CALL)
+    seeds = hosts.gather(int(own).to_bytes(8, "little", signed=True), f"{CALL}, drawing a seed")
     seed = int.from_bytes(seeds[0], "little", signed=True)
-    device = q.device if isinstance(q, Tensor) else None
     return torch.tensor([seed], dtype=torch.int64, device=device)
 
 
@@ -215,7 +253,7 @@ def run(
         out, lse = answer(request if has_place else replace(request, place=None), True)
     else:
         channel = Channel(group_along(mesh, layout.sequence), layout.walk, device)
-        blocks = blocks_of(request.masks, request.whole, q_order, kv_order)
+        blocks = known_blocks(request, request.whole, q_order, kv_order)
         out, lse = attend_to_all(Share(channel, q_order, kv_order, blocks, layout.walk), request)
     assert lse is not None
     if back is not None:

@@ -90,31 +90,3 @@ def as_group(handle: dist.ProcessGroup, rank: int, world: list[int], device_type
 def timeout_of(handle: dist.ProcessGroup, device_type: str) -> timedelta:
     found: timedelta = handle._get_backend(torch.device(device_type)).options._timeout
     return found
-
-
-# ---- What hosts say to one another
-
-_hosts: dict[Any, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}  # (all processes then, the group made)
-
-
-def host_group(mesh: DeviceMesh) -> Group:
-    """All ranks of the mesh in a gloo group, for what hosts say to one another about a call: the mesh's own
-    group, or that of all processes, if it is one of gloo with these ranks; else one that is made once, with
-    the shorter of their time-outs. All ranks of the mesh must call."""
-    everyone = dist.group.WORLD
-    assert everyone is not None  # there is a mesh
-    world = mesh.mesh.flatten().tolist()
-    for handle in (*([mesh.get_group(0)] if mesh.ndim == 1 else []), everyone):
-        if is_gloo(handle) and set(dist.get_process_group_ranks(handle)) == set(world):
-            return as_group(handle, rank_in(mesh), world, "cpu")
-    timeout = min(timeout_of(handle, mesh.device_type) for handle in (mesh.get_group(0), everyone))
-    key = tuple(world), timeout
-    if key not in _hosts or _hosts[key][0] is not everyone:  # torch.distributed was ended and begun again
-        made = dist.new_group(world, timeout, backend="gloo", use_local_synchronization=True)
-        _hosts[key] = everyone, made
-    return as_group(_hosts[key][1], rank_in(mesh), world, "cpu")
-
-
-def is_gloo(handle: dist.ProcessGroup) -> bool:
-    """Whether tensors of the CPU go through gloo there."""
-    return "cpu:gloo" in str(dist.get_backend_config(handle)).split(",")

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .agree import agreed, word
 from .faults import blaming
-from .group import Group, check_mesh, group_along, host_group, rank_in
+from .group import Group, check_mesh, group_along, rank_in
+from .hosts import host_group
 from .order import Order, order_of
 
 Tensor = torch.Tensor

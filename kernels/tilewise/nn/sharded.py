@@ -59,7 +59,9 @@ def check_whole_parts(parts: str, linear: nn.Linear) -> None:
 
 def check_norms(q: Tensor, *norms: nn.Module | None) -> None:
     """Raise ValueError for norms that are plain beside queries that are not."""
-    if is_dtensor(q) and any([not is_dtensor(p) for norm in norms if norm is not None for p in norm.parameters()]):
+    if is_dtensor(q) and any(
+        [not is_dtensor(p) for norm in norms if norm is not None for p in norm.parameters()]
+    ):
         raise ValueError(
             "the weights of q_norm and k_norm are plain tensors beside heads that lie on several devices: "
             f"{TENSOR_PARALLEL} makes DTensors of them"

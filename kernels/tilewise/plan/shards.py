@@ -122,7 +122,9 @@ def kept_dims(q_heads: int, kv_heads: int, counts: tuple[int, ...]) -> int:
         per = math.prod(counts[kept:])
         have = chunks(kv_heads, counts[:kept])
         want = [needed(heads, group) for heads in chunks(q_heads, counts)]
-        if all([a == b or (have[i // per][0] <= a and b <= have[i // per][1]) for i, (a, b) in enumerate(want)]):
+        if all(
+            [a == b or (have[i // per][0] <= a and b <= have[i // per][1]) for i, (a, b) in enumerate(want)]
+        ):
             return kept
     return 0
 

@@ -23,9 +23,7 @@ from ..parts.rotary import RotaryTable
 from ..parts.shape import Cache, Packing, computed_in
 from ..parts.similarity import Cosine
 from ..plan.request import Request
-from ..plan.shards import (
-    BATCH, HEADS, Range, Shards, asks_where, chunk, heads_taken, shards_of
-)  # fmt: skip
+from ..plan.shards import BATCH, HEADS, Range, Shards, asks_where, chunk, heads_taken, shards_of  # fmt: skip
 from .append import append, lengths_after
 
 Tensor = torch.Tensor

@@ -100,7 +100,11 @@ def beside_misfits(r: Request, name: str, x: torch.Tensor) -> Iterator[str]:
 def new_misfits(r: Request, name: str, new: Any, cache: Any) -> Iterator[str]:
     """What is wrong with keys or values that are to be written into a cache, by where they lie."""
     if is_dtensor(new) != is_dtensor(cache):
-        what = "a DTensor, and the cache is not" if is_dtensor(new) else "a plain tensor, and the cache a DTensor"
+        what = (
+            "a DTensor, and the cache is not"
+            if is_dtensor(new)
+            else "a plain tensor, and the cache a DTensor"
+        )
         yield f"{name} is {what}: give both as one of the two"
     elif is_dtensor(new):
         if new.device_mesh != cache.device_mesh:
@@ -131,9 +135,13 @@ def cache_misfits(r: Request) -> Iterator[str]:
         return
     shards = shards_of(r.q, k, v)
     for mesh_dim, (dim, has) in enumerate(zip(dims_k, shards.kv_axes, strict=True)):
-        where = f"the cache is Shard({given_dim(r, 'cache_k', dim or 0)}) along dimension {mesh_dim} of its mesh"
+        where = (
+            f"the cache is Shard({given_dim(r, 'cache_k', dim or 0)}) along dimension {mesh_dim} of its mesh"
+        )
         if dim == BATCH and (r.cache.pages is not None or r.packing is not None):
-            what = "a part of the pages" if r.cache.pages is not None else "along batch, beside packed queries"
+            what = (
+                "a part of the pages" if r.cache.pages is not None else "along batch, beside packed queries"
+            )
             yield f"{where}, {what}: shard it along heads, or give each rank's own call plain tensors"
         elif dim is not None and dim != has:
             yield (
