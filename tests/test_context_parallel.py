@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import tilewise
 from harness.features import build
+from harness.gluon import needs_interpreter
 from harness.gradients import assert_gradients_match, trained, with_leaves
 from harness.oracle import assert_matches
 from harness.problem import keeps_pairs
@@ -127,11 +128,13 @@ def test_ranks_are_one_device(mesh, heads, order, mask, others):
     judge(*mesh, (*mask, *others), order, "torch", q_heads=heads[0], kv_heads=heads[1])
 
 
+@needs_interpreter
 @pytest.mark.parametrize(("shape", "method", "features"), KERNELS, ids=str)
 def test_ranks_are_one_device_in_kernels(shape, method, features):
     judge(shape, method, features, "zigzag", "portable", kv_len=48)
 
 
+@needs_interpreter
 def test_huge_scores_are_joined_exactly():
     """lse alone keeps three digits of a sum of exponentials beside a maximum of 10⁴."""
     judge((2,), "ring", ("causal", "other_scale"), "zigzag", "portable", kv_len=32)

@@ -26,7 +26,8 @@ def part(features: str) -> tuple[str, ...]:
 # fmt: off
 MUTATIONS = (
     Mutation("place: an interval that stays where the whole's keys are", PARTS,
-             "return lo - origin[3], hi - origin[3], whole", "return lo, hi, whole", part("intervals-user_score")),
+             "return lo - origin[3], hi - origin[3], whole", "return lo, hi, whole",
+             part("intervals-user_score")),
     Mutation("place: pairs asked for by the part's rows", PARTS,
              "TARGET(q_idx + origin[2], kv_idx + origin[3]", "TARGET(q_idx, kv_idx + origin[3]",
              part("user_interval-tensor_scale")),
