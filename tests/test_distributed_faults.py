@@ -192,9 +192,8 @@ def test_a_rank_that_is_gone_in_the_middle_of_a_ring(message, end):
         assert float(re.match(said, str(error))[2]) < 6
         assert "time-out of 2 s: it, or a rank that it waited for, died, left the call" in str(error)
         assert "direct cause of the following exception" in text  # PyTorch's own words
-    assert re.search(
-        r"from (rank 1|one of ranks 1-2|one of ranks 0-1) \(", str(found[0][0]) + str(found[2][0])
-    )
+    if end is run_out:  # whoever waits for it; of one that dies, PyTorch may refuse all messages of a step
+        assert "from rank 1 (of all processes: 1)" in str(found[2][0])
 
 
 def never_there(mesh, end):
