@@ -14,7 +14,8 @@ from tilewise import Causal, Documents, Padding, Softcap
 from tilewise.distributed import agree, context_parallel_attention, join
 from tilewise.distributed.agree import agreed, digest, word
 from tilewise.distributed.exchange import Channel
-from tilewise.distributed.group import rank_in
+from tilewise.distributed.faults import blaming
+from tilewise.distributed.group import Group, rank_in
 from tilewise.distributed.hosts import host_group
 
 CPU = torch.device("cpu")
@@ -215,6 +216,12 @@ def test_a_rank_that_never_calls(end):
         in str(error)
     )
     assert (type(own), str(own)) == (ValueError, "my own") and "no answer to rank 2" in text
+
+
+def test_a_lack_of_memory_is_nobody_elses_fault():
+    group = Group(None, 0, (0, 1), (0, 1), 2.0)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^so little$"), blaming(group, [1], "ring, step 1"):
+        raise torch.OutOfMemoryError("so little")
 
 
 # ---- Words
