@@ -498,6 +498,15 @@ def test_a_call_that_was_right_does_not_vouch_for_one_with_other_placements(mesh
         tilewise.attention(q, k, k, sink=whole_of(meshes[0], [WHOLE], 8))
 
 
+def test_a_rank_outside_of_the_mesh_is_told_so(meshes):
+    others = DeviceMesh("cpu", [1, 2])
+    q, k = whole_of(others, [HEADS], *Q), whole_of(others, [HEADS], *KV)
+    reasons = tilewise.why_not(q, k, k)
+    with pytest.raises(ValueError, match="this rank is none of DeviceMesh") as raised:
+        tilewise.attention(q, k, k)
+    assert [str(raised.value)] == reasons
+
+
 def test_packed_tokens_in_parts_are_refused_in_the_dimensions_that_were_given(meshes):
     q, k = whole_of(meshes[0], [Shard(0)], 8, 8, 16), whole_of(meshes[0], [Shard(1)], 8, 4, 16)
     offsets = torch.tensor([0, 8])

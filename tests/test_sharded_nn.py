@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import tilewise
@@ -186,14 +186,37 @@ def test_frozen_projections_stay_frozen():
     assert not module.fuse_projections().qkv.weight.requires_grad
 
 
+def turned_on_ranks(mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+    x, positions = rotary_inputs()
+    turned = Rotary(8)(*(distribute_tensor(each, mesh, [Shard(0)]) for each in x), positions)
+    return whole(turned[0]), whole(turned[1])
+
+
+def rotary_inputs() -> tuple[tuple[Tensor, Tensor], Tensor]:
+    make = torch.Generator().manual_seed(4)
+    q, k = (torch.randn(3, heads, 5, 8, generator=make) for heads in (4, 2))
+    return (q, k), torch.tensor([[0], [3], [40]]) + torch.arange(5)
+
+
+def test_rotary_turns_the_sequences_that_a_rank_has():
+    (q, k), positions = rotary_inputs()
+    wanted = Rotary(8)(q, k, positions)
+    for found in run((2,), turned_on_ranks):
+        agree(dict(enumerate(found)), dict(enumerate(wanted)))  # type: ignore[arg-type]
+
+
 # ---- What cannot be
 
 
-def fused_and_cut(mesh: DeviceMesh) -> None:
-    module = MODULES["plain"]()
-    parallelize_module(module, mesh, {"qkv": ColwiseParallel(), "out": RowwiseParallel()})
+def fused_and_cut(mesh: DeviceMesh, use_local_output: bool = True) -> None:
+    module, cut = MODULES["plain"](), ColwiseParallel(use_local_output=use_local_output)
+    parallelize_module(module, mesh, {"qkv": cut, "out": RowwiseParallel()})
     (x,), options = inputs(module)
     module(x, **options)
+
+
+def fused_and_cut_without_a_plain_tensor(mesh: DeviceMesh) -> None:
+    fused_and_cut(mesh, False)
 
 
 def plain_norms(mesh: DeviceMesh) -> None:
@@ -230,10 +253,8 @@ def fused_again(mesh: DeviceMesh) -> None:
 
 
 REFUSED = {
-    fused_and_cut: (
-        (2,),
-        r"qkv.weight is a DTensor.*queries.*|q and k and v one behind the other.*split_projections",
-    ),
+    fused_and_cut: ((2,), "qkv.weight is cut.* q and k and v one behind the other.*split_projections"),
+    fused_and_cut_without_a_plain_tensor: ((2,), "qkv.weight is cut along its rows"),
     plain_norms: ((2,), "q_norm and k_norm are plain tensors.*tensor_parallel"),
     plain_sink: ((2,), "sink requires a gradient and is a plain tensor"),
     heads_between_ranks: ((2,), "heads=3 must be a multiple of the 2 devices"),
@@ -295,6 +316,9 @@ def with_fsdp(mesh: DeviceMesh) -> dict[str, Tensor]:
     for block in model:
         if heads is not None:
             parallelize_module(block, heads, {"attention": tilewise_distributed().HeadParallel()})
+        if heads is None:  # each projection by itself, too: its weight is whole while it computes alone
+            for linear in (block.attention.q, block.attention.k, block.attention.v, block.attention.out):
+                fully_shard(linear, mesh=data)
         fully_shard(block, mesh=data)
     fully_shard(model, mesh=data)
     rank = data.get_local_rank()

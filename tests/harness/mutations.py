@@ -26,6 +26,7 @@ from .mutations_pieces import MUTATIONS as PIECES_MUTATIONS
 from .mutations_planner import MUTATIONS as PLANNER_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
+from .mutations_sharded import MUTATIONS as SHARDED_MUTATIONS
 from .mutations_show import MUTATIONS as SHOW_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 from .mutations_transformers import MUTATIONS as TRANSFORMERS_MUTATIONS
@@ -412,6 +413,7 @@ MUTATIONS = (
     *PLANNER_MUTATIONS,
     *POSITIONS_MUTATIONS,
     *ROWS_MUTATIONS,
+    *SHARDED_MUTATIONS,
     *SHOW_MUTATIONS,
     *TOOLS_MUTATIONS,
     *TRANSFORMERS_MUTATIONS,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import AttentionCore, check_positive
-from .sharded import check_whole_parts, on_devices
+from .sharded import check_plain, on_devices
 from .sizes import join_heads, resolve_sizes, split_heads
 from .weights import (
     apply_fused,
@@ -148,7 +148,7 @@ class ProjectedAttention(nn.Module):
         for weights that are cut already."""
         for parts in [each for each in self.fused if len(each) > 1]:
             linear = getattr(self, parts)
-            check_whole_parts(parts, linear)
+            check_plain(parts, linear)
             for part, made in zip(parts, split_linear(linear, self._rows(parts)), strict=True):
                 setattr(self, part, made.train(linear.training))
             delattr(self, parts)
@@ -163,7 +163,7 @@ class ProjectedAttention(nn.Module):
         for parts in [each for each in self._fusable if len(each) > 1]:
             linears = {part: getattr(self, part) for part in parts}
             for part, linear in linears.items():
-                check_whole_parts(part, linear)
+                check_plain(part, linear)
             setattr(self, parts, fuse_linears(**linears).train(linears[parts[0]].training))
             for part in parts:
                 delattr(self, part)
@@ -177,9 +177,7 @@ class ProjectedAttention(nn.Module):
         made: dict[str, Tensor] = {}
         for parts in self.fused:
             read, linear, rows = [inputs[part] for part in parts], getattr(self, parts), self._rows(parts)
-            if len(parts) > 1:
-                check_whole_parts(parts, linear)
-            made |= zip(parts, apply_fused(linear, rows, read), strict=True)
+            made |= zip(parts, apply_fused(parts, linear, rows, read), strict=True)
             if len(parts) == 1:
                 heads = self.heads if parts == "q" else self.kv_heads
                 made[parts] = on_devices(made[parts], parts, linear, heads, rows[0])

@@ -20,19 +20,21 @@ TENSOR_PARALLEL = "tilewise.distributed.tensor_parallel(module, mesh)"
 
 def on_devices(x: Any, name: str, linear: nn.Linear, heads: int, width: int) -> Any:
     """What a projection has made, [batch, length, width] of all devices together, so that heads can be split:
-    a DTensor if the Linear is cut, along heads wherever these are as many or a multiple of the devices, else
-    whole. Raises ValueError where queries are not."""
+    a DTensor where each has some of the columns, along heads wherever these are as many or a multiple of the
+    devices, else whole. Raises ValueError where queries are not."""
     weight: Any = linear.weight
-    if not is_dtensor(weight) and not is_dtensor(x):
+    if not is_dtensor(x) and x.shape[-1] == width:
         return x
     from torch.distributed.tensor import Replicate, Shard
 
     found: Any = x
     if not is_dtensor(x):
-        mesh, cut = weight.device_mesh, [dim_of(placement) == 0 for placement in weight.placements]
-        is_whole = x.shape[-1] == width  # as with output_layouts=Replicate()
-        placements = [Shard(x.dim() - 1) if each and not is_whole else Replicate() for each in cut]
-        found = from_part(x, mesh, placements, (*x.shape[:-1], width))
+        if not is_dtensor(weight) or weight.device_mesh.ndim != 1:
+            raise ValueError(
+                f"{name} made {x.shape[-1]} of {width} columns, and {name}.weight does not say which: give "
+                f"ColwiseParallel(use_local_output=False), or call {TENSOR_PARALLEL}"
+            )
+        found = from_part(x, weight.device_mesh, [Shard(x.dim() - 1)], (*x.shape[:-1], width))
     last = [dim_of(placement) == x.dim() - 1 for placement in found.placements]
     ranks = 1
     for dim, is_cut in enumerate(last):
@@ -46,14 +48,26 @@ def on_devices(x: Any, name: str, linear: nn.Linear, heads: int, width: int) -> 
     )
 
 
-def check_whole_parts(parts: str, linear: nn.Linear) -> None:
-    """Raise ValueError for a Linear that makes several of q, k and v and is cut across them."""
-    weight: Any = linear.weight
-    if is_dtensor(weight) and weight.device_mesh.size() > 1:
-        several = ", which hold " + " and ".join(parts) + " one behind the other" if len(parts) > 1 else ""
+def check_not_cut(parts: str, made: Any, width: int) -> None:
+    """Raise ValueError where a Linear that makes several of q, k and v has made a part of its columns: these
+    are cut across the three."""
+    if is_dtensor(made):
+        mesh, last = made.device_mesh, made.dim() - 1
+        is_cut = any([dim_of(p) == last and mesh.size(dim) > 1 for dim, p in enumerate(made.placements)])
+    else:
+        is_cut = made.shape[-1] != width
+    if is_cut:
         raise ValueError(
-            f"{parts}.weight is a DTensor, {weight.placements}, cut along its rows{several}: call "
-            f"split_projections() before parallelize_module, or {TENSOR_PARALLEL}, which does"
+            f"{parts}.weight is cut along its rows, which hold {' and '.join(parts)} one behind the other: "
+            f"call split_projections() before parallelize_module, or {TENSOR_PARALLEL}, which does"
+        )
+
+
+def check_plain(parts: str, linear: nn.Linear) -> None:
+    """Raise ValueError for a Linear that lies on several devices."""
+    if is_dtensor(linear.weight):
+        raise ValueError(
+            f"{parts}.weight is a DTensor: split or fuse projections before the module is cut over devices"
         )
 
 

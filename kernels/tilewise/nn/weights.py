@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .sharded import check_not_cut
+
 
 @torch.enable_grad()  # so that what is trainable here can be read off what the tensors are made from
 def fuse_linears(**linears: nn.Linear) -> nn.Linear:
@@ -35,13 +37,17 @@ def fuse_linears(**linears: nn.Linear) -> nn.Linear:
     return make_linear(weight, torch.cat(biases))
 
 
-def apply_fused(linear: nn.Linear, rows: Sequence[int], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+def apply_fused(
+    parts: str, linear: nn.Linear, rows: Sequence[int], inputs: Sequence[Tensor]
+) -> Sequence[Tensor]:
     """What each part of a fused Linear, its next `rows`, makes of its own input; one matmul where the inputs
-    are all one tensor."""
+    are all one tensor. parts: a letter each, as the Linear is called."""
     if len(rows) == 1:
         return [linear(inputs[0])]
     if all(x is inputs[0] for x in inputs):
-        return linear(inputs[0]).split(rows, dim=-1)
+        made = linear(inputs[0])
+        check_not_cut(parts, made, sum(rows))
+        return made.split(rows, dim=-1)
     biases = [None] * len(rows) if linear.bias is None else linear.bias.split(rows)
     return [F.linear(*part) for part in zip(inputs, linear.weight.split(rows), biases, strict=True)]
 

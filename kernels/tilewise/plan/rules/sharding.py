@@ -47,6 +47,9 @@ def sharding_misfits(r: Request) -> Iterator[str]:
             "DTensor.from_local of a part"
         )
         return
+    if named["q"].device_mesh.get_coordinate() is None:
+        yield f"this rank is none of {named['q'].device_mesh}, on which q lies: leave the call to its ranks"
+        return
     found = [why for name, x in named.items() for why in placement_misfits(r, name, x)]
     found += [why for name, x in r.other_tensors for why in beside_misfits(r, name, x)]
     mesh = named["q"].device_mesh
