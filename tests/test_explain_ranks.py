@@ -360,6 +360,19 @@ def test_a_faster_link_exposes_less_and_all_gather_hides_nothing():
         assert found["ring"].forward.sent == found["all_gather"].forward.sent
 
 
+def test_the_steps_of_a_ring_are_said():
+    """Of 8 ranks: the keys of one chunk of two are seen by both chunks of an earlier rank's, or both by the
+    later one: half of a rank's rows times all its keys, either way. A message has both chunks at most."""
+    found = tilewise.explain_ranks(**call_of(LONG, training=True), ranks=8, **FAST)
+    steps = found["ring"].forward.steps
+    assert steps.message == 131072 // 8 * 8 * 256 * 2 / 450e9
+    kernels = 4 * 128 * 64 * (131072 // 8) ** 2 / 2 / 989.4e12
+    assert kernels < steps.shortest < steps.longest < 1.3 * kernels  # what they give is joined, too
+    assert found["ring"].backward.steps.message == 2 * steps.message
+    assert found["heads"].forward.steps is None is planned(*call(48), ranks=1)["ring"].forward.steps
+    assert "ring, a step: kernels of" in " ".join(str(found).split())
+
+
 def test_of_a_mesh_each_dimension_has_its_link():
     """Heads travel within and keys across: the slower of both for whoever talks to all."""
     arguments = call_of(LONG, training=False)
