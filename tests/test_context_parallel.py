@@ -24,7 +24,8 @@ Tensor = torch.Tensor
 CPU = torch.device("cpu")
 MESHES = (
     ((1,), "ring"), ((2,), "ring"), ((3,), "ring"), ((4,), "ring"), ((3,), "all_gather"),
-    ((4,), "all_gather"), ((2,), "heads"), ((4,), "heads"), ((2, 2), ("ring", "heads")), ((2, 2), ("heads", "all_gather")),
+    ((4,), "all_gather"), ((2,), "heads"), ((4,), "heads"),
+    ((2, 2), ("ring", "heads")), ((2, 2), ("heads", "all_gather")),
 )  # fmt: skip
 HEADS = ((4, 4), (4, 2), (4, 1), (8, 2), (12, 4))  # with 12 and 4, four ranks cut a group in two
 MASKS = (
