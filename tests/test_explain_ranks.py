@@ -10,6 +10,7 @@ import pytest
 import torch
 import typer
 from torch._subclasses import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
@@ -360,6 +361,19 @@ def test_a_faster_link_exposes_less_and_all_gather_hides_nothing():
         assert found["ring"].forward.sent == found["all_gather"].forward.sent
 
 
+def test_the_steps_of_a_ring_are_said():
+    """Of 8 ranks: the keys of one chunk of two are seen by both chunks of an earlier rank's, or both by the
+    later one: half of a rank's rows times all its keys, either way. A message has both chunks at most."""
+    found = tilewise.explain_ranks(**call_of(LONG, training=True), ranks=8, **FAST)
+    steps = found["ring"].forward.steps
+    assert steps.message == 131072 // 8 * 8 * 256 * 2 / 450e9
+    kernels = 4 * 128 * 64 * (131072 // 8) ** 2 / 2 / 989.4e12
+    assert kernels < steps.shortest < steps.longest < 1.3 * kernels  # what they give is joined, too
+    assert found["ring"].backward.steps.message == 2 * steps.message
+    assert found["heads"].forward.steps is None is planned(*call(48), ranks=1)["ring"].forward.steps
+    assert "ring, a step: kernels of" in " ".join(str(found).split())
+
+
 def test_of_a_mesh_each_dimension_has_its_link():
     """Heads travel within and keys across: the slower of both for whoever talks to all."""
     arguments = call_of(LONG, training=False)
@@ -656,3 +670,48 @@ def test_four_ranks_send_what_was_planned(method, order, name, heads, return_lse
     )[method if mesh == (4,) else ", ".join(method)]  # fmt: skip
     for each, of_run in ((found.forward, [x[0] for x in counted]), (found.backward, [x[1] for x in counted])):
         assert [*zip(each.sent, each.received, strict=True)] == of_run
+
+
+def messages_alive(mesh: Any, method: str, name: str) -> tuple[int, int]:
+    """The most bytes of messages, coming and going, that a rank has at one time, in each pass."""
+    from tilewise.distributed import context_parallel_attention, split
+    from tilewise.distributed.walk import Keys
+
+    alive: list[tuple[StorageWeakRef, int]] = []
+    most = 0
+
+    def noted(make: Any, message: Any) -> Any:
+        def wrapped(*args: Any) -> Any:
+            nonlocal most
+            made = make(*args)
+            storage = message(made).untyped_storage()
+            alive[:] = [(ref, size) for ref, size in alive if not ref.expired()]
+            alive.append((StorageWeakRef(storage), storage.nbytes()))
+            most = max(most, sum(size for _, size in alive))
+            return made
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Keys, "room", noted(Keys.room, lambda made: made[0]))
+        patch.setattr(Keys, "message", noted(Keys.message, lambda made: made))
+        own = [split(torch.randn(x.shape, dtype=x.dtype), mesh).requires_grad_() for x in call(48)]
+        out = context_parallel_attention(*own, mesh=mesh, method=method, mask=MASKS[name](48), impl="torch")
+        forward, most = most, 0
+        out.backward(torch.ones_like(out))
+    return forward, most
+
+
+@pytest.mark.parametrize("name", ["none", "causal"])
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+def test_messages_take_the_memory_that_was_planned(method, name):
+    counted = run((4,), messages_alive, method, name)
+    found = planned(*call(48), ranks=4, mask=MASKS[name](48), work="training")[method]
+    of = {x.name: x.bytes for x in found.memory}
+    forward = of["keys under way"]
+    backward = of["keys and gradients under way" if method == "ring" else "gradients under way"]
+    if (method, name) == ("ring", "causal"):  # the longest message of any rank stands for all
+        assert all(x <= forward and y <= backward for x, y in counted)
+        assert max(x for x, _ in counted) == forward
+    else:
+        assert counted == [(forward, backward)] * 4

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..text import Section, counted, duration, quantity, sentence, share, wrapped
 from .advice import compared, named
-from .findings import Pass, RanksFindings
+from .findings import Method, Pass, RanksFindings, Steps
 
 
 def title(e: RanksFindings) -> str:
@@ -62,10 +62,24 @@ def passes(e: RanksFindings) -> Iterator[Section]:
     )
     heading = ("method", "sends", "receives", "link", "kernels", "exposed", "at least")
     for name in ("forward", "backward"):
-        rows = tuple((named(m), *cells(getattr(m, name))) for m in e.methods if getattr(m, name) is not None)
+        rows = tuple((named(m), *cells(x)) for m, x in passes_of(e, name))
         if rows:
-            said = (meaning,) if name == "forward" else ()
-            yield Section(f"{name.capitalize()} on an {e.gpu}, with links of {rates}", said, heading, rows)
+            said = [meaning] if name == "forward" else []
+            said += [f"{named(m)}, {step(x.steps)}." for m, x in passes_of(e, name) if x.steps is not None]
+            yield Section(
+                f"{name.capitalize()} on an {e.gpu}, with links of {rates}", tuple(said), heading, rows
+            )
+
+
+def passes_of(e: RanksFindings, name: str) -> list[tuple[Method, Pass]]:
+    return [(m, getattr(m, name)) for m in e.methods if getattr(m, name) is not None]
+
+
+def step(steps: Steps) -> str:
+    kernels = duration(steps.shortest)
+    if steps.longest > 1.005 * steps.shortest:
+        kernels += f" to {duration(steps.longest)}"
+    return f"a step: kernels of {kernels}, and messages of up to {duration(steps.message)} to hide under them"
 
 
 def cells(x: Pass) -> tuple[str, ...]:
