@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "drop_in": {"compat", "scaled_dot_product", "api", "pytorch", "plan", "parts"},
     "nn": {"cached", "api", "parts"},
     "integrations": {"packed", "api", "parts"},
-    "distributed": {"joining", "api", "pytorch", "plan", "kernels", "parts"},
+    "distributed": {"joining", "nn", "api", "pytorch", "plan", "kernels", "parts"},
     "demo": {"nn", "api", "parts"},
     "ladder": {"gluon_emulator"},
     SHARED: {"parts"},

@@ -2,5 +2,13 @@
 
 from .attention import context_parallel_attention
 from .sequence import join, positions, split
+from .tensor_parallel import HeadParallel, tensor_parallel
 
-__all__ = ["context_parallel_attention", "join", "positions", "split"]
+__all__ = [
+    "HeadParallel",
+    "context_parallel_attention",
+    "join",
+    "positions",
+    "split",
+    "tensor_parallel",
+]

@@ -34,8 +34,8 @@ class HeadParallel(ParallelStyle):
 
     The projections are split first (`split_projections`), so that parameters are called q.weight, k.weight
     and v.weight. They, sinks and temperatures are DTensors along heads; norms and scales are on every device,
-    with the sum of all gradients. Key heads that are fewer than the devices are gathered after the projection.
-    Rank 0's values count. Raises ValueError where heads cannot be cut over the mesh.
+    with the sum of all gradients. Key heads that are fewer than the devices are gathered after the
+    projection. Rank 0's values count. Raises ValueError where heads cannot be cut over the mesh.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ def tensor_parallel(module: Module, mesh: DeviceMesh) -> Module:
 def check(module: nn.Module, mesh: DeviceMesh) -> None:
     if not isinstance(module, ProjectedAttention):
         raise ValueError(
-            f"module is a {type(module).__name__}, and must be a tilewise.nn.SelfAttention or CrossAttention; "
-            "in a model, parallelize_module(model, mesh, {name: HeadParallel()}) names them"
+            f"module is a {type(module).__name__}, and must be a tilewise.nn.SelfAttention or "
+            "CrossAttention; in a model, parallelize_module(model, mesh, {name: HeadParallel()}) names them"
         )
     if mesh.ndim != 1:
         raise ValueError(f"{mesh=} must have one dimension: take one of it, mesh['name']")

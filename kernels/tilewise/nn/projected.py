@@ -142,10 +142,10 @@ class ProjectedAttention(nn.Module):
         return cls.from_linears(q, k, v, heads=mha.num_heads, out=out, **options).train(mha.training)
 
     def split_projections(self) -> Self:
-        """Give queries, keys and values a Linear each, named `q`, `k` and `v`, where one makes several of them:
-        so that `ColwiseParallel` can cut each between heads. In place, with copies of the weights: make the
-        optimizer afterwards. Returns the module; `fuse_projections` is the way back. Raises ValueError for
-        weights that are cut already."""
+        """Give queries, keys and values a Linear each, named `q`, `k` and `v`, where one makes several of
+        them: so that `ColwiseParallel` can cut each between heads. In place, with copies of the weights: make
+        the optimizer afterwards. Returns the module; `fuse_projections` is the way back. Raises ValueError
+        for weights that are cut already."""
         for parts in [each for each in self.fused if len(each) > 1]:
             linear = getattr(self, parts)
             check_whole_parts(parts, linear)

@@ -18,7 +18,7 @@ Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 TENSOR_PARALLEL = "tilewise.distributed.tensor_parallel(module, mesh)"
 
 
-def on_devices(x: Tensor, name: str, linear: nn.Linear, heads: int, width: int) -> Tensor:
+def on_devices(x: Any, name: str, linear: nn.Linear, heads: int, width: int) -> Any:
     """What a projection has made, [batch, length, width] of all devices together, so that heads can be split:
     a DTensor if the Linear is cut, along heads wherever these are as many or a multiple of the devices, else
     whole. Raises ValueError where queries are not."""
@@ -38,10 +38,10 @@ def on_devices(x: Tensor, name: str, linear: nn.Linear, heads: int, width: int) 
     for dim, is_cut in enumerate(last):
         ranks *= found.device_mesh.size(dim) if is_cut else 1
     if heads % ranks == 0:
-        return found  # type: ignore[no-any-return]
+        return found
     if name == "q":
         raise ValueError(f"{heads=} must be a multiple of the {ranks} devices that {name}.weight is cut over")
-    return found.redistribute(  # type: ignore[no-any-return]
+    return found.redistribute(
         placements=[Replicate() if is_cut else p for p, is_cut in zip(found.placements, last, strict=True)]
     )
 
@@ -76,8 +76,8 @@ def locally(turn: Turn, x: Any, cos: Tensor, sin: Tensor) -> Any:
     mesh, placements, along = x.device_mesh, x.placements, [dim_of(each) for each in x.placements]
     if not all([each.is_replicate() or dim in (0, 1) for each, dim in zip(placements, along, strict=True)]):
         raise ValueError(
-            f"rotary turns heads that are {placements} on their mesh, and can only where they are sharded along "
-            "batch and heads: redistribute them"
+            f"rotary turns heads that are {placements} on their mesh, and can only where they are sharded "
+            "along batch and heads: redistribute them"
         )
     if cos.dim() == 4 and cos.shape[0] > 1:
         rows = [Shard(0) if dim == 0 else Replicate() for dim in along]

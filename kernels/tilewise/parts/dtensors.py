@@ -22,6 +22,11 @@ def dim_of(placement: Any) -> int | None:
     return int(placement.dim) if placement.is_shard() else None
 
 
+def whole_of(x: Any) -> Any:
+    """All of a tensor that has no gradient, on each rank."""
+    return x.full_tensor() if is_dtensor(x) else x
+
+
 def from_part(x: torch.Tensor, mesh: Any, placements: Sequence[Any], sizes: Sequence[int]) -> Any:
     """The DTensor of these sizes of which x is this rank's part, in the order of memory that x has."""
     from torch.distributed.tensor import DTensor

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from ..parts.dtensors import dim_of, from_part, is_dtensor
+from ..parts.dtensors import dim_of, from_part, is_dtensor, whole_of
 from ..parts.place import Place
 from ..parts.rotary import RotaryTable
 from ..parts.shape import Cache, Packing, computed_in
@@ -44,7 +44,7 @@ def attend_on_mesh(
 ) -> tuple[Any, Any]:  # fmt: skip
     """The same of a cache, once new_k and new_v are in its shards; all has been checked."""
     shards = shards_of(request.q, request.k, request.v)
-    table = None if rotary is None else RotaryTable(*[whole(x) for x in rotary])
+    table = None if rotary is None else RotaryTable(*[whole_of(x) for x in rotary])
     if new_k is not None:
         request = write(request, new_k, new_v, table)
     part = part_of(request, shards)
@@ -55,12 +55,14 @@ def attend_on_mesh(
 
 def write(request: Request, new_k: Any, new_v: Any, rotary: RotaryTable | None) -> Request:
     """New keys and values in the shards of the cache, placed as these are; the request after that."""
-    k, v = request.k, request.v
-    mesh, placements = k.device_mesh, k.placements  # type: ignore[attr-defined]
+    q: Any = request.q
+    k: Any = request.k
+    v: Any = request.v
+    mesh, placements = k.device_mesh, k.placements
     coordinate = mesh.get_coordinate()
     cuts = [(mesh.size(d), coordinate[d]) for d, p in enumerate(placements) if dim_of(p) == BATCH]
     rows = rows_of(request, chunk(request.shape.batch, cuts))
-    own_q, own_k, own_v = (x.to_local() for x in (request.q, k, v))  # type: ignore[operator]
+    own_q, own_k, own_v = (x.to_local() for x in (q, k, v))
     new = [x.redistribute(placements=placements).to_local() for x in (new_k, new_v)]
     append(replace(rows, q=own_q, k=own_k, v=own_v), new[0], new[1], rotary)
     everybody = rows_of(request, (0, request.shape.batch))
@@ -105,7 +107,7 @@ def part_of(request: Request, shards: Shards) -> Request:
         scale=everywhere(request.scale),
         similarity=similarity,
         sink=by_head(request.sink),
-        dropout=None if dropout is None else dropout._replace(seed=whole(dropout.seed)),
+        dropout=None if dropout is None else dropout._replace(seed=whole_of(dropout.seed)),
         place=place_of(request, batch, heads),
     )
 
@@ -122,17 +124,12 @@ def rows_of(request: Request, batch: Range) -> Request:
     """The request with the offsets, lengths and pages of these sequences, in plain tensors."""
     packing, cache = request.packing, request.cache
     if packing is not None:
-        packing = Packing(*[whole(x) for x in packing])
+        packing = Packing(*[whole_of(x) for x in packing])
     if cache is not None:
         pages, each = cache.pages, slice(*batch)
-        pages = None if pages is None else pages._replace(table=whole(pages.table)[each])
-        cache = Cache(whole(cache.kv_lens)[each], pages, cache.split_size)
+        pages = None if pages is None else pages._replace(table=whole_of(pages.table)[each])
+        cache = Cache(whole_of(cache.kv_lens)[each], pages, cache.split_size)
     return replace(request, packing=packing, cache=cache)
-
-
-def whole(x: Any) -> Any:
-    """All of a DTensor that has no gradient."""
-    return x.full_tensor() if is_dtensor(x) else x
 
 
 def placed(

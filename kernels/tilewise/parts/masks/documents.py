@@ -17,6 +17,7 @@ import tilewise_reference.masks as dense
 
 from ..addressing import load_within
 from ..bounds import Bounds
+from ..dtensors import whole_of
 from ..hints import with_hint
 from ..shape import INTS, Packing, Shape, check_dtype, misfits
 from .mask import BoundMask, Mask, Twin
@@ -67,6 +68,7 @@ class Documents(Mask):
                 raise ValueError(f"{name}.shape={tuple(tensor.shape)} must be [length] or [batch, length]")
         if ids.device != kv_ids.device:
             raise ValueError(f"{ids.device=} and {kv_ids.device=} must be the same")
+        ids, kv_ids = whole_of(ids), whole_of(kv_ids)
         self.ids, self.kv_ids = ids, kv_ids
         self.hulls = document_hulls(torch.atleast_2d(ids), torch.atleast_2d(kv_ids))
 
@@ -86,6 +88,8 @@ class Documents(Mask):
         kv_offsets: the same for the keys; `q_offsets` when None. q_len, kv_len: the rows of q and of k,
         kv_len as many as q_len when None. The host reads no offset.
         """
+        q_offsets = whole_of(q_offsets)
+        kv_offsets = None if kv_offsets is None else whole_of(kv_offsets)
         if wrong := Packing(q_offsets, kv_offsets).misfits():
             raise ValueError("; ".join(wrong))
         are_alike = kv_offsets is None or kv_offsets is q_offsets

@@ -29,7 +29,7 @@ def looks(r: Request) -> Any:
 
 def sharding_misfits(r: Request) -> Iterator[str]:
     """What is wrong with the DTensors of a request, and with the plain tensors beside them."""
-    named = {called(r, name): x for name, x in r.qkv().items()}
+    named: dict[str, Any] = {called(r, name): x for name, x in r.qkv().items()}
     sharded = [name for name, x in named.items() if is_dtensor(x)]
     if not sharded:
         for name, x in r.other_tensors:
@@ -49,7 +49,7 @@ def sharding_misfits(r: Request) -> Iterator[str]:
         return
     found = [why for name, x in named.items() for why in placement_misfits(r, name, x)]
     found += [why for name, x in r.other_tensors for why in beside_misfits(r, name, x)]
-    mesh = r.q.device_mesh
+    mesh = named["q"].device_mesh
     found += [other_mesh(name, x, r.q) for name, x in named.items() if x.device_mesh != mesh]
     yield from found or (*cache_misfits(r), *hopper_misfits(r))
 
@@ -85,10 +85,11 @@ def given_dim(r: Request, name: str, dim: int) -> int:
     return (0, 1, 0, 2)[dim] if r.packing is not None else dim
 
 
-def beside_misfits(r: Request, name: str, x: torch.Tensor) -> Iterator[str]:
+def beside_misfits(r: Request, name: str, x: Any) -> Iterator[str]:
+    q: Any = r.q
     if is_dtensor(x):
-        if x.device_mesh != r.q.device_mesh:  # type: ignore[attr-defined]
-            yield other_mesh(name, x, r.q)
+        if x.device_mesh != q.device_mesh:
+            yield other_mesh(name, x, q)
     elif x.requires_grad and torch.is_grad_enabled():
         yield (
             f"{name} requires a gradient and is a plain tensor beside q, a DTensor, so that each rank would "
@@ -128,8 +129,9 @@ def cache_misfits(r: Request) -> Iterator[str]:
     """A cache stays where it is: what a rank needs of it, it must have."""
     if r.cache is None:
         return
-    k, v = r.k, r.v
-    dims_k, dims_v = ([dim_of(each) for each in x.placements] for x in (k, v))  # type: ignore[attr-defined]
+    k: Any = r.k
+    v: Any = r.v
+    dims_k, dims_v = ([dim_of(each) for each in x.placements] for x in (k, v))
     if dims_k != dims_v:
         yield "cache_k and cache_v must have the same placements"
         return
@@ -145,6 +147,6 @@ def cache_misfits(r: Request) -> Iterator[str]:
             yield f"{where}, {what}: shard it along heads, or give each rank's own call plain tensors"
         elif dim is not None and dim != has:
             yield (
-                f"{where}, and with q_heads={r.q.shape[1]}, kv_heads={k.shape[1]} and q as it is sharded a rank "
-                "would need what another has: redistribute the cache to Replicate() there, or q"
+                f"{where}, and with q_heads={r.q.shape[1]}, kv_heads={k.shape[1]} and q as it is sharded a "
+                "rank would need what another has: redistribute the cache to Replicate() there, or q"
             )
