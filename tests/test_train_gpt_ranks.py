@@ -272,7 +272,8 @@ def test_a_rank_that_is_gone(examples):
         (["--ranks", 4], "--ranks 4: this is one process. torchrun --nproc-per-node 4 examples/train_gpt.py"),
         (
             ["--context", 2, "--shard", 2],
-            "torchrun --nproc-per-node 4 examples/train_gpt.py --context 2 --shard 2",
+            "torchrun --nproc-per-node 4 examples/train_gpt.py --context 2 --shard 2 starts 4; "
+            "--length is that of a text",
         ),
     ],
 )
