@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import tilewise
 from harness.features import build
+from harness.gluon import needs_interpreter
 from harness.gradients import assert_gradients_match, trained, with_leaves
 from harness.oracle import assert_matches
 from harness.problem import keeps_pairs
@@ -24,7 +25,8 @@ Tensor = torch.Tensor
 CPU = torch.device("cpu")
 MESHES = (
     ((1,), "ring"), ((2,), "ring"), ((3,), "ring"), ((4,), "ring"), ((3,), "all_gather"),
-    ((4,), "all_gather"), ((2,), "heads"), ((4,), "heads"), ((2, 2), ("ring", "heads")), ((2, 2), ("heads", "all_gather")),
+    ((4,), "all_gather"), ((2,), "heads"), ((4,), "heads"),
+    ((2, 2), ("ring", "heads")), ((2, 2), ("heads", "all_gather")),
 )  # fmt: skip
 HEADS = ((4, 4), (4, 2), (4, 1), (8, 2), (12, 4))  # with 12 and 4, four ranks cut a group in two
 MASKS = (
@@ -126,11 +128,13 @@ def test_ranks_are_one_device(mesh, heads, order, mask, others):
     judge(*mesh, (*mask, *others), order, "torch", q_heads=heads[0], kv_heads=heads[1])
 
 
+@needs_interpreter
 @pytest.mark.parametrize(("shape", "method", "features"), KERNELS, ids=str)
 def test_ranks_are_one_device_in_kernels(shape, method, features):
     judge(shape, method, features, "zigzag", "portable", kv_len=48)
 
 
+@needs_interpreter
 def test_huge_scores_are_joined_exactly():
     """lse alone keeps three digits of a sum of exponentials beside a maximum of 10⁴."""
     judge((2,), "ring", ("causal", "other_scale"), "zigzag", "portable", kv_len=32)

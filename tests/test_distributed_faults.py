@@ -3,7 +3,7 @@ wrong number."""
 
 import os
 import re
-import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from harness import ranks
 from tilewise import Causal, Documents, Padding, Softcap
-from tilewise.distributed import agree, join
+from tilewise.distributed import agree, context_parallel_attention, join
 from tilewise.distributed.agree import agreed, digest, word
 from tilewise.distributed.exchange import Channel
-from tilewise.distributed.group import group_along, rank_in
+from tilewise.distributed.faults import blaming
+from tilewise.distributed.group import Group, rank_in
 from tilewise.distributed.hosts import host_group
 
 CPU = torch.device("cpu")
@@ -58,6 +59,43 @@ def test_ranks_that_differ(what, shape):
     differs = rf"argument: {its_words} on ranks 0-1, 3; {other_words} on rank 2"
     assert re.fullmatch(rf"attention: all ranks must be given the same\n  {differs}", str(found[0]))
     ranks.run(shape, differ, value, value)  # and the processes go on
+
+
+def given_otherwise(mesh, what):
+    """A call of three ranks, of whom the last is given something else."""
+    x, arguments = torch.zeros(1, 2, 4, 8), dict(mask=Documents(torch.arange(12) // 4), method="ring")
+    if rank_in(mesh) == 2:
+        if what == "q":
+            x = x.double()
+        elif what == "requires a gradient":
+            x.requires_grad_()
+        elif what == "mask":
+            arguments["mask"] = Documents(torch.arange(12) // 3)
+        else:
+            arguments[what] = {"method": "all_gather", "order": "contiguous", "scale": 2.0}[what]
+    context_parallel_attention(x, x, x, mesh=mesh, **arguments)
+
+
+@pytest.mark.parametrize("what", ["q", "requires a gradient", "mask", "method", "order", "scale"])
+def test_attention_of_ranks_that_differ(what):
+    for error in ranks.errors((3,), given_otherwise, what):
+        assert type(error) is ValueError
+        assert re.search(rf"^  {what}: .* on ranks 0-1; .* on rank 2$", str(error), re.M), str(error)
+
+
+def wrong_on_one(mesh):
+    x = torch.zeros(1, 2, 3 + (rank_in(mesh) != 1), 8)
+    context_parallel_attention(x, x, x, mesh=mesh)
+
+
+def test_attention_that_one_rank_cannot_do():
+    """An odd number of rows has no zig-zag."""
+    found = ranks.errors((3,), wrong_on_one)
+    assert all(type(error) is ValueError for error in found)
+    assert "q_len=9 must be a multiple of 6" in str(found[1])
+    assert {str(error) for error in found[::2]} == {
+        f"context_parallel_attention: nothing is wrong on this rank, but rank 1: ValueError: {found[1]}"
+    }
 
 
 def different_calls(mesh):
@@ -116,38 +154,51 @@ def test_the_error_of_one_is_that_of_all(kinds, kind, said):
         assert str(error) == f"not with {rank}" if own else said in str(error)
 
 
-# ---- Ranks that are gone: processes of their own, whose group waits for two seconds
-
-TIMEOUT = 2.0
+# ---- Ranks that are gone: in processes of their own
 
 
-def ring(mesh, victim, end):
-    """Each sends to its right in two steps; the victim leaves between them."""
-    group = group_along(mesh, 0)
-    channel = Channel(group, "ring", CPU)
-    for step in (1, 2):
-        if step == 2 and group.rank == victim:
-            return end(1)
-        right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
-        channel.start([(right, torch.ones(1000))], [(left, torch.empty(1000))], step).wait()
+def hasty(mesh):
+    """The same ranks in a group that waits for two seconds, however slow the machine is to start: they have
+    just met."""
+    dist.barrier(mesh.get_group(0))
+    return type(mesh).from_group(dist.new_group(timeout=timedelta(seconds=2)), "cpu")
 
 
-@pytest.mark.parametrize("end", [os._exit, bool], ids=["dies", "leaves"])
-def test_a_rank_that_is_gone_in_the_middle_of_a_ring(end):
-    with ranks.Pool(3, TIMEOUT) as pool:
-        began = time.monotonic()
-        found = pool.outcomes((3,), ring, 1, end, limit=3 * TIMEOUT)
-        assert time.monotonic() - began < 2.5 * TIMEOUT
+def attend(mesh, message, end):
+    """A ring, there and back, of which rank 1 leaves before one of its messages, the 0th to the 5th."""
+    x = torch.ones(1, 1, 2, 8, requires_grad=True)
+    context_parallel_attention(x, x, x, mesh=mesh).sum().backward()
+    mesh = hasty(mesh)
+    if rank_in(mesh) == 1:
+        count, start = iter(range(message)), Channel.start
+        Channel.start = lambda *given: start(*given) if next(count, None) is not None else end(1)
+    context_parallel_attention(x, x, x, mesh=mesh).sum().backward()
+
+
+def run_out(_):
+    raise MemoryError("no room for a message")
+
+
+@pytest.mark.parametrize(
+    ("message", "end"), [(0, run_out), (2, os._exit)], ids=["leaves there", "dies on the way back"]
+)
+def test_a_rank_that_is_gone_in_the_middle_of_a_ring(message, end):
+    with ranks.Pool(3) as pool:
+        found = pool.outcomes((3,), attend, message, end, limit=20)
+    assert type(found[1][0]) is (MemoryError if end is run_out else ranks.RankError)
     for rank in (0, 2):
         error, text = found[rank]
         assert type(error) is RuntimeError, text
-        assert re.match(rf"ring, step 2: no answer to rank {rank} of 3 from rank [012] \(of all", str(error))
-        assert "time-out of 2 s: it, or a rank that it waited for, died, left" in str(error)
+        said = rf"ring, step [12]: no answer to rank {rank} of 3 from (rank|one of ranks) .* after ([\d.]+) s"
+        assert float(re.match(said, str(error))[2]) < 6
+        assert "time-out of 2 s: it, or a rank that it waited for, died, left the call" in str(error)
         assert "direct cause of the following exception" in text  # PyTorch's own words
-    assert "rank 1 (of all processes: 1)" in str(found[2][0]) + str(found[0][0])
+    if end is run_out:  # whoever waits for it; of one that dies, PyTorch may refuse all messages of a step
+        assert "from rank 1 (of all processes: 1)" in str(found[2][0])
 
 
 def never_there(mesh, end):
+    mesh = hasty(mesh)
     if rank_in(mesh) == 0:
         return end(1)
     with agreed(host_group(mesh), "attention") as given:
@@ -158,13 +209,19 @@ def never_there(mesh, end):
 
 @pytest.mark.parametrize("end", [os._exit, bool], ids=["dies", "leaves"])
 def test_a_rank_that_never_calls(end):
-    with ranks.Pool(3, TIMEOUT) as pool:
-        _, (error, _), (own, text) = pool.outcomes((3,), never_there, end, limit=3 * TIMEOUT)
+    with ranks.Pool(3) as pool:
+        _, (error, _), (own, text) = pool.outcomes((3,), never_there, end, limit=20)
     assert (
         "attention, comparing what the ranks were given: no answer to rank 1 of 3 from one of ranks 0, 2"
         in str(error)
     )
     assert (type(own), str(own)) == (ValueError, "my own") and "no answer to rank 2" in text
+
+
+def test_a_lack_of_memory_is_nobody_elses_fault():
+    group = Group(None, 0, (0, 1), (0, 1), 2.0)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^so little$"), blaming(group, [1], "ring, step 1"):
+        raise torch.OutOfMemoryError("so little")
 
 
 # ---- Words

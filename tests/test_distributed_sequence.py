@@ -41,6 +41,25 @@ def test_join_undoes_split(shape, order):
         assert len({int(each[1].sum()) for each in found}) == 1
 
 
+def within_a_line(mesh, name):
+    """Rows that depend on the line: nothing may pass between lines."""
+    part = mesh[name]
+    across = mesh["inner" if name == "outer" else "outer"].get_local_rank()
+    whole = (torch.arange(4.0) + 10 * across).requires_grad_()
+    rows = split(whole, part, dim=0)
+    again = join(rows, part, dim=0)
+    (grad,) = torch.autograd.grad(again, rows, torch.ones_like(again))
+    return rank_in(part), across, rows, again, grad
+
+
+@pytest.mark.parametrize("name", ["outer", "inner"])
+def test_a_dimension_of_a_larger_mesh(name):
+    for rank, across, rows, again, grad in ranks.run((2, 2), within_a_line, name):
+        first = 10 * across
+        assert rows.tolist() == [first + rank, first + 3 - rank]
+        assert again.tolist() == [first, first + 1, first + 2, first + 3] and grad.tolist() == [2.0, 2.0]
+
+
 def sums_of_halves(mesh):
     x = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.full((2 * mesh.size(),), [256.0, 1.0, 1.0, 1.0][rank_in(mesh)], dtype=torch.bfloat16)

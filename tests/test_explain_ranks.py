@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import typer
+from torch._subclasses import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import tilewise
+from harness import planner_table
 from harness.explained import ALL_CASES, meta
 from harness.ranks import run
 from tilewise.distributed.blocks import blocks_of, ring
@@ -59,6 +62,7 @@ MASKS: dict[str, Any] = {
     "prefix": lambda n: tilewise.Prefix(torch.tensor([n // 5, 0])),
     "padding": lambda n: tilewise.Padding(torch.tensor([n // 3, n])),
     "bool": lambda n: torch.rand(n, n, generator=torch.Generator().manual_seed(0)) < 0.5,
+    "ragged": lambda n: tilewise.Intervals(torch.arange(n) * 7 % 61 * n // 200, torch.full((n,), n)),
     "nothing": lambda n: tilewise.Padding(torch.zeros(2, dtype=torch.int64)),
 }
 
@@ -173,7 +177,17 @@ def test_masks_that_tell_heads_apart_give_ranks_different_work():
     assert two_levels[1] + two_levels[3] == of_heads[2:].sum()
 
 
-@pytest.mark.parametrize("name", ["causal", "documents", "window", "prefix", "bool", "nothing"])
+def answers(parts: Parts) -> list[tuple[tuple[Any, ...], list[int]]]:
+    """All that the model asks of parts, and what they say."""
+    found: list[Any] = [((count,), [parts.counted(count)]) for count in pieces.COUNTS]
+    for walk in pieces.VISITS:
+        tile = (32,) if walk is pieces.walk_of_a_parameter else (32, 16)
+        covered = parts.covered(walk, *tile)
+        found.append(((walk, *tile), [covered.visited, covered.full]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["causal", "documents", "ragged", "prefix", "bool", "nothing"])
 def test_blocks_that_are_counted_together_are_counted_as_each_alone(name):
     """Against the model of one call at a time, on the rows of each block."""
     q, k, v = call(512, (4, 2), (64, 64))
@@ -193,6 +207,8 @@ def test_blocks_that_are_counted_together_are_counted_as_each_alone(name):
             )
             rows = Rows(lo, hi, whole.rows.whole[:, :, 128 * i :][:, :, :128])
             alone = Parts([Part(shape, rows)])
+            for question, answer in answers(alone):
+                assert pieces.Pieces(shape, rows, 1).asked(*question)[0].tolist() == answer, question
             times = chunks.times[at]
             assert int(times.pairs) == alone.counted(pieces.pairs_that_count)
             if chunks.seen[i, j]:
@@ -205,13 +221,19 @@ def test_blocks_that_are_counted_together_are_counted_as_each_alone(name):
 
 def test_full_blocks_are_called_together_where_the_run_does():
     """Unmasked, a rank's two chunks of rows against both of another's keys are one call: as many programs,
-    and a result that is joined once. Scores that depend on positions forbid it."""
-    q, k, v = call(4096, (4, 2), (64, 64), batch=1)
-    free, bound = (planned(q, k, v, ranks=4, score=score) for score in (None, tilewise.Softcap(5.0)))
-    one = tilewise.explain(*call(1024, (4, 2), (64, 64), batch=1), gpu="H200", return_lse=True)
+    and a result that is joined once. Scores that depend on positions forbid it, and so do bool masks."""
+    sizes = (4, 2), (64, 64), 1
     joined = 28 * 4 * 1024 * 64 / find_chip("H200").memory_bytes
-    assert free["ring"].forward.busiest == pytest.approx(4 * (one.seconds + joined))
-    assert bound["ring"].forward.busiest > free["ring"].forward.busiest
+    allowed = torch.ones(4096, 4096, dtype=torch.bool)
+    for features, of_block, calls, rows in (
+        ({}, {}, 4, 1024),
+        (dict(score=tilewise.Softcap(5.0)), dict(score=tilewise.Softcap(5.0)), 16, 512),
+        (dict(mask=allowed), dict(mask=allowed[:512, :512]), 16, 512),
+    ):
+        found = planned(*call(4096, *sizes), ranks=4, **features)
+        one = tilewise.explain(*call(rows, *sizes), gpu="H200", return_lse=True, **of_block)
+        expected = calls * (one.seconds + joined * rows / 1024)
+        assert found["ring"].forward.busiest == pytest.approx(expected), features
 
 
 def test_thousands_of_ranks_are_a_few_different_calls(monkeypatch):
@@ -269,9 +291,9 @@ NONE = torch.zeros(2, 2)
     [
         ([0, 0], [0, 0], [2, 2]),
         ([1, 1], [0, 0], [2, 2]),  # hidden under the step before
-        ([1.5, 1], [0, 0], [2.5, 2]),  # rank 0 waits for its keys
-        ([0, 0], [0.5, 1], [3, 2.5]),  # what rank 1 has computed comes last
-        ([3, 1], [1, 1], [5, 5]),  # rank 0 begins at 3 and sends at 4; rank 1's answer is held up until then
+        ([1.5, 1], [0, 0], [2.5, 2.5]),  # rank 0 waits for its keys, and rank 1 until they are sent
+        ([0, 0], [0.5, 1], [3, 3]),  # what rank 1 has computed comes last
+        ([3, 1], [1, 1], [5, 5]),  # both begin at 3, and send what they have computed at 4
     ],
 )
 def test_two_ranks_wait(keys, gradients, done):
@@ -291,11 +313,38 @@ def test_gradients_come_home_before_the_step_after_the_next_one():
     assert found.tolist() == [16.0] * 4
 
 
-def test_a_link_carries_one_message_after_another():
-    """Three ranks that compute nothing and get 1 byte from each other: 2 seconds, one after the other."""
+def of_ranks(count: int, **entries: float) -> torch.Tensor:
+    """Nothing, but r12=3.0: 3 for the queries of rank 1 and the keys of rank 2."""
+    found = torch.zeros(count, count)
+    for name, value in entries.items():
+        found[int(name[1]), int(name[2])] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keys", "gradients", "done"),
+    [
+        (3, {}, {}, [3, 3, 3]),
+        # Posted when step 1 begins, at 1: there at 2.5, when step 1 is done since 2.
+        (3, dict(r01=1.5), {}, [3.5, 3.5, 3]),
+        # What rank 0 sends, first to rank 1 and then to rank 2: from 0 to 4, and from 4 to 8.
+        (3, dict(r10=4.0, r20=4.0), {}, [9, 6, 9]),
+        # Rank 0 gets keys of rank 2 from 1 to 4, so that gradients of rank 1, ready at 2, come from 4 to 7.
+        (4, dict(r02=3.0), dict(r10=3.0), [8, 8, 6, 4]),
+        # Rank 1 sends keys to rank 3 from 1 to 4, so that its gradients go from 4 to 7.
+        (4, dict(r31=3.0), dict(r10=3.0), [8, 8, 4, 6]),
+    ],
+)
+def test_a_link_carries_one_message_after_another(ranks, keys, gradients, done):
+    """A second for each step, at a byte a second."""
+    found = ring_seconds(torch.ones(ranks, ranks), of_ranks(ranks, **keys), of_ranks(ranks, **gradients), 1.0)
+    assert found.tolist() == done
+
+
+def test_twice_the_rate_is_half_the_time():
     to = torch.ones(3, 3) - torch.eye(3)
     assert ring_seconds(torch.zeros(3, 3), to, torch.zeros(3, 3), 1.0).tolist() == [2, 2, 2]
-    assert ring_seconds(torch.zeros(3, 3), to, torch.zeros(3, 3), 4.0).tolist() == [0.5, 0.5, 0.5]
+    assert ring_seconds(torch.zeros(3, 3), to, torch.zeros(3, 3), 2.0).tolist() == [1, 1, 1]
 
 
 def test_a_faster_link_exposes_less_and_all_gather_hides_nothing():
@@ -310,6 +359,19 @@ def test_a_faster_link_exposes_less_and_all_gather_hides_nothing():
                 x.seconds == pytest.approx(x.busiest + x.on_link) and x.on_link == max(x.sent) / found.link[0]
             )
         assert found["ring"].forward.sent == found["all_gather"].forward.sent
+
+
+def test_the_steps_of_a_ring_are_said():
+    """Of 8 ranks: the keys of one chunk of two are seen by both chunks of an earlier rank's, or both by the
+    later one: half of a rank's rows times all its keys, either way. A message has both chunks at most."""
+    found = tilewise.explain_ranks(**call_of(LONG, training=True), ranks=8, **FAST)
+    steps = found["ring"].forward.steps
+    assert steps.message == 131072 // 8 * 8 * 256 * 2 / 450e9
+    kernels = 4 * 128 * 64 * (131072 // 8) ** 2 / 2 / 989.4e12
+    assert kernels < steps.shortest < steps.longest < 1.3 * kernels  # what they give is joined, too
+    assert found["ring"].backward.steps.message == 2 * steps.message
+    assert found["heads"].forward.steps is None is planned(*call(48), ranks=1)["ring"].forward.steps
+    assert "ring, a step: kernels of" in " ".join(str(found).split())
 
 
 def test_of_a_mesh_each_dimension_has_its_link():
@@ -363,6 +425,43 @@ def test_everything_is_json_and_plain_text():
         assert words in text, words
 
 
+def test_fake_tensors_are_planned_as_meta_ones():
+    arguments = dict(ranks=2, mask=tilewise.Causal(), work="training")
+    with FakeTensorMode():
+        fake = planned(*(torch.empty(x.shape, dtype=x.dtype) for x in call(48)), **arguments)
+    assert fake.to_dict() == planned(*call(48), **arguments).to_dict()
+
+
+def test_what_is_no_faster_than_one_gpu_is_said():
+    short, long = (planned(*call(length, (4, 2), (64, 64)), ranks=2) for length in (64, 65536))
+    words = "No faster than one H200 alone"
+    assert words in str(short) and words not in str(long)
+
+
+def test_every_dense_named_case_is_planned():
+    """With all that they ask for: biases, learned scores, sinks, dropout, cross-attention."""
+    count = 0
+    for case in ALL_CASES.values():
+        if case.sequences is None and case.q_len % 2 == 0 and not case.name.startswith("paper"):
+            arguments, count = call_of(case, training=True), count + 1
+            found = tilewise.explain_ranks(**arguments, ranks=2, order="contiguous", **FAST)
+            able = [method for method in found.methods if not method.why_not]
+            assert (
+                len(able) >= 2
+                and found["ring, heads"].why_not == "ranks=2 does not divide into groups of several"
+            )
+            for method in able:
+                assert sum(method.pairs) == found.pairs_that_count, case.name
+                assert min(x.busiest for x in method.passes) > 0, case.name
+    assert count > 35
+
+
+def test_dropout_is_not_cut_between_four_keys():
+    found = planned(*call(24), ranks=4, dropout_p=0.1)  # chunks of 3
+    why = "dropout is drawn for four keys at once, and a chunk has 3"
+    assert [m.why_not for m in found.methods] == [why, why, "", why] and found.best == "heads"
+
+
 def test_the_method_with_the_least_time_is_taken_and_of_like_ones_that_with_less_memory():
     found = tilewise.explain_ranks(**call_of(LONG, training=False), ranks=8, **FAST)
     least = min(m.seconds for m in found.methods)
@@ -372,6 +471,11 @@ def test_the_method_with_the_least_time_is_taken_and_of_like_ones_that_with_less
     # A link so slow that what is sent decides.
     slow = tilewise.explain_ranks(**call_of(LONG, training=False), ranks=8, link="1MB/s", gpu="H200")
     assert max(slow[slow.best].forward.sent) == min(max(m.forward.sent) for m in slow.methods)
+
+
+def test_the_figures_of_the_page_are_those_of_the_planner():
+    command = "PYTHONPATH=kernels:reference:tests python -m harness.planner_table"
+    assert planner_table.page() == planner_table.PAGE.read_text(encoding="utf-8"), command
 
 
 # ---- What is refused
@@ -445,7 +549,7 @@ def test_one_rank_sends_nothing():
     found = planned(*call(48), ranks=1, work="training")
     for method in found.methods[:3]:
         assert method.forward.sent == method.backward.sent == (0,) and method.forward.exposed == 0
-    assert found["ring, heads"].why_not.startswith("1 ranks do not divide")
+    assert found["ring, heads"].why_not == "ranks=1 does not divide into groups of several"
 
 
 # ---- The command
@@ -566,3 +670,48 @@ def test_four_ranks_send_what_was_planned(method, order, name, heads, return_lse
     )[method if mesh == (4,) else ", ".join(method)]  # fmt: skip
     for each, of_run in ((found.forward, [x[0] for x in counted]), (found.backward, [x[1] for x in counted])):
         assert [*zip(each.sent, each.received, strict=True)] == of_run
+
+
+def messages_alive(mesh: Any, method: str, name: str) -> tuple[int, int]:
+    """The most bytes of messages, coming and going, that a rank has at one time, in each pass."""
+    from tilewise.distributed import context_parallel_attention, split
+    from tilewise.distributed.walk import Keys
+
+    alive: list[tuple[StorageWeakRef, int]] = []
+    most = 0
+
+    def noted(make: Any, message: Any) -> Any:
+        def wrapped(*args: Any) -> Any:
+            nonlocal most
+            made = make(*args)
+            storage = message(made).untyped_storage()
+            alive[:] = [(ref, size) for ref, size in alive if not ref.expired()]
+            alive.append((StorageWeakRef(storage), storage.nbytes()))
+            most = max(most, sum(size for _, size in alive))
+            return made
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Keys, "room", noted(Keys.room, lambda made: made[0]))
+        patch.setattr(Keys, "message", noted(Keys.message, lambda made: made))
+        own = [split(torch.randn(x.shape, dtype=x.dtype), mesh).requires_grad_() for x in call(48)]
+        out = context_parallel_attention(*own, mesh=mesh, method=method, mask=MASKS[name](48), impl="torch")
+        forward, most = most, 0
+        out.backward(torch.ones_like(out))
+    return forward, most
+
+
+@pytest.mark.parametrize("name", ["none", "causal"])
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+def test_messages_take_the_memory_that_was_planned(method, name):
+    counted = run((4,), messages_alive, method, name)
+    found = planned(*call(48), ranks=4, mask=MASKS[name](48), work="training")[method]
+    of = {x.name: x.bytes for x in found.memory}
+    forward = of["keys under way"]
+    backward = of["keys and gradients under way" if method == "ring" else "gradients under way"]
+    if (method, name) == ("ring", "causal"):  # the longest message of any rank stands for all
+        assert all(x <= forward and y <= backward for x, y in counted)
+        assert max(x for x, _ in counted) == forward
+    else:
+        assert counted == [(forward, backward)] * 4

@@ -12,6 +12,7 @@ import torch
 import tilewise
 from tilewise.kernels import room
 from tilewise.kernels.tile import HopperTile
+from tilewise.parts.place import Place
 from tilewise.plan import checks, tiles
 from tilewise.plan.implementation import implementation
 from tilewise.plan.request import make_request, request_of
@@ -112,8 +113,15 @@ def test_what_is_refused_says_why(rule, words, change, device, monkeypatch):
 
 
 def test_every_rule_has_a_case():
-    elsewhere = {"chip_is_hopper", "call_is_whole"}  # on a GPU; in test_place.py
+    elsewhere = {"chip_is_hopper", "call_is_whole"}  # on a GPU; below
     assert {rule.__name__ for rule in rules.RULES} == {rule for rule, *_ in REFUSED} | elsewhere
+
+
+def test_a_part_of_a_larger_call_is_refused(device):
+    request = request_of(**good(device))
+    place = Place(*request.shape[:5])
+    assert "a part of a larger one" in rules.call_is_whole(replace(request, place=place))
+    assert rules.call_is_whole(request) is None
 
 
 def test_a_call_with_everything_that_is_taken(device):

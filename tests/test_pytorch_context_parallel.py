@@ -7,6 +7,7 @@ nothing. So the ring is entered by the op that the chooser takes on a GPU.
 import pytest
 import torch
 
+from harness.gluon import needs_interpreter
 from harness.gradients import assert_gradients_match
 from harness.oracle import assert_matches
 from harness.ranks import run
@@ -37,6 +38,7 @@ def ring(mesh, rotate, q, k, v, do):
         handle.remove()
 
 
+@needs_interpreter
 @pytest.mark.parametrize("rotate", ["allgather", "alltoall"])
 def test_pytorchs_ring_over_tilewise(rotate):
     q, do = torch.randn(2, 1, HEADS, LENGTH, DIM)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import tilewise
 from harness.features import checkered_score, checkered_score_twin, dilated_keep, dilated_keep_twin
@@ -362,6 +363,20 @@ def test_ranks_agree_on_the_seed_that_they_draw():
     (a, heads), (b, others) = run((2,), dropped_on_ranks)
     assert torch.equal(a, b) and torch.equal(heads, others)
     assert not torch.equal(heads[:, 0], heads[:, 1]), "each head drops pairs of its own"
+
+
+def counted_on_ranks(mesh: DeviceMesh, cut: Any) -> int:
+    x = [distribute_tensor(inputs(2, 4, 2)[name], mesh, [cut]).requires_grad_() for name in "qkv"]
+    with CommDebugMode() as counted:
+        out = tilewise.attention(*x, mask=tilewise.Causal())
+        out.backward(torch.ones_like(out))
+    assert [each.grad.placements for each in x] == [(cut,)] * 3
+    return int(counted.get_total_counts())
+
+
+@pytest.mark.parametrize("cut", [BATCH, HEADS, WHOLE], ids=["sequences", "heads", "whole"])
+def test_nothing_is_sent_where_each_rank_has_what_it_needs(cut):
+    assert run((2,), counted_on_ranks, cut) == [0, 0]
 
 
 def strides_on_ranks(mesh: DeviceMesh) -> list[tuple[Any, ...]]:

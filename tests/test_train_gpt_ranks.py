@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 from typer.testing import CliRunner
 
 from harness.examples import EXAMPLES, SOURCES
@@ -51,10 +54,16 @@ def example(name):
     return importlib.import_module(f"train_gpt.{name}")
 
 
-def one_process(variant="tilewise", **changed):
+def short_text(path):
+    """The first of the example's text, so that validation is short."""
+    text = example("text").TEXT.read_text(encoding="utf-8")[:16_000]
+    path.write_text(text, encoding="utf-8")
+
+
+def one_process(variant="tilewise", text=None, **changed):
     """A run in this process, and the text."""
     settings = example("settings").Settings(**TINY | changed)
-    corpus = example("text").load_corpus(example("text").TEXT, settings.context)
+    corpus = example("text").load_corpus(text or example("text").TEXT, settings.context)
     return example("training").Run(variant, settings, len(corpus.vocabulary), "torch"), corpus
 
 
@@ -96,15 +105,18 @@ def torchrun(count, *arguments, cwd):
 
 def test_saved_by_four_ranks_and_gone_on_with_by_two_and_by_one(tmp_path, examples, monkeypatch):
     (tmp_path / "terminated.py").write_text(TERMINATED)
+    text = tmp_path / "text.txt"
+    short_text(text)
     script, ranks = EXAMPLES / "train_gpt.py", ["--ranks", 4, "--context", 2, "--shard", 2]
-    four = torchrun(4, "terminated.py", script, *OPTIONS, *ranks, cwd=tmp_path)
+    four = torchrun(4, "terminated.py", script, *OPTIONS, *ranks, "--text", "text.txt", cwd=tmp_path)
     assert four.returncode == 1, four.stdout + four.stderr
     assert four.stderr.count("interrupted: step 7 of 12 is saved") == 1, four.stderr
     assert "torchrun --nproc-per-node 4" in four.stderr and "--ranks 4 --context 2 --shard 2" in four.stderr
     saved = sorted(os.listdir(tmp_path / "out"))
     assert saved[0] == "checkpoint.pt" and saved[1].startswith("parts-") and len(saved) == 2
 
-    two = torchrun(2, script, "--resume", "--out", "out", "--interpreter-steps", 0, cwd=tmp_path)
+    resume = ["--resume", "--out", "out", "--text", "text.txt", "--interpreter-steps", "0"]
+    two = torchrun(2, script, *resume, cwd=tmp_path)
     assert two.returncode == 0, two.stdout + two.stderr
     assert two.stdout.count("going on after step 7 of 12") == 1, two.stdout
     said = " ".join(two.stdout.split())
@@ -114,17 +126,17 @@ def test_saved_by_four_ranks_and_gone_on_with_by_two_and_by_one(tmp_path, exampl
     monkeypatch.chdir(tmp_path)
     checkpoint = example("checkpoint")
     content = checkpoint.load_checkpoint(Path("out"))
-    assert_like_one_process(content["runs"]["tilewise"]["losses"], 12)
-    whole, corpus = one_process()
+    assert_like_one_process(content["runs"]["tilewise"]["losses"], 12, text=text)
+    whole, corpus = one_process(text=text)
     for _ in range(12):
         whole.step(corpus)
     assert content["runs"]["sdpa"]["losses"] == pytest.approx(whole.losses, rel=1e-6)
     # The weights, in one process without torch.distributed: those of a run that has never been interrupted.
-    read, _ = one_process(seed=1)
+    read, _ = one_process(text=text, seed=1)
     checkpoint.load_weights(Path("out"), content, "tilewise", read.model)
     assert_same_model(read, whole, corpus)
 
-    one = CliRunner().invoke(example("command").app, ["--resume", "--out", "out", "--interpreter-steps", "0"])
+    one = CliRunner().invoke(example("command").app, resume)
     assert one.exit_code == 0, one.output
     assert "going on after step 12 of 12" in one.output
     assert [name for name in os.listdir("out") if name.startswith("parts-")] == []
@@ -205,6 +217,31 @@ def test_what_fails_on_one_rank_is_said_on_all(examples):
         assert "rank 3 has text b, and rank 0 has a: start all ranks with one command" in str(error)
 
 
+def save_to_a_full_disk(mesh, out):
+    ranks = example("ranks").SeveralRanks(4)
+    settings = example("settings").Settings(**TINY)
+    part = example("parallel").PartOfARun(settings, 60, "torch", ranks)
+    patch = mock.patch.object(
+        FileSystemWriter, "write_data", side_effect=OSError(28, "No space left on device")
+    )
+    with patch if ranks.rank == 1 else nullcontext():
+        part.save(out)
+
+
+def test_a_full_disk(tmp_path, examples):
+    for error in errors((4,), save_to_a_full_disk, tmp_path):
+        assert re.match(r"cannot write .*/parts-.*: rank 1: \[Errno 28\] No space left on device", str(error))
+    assert os.listdir(tmp_path) == []
+
+
+def test_parts_that_are_missing(tmp_path, examples):
+    checkpoint, settings = example("checkpoint"), example("settings").Settings(**TINY)
+    saved = mock.Mock(save=lambda out: {"parts": "parts-1", "losses": []})
+    checkpoint.save_checkpoint(tmp_path, settings, "", {"tilewise": saved})
+    with pytest.raises(example("settings").ExampleError, match="parts-1, which is not there, or not whole"):
+        checkpoint.load_checkpoint(tmp_path)
+
+
 def lose(mesh):
     ranks = example("ranks").SeveralRanks(2)
     if ranks.rank == 1:
@@ -235,7 +272,8 @@ def test_a_rank_that_is_gone(examples):
         (["--ranks", 4], "--ranks 4: this is one process. torchrun --nproc-per-node 4 examples/train_gpt.py"),
         (
             ["--context", 2, "--shard", 2],
-            "torchrun --nproc-per-node 4 examples/train_gpt.py --context 2 --shard 2",
+            "torchrun --nproc-per-node 4 examples/train_gpt.py --context 2 --shard 2 starts 4; "
+            "--length is that of a text",
         ),
     ],
 )

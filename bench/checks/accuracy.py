@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -64,6 +65,15 @@ def _feature(number: int, name: str) -> Trial:
     return Trial(f"feature {name}", functools.partial(judged, (name, *dtype), sizes))
 
 
+# Calls that are parts of larger ones, as several GPUs share one: each index that a kernel moves there.
+IN_PARTS = (
+    ("causal_from_a_position", "dropout", "sink"),
+    ("prefix", "relative_position"),
+    ("scattered_documents", "bias"),
+    ("user_interval", "tensor_scale"),
+    ("intervals", "user_score"),
+)
+
 # What most models use comes first; forced tiles are for tests, and the table's are used everywhere here.
 KINDS = (
     "mask",
@@ -85,6 +95,17 @@ ACCURACY: list[Trial] = [
     *(_shape(*shape) for shape in SHAPES),
     *(Trial(", ".join(names), functools.partial(judged, names, MIDDLE)) for names in TOGETHER),
     *(_feature(number, name) for number, name in enumerate(ORDERED)),
+]
+
+
+def _parts(features: tuple[str, ...], device: torch.device, seed: int) -> str:
+    """A call in sixteen parts, as ranks along sequences and heads have them: tests/test_place.py."""
+    importlib.import_module("test_place").judge_parts(features, "portable", device, 100 * seed)
+    return "small"
+
+
+ACCURACY += [
+    Trial(f"in parts: {', '.join(features)}", functools.partial(_parts, features)) for features in IN_PARTS
 ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .parts import load_parts, remove_parts
+from .parts import check_folder, load_parts, remove_parts
 from .ranks import ALONE, Ranks
 from .settings import ExampleError, Settings
 from .training import Run
@@ -70,6 +70,9 @@ def load_checkpoint(out: Path) -> dict[str, Any] | None:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
+        for state in content["runs"].values():
+            if "parts" in state:
+                check_folder(out / state["parts"])
         return content | {"settings": Settings(**content["settings"])}
     except FileNotFoundError:
         return None

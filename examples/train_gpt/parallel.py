@@ -2,7 +2,7 @@
 
 The parameters are cut over all ranks by PyTorch's `fully_shard` (FSDP2), layer by layer: a rank gathers the
 whole of a layer when its turn comes, and forgets it. Each rank then computes on its own characters alone.
-Only attention needs those of other ranks. The gradients are
+Only attention needs those of other ranks: `context_parallel_attention` fetches them. The gradients are
 averaged over all ranks: each rank's loss is a mean over as many characters as any other's, so the mean of
 the ranks' gradients is the gradient of the whole batch's loss.
 """
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from tilewise.distributed import join, positions, split
+from tilewise.distributed import context_parallel_attention, positions, split
 from tilewise.nn import AttentionCore
 
 from .model import GPT, build_gpt
@@ -43,8 +43,7 @@ class ContextParallelCore(AttentionCore):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
         """q, k, v [batch, heads, rows, head_dim], this rank's rows -> the same. The mask is of the whole."""
-        whole = [join(x, self.mesh) for x in (q, k, v)]
-        return split(super().forward(*whole, **options), self.mesh)
+        return context_parallel_attention(q, k, v, mesh=self.mesh, mask=options["mask"], impl=self.impl)
 
 
 class DropoutOfAPart(nn.Dropout):

@@ -30,6 +30,15 @@ def make_folder(out: Path) -> str:
         raise ExampleError(f"cannot write to {out}: {error.strerror}") from error
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ExampleError unless the folder has been filled, which DCP's list of contents ends."""
+    if not (folder / ".metadata").is_file():
+        raise ExampleError(
+            f"the checkpoint has its weights in {folder}, which is not there, or not whole: bring it back, "
+            "or start over with --fresh"
+        )
+
+
 def remove_parts(out: Path, kept: set[str | None]) -> None:
     """Remove all folders of parts but those named."""
     for folder in out.glob(f"{PREFIX}*"):
@@ -53,7 +62,8 @@ def save_parts(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
     try:
         dcp.save(state_of(model, optimizer), checkpoint_id=folder)
-    except dcp.CheckpointException as error:
+    except dcp.CheckpointException as error:  # on all ranks, whichever failed
+        shutil.rmtree(folder, ignore_errors=True)
         raise ExampleError(f"cannot write {folder}: {words_of(error)}") from error
 
 

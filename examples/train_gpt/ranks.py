@@ -160,7 +160,7 @@ def join_ranks(ranks: int | None, context: int | None, shard: int | None, device
             count = ranks or (context or 1) * (shard or 1)
             raise ExampleError(
                 f"{words}: this is one process. torchrun --nproc-per-node {count} examples/train_gpt.py "
-                f"{words} starts {count}"
+                f"{words} starts {count}" + ("; --length is that of a text" if context else "")
             )
         return ALONE
     count = int(os.environ["WORLD_SIZE"])

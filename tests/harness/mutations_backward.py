@@ -303,7 +303,7 @@ MUTATIONS = (
              DROPOUT_GRADIENTS),
     # ---- Autograd
     Mutation("autograd: needs of the wrong tensor", PASSES,
-             "if needs[3 + slot]:\n            grad =", "if needs[2 + slot]:\n            grad =",
+             "if needs[3 + slot]:\n            tensor =", "if needs[2 + slot]:\n            tensor =",
              tests("transforms", "second_order_raises[eager-bias]")),
     Mutation("autograd: gradient of lse read as if it were dense", PASSES,
              "dlse = None if dlse is None else dlse.contiguous()", "dlse = dlse",

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from .group import Group
 
 
@@ -16,6 +18,8 @@ def blaming(group: Group, peers: Sequence[int], what: str) -> Iterator[None]:
     began = time.monotonic()
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError, too: nobody else's fault
+        raise
     except RuntimeError as error:
         others = sorted({peer for peer in peers if peer != group.rank})
         who = f"rank {in_words(others)}" if len(others) == 1 else f"one of ranks {in_words(others)}"

@@ -4,7 +4,7 @@ Each piece gives the out of its own keys, normalised, and the two numbers a row 
 backward, row_max and sum_log2 (`softmax.py`): the sum of the exponentials is exp(row_max) · 2^sum_log2. Two
 pieces join as everywhere:
 
-    m = max(m_a, m_b)    l = l_a exp(m_a - m) + l_b exp(m_b - m)    O = (l_a exp(m_a - m) O_a + ...) / l
+    m = max(m_a, m_b)    l = l_a exp(m_a - m) + l_b exp(m_b - m)    O = O_a + (O_b - O_a) l_b exp(m_b - m) / l
 
 and the sum of all keys is what the backward of every piece is told. So P = exp(S - m) / l, dQ, dK and dV of a
 piece are those of one device. Plain PyTorch differentiates its own pieces: of O = Σ w_i O_i, with the weights
@@ -56,8 +56,7 @@ class Rows:
         new = torch.exp2((row_max - base) * (self.unit * LOG2E) + sum_log2)
         total = own + new
         total.masked_fill_(total == 0, 1.0)
-        joined = self.out[:, :, rows]
-        joined.mul_((own / total)[..., None]).add_(out * (new / total)[..., None])
+        self.out[:, :, rows].lerp_(out, (new / total)[..., None])  # one pass over memory
         own_max.copy_(top)
         own_sum.copy_(total.log2())
 

@@ -18,6 +18,7 @@ from ..as_workload import as_workload, notes
 from ..coverage import pairs_that_count
 from ..explain import chip_for, on_meta, reasons, refuse_malformed
 from ..findings import Work
+from ..text import counted
 from .advice import advised
 from .chunks import chunks_of
 from .findings import Method, RanksFindings
@@ -81,14 +82,21 @@ def explain_ranks(
     with torch.set_grad_enabled(work == "training"):
         request = make_request(q, k, v, **without_drawing(q, arguments))
         with unset_fake_temporarily():
-            refuse_what_no_kernel_takes(request)
-            chip, gpu_because, on_its_gpu = chip_for(request.q, gpu)
-            model = as_workload(request, chip, work == "training", return_lse, on_its_gpu)
-            whole = Whole(request, model, chip, on_its_gpu)
-            shared = shared_by(whole, mesh, links, order)
-            methods = tuple(methods_of(whole, shared))
+            return plan_request(request, mesh, links, order, gpu, work, return_lse)
+
+
+def plan_request(
+    request: Request, mesh: tuple[int, ...], links: tuple[float, ...], order: str, gpu: str | None,
+    work: Work, return_lse: bool,
+) -> RanksExplanation:  # fmt: skip
+    """`explain_ranks` of a request. The mode of gradients is that of `work`."""
+    refuse_what_no_kernel_takes(request)
+    chip, gpu_because, on_its_gpu = chip_for(request.q, gpu)
+    model = as_workload(request, chip, work == "training", return_lse, on_its_gpu)
+    whole, shape = Whole(request, model, chip, on_its_gpu), model.shape
+    shared = shared_by(whole, mesh, links, order)
+    methods = tuple(methods_of(whole, shared))
     best, because = advised(methods)
-    shape = whole.shape
     return RanksExplanation(
         work=work,
         ranks=shared.count,
@@ -189,9 +197,9 @@ def two_levels(whole: Whole, ranks: Ranks) -> Method:
     sizes = [n for n in range(2, ranks.count // 2 + 1) if ranks.count % n == 0]
     fitting = [n for n in sizes if not why_not_heads(whole.shape, n)]
     if not fitting:
-        why = (
-            f"{ranks.count} ranks do not divide into groups that could share q's {whole.shape.q_heads} heads"
-        )
+        why = f"ranks={ranks.count} does not divide into groups of several"
+        if sizes:
+            why += f" that could share {counted(whole.shape.q_heads, 'head')} of q evenly"
         return Method("ring, heads", (), why)
     found = [ring_of_heads(whole, ranks, ranks.count // within, within) for within in fitting]
     return min(found, key=lambda method: (method.seconds, method.bytes))

@@ -11,11 +11,21 @@ from .memory import peak
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What there is to hide in a ring, and under what, in seconds: the longest message of a step, and the
+    shortest and the longest time of the kernels of one whose keys came in a message."""
+
+    message: float
+    shortest: float
+    longest: float
+
+
+@dataclass(frozen=True)
 class Pass:
     """The forward or the backward by one method; a number a rank, but for `on_link` and `seconds`.
 
     sent, received: bytes. compute: the least seconds of a rank's kernels. on_link: the seconds in which the
-    busiest link carries its bytes. seconds: until the last rank is done.
+    busiest link carries its bytes. seconds: until the last rank is done. steps: of a ring that sends.
     """
 
     sent: tuple[int, ...]
@@ -23,6 +33,7 @@ class Pass:
     compute: tuple[float, ...]
     on_link: float
     seconds: float
+    steps: Steps | None = None
 
     @property
     def busiest(self) -> float:

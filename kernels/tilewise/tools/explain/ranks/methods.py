@@ -9,7 +9,7 @@ import torch
 from ....distributed.order import Order
 from ....parts.shape import ceil_div
 from .chunks import Chunks, chunks_of, held
-from .findings import Method, Pass
+from .findings import Method, Pass, Steps
 from .memory import memory_of_all_gather, memory_of_both, memory_of_heads, memory_of_ring
 from .pieces import Times, joined
 from .traffic import Sizes, by_ring, heads_of_rank, why_not_heads
@@ -42,12 +42,14 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Share:
-    """What each rank does in one pass, [ranks]: bytes, seconds of its kernels, and when it is done."""
+    """What each rank does in one pass, [ranks]: bytes, seconds of its kernels, and when it is done; of a ring
+    also its steps."""
 
     sent: Tensor
     received: Tensor
     compute: Tensor
     done: Tensor
+    steps: Steps | None = None
 
 
 def why_not_parts(whole: Whole, ranks: Ranks) -> str:
@@ -79,9 +81,17 @@ def ring_shares(whole: Whole, chunks: Chunks, link: float, kv_heads: int) -> tup
     sums = by_ring(needed, sizes.keys(rows, sizes.sums, kv_heads))
     found = []
     for compute, back in zip(chunks.seconds(), (torch.zeros_like(sums), sums), strict=True):
+        sent, received = keys.sum(0) + back.sum(1), keys.sum(1) + back.sum(0)
         done = ring_seconds(compute, keys, back, link)
-        found.append(Share(keys.sum(0) + back.sum(1), keys.sum(1) + back.sum(0), compute.sum(1), done))
+        found.append(Share(sent, received, compute.sum(1), done, steps_of(compute, keys, back, link)))
     return found[0], found[1]
+
+
+def steps_of(compute: Tensor, keys: Tensor, back: Tensor, link: float) -> Steps | None:
+    came = compute[keys > 0]
+    if len(came) == 0:
+        return None
+    return Steps(int(torch.maximum(keys, back).max()) / link, float(came.min()), float(came.max()))
 
 
 def pass_of(share: Share, link: float, besides: int = 0, outer: float = 1.0) -> Pass:
@@ -94,6 +104,7 @@ def pass_of(share: Share, link: float, besides: int = 0, outer: float = 1.0) -> 
         tuple(share.compute.tolist()),
         on_link + besides / outer,
         float(share.done.max()) + besides / outer,
+        share.steps,
     )
 
 
@@ -208,7 +219,8 @@ def ring_of_heads(whole: Whole, ranks: Ranks, across: int, within: int) -> Metho
 
     def made(which: int, name: str) -> Pass:
         every = [share[which] for share in shares]
-        of_ranks = Share(*(flat([getattr(x, field) for x in every], within) for field in FIELDS))
+        sent, received, compute, done = (flat([getattr(x, it) for x in every], within) for it in FIELDS)
+        of_ranks = Share(sent, received, compute, done, every[0].steps)
         return pass_of(of_ranks, ranks.link[0], moved[name], ranks.link[-1])
 
     needed, orders = of_heads[0].needed(), (ranks.q_order, ranks.kv_order)

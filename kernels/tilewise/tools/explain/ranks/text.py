@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..text import Section, counted, duration, quantity, sentence, share, wrapped
 from .advice import compared, named
-from .findings import Pass, RanksFindings
+from .findings import Method, Pass, RanksFindings, Steps
 
 
 def title(e: RanksFindings) -> str:
@@ -28,6 +28,8 @@ def method(e: RanksFindings) -> Section:
     found = [f"Take {e.because}."]
     found += [f"{compared(m, e[e.best])}." for m in able if m.name != e.best]
     found += [f"{named(m)} cannot be: {m.why_not}." for m in e.methods if m.why_not]
+    if e[e.best].seconds >= sum(e.one_device):
+        found.append(f"No faster than one {e.gpu} alone, which would take {alone(e)} at least.")
     found.append(
         "Counted, not measured: times are floors by the datasheet and the rate of the link, without latency."
     )
@@ -37,16 +39,19 @@ def method(e: RanksFindings) -> Section:
 def work(e: RanksFindings) -> Section:
     at_most = "" if e.exact else "at most "
     pairs = f"{at_most}{e.pairs_that_count:,} of {e.pairs:,} query-key pairs count"
-    alone = " and ".join(map(duration, e.one_device))
     held = "chunks r and 2R - 1 - r of 2R" if e.order == "zigzag" else "chunk r of R"
     sentences = (
         sentence(f"{pairs}, {share(e.pairs_that_count, e.pairs)}"),
         *map(sentence, e.notes),
-        f"Rank r of R has {held}. Alone, an {e.gpu} ({e.gpu_because}) would take {alone} at least.",
+        f"Rank r of R has {held}. Alone, an {e.gpu} ({e.gpu_because}) would take {alone(e)} at least.",
     )
     heading = ("method", "pairs of the busiest rank", "most / mean")
     rows = tuple((named(m), f"{max(m.pairs):,}", f"{m.balance:.3f}") for m in e.methods if m.pairs)
     return Section("Balance", sentences, heading, rows)
+
+
+def alone(e: RanksFindings) -> str:
+    return " and ".join(map(duration, e.one_device))
 
 
 def passes(e: RanksFindings) -> Iterator[Section]:
@@ -57,10 +62,24 @@ def passes(e: RanksFindings) -> Iterator[Section]:
     )
     heading = ("method", "sends", "receives", "link", "kernels", "exposed", "at least")
     for name in ("forward", "backward"):
-        rows = tuple((named(m), *cells(getattr(m, name))) for m in e.methods if getattr(m, name) is not None)
+        rows = tuple((named(m), *cells(x)) for m, x in passes_of(e, name))
         if rows:
-            said = (meaning,) if name == "forward" else ()
-            yield Section(f"{name.capitalize()} on an {e.gpu}, with links of {rates}", said, heading, rows)
+            said = [meaning] if name == "forward" else []
+            said += [f"{named(m)}, {step(x.steps)}." for m, x in passes_of(e, name) if x.steps is not None]
+            yield Section(
+                f"{name.capitalize()} on an {e.gpu}, with links of {rates}", tuple(said), heading, rows
+            )
+
+
+def passes_of(e: RanksFindings, name: str) -> list[tuple[Method, Pass]]:
+    return [(m, getattr(m, name)) for m in e.methods if getattr(m, name) is not None]
+
+
+def step(steps: Steps) -> str:
+    kernels = duration(steps.shortest)
+    if steps.longest > 1.005 * steps.shortest:
+        kernels += f" to {duration(steps.longest)}"
+    return f"a step: kernels of {kernels}, and messages of up to {duration(steps.message)} to hide under them"
 
 
 def cells(x: Pass) -> tuple[str, ...]:

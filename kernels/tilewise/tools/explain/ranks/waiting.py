@@ -1,9 +1,10 @@
 """When is a ring done, if messages travel under the computation?
 
 A rank posts what it receives next, and what it sends meanwhile, when it begins to compute a step: two
-buffers. It begins the next step when it has computed this one and its keys have come. In the backward the
-gradients of a step's keys go back to their owner when they are computed, and have come before the step after
-the next one begins. Links carry one message after another each way. So it is in `distributed.walk`.
+buffers. It begins the next step when it has computed this one and both are done. In the backward the
+gradients of a step's keys go back to their owner when they are computed; sender and owner wait for them
+before the step after the next one. Links carry one message after another each way. So it is in
+`distributed.walk`.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class Links:
         self.inwards, self.outwards = (torch.zeros(ranks, dtype=torch.float64, device="cpu") for _ in "io")
 
     def carry(self, seconds: torch.Tensor, ready: torch.Tensor, step: int) -> torch.Tensor:
-        """When a message to every rank has come from that `step` before it. seconds: that it takes, 0 for
-        none, by receiver; ready: from when on a rank sends and receives."""
+        """When each rank has received a message from that `step` before it, and sent its own. seconds: that
+        it takes, 0 for none, by receiver; ready: from when on a rank sends and receives."""
         if not bool(seconds.any()):
             return torch.zeros_like(seconds)
         receiver, sender = torch.maximum(ready, self.inwards), torch.maximum(ready, self.outwards)
         stop = torch.where(seconds > 0, torch.maximum(receiver, sender.roll(step)) + seconds, 0.0)
-        self.inwards = torch.maximum(self.inwards, stop)
-        self.outwards = torch.maximum(self.outwards, stop.roll(-step))
-        return stop
+        sent = stop.roll(-step)
+        self.inwards, self.outwards = torch.maximum(self.inwards, stop), torch.maximum(self.outwards, sent)
+        return torch.maximum(stop, sent)
