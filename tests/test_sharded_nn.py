@@ -198,8 +198,8 @@ def turned_on_ranks(mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
 
 def rotary_inputs() -> tuple[tuple[Tensor, Tensor], Tensor]:
     make = torch.Generator().manual_seed(4)
-    q, k = (torch.randn(3, heads, 5, 8, generator=make) for heads in (4, 2))
-    return (q, k), torch.tensor([[0], [3], [40]]) + torch.arange(5)
+    q, k = (torch.randn(4, heads, 5, 8, generator=make) for heads in (4, 2))
+    return (q, k), torch.tensor([[0], [3], [40], [7]]) + torch.arange(5)
 
 
 def test_rotary_turns_the_sequences_that_a_rank_has():
