@@ -302,7 +302,7 @@ def cached(name: str, impl: str, mesh: DeviceMesh | None) -> list[Tensor]:
             pool.sin().expand(8, 4, kv_heads, each.shape[3]) + each[0, :, 0][None, None, :1]
             for each in (k, v)
         )
-        arguments["pages"] = torch.tensor([[5, 0], [1, 4], [2, 7]])
+        arguments["pages"] = torch.tensor([[5, 0], [1, 4], [7, 2]])
     else:
         k, v = (torch.cat((each, each.flip(2)), 2) for each in (k, v))
     q, new_k, new_v = new["q"][:3, :, :2], new["k"][1:, :, :2], new["v"][1:, :, :2]
