@@ -116,7 +116,13 @@ def on_ranks(
         for name, each in inputs(*sizes).items()
     }
     with tilewise.tiles.use(tilewise.tiles.Tile(16, 16)):
-        found = differentiated(lambda x: attend(x, impl=impl), x, DTensor.full_tensor)
+        seen: list[tuple[Any, ...]] = []
+        found = differentiated(
+            lambda x: attend(x, impl=impl), x, lambda each: seen.append(each.placements) or each.full_tensor()
+        )
+    given = zip(*[x[name].placements for name in "qkv"], strict=True)
+    wanted = tuple([next((each for each in placements if each != WHOLE), WHOLE) for placements in given])
+    assert seen[:2] == [wanted, wanted], "each rank computes what is its own alone"
     for name, each in x.items():
         kept = all(
             own.is_replicate() or own == given
@@ -150,6 +156,7 @@ CUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     ),
     "fewer key heads than ranks": ((4,), (1, 4, 2), {"q": (HEADS,), "k": (HEADS,)}),
     "heads in chunks that do not meet, a rank without": ((4,), (1, 6, 2), alike(HEADS)),
+    "a rank's heads share key heads unevenly": ((3,), (1, 8, 2), alike(HEADS)),
     "sequences, not as many on each rank": ((2,), (3, 4, 2), alike(BATCH)),
     "fewer sequences than ranks": ((2,), (1, 2, 1), alike(BATCH)),
     "sequences of keys, heads of values": ((2,), (2, 4, 4), {"k": (BATCH,), "v": (HEADS,)}),
@@ -492,10 +499,10 @@ def test_what_cannot_be_is_said_and_why_not_says_it_too(meshes, name):
 
 
 def test_a_call_that_was_right_does_not_vouch_for_one_with_other_placements(meshes):
-    q, k = torch.zeros(Q), torch.zeros(KV)
-    tilewise.attention(q, k, k, sink=torch.zeros(8))
-    with pytest.raises(ValueError, match="sink is a DTensor"):
-        tilewise.attention(q, k, k, sink=whole_of(meshes[0], [WHOLE], 8))
+    k = whole_of(meshes[0], [WHOLE], *KV)
+    tilewise.attention(whole_of(meshes[0], [HEADS], *Q), k, k)
+    with pytest.raises(ValueError, match="q is Shard"):
+        tilewise.attention(whole_of(meshes[0], [Shard(2)], *Q), k, k)
 
 
 def test_a_rank_outside_of_the_mesh_is_told_so(meshes):

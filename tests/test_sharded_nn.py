@@ -120,7 +120,11 @@ def test_a_module_that_is_cut_by_heads_trains_as_on_one_device(name, ranks):
     for found, held in run((ranks,), with_the_style, name):
         agree(found, wanted)
         assert sum(held) < sum(sizes.values()), "each rank holds a part"
-        big = [n for n in sizes if n.endswith("weight") and "norm" not in n]
+        big = [
+            n
+            for n in sizes
+            if (n.endswith("weight") and "norm" not in n) or n.endswith(("sink", "temperature"))
+        ]
         kept = dict(zip(sizes, held, strict=True))
         assert all(kept[n] * ranks == sizes[n] for n in big)
 
