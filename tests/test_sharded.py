@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import tilewise
 from harness.features import checkered_score, checkered_score_twin, dilated_keep, dilated_keep_twin
@@ -362,6 +363,50 @@ def test_ranks_agree_on_the_seed_that_they_draw():
     (a, heads), (b, others) = run((2,), dropped_on_ranks)
     assert torch.equal(a, b) and torch.equal(heads, others)
     assert not torch.equal(heads[:, 0], heads[:, 1]), "each head drops pairs of its own"
+
+
+def counted_on_ranks(mesh: DeviceMesh, cut: Any) -> int:
+    x = [distribute_tensor(inputs(2, 4, 2)[name], mesh, [cut]).requires_grad_() for name in "qkv"]
+    with CommDebugMode() as counted:
+        out = tilewise.attention(*x, mask=tilewise.Causal())
+        out.backward(torch.ones_like(out))
+    assert [each.grad.placements for each in x] == [(cut,)] * 3
+    return int(counted.get_total_counts())
+
+
+@pytest.mark.parametrize("cut", [BATCH, HEADS, WHOLE], ids=["sequences", "heads", "whole"])
+def test_nothing_is_sent_where_each_rank_has_what_it_needs(cut):
+    assert run((2,), counted_on_ranks, cut) == [0, 0]
+
+
+def biased_on_ranks(mesh: DeviceMesh, cut: Any, one: int, impl: str) -> tuple[Tensor, Tensor, int]:
+    x = inputs(2, 4, 2)
+    q, k, v = (distribute_tensor(x[name], mesh, [cut]) for name in "qkv")
+    bias = x["bias"] if one < 0 else x["bias"].narrow(one, 0, 1)
+    bias = bias.squeeze(0)  # [heads, ...] where there is one for all sequences
+    own = [Shard(cut.dim - 4 + bias.dim())] if bias.dim() == 4 or cut == HEADS else [WHOLE]
+    own = own if own[0] == WHOLE or bias.shape[own[0].dim] > 1 else [WHOLE]
+    bias = distribute_tensor(bias, mesh, own).requires_grad_()
+    with CommDebugMode() as counted, tilewise.tiles.use(tilewise.tiles.Tile(16, 16)):
+        out = tilewise.attention(q, k, v, bias=bias, impl=impl)
+        out.backward(torch.ones_like(out))
+    assert bias.grad.placements == tuple(own)
+    sent = 0 if own == [WHOLE] else counted.get_total_counts()
+    return out.full_tensor(), bias.grad.full_tensor(), sent
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("portable", marks=needs_interpreter)])
+def test_a_bias_stays_in_parts(impl):
+    x = inputs(2, 4, 2)
+    for cut, one in itertools.product((BATCH, HEADS), (-1, 0, 1, 2, 3)):
+        bias = x["bias"] if one < 0 else x["bias"].narrow(one, 0, 1)
+        bias = bias.squeeze(0).clone().requires_grad_()
+        wanted = tilewise.attention(x["q"], x["k"], x["v"], bias=bias, impl="torch")
+        wanted.backward(torch.ones_like(wanted))
+        for out, grad, sent in run((2,), biased_on_ranks, cut, one, impl):
+            agree(out, wanted, f"out, {cut}, one along {one}")
+            agree(grad, bias.grad, f"dbias, {cut}, one along {one}")
+            assert sent == 0
 
 
 def strides_on_ranks(mesh: DeviceMesh) -> list[tuple[Any, ...]]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import tilewise
 from harness.ranks import errors, run
-from tilewise.nn import CrossAttention, Rotary, SelfAttention
+from tilewise.nn import CrossAttention, KVCache, Rotary, SelfAttention
 
 Tensor = torch.Tensor
 WIDTH, CONTEXT = 16, 12
@@ -198,14 +198,39 @@ def turned_on_ranks(mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
 
 def rotary_inputs() -> tuple[tuple[Tensor, Tensor], Tensor]:
     make = torch.Generator().manual_seed(4)
-    q, k = (torch.randn(3, heads, 5, 8, generator=make) for heads in (4, 2))
-    return (q, k), torch.tensor([[0], [3], [40]]) + torch.arange(5)
+    q, k = (torch.randn(4, heads, 5, 8, generator=make) for heads in (4, 2))
+    return (q, k), torch.tensor([[0], [3], [40], [7]]) + torch.arange(5)
 
 
 def test_rotary_turns_the_sequences_that_a_rank_has():
     (q, k), positions = rotary_inputs()
     wanted = Rotary(8)(q, k, positions)
     for found in run((2,), turned_on_ranks):
+        agree(dict(enumerate(found)), dict(enumerate(wanted)))  # type: ignore[arg-type]
+
+
+def generated(mesh: DeviceMesh | None, cut: Any) -> list[Tensor]:
+    """A context that is appended, then a row of a sequence after it; and what the cache holds."""
+
+    def placed(x: Tensor) -> Any:
+        return x if mesh is None else distribute_tensor(x, mesh, [cut])
+
+    make = torch.Generator().manual_seed(6)
+    cache = KVCache(2, 2, 8, 4)
+    cache.k, cache.v = placed(torch.zeros_like(cache.k)), placed(torch.zeros_like(cache.v))
+    cache.lens += torch.tensor([0, 2])
+    for rows in (3, 1):
+        new = [placed(torch.randn(2, 2, rows, 4, generator=make)) for _ in "kv"]
+        if rows == 3:
+            cache.append(*new)
+    out = cache.attend(placed(torch.randn(2, 4, 1, 4, generator=make)), *new)
+    return [whole(out), whole(cache.k), whole(cache.v), cache.lens]
+
+
+@pytest.mark.parametrize("cut", [Shard(0), Shard(1)], ids=["sequences", "heads"])
+def test_a_cache_may_lie_on_several_devices(cut):
+    wanted = generated(None, cut)
+    for found in run((2,), generated, cut):
         agree(dict(enumerate(found)), dict(enumerate(wanted)))  # type: ignore[arg-type]
 
 

@@ -6,6 +6,7 @@ from .mutation import Mutation, tests
 
 DOCUMENTS = "kernels/tilewise/parts/masks/documents.py"
 DTENSORS = "kernels/tilewise/parts/dtensors.py"
+OWN_BIAS = "kernels/tilewise/parts/scores/own_bias.py"
 PLACE = "kernels/tilewise/parts/place.py"
 REQUEST = "kernels/tilewise/plan/request.py"
 RULES = "kernels/tilewise/plan/rules/sharding.py"
@@ -83,7 +84,13 @@ MUTATIONS = (
              "return x.index_select(1, torch.tensor(taken[::-1], device=x.device))",
              cut("a rank's heads share key heads unevenly")),
     Mutation("sharded: tensors in tuples stay DTensors", SHARDED,
-             "if isinstance(value, tuple) else change(value)", "if False else change(value)", WHOLE_MASKS),
+             "if isinstance(value, tuple):", "if False:", WHOLE_MASKS),
+    Mutation("sharded: all of a bias on each rank", SHARDED,
+             "if dim >= 0 and sizes[dim] > 1}", "if False}",
+             tests("sharded", "a_bias_stays_in_parts[torch]")),
+    Mutation("own bias: a part is read as if it were the whole", OWN_BIAS,
+             "batch - args[1], head - args[2]", "batch, head",
+             tests("sharded", "a_bias_stays_in_parts[portable]")),
     Mutation("sharded: a rank without heads takes no part in gradients", SHARDED,
              "out = part.q.new_zeros(*part.q.shape[:3], part.v.shape[3]) + zero",
              "out = part.q.new_zeros(*part.q.shape[:3], part.v.shape[3]) + 0 * part.q.sum()",
@@ -141,8 +148,8 @@ MUTATIONS = (
              "    if False:\n        raise ValueError(\n            f\"{parts}.weight is cut",
              tests("sharded_nn", "every_rank_says_what_cannot_be[fused_and_cut_without_a_plain_tensor]")),
     Mutation("nn: positions of all sequences on each rank", NN,
-             "rows = [Shard(0) if dim == 0 else Replicate() for dim in along]",
-             "rows = [Replicate() for dim in along]",
+             "rows = [Shard(0) if dim_of(each) == 0 else Replicate() for each in x.placements]",
+             "rows = everywhere",
              tests("sharded_nn", "rotary_turns_the_sequences_that_a_rank_has")),
     Mutation("nn: split projections share memory", WEIGHTS,
              "make_linear(weight.clone(), None if bias is None else bias.clone())",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..cached import cached_attention
 from .core import check_positive
+from .sharded import write_rows
 
 
 class CacheFull(RuntimeError):
@@ -24,7 +25,8 @@ class KVCache:
     longest: an int on the host that no length exceeds, so that a full cache is known of without waiting for
              the device. It is the length itself where all sequences grow alike.
 
-    All four are plain attributes: to take rows back, lower `lens`, and `longest` with it, or room is lost.
+    All four are plain attributes: k and v may be replaced by DTensors, cut along batch or heads; to take rows
+    back, lower `lens`, and `longest` with it, or room is lost.
     """
 
     def __init__(
@@ -72,9 +74,8 @@ class KVCache:
         that are there already, such as those of a context. Raises CacheFull as `attend` does."""
         most = self._room_for(new_k.shape[2])
         rows = self.lens[:, None] + torch.arange(new_k.shape[2], device=self.lens.device)
-        batch = torch.arange(len(self.lens), device=self.lens.device)[:, None]
         for x, new in ((self.k, new_k), (self.v, new_v)):
-            x.transpose(1, 2)[batch, rows] = new.transpose(1, 2)
+            write_rows(x, new, rows)
         self.lens += new_k.shape[2]
         self.longest = most
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..parts.dtensors import dim_of, from_part, is_dtensor
@@ -85,8 +86,6 @@ def check_norms(q: Tensor, *norms: nn.Module | None) -> None:
 def locally(turn: Turn, x: Any, cos: Tensor, sin: Tensor) -> Any:
     """turn(x, cos, sin) of a DTensor x [batch, heads, length, head_dim], each rank of its own part; cos and
     sin [(batch,) length, 1, pairs] are whole on each."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
     mesh, placements, along = x.device_mesh, x.placements, [dim_of(each) for each in x.placements]
     if not all([each.is_replicate() or dim in (0, 1) for each, dim in zip(placements, along, strict=True)]):
         raise ValueError(
@@ -94,11 +93,25 @@ def locally(turn: Turn, x: Any, cos: Tensor, sin: Tensor) -> Any:
             "along batch and heads: redistribute them"
         )
     if cos.dim() == 4 and cos.shape[0] > 1:
-        rows = [Shard(0) if dim == 0 else Replicate() for dim in along]
-        cos, sin = (
-            DTensor.from_local(each, mesh, [Replicate()] * mesh.ndim, run_check=False)
-            .redistribute(placements=rows)
-            .to_local()
-            for each in (cos, sin)
-        )
+        cos, sin = own_sequences(cos, x), own_sequences(sin, x)
     return from_part(turn(x.to_local(), cos, sin), mesh, placements, x.shape)
+
+
+def own_sequences(numbers: Tensor, x: Any) -> Tensor:
+    """Of numbers [batch, ...], whole on each rank, those of the sequences that this rank has of x."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    everywhere = [Replicate()] * x.device_mesh.ndim
+    rows = [Shard(0) if dim_of(each) == 0 else Replicate() for each in x.placements]
+    whole = DTensor.from_local(numbers, x.device_mesh, everywhere, run_check=False)
+    return whole.redistribute(placements=rows).to_local()
+
+
+def write_rows(x: Any, new: Any, rows: Tensor) -> None:
+    """new [batch, heads, count, dim] into x [batch, heads, capacity, dim], at rows [batch, count]; where x is
+    a DTensor, each rank into its own part."""
+    if is_dtensor(x):
+        new, rows = new.redistribute(placements=x.placements).to_local(), own_sequences(rows, x)
+        x = x.to_local()
+    batch = torch.arange(len(rows), device=rows.device)[:, None]
+    x.transpose(1, 2)[batch, rows] = new.transpose(1, 2)

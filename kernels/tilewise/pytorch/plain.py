@@ -38,6 +38,7 @@ from tilewise_reference.scores import additive_bias
 
 from ..parts.masks.causal import Causal
 from ..parts.scores.bias import Bias
+from ..parts.scores.own_bias import OwnBias
 from ..parts.scores.score import Score
 from ..parts.shape import Shape, computed_in
 from ..parts.similarity import Cosine
@@ -351,6 +352,8 @@ def twin_in_block(score: Score, request: Request, block: Block, origin: tuple[in
     if not isinstance(score, Bias):
         return shifted(score.twin(request.whole), origin)
     bias, shape = score.bias, request.shape  # read by its place, not by index
+    if isinstance(score, OwnBias):
+        origin = score.origin(origin)
     sizes = shape.batch, shape.q_heads, block.q_end - block.q_start, block.kv_end - block.kv_start
     for axis in range(-bias.dim(), 0):
         if bias.shape[axis] > 1:

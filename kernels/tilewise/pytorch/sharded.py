@@ -20,6 +20,8 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from ..parts.dtensors import dim_of, from_part, is_dtensor, whole_of
 from ..parts.place import Place
 from ..parts.rotary import RotaryTable
+from ..parts.scores.bias import Bias
+from ..parts.scores.own_bias import OwnBias
 from ..parts.shape import Cache, Packing, computed_in
 from ..parts.similarity import Cosine
 from ..plan.request import Request
@@ -86,9 +88,6 @@ def part_of(request: Request, shards: Shards) -> Request:
     kv_dims = {HEADS: 1} if is_paged else ROWS  # any page may hold rows of any sequence
     similarity, dropout = request.similarity, request.dropout
 
-    def everywhere(x: Any) -> Any:
-        return placed(x, shards, {}) if is_dtensor(x) else x
-
     def by_head(x: Any) -> Any:
         """[q_heads], of which the part has its own."""
         if is_dtensor(x):
@@ -102,9 +101,9 @@ def part_of(request: Request, shards: Shards) -> Request:
         q=placed(q, shards, ROWS),
         k=with_heads(placed(k, shards, kv_dims, shards.kv_axes), taken),
         v=with_heads(placed(v, shards, kv_dims, shards.kv_axes), taken),
-        masks=tuple([with_tensors(mask, everywhere) for mask in request.masks]),
-        scores=tuple([with_tensors(score, everywhere) for score in request.scores]),
-        scale=everywhere(request.scale),
+        masks=tuple([with_tensors(mask, shards) for mask in request.masks]),
+        scores=tuple([own_score(score, shards, batch[0], heads[0]) for score in request.scores]),
+        scale=everywhere(request.scale, shards),
         similarity=similarity,
         sink=by_head(request.sink),
         dropout=None if dropout is None else dropout._replace(seed=whole_of(dropout.seed)),
@@ -157,20 +156,37 @@ def with_heads(x: Tensor, taken: list[int]) -> Tensor:
     return x.index_select(1, torch.tensor(taken, device=x.device))
 
 
-def with_tensors(part: Any, change: Callable[[Any], Any]) -> Any:
-    """A mask or a score with other tensors."""
+def everywhere(x: Any, shards: Shards) -> Any:
+    """What each rank needs all of."""
+    return placed(x, shards, {}) if is_dtensor(x) else x
+
+
+def own_score(score: Any, shards: Shards, first_batch: int, first_head: int) -> Any:
+    """A score as this rank's part, which begins at these numbers, reads it; of a bias its own part."""
+    if type(score) is not Bias or not is_dtensor(score.bias):
+        return with_tensors(score, shards)
+    sizes = score.bias.shape
+    of_axes = {BATCH: len(sizes) - 4, HEADS: len(sizes) - 3}
+    dims = {axis: dim for axis, dim in of_axes.items() if dim >= 0 and sizes[dim] > 1}
+    return OwnBias(placed(score.bias, shards, dims), first_batch, first_head)
+
+
+def with_tensors(part: Any, shards: Shards) -> Any:
+    """A mask or a score with tensors that each rank has whole."""
     if not any([is_dtensor(x) for x in part.tensors().values()]):
         return part
     made = object.__new__(type(part))
     for name in part.FIELDS:
-        setattr(made, name, within(getattr(part, name), change))
+        setattr(made, name, within(getattr(part, name), shards))
     if hasattr(part, "_twin"):
         made._twin = part._twin
     return made
 
 
-def within(value: Any, change: Callable[[Any], Any]) -> Any:
-    return tuple([within(each, change) for each in value]) if isinstance(value, tuple) else change(value)
+def within(value: Any, shards: Shards) -> Any:
+    if isinstance(value, tuple):
+        return tuple([within(each, shards) for each in value])
+    return everywhere(value, shards)
 
 
 # ---- The results

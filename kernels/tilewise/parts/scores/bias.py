@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +29,7 @@ class Bias(Score):
     """s becomes s + bias. bias: a float tensor that broadcasts to [batch, q_heads, q_len, kv_len],
     with any strides and alignment. `attention(..., bias=b)` is Bias(b) after all other modifiers."""
 
-    FIELDS = ("bias",)
+    FIELDS: ClassVar[tuple[str, ...]] = ("bias",)
 
     def __init__(self, bias: torch.Tensor) -> None:
         if isinstance(bias, torch.Tensor) and bias.dtype == torch.bool:
