@@ -18,8 +18,8 @@ def own_bias_score(s, batch, head, q_idx, kv_idx, args):
 
 class OwnBias(Bias):
     """Bias(whole), of which `bias` begins at these numbers of sequence and head: it is asked with those of
-    the whole, and never for others than it has. A bias is as large as all scores, so nobody holds it whole where
-    each has a part. Made by pytorch/sharded.py alone, once the whole has been found to fit."""
+    the whole, and never for others than it has. A bias is as large as all scores, so nobody holds it whole
+    where each has a part. Made by pytorch/sharded.py alone, once the whole has been found to fit."""
 
     FIELDS = ("bias", "first_batch", "first_head")
 
