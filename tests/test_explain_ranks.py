@@ -223,7 +223,7 @@ def test_full_blocks_are_called_together_where_the_run_does():
     """Unmasked, a rank's two chunks of rows against both of another's keys are one call: as many programs,
     and a result that is joined once. Scores that depend on positions forbid it, and so do bool masks."""
     sizes = (4, 2), (64, 64), 1
-    joined = 28 * 4 * 1024 * 64 / find_chip("H200").memory_bytes
+    joined = 12 * 4 * 1024 * 64 / find_chip("H200").memory_bytes
     allowed = torch.ones(4096, 4096, dtype=torch.bool)
     for features, of_block, calls, rows in (
         ({}, {}, 4, 1024),

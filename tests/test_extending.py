@@ -27,7 +27,7 @@ from tests.bench.stand_ins import MODULES
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 # Not for callers: what `&` builds, and what the scale and the similarity become.
-INTERNAL = {"All", "Scale", "Normalised"}
+INTERNAL = {"All", "Scale", "Normalised", "OwnBias"}
 
 
 def classes(folder: Path) -> dict[str, tuple[Path, list[str]]]:

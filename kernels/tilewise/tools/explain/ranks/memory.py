@@ -80,7 +80,7 @@ def joined_pieces(held: Held, rows_at_hand: int, training: bool) -> Iterator[All
     """What pieces are joined in: the sums of all rows, and those of one piece."""
     wide = held.wide
     yield Allocation("sums of out", wide * held.out + 2 * held.statistics, FORWARD)
-    yield Allocation("out of a piece, weighted", 2 * (wide * held.out + held.statistics), FORWARD)
+    yield Allocation("out of a piece", wide * held.out + 2 * held.statistics, FORWARD)
     if training:
         yield Allocation("row statistics", 2 * held.statistics, KEPT)
         yield Allocation("sums of gradients", wide * (held.q + held.keys), BACKWARD)
