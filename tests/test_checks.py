@@ -262,8 +262,8 @@ def test_a_broken_rule_raises_and_says_why(case, device, nothing_runs, monkeypat
 
 
 def test_every_rule_has_a_case():
-    of_parts = {"part_lies_inside"}  # no argument says it: test_place.py
-    assert RULES.keys() == {case.rule for case in CASES} | of_parts
+    elsewhere = {"part_lies_inside", "sharding_fits"}  # in test_place.py and test_sharded.py
+    assert RULES.keys() == {case.rule for case in CASES} | elsewhere
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
