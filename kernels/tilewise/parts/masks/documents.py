@@ -68,7 +68,9 @@ class Documents(Mask):
                 raise ValueError(f"{name}.shape={tuple(tensor.shape)} must be [length] or [batch, length]")
         if ids.device != kv_ids.device:
             raise ValueError(f"{ids.device=} and {kv_ids.device=} must be the same")
-        ids, kv_ids = whole_of(ids), whole_of(kv_ids)
+        is_one = kv_ids is ids
+        ids = whole_of(ids)
+        kv_ids = ids if is_one else whole_of(kv_ids)
         self.ids, self.kv_ids = ids, kv_ids
         self.hulls = document_hulls(torch.atleast_2d(ids), torch.atleast_2d(kv_ids))
 
