@@ -155,7 +155,7 @@ def gradients(
     out, lse = small(**leaves)
     make, made = tilewise.plan.passes.empty_in_order_of, []
 
-    def placed(x: torch.Tensor, dim: int) -> torch.Tensor:
+    def placed(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         made.append((places or {}).get(len(made), make(x, dim)))
         return made[-1]
 
