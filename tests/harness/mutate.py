@@ -3,7 +3,7 @@
     PYTHONPATH=tests python -m harness.mutate                 every mutation of mutations.py
     PYTHONPATH=tests python -m harness.mutate --only NAME     one of them; may be given several times
     PYTHONPATH=tests python -m harness.mutate --list          names, files and tests
-    PYTHONPATH=tests python -m harness.mutate --in-turns      every other one, and the next day the others
+    PYTHONPATH=tests python -m harness.mutate --in-turns      every third one, in three days all
 
 Each worker has a copy of the tree. All chosen tests must pass there unmutated: a failing test catches
 nothing. Then, a mutation at a time, the line is changed, its tests run, and the line is put back.
@@ -185,8 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--in-turns",
         action="store_true",
-        help="every other mutation, and the next day the others, by TILEWISE_TURN (harness/turns.py); those "
-        "that are stale every day",
+        help="every third mutation, in three days all, by TILEWISE_TURN (harness/turns.py); those that are "
+        "stale every day",
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time (default 2)")
     options = parser.parse_args(argv)
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [
             mutation
             for i, mutation in enumerate(chosen)
-            if has_its_turn(i, "this day", ("this day", "the next")) or occurrences(mutation) != 1
+            if has_its_turn(i, "today", ("today", "tomorrow", "then")) or occurrences(mutation) != 1
         ]
     outcomes = run_mutations(chosen, workers=options.workers, tests_pass=options.tests_pass)
     missed = [outcome for outcome in outcomes if outcome.status != "caught"]

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from ..parts.place import Place
 from ..plan.request import Request
 from .blocks import Blocks
@@ -95,15 +97,11 @@ def is_free(request: Request) -> bool:
     return not request.scores and request.dropout is None
 
 
-def part_request(request: Request, call: PartCall, k: object, v: object) -> Request:
-    """The request of one call: the rank's rows, of `request`, against its keys, of k and v, those at hand."""
-    place = request.place
-    assert place is not None
-    at = None if call.is_full and is_free(request) else moved_to(place, call)
-    keys = dict(k=k[:, :, call.keys], v=v[:, :, call.keys])  # type: ignore[index]
-    masks = () if call.is_full else request.masks
-    return replace(request, q=request.q[:, :, call.rows], **keys, masks=masks, place=at)
-
-
-def moved_to(place: Place, call: PartCall) -> Place:
-    return place._replace(first_row=call.first_row, first_key=call.first_key)
+def part_request(request: Request, call: PartCall, k: torch.Tensor, v: torch.Tensor) -> Request:
+    """The request of one call: its rows, of the rank's request, against its keys, of those at hand."""
+    assert request.place is not None
+    place: Place | None = request.place._replace(first_row=call.first_row, first_key=call.first_key)
+    if call.is_full and is_free(request):
+        place = None  # nobody asks
+    q, k, v = request.q[:, :, call.rows], k[:, :, call.keys], v[:, :, call.keys]
+    return replace(request, q=q, k=k, v=v, masks=() if call.is_full else request.masks, place=place)
