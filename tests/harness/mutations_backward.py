@@ -258,10 +258,10 @@ MUTATIONS = (
              tests("backward_parameters", "table[near-True-bottom_right-(37, 19)]")),
     # ---- Sink
     Mutation("sink: sign of the gradient", PASSES,
-             "return -(p * backward.delta)", "return (p * backward.delta)",
+             "return -(p * delta)", "return (p * delta)",
              OUT_ALONE),
     Mutation("sink: weight without the sum", PASSES,
-             "/ math.log(2) - backward.sum_log2)", "/ math.log(2))",
+             "/ math.log(2) - sum_log2)", "/ math.log(2))",
              OUT_ALONE),
     # ---- Dropout
     Mutation("dropout: the same pairs in every head", DROPOUT,

@@ -67,27 +67,12 @@ def blocks_of(masks: Sequence[Mask], shape: Shape, q_order: Order, kv_order: Ord
         at = row_chunk[sees], column.expand(sees.shape)[sees]
         edges.index_put_(at, torch.tensor(change, device="cpu"), accumulate=True)
     seen = edges.cumsum(1)[:, :-1] > 0
-    start = torch.arange(size[1], device="cpu") * kv_chunk  # of each chunk of keys
-    reach = (sees.shape[:-1], (q_order.chunks, q_chunk))
-    lo_last, hi_first, is_whole = (
-        extreme(x.expand(sees.shape).reshape(-1, *reach[1]))
-        for x, extreme in ((lo, latest), (hi, earliest), (whole, always))
-    )
-    full = is_whole[:, None] & (lo_last[:, None] <= start) & (hi_first[:, None] >= start + kv_chunk)
+    # All rows of a chunk see the keys from the last lo to the first hi, where none of these is masked.
+    lo, hi, whole = (x.expand(sees.shape).reshape(-1, size[0], q_chunk) for x in (lo, hi, whole))
+    last_lo, first_hi = lo.amax((0, 2))[:, None], hi.amin((0, 2))[:, None]  # [q_chunks, 1]
+    start = torch.arange(size[1], device="cpu") * kv_chunk  # [kv_chunks]
+    full = whole.all(2).all(0)[:, None] & (last_lo <= start) & (first_hi >= start + kv_chunk)
     return Blocks(seen, full)
-
-
-def latest(x: torch.Tensor) -> torch.Tensor:
-    """[.., chunks, rows] -> [chunks]."""
-    return x.amax((0, 2))
-
-
-def earliest(x: torch.Tensor) -> torch.Tensor:
-    return x.amin((0, 2))
-
-
-def always(x: torch.Tensor) -> torch.Tensor:
-    return x.all(2).all(0)
 
 
 def needed(seen: torch.Tensor, q_order: Order, rank: int) -> list[bool]:

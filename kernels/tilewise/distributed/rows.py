@@ -130,10 +130,3 @@ def decoded(leaves: list[Tensor], encoded: Encoded, dtype: torch.dtype) -> Reque
     """The request on these tensors, all of them as wide as scores."""
     q, k, v, *others = leaves
     return decode(q.to(dtype), k.to(dtype), v.to(dtype), encoded._replace(tensors=others))
-
-
-def sink_gradient(sink: Tensor, statistics: Tensor, delta: Tensor) -> Tensor:
-    """dsink = -Σ P_sink · delta over all rows: a sink is one more key, whose value is 0."""
-    row_max, sum_log2 = statistics.unbind(0)
-    p = torch.exp2((sink.to(row_max.dtype)[:, None] - row_max) * LOG2E - sum_log2)
-    return -(p * delta).sum((0, 2))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..parts.shape import computed_in
-from ..plan.passes import empty_in_order_of
+from ..plan.passes import empty_in_order_of, sink_gradient
 from ..plan.request import Request
 from ..pytorch.autograd import SECOND_ORDER
 from ..pytorch.encoding import Encoded, decode, encode
@@ -15,7 +15,7 @@ from .blocks import Blocks, ring
 from .calls import is_free, part_calls, part_request
 from .exchange import Channel
 from .order import Order
-from .rows import Rows, attend, differentiate, sink_gradient, unit_of, without_sink
+from .rows import Rows, attend, differentiate, unit_of, without_sink
 from .walk import WALKS, Keys, Walk
 
 Tensor = torch.Tensor
@@ -140,6 +140,7 @@ def gradients(
         walk.forward(compute)
     if request.sink is not None and needs[3 + sinks.index(True)]:
         delta = (do.to(wide) * out.to(wide)).sum(-1) - (0.0 if dlse is None else dlse)
-        delta = delta.masked_fill(statistics[0] == -torch.inf, 0.0)
-        total[3 + sinks.index(True)] = sink_gradient(request.sink, statistics, delta)
+        row_max, sum_log2 = statistics.unbind(0)
+        delta = delta.masked_fill(row_max == -torch.inf, 0.0)
+        total[3 + sinks.index(True)] = sink_gradient(request.sink, row_max, sum_log2, delta)
     return total

@@ -140,7 +140,8 @@ def run_backward(
             grads[3 + slot] = grad_of_parameter(request, backward, modifier, parameter, tensor, square, dtype)
     for slot, (name, tensor) in enumerate(others):
         if name == "sink" and needs[3 + slot]:
-            grads[3 + slot] = sink_gradient(tensor, backward).to(dtype or tensor.dtype)
+            grad = sink_gradient(tensor, backward.row_max, backward.sum_log2, backward.delta)
+            grads[3 + slot] = grad.to(dtype or tensor.dtype)
     return [grads[i] for i, needed in enumerate(needs) if needed]
 
 
@@ -188,12 +189,12 @@ def grad_of_parameter(
     return whole
 
 
-def sink_gradient(sink: Tensor, backward: BackwardCall) -> Tensor:
-    """dsink = -Σ P_sink · delta: a sink is one more key, whose value is 0."""
-    row_max = backward.row_max  # in natural units wherever there is a sink
-    p = torch.exp2((sink.float()[:, None] - row_max) / math.log(2) - backward.sum_log2)
+def sink_gradient(sink: Tensor, row_max: Tensor, sum_log2: Tensor, delta: Tensor) -> Tensor:
+    """dsink = -Σ P_sink · delta: a sink is one more key, whose value is 0. Of rows [batch, q_heads, q_len],
+    whose maxima are in natural units wherever there is a sink."""
+    p = torch.exp2((sink.to(row_max.dtype)[:, None] - row_max) / math.log(2) - sum_log2)
     p = torch.where(row_max == -torch.inf, 0.0, p)  # [batch, q_heads, q_len]
-    return -(p * backward.delta).sum((0, 2))
+    return -(p * delta).sum((0, 2))
 
 
 def empty_in_order_of(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
