@@ -70,6 +70,12 @@ def ask_keep(q_idx, kv_idx, batch, head, args):
     return TARGET(q_idx + origin[2], kv_idx + origin[3], batch + origin[0], head + origin[1], args[1])
 
 
+def ask_coverage(q_idx, kv_first, kv_last, batch, head, args):
+    origin = args[0]
+    first, last = kv_first + origin[3], kv_last + origin[3]
+    return TARGET(q_idx + origin[2], first, last, batch + origin[0], head + origin[1], args[1])
+
+
 def ask_score(s, batch, head, q_idx, kv_idx, args):
     origin = args[0]
     return TARGET(s, batch + origin[0], head + origin[1], q_idx + origin[2], kv_idx + origin[3], args[1])
@@ -92,7 +98,8 @@ def moved(ask: Callable[..., Any], target: Any) -> Any:
 def place_mask(mask: BoundMask, place: Place) -> BoundMask:
     """A mask of the whole call, bound to that, as one of the part."""
     args = place.origin, mask.args
-    return BoundMask(moved(ask_interval, mask.interval), moved(ask_keep, mask.keep), args)
+    coverage = moved(ask_coverage, mask.coverage)
+    return BoundMask(moved(ask_interval, mask.interval), moved(ask_keep, mask.keep), args, coverage)
 
 
 def place_score(score: BoundScore, place: Place) -> BoundScore:
