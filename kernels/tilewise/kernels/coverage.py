@@ -32,8 +32,7 @@ from .lists import line_of
 from .tile import Tile
 from .walk import own_group, own_keys
 
-KEYS_TOGETHER = 64  # tiles of keys that are asked about at a time
-ROWS_TOGETHER = 16  # tiles of rows
+TOGETHER = 16  # tiles that are asked about at a time
 
 # What a kernel is told of lists: lists.py; () where it walks ranges.
 Lists = tuple[Any, ...]
@@ -128,8 +127,7 @@ def list_keys(call: Call, tile: Tile, count: int, is_grouped: bool = False) -> L
         return ()
     lists = empty_lists(call, count, ceil_div(call.shape.kv_len, tile.tile_kv))
     if count:
-        arguments = mask_arguments(call, tile) | dict(IS_GROUPED=is_grouped, TOGETHER=KEYS_TOGETHER)
-        launch(list_keys_kernel, (count,), call.q, lists, **arguments)
+        launch(list_keys_kernel, (count,), call.q, lists, **mask_arguments(call, tile), IS_GROUPED=is_grouped)
     return lists
 
 
@@ -142,8 +140,7 @@ def list_rows(call: Call, tile: Tile) -> Lists:
     count = programs(shape, shape.kv_len, tile.tile_kv, shape.kv_heads)
     lists = empty_lists(call, count * shape.group, ceil_div(shape.q_len, tile.tile_q))
     if count:
-        arguments = mask_arguments(call, tile) | dict(TOGETHER=ROWS_TOGETHER)
-        launch(list_rows_kernel, (count, shape.group), call.q, lists, **arguments)
+        launch(list_rows_kernel, (count, shape.group), call.q, lists, **mask_arguments(call, tile))
     return lists
 
 
@@ -161,5 +158,6 @@ def mask_arguments(call: Call, tile: Tile) -> dict[str, Any]:
         COVERAGES=tuple([mask.coverage for mask in call.masks]),
         TILE_Q=tile.tile_q,
         TILE_KV=tile.tile_kv,
+        TOGETHER=TOGETHER,
         enable_fp_fusion=True,
     )
