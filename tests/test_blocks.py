@@ -186,8 +186,8 @@ def tiles_run(request: Request):
 @pytest.mark.parametrize(
     "features",
     [
-        ("grouped_heads", "oblong_tile", "causal", "bias", "dropout"),
-        ("packed_apart", "intervals", "sink"),
+        ("grouped_heads", "oblong_tile", "causal", "scattered_documents", "bias"),
+        ("packed_apart", "intervals", "sink", "dropout"),
         ("copied_tile", "bool_mask"),
         ("paged_rows", "causal"),
     ],
@@ -197,13 +197,14 @@ def test_with_other_features(features, device):
     run(device, "blocks", *features, seed=1, backward=True)
 
 
-def test_one_walk_goes_by_ranges(device):
-    """Asked for, it gives the same gradients; not asked for, calls with holes take two."""
+def test_calls_with_holes_take_two_walks(device, monkeypatch):
+    """In any order too, unless one is asked for. It goes by ranges, and gives the same gradients."""
     pattern = drawn(device, 1, 1, 3, 3, share=0.6)
     given = dict(mask=tilewise.Blocks(pattern, 16), deterministic=False)
     q, k, v = qkv(device, q_len=45, kv_len=45, trained=True)
     with tiles.use(Tile(16, 16)), tiles.use_walks(1):
         check_gradients(q, k, v, **given)
+    monkeypatch.setattr("tilewise.plan.passes.choose_walks", lambda q, shape, in_order: 2 if in_order else 1)
     names = [name for name, *_ in launches_of(request_of(q, k, v, **given, impl="portable"))]
     assert names == [
         "list_keys_kernel", "forward_kernel", "prepare_kernel", "list_keys_kernel", "dq_kernel",

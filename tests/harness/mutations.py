@@ -9,6 +9,7 @@ from __future__ import annotations
 from .mutation import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
+from .mutations_blocks import MUTATIONS as BLOCKS_MUTATIONS
 from .mutations_compat import MUTATIONS as COMPAT_MUTATIONS
 from .mutations_context_parallel import MUTATIONS as CONTEXT_PARALLEL_MUTATIONS
 from .mutations_copies import MUTATIONS as COPIES_MUTATIONS
@@ -419,5 +420,6 @@ MUTATIONS = (
     *TRANSFORMERS_MUTATIONS,
     *WATCH_MUTATIONS,
     *BENCH_MUTATIONS,
+    *BLOCKS_MUTATIONS,
 )
 # fmt: on
