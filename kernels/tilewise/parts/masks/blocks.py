@@ -134,7 +134,7 @@ def hulls_and_counts(pattern: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """pattern [.., q_blocks, kv_blocks] -> int32 [.., q_blocks, 3]: the first block of each row that counts,
     the last one + 1, and whether all between do; and [.., q_blocks, kv_blocks + 1]: how many count before
     each. No host synchronisation."""
-    counts = torch.nn.functional.pad(pattern.cumsum(-1, dtype=torch.int32), (1, 0))
+    counts = torch.nn.functional.pad(pattern.cumsum(-1, dtype=torch.int32), (1, 0)).contiguous()
     total = counts[..., -1:]
     stop = (counts < total).sum(-1)  # the place at which the last one is counted
     first = (counts == 0).sum(-1) - 1
