@@ -50,22 +50,22 @@ def judge_tangent(
     q, k, v = (forward_ad.unpack_dual(x).primal for x in inputs[:3])
     bare = inputs._replace(q=q, k=k, v=v)
     moves = directions(bare, seed)
-    out, moved = forward_ad.unpack_dual(prepared.out())
-    if moved is None or not bool(torch.isfinite(moved).all()):
+    out, tangent = forward_ad.unpack_dual(prepared.out())
+    if tangent is None or not bool(torch.isfinite(tangent).all()):
         return Judgement(float("inf"), 0.0, 0.0, "the tangent of out is not there, or not finite")
     judgements = [judge_forward(implementation, case, bare, Prepared(lambda: out))]
     found = places(case, bare.q.device)
     pieces = [moved_at(case, bare, moves, place) for place in found]
     wanted = [(exact_tangent(*piece), own_tangent(*piece)) for piece in pieces]
-    judgements.append(_judge("the tangent of out", [at(case, moved, place) for place in found], wanted))
+    judgements.append(_judge("the tangent of out", [at(case, tangent, place) for place in found], wanted))
     asked = shortened(case)
     small = case_inputs(asked, bare.q.device, seed)
     moves = directions(small, seed)
     own = implementation.prepare(asked, with_tangents(small, seed), "forward mode")
-    moved = forward_ad.unpack_dual(own.out()).tangent
+    tangent = forward_ad.unpack_dual(own.out()).tangent
     problem = whole(request_of(small), None)
     wanted = [(exact_tangent(problem, moves), own_tangent(problem, moves))]
-    judgements.append(_judge("the tangent of out", [moved], wanted))
+    judgements.append(_judge("the tangent of out", [tangent], wanted))
     return max(judgements, key=lambda judgement: judgement.excess)
 
 
@@ -115,26 +115,27 @@ def moved_at(case: Case, inputs: Inputs, moves: Moves, place: Place) -> tuple[Pr
 # ---- In float64, and as PyTorch's math path computes it in the dtype of the case
 
 
-def tangents(moves: Moves) -> dict[str, Any]:
-    return {f"{name}_tangent": move for name, move in zip("qkv", moves, strict=True)}
+def moved(problem: Problem, moves: Moves) -> Any:
+    """The reference's arguments."""
+    return problem.options | {f"{name}_tangent": x for name, x in zip("qkv", moves, strict=True)}
 
 
 def exact_tangent(problem: Problem, moves: Moves) -> Tensor:
     of = (x.detach() for x in (problem.q, problem.k, problem.v))
-    return tilewise_reference.tangent(*of, **problem.options, **tangents(moves))[0]
+    return tilewise_reference.tangent(*of, **moved(problem, moves))[0]
 
 
 def own_tangent(problem: Problem, moves: Moves) -> Tensor:
     """Within a level of forward mode."""
     of = (x.detach() for x in (problem.q, problem.k, problem.v))
     dual = [forward_ad.make_dual(x, move) for x, move in zip(of, moves, strict=True)]
-    moved: Tensor = forward_ad.unpack_dual(math_attention(*dual, **problem.options)[0]).tangent
-    return moved
+    tangent: Tensor = forward_ad.unpack_dual(math_attention(*dual, **problem.options)[0]).tangent
+    return tangent
 
 
 def exact_second(problem: Problem, moves: Moves, do: Tensor) -> Moves:
-    of = (x.detach() for x in (problem.q, problem.k, problem.v))
-    found = tilewise_reference.second(*of, do, **problem.options, **tangents(moves))
+    q, k, v = (x.detach() for x in (problem.q, problem.k, problem.v))
+    found = tilewise_reference.second(q, k, v, do, **moved(problem, moves))
     return found.q, found.k, found.v
 
 
