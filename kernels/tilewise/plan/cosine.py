@@ -46,7 +46,7 @@ def as_dots(request: Request) -> Dots:
             and place.q_heads != request.q.shape[1]
         ):
             raise NotImplementedError(
-                f"temperature {tuple(similarity.temperature.shape)}, one a head, has no second derivatives "
+                f"temperature {tuple(similarity.temperature.shape)}, one a head, has no second derivative "
                 f"where {request.q.shape[1]} of {place.q_heads} heads are here: give a number, or impl='torch'"
             )
     scores = tuple([Scale(name, factor) for name, factor in factors.items()])

@@ -230,13 +230,17 @@ def device_row(device: torch.device, element_bytes: int, dim: int, work: Pass) -
     return table_tile(arch, element_bytes, dim, work), "shipped table"
 
 
-def tangent_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
-    """The tile for the tangents of a pass: its programs hold, and walk over, twice as many columns."""
+def twice_as_wide(shape: Shape) -> Shape:
+    """The call by whose tiles tangents are computed: programs hold, and walk over, twice as many columns."""
     columns = min(2 * widest(shape), MOST_COLUMNS)
-    tile = choose_tile(q, shape._replace(head_dim=columns, value_dim=columns), work)
-    if work not in _forced and not INTERPRETED and 2 * widest(shape) > MOST_COLUMNS:
-        tile = replace(tile, tile_q=NARROWEST, tile_kv=NARROWEST, num_stages=1)
-    return tile
+    return shape._replace(head_dim=columns, value_dim=columns)
+
+
+def tangent_tile(tile: Tile, shape: Shape, work: Pass) -> Tile:
+    """The tile for the tangents of a pass, from that of the call that is twice as wide."""
+    if work in _forced or INTERPRETED or 2 * widest(shape) <= MOST_COLUMNS:
+        return tile
+    return replace(tile, tile_q=NARROWEST, tile_kv=NARROWEST, num_stages=1)
 
 
 def square_tile(tile: Tile, dim: int) -> Tile:
