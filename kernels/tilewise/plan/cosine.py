@@ -46,8 +46,8 @@ def as_dots(request: Request) -> Dots:
             and place.q_heads != request.q.shape[1]
         ):
             raise NotImplementedError(
-                f"temperature {tuple(similarity.temperature.shape)}, one a head, has no second derivative "
-                f"where {request.q.shape[1]} of {place.q_heads} heads are here: give a number, or impl='torch'"
+                f"temperature {tuple(similarity.temperature.shape)}, one a head, has no second derivative"
+                f" where {request.q.shape[1]} of {place.q_heads} heads are here: give a number or impl='torch'"
             )
     scores = tuple([Scale(name, factor) for name, factor in factors.items()])
     q, k = unit_rows(request.q), unit_rows(request.k)
