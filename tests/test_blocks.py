@@ -223,8 +223,9 @@ def test_with_other_features(features, device):
 def test_calls_with_holes_take_two_walks(device, monkeypatch):
     """In any order too, unless one is asked for. It goes by ranges, and gives the same gradients."""
     torch.use_deterministic_algorithms(False)
-    pattern = torch.tensor([[True, False, True]], device=device)  # of all rows
-    given = dict(mask=tilewise.Blocks(pattern, 16), deterministic=False)
+    of_all_rows, of_all_keys = torch.tensor([[True, False, True]], device=device), [[True], [False], [True]]
+    mask = tilewise.Blocks(of_all_rows, 16) & tilewise.Blocks(torch.tensor(of_all_keys, device=device), 16)
+    given = dict(mask=mask, deterministic=False)
     q, k, v = qkv(device, q_len=45, kv_len=45, trained=True)
     with tiles.use(Tile(16, 16)), tiles.use_walks(1):
         check_gradients(q, k, v, **given)
