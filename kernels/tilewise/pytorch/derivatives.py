@@ -234,10 +234,19 @@ class Second(torch.autograd.Function):
         return mapped.second(Second, info.batch_size, dims, words, *given)
 
 
-# ---- The ops' own autograd, for who calls them by name: all that function transforms do not see
+# ---- The ops' own autograd, for who calls them by name, as compiled graphs do; function transforms do not
+# see it
+
+
+COMPILED = (
+    "torch.func transforms of tilewise.attention inside torch.compile are not there: transform without "
+    "torch.compile, or give impl='torch'"
+)
 
 
 def forward_autograd(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], *words: Any) -> Any:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(COMPILED)
     return Forward.apply(q, k, v, words, *tensors)
 
 
