@@ -17,6 +17,7 @@ PLACE = "kernels/tilewise/parts/place.py"
 ROWS = "kernels/tilewise/kernels/tangents/rows.py"
 SCORES = "kernels/tilewise/kernels/tangents/scores.py"
 SIMILARITY = "kernels/tilewise/parts/similarity.py"
+SUMS = "kernels/tilewise/kernels/tangents/sums.py"
 SOFTCAP = "kernels/tilewise/parts/scores/softcap.py"
 TANGENTS = "kernels/tilewise/parts/scores/tangents.py"
 
@@ -68,8 +69,7 @@ MUTATIONS = (
              EAGER),
     # ---- Kernels
     Mutation("tangent: out without that of the values", FORWARD,
-             "                    o = products(round_to(drop(p, keep, dropout), v[0].dtype), v_dot, o, PRECISION)\n",
-             "",
+             "o = products(round_to(drop(p, keep, dropout), v[0].dtype), v_dot, o, PRECISION)", "pass",
              derived("pushed")),
     Mutation("tangent: a sink stands still", FORWARD,
              "mean += tl.load(mean_ptr + rows_ptr + row)", "mean += 0.0 * row",
@@ -98,10 +98,12 @@ MUTATIONS = (
     Mutation("second: a parameter's derivative stands still", PARAMETERS,
              "            dt += ds * change\n", "",
              EAGER),
-    Mutation("second: delta of lse forgotten", DERIVATIVES,
-             "backward = prepare(tangent.call, out, statistics.contiguous(), do, dlse, tile_q)",
-             "backward = prepare(tangent.call, out, statistics.contiguous(), do, None, tile_q)",
+    Mutation("second: delta of lse forgotten", SUMS,
+             "    if dlse_ptr is not None:", "    if False:",
              DROPPED),
+    Mutation("second: delta's tangent without that of P", SUMS,
+             "p * ((t - mean[:, None]) * dp + dp_dot)", "p * dp_dot",
+             EAGER),
     Mutation("second: a sink's weight stands still", DERIVATIVES,
              "return -(p_dot * second.delta + p * second.delta_dot).sum((0, 2))",
              "return -(p * second.delta_dot).sum((0, 2))",

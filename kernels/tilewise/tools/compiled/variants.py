@@ -31,7 +31,7 @@ from .compiler import HOPPER_BACKWARD, ONE_WALK, Variant
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MASKS = {"causal": Causal(), "full": None}
-SECOND = ("tangent_kernel", "rows_kernel", "keys_kernel", "second_parameter_kernel")
+SECOND = ("tangent_kernel", "sums_kernel", "rows_kernel", "keys_kernel", "second_parameter_kernel")
 KERNELS = ("forward", "hopper", "dkv", "dq", "dqkv", "hopper_backward")
 LENGTH, Q_HEADS, KV_HEADS = 512, 4, 2  # no kernel is another for longer sequences or other heads
 
@@ -98,8 +98,8 @@ def launch_second(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: An
     needs = [True] * 3 + [slot in slots for slot in range(len(others))]
     tangents = [x if needed else None for x, needed in zip((q, k, v, *others), needs, strict=True)]
     with target_tiles():
-        moved = run_tangent(request, statistics, tangents)
-        run_second(request, out, statistics, out, dlse, tangents, *moved, needs)
+        run_tangent(request, statistics, tangents)
+        run_second(request, statistics, out, dlse, tangents, dlse, needs)
 
 
 def plain_inputs(
