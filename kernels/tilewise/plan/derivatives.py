@@ -27,7 +27,7 @@ from .passes import (
     sink_weights,
 )
 from .request import Request
-from .tiles import Pass, choose_tile, square_tile, tangent_tile, twice_as_wide, widest
+from .tangent_tiles import choose_tangent_tile, square_tangent_tile
 
 Tensor = torch.Tensor
 Tangents = Sequence[Tensor | None]  # of q, k, v and `Request.other_tensors`; None: it does not move
@@ -48,7 +48,7 @@ def run_tangent(request: Request, statistics: Tensor, tangents: Tangents) -> tup
     if sink is not None and request.sink is not None:
         mean = sink_weights(request.sink, tangent.row_max, tangent.sum_log2) * sink.float()[:, None]
     out = empty_in_order_of(request.q, shape.value_dim)
-    launch_tangent(tangent, out, mean, sink is not None, tile_of(request, "dq"))
+    launch_tangent(tangent, out, mean, sink is not None, choose_tangent_tile(request.q, request.shape, "dq"))
     return out, mean
 
 
@@ -69,17 +69,17 @@ def run_second(
     q, k, v, shape = request.q, request.k, request.v, request.shape
     tangent = tangent_call(request, statistics, tangents)
     dlse, mean = None if dlse is None else dlse.contiguous(), mean.contiguous()
-    tile = tile_of(request, "dkv")
+    tile = choose_tangent_tile(q, shape, "dkv")
     second = second_call(request, tangent, do, dlse, mean, tile)
     grads: dict[int, Tensor] = {}
     if needs[0]:
         grads[0] = empty_in_order_of(q, shape.head_dim)
-        launch_rows(second, grads[0], tile_of(request, "dq"))
+        launch_rows(second, grads[0], choose_tangent_tile(request.q, request.shape, "dq"))
     if needs[1] or needs[2]:
         grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
         launch_keys(second, grads[1], grads[2], tile)
     others, slots = request.other_tensors, named_slots(request)
-    square = square_tile(tile, 2 * widest(shape))
+    square = square_tangent_tile(tile)
     if square.tile_q != tile.tile_q and any(needs[3 + slot] for slot, *_ in slots):
         second = second_call(request, tangent, do, dlse, mean, square)
     for slot, modifier, name, parameter in slots:
@@ -90,11 +90,6 @@ def run_second(
         if name == "sink" and needs[3 + slot]:
             grads[3 + slot] = second_of_sink(tensor, second, tangents[3 + slot]).to(tensor.dtype)
     return [grads[i] for i, needed in enumerate(needs) if needed]
-
-
-def tile_of(request: Request, work: Pass) -> Tile:
-    shape = request.shape
-    return tangent_tile(choose_tile(request.q, twice_as_wide(shape), work), shape, work)
 
 
 def tangent_call(request: Request, statistics: Tensor, tangents: Tangents) -> TangentCall:

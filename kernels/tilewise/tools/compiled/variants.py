@@ -26,6 +26,7 @@ from ...plan.derivatives import run_second, run_tangent
 from ...plan.passes import parameter_slots, run_backward, run_forward
 from ...plan.request import Request, request_of
 from ...plan.rules import hopper as hopper_rules
+from ...plan.tangent_tiles import arch_tangent_tile
 from ..inputs import case_inputs
 from .compiler import HOPPER_BACKWARD, ONE_WALK, Variant
 
@@ -49,9 +50,13 @@ def target_tiles() -> Iterator[None]:
     def choose(q: torch.Tensor, shape: Shape, work: Any) -> Tile:
         return tiles.arch_choice(target_name(), q.element_size(), shape, work)[0]
 
-    with contextlib.ExitStack() as patched:
-        for module in ("passes", "derivatives"):
-            patched.enter_context(mock.patch(f"tilewise.plan.{module}.choose_tile", choose))
+    def choose_tangent(q: torch.Tensor, shape: Shape, work: Any) -> Tile:
+        return arch_tangent_tile(target_name(), q.element_size(), shape, work)
+
+    with (
+        mock.patch("tilewise.plan.passes.choose_tile", choose),
+        mock.patch("tilewise.plan.derivatives.choose_tangent_tile", choose_tangent),
+    ):
         yield
 
 
