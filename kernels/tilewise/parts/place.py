@@ -78,6 +78,12 @@ def ask_keep(q_idx, kv_idx, batch, head, args):
     )
 
 
+def ask_coverage(q_idx, kv_first, kv_last, batch, head, args):
+    origin = args[0]
+    first, last = kv_first + origin[3], kv_last + origin[3]
+    return TARGET(q_idx + origin[2], first, last, batch % origin[4] + origin[0], head + origin[1], args[1])
+
+
 def ask_score(s, batch, head, q_idx, kv_idx, args):
     origin = args[0]
     return TARGET(
@@ -109,7 +115,8 @@ def moved(ask: Callable[..., Any], target: Any) -> Any:
 def place_mask(mask: BoundMask, place: Place) -> BoundMask:
     """A mask of the whole call, bound to that, as one of the part."""
     args = place.asked, mask.args
-    return BoundMask(moved(ask_interval, mask.interval), moved(ask_keep, mask.keep), args)
+    coverage = moved(ask_coverage, mask.coverage)
+    return BoundMask(moved(ask_interval, mask.interval), moved(ask_keep, mask.keep), args, coverage)
 
 
 def place_score(score: BoundScore, place: Place) -> BoundScore:

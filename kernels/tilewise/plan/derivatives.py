@@ -27,7 +27,7 @@ from .passes import (
     sink_weights,
 )
 from .request import Request
-from .tiles import square_tile, tangent_tile, widest
+from .tiles import Pass, choose_tile, square_tile, tangent_tile, twice_as_wide, widest
 
 Tensor = torch.Tensor
 Tangents = Sequence[Tensor | None]  # of q, k, v and `Request.other_tensors`; None: it does not move
@@ -48,7 +48,7 @@ def run_tangent(request: Request, statistics: Tensor, tangents: Tangents) -> tup
     if sink is not None and request.sink is not None:
         mean = sink_weights(request.sink, tangent.row_max, tangent.sum_log2) * sink.float()[:, None]
     out = empty_in_order_of(request.q, shape.value_dim)
-    launch_tangent(tangent, out, mean, sink is not None, tangent_tile(request.q, shape, "dq"))
+    launch_tangent(tangent, out, mean, sink is not None, tile_of(request, "dq"))
     return out, mean
 
 
@@ -71,12 +71,12 @@ def run_second(
     q, k, v, shape = request.q, request.k, request.v, request.shape
     tangent = tangent_call(request, statistics, tangents)
     given = request, tangent, out, statistics, do, dlse, out_tangent, mean
-    tile = tangent_tile(q, shape, "dkv")
+    tile = tile_of(request, "dkv")
     second = second_call(*given, tile.tile_q)
     grads: dict[int, Tensor] = {}
     if needs[0]:
         grads[0] = empty_in_order_of(q, shape.head_dim)
-        launch_rows(second, grads[0], tangent_tile(q, shape, "dq"))
+        launch_rows(second, grads[0], tile_of(request, "dq"))
     if needs[1] or needs[2]:
         grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
         launch_keys(second, grads[1], grads[2], tile)
@@ -92,6 +92,11 @@ def run_second(
         if name == "sink" and needs[3 + slot]:
             grads[3 + slot] = second_of_sink(tensor, second, tangents[3 + slot]).to(tensor.dtype)
     return [grads[i] for i, needed in enumerate(needs) if needed]
+
+
+def tile_of(request: Request, work: Pass) -> Tile:
+    shape = request.shape
+    return tangent_tile(choose_tile(request.q, twice_as_wide(shape), work), shape, work)
 
 
 def tangent_call(request: Request, statistics: Tensor, tangents: Tangents) -> TangentCall:

@@ -230,12 +230,28 @@ def device_row(device: torch.device, element_bytes: int, dim: int, work: Pass) -
     return table_tile(arch, element_bytes, dim, work), "shipped table"
 
 
-def tangent_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
-    """The tile for the tangents of a pass: its programs hold, and walk over, twice as many columns."""
+def twice_as_wide(shape: Shape) -> Shape:
+    """The call by whose tiles tangents are computed: programs hold, and walk over, twice as many columns."""
     columns = min(2 * widest(shape), MOST_COLUMNS)
-    tile = choose_tile(q, shape._replace(head_dim=columns, value_dim=columns), work)
-    if work not in _forced and not INTERPRETED and 2 * widest(shape) > MOST_COLUMNS:
+    return shape._replace(head_dim=columns, value_dim=columns)
+
+
+# Pairs a thread, so that scores and gradients with their tangents, seven tiles, stay in registers beside dQ,
+# or beside dK and dV: as compiled for all chips of the table, without a spill.
+TANGENT_PAIRS: dict[Pass, int] = {"dq": 16, "dkv": 8}
+
+
+def tangent_tile(tile: Tile, shape: Shape, work: Pass) -> Tile:
+    """The tile for the tangents of a pass, from that of the call that is twice as wide."""
+    if work in _forced or INTERPRETED:
+        return tile
+    if 2 * widest(shape) > MOST_COLUMNS:
         tile = replace(tile, tile_q=NARROWEST, tile_kv=NARROWEST, num_stages=1)
+    while tile.tile_q * tile.tile_kv > TANGENT_PAIRS[work] * 32 * tile.num_warps:
+        if tile.tile_kv >= tile.tile_q:
+            tile = replace(tile, tile_kv=tile.tile_kv // 2)
+        else:
+            tile = replace(tile, tile_q=tile.tile_q // 2)
     return tile
 
 

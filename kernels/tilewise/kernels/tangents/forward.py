@@ -25,9 +25,10 @@ from ...parts.numerics import round_to
 from ...parts.pieces import load_pieces, products, rounded, store_pieces, where_rows, zero_pieces
 from ...parts.softmax import softmax_probabilities
 from ..call import programs
+from ..coverage import list_keys
 from ..launch import launch
 from ..tile import Tile
-from ..walk import load_keys, own_rows, step_keys, steps_of, walked
+from ..walk import listed_keys, load_keys, own_rows, step_keys, steps_of, walked
 from .call import TangentCall, tangent_arguments
 from .scores import scores_and_tangents
 
@@ -47,6 +48,7 @@ def tangent_kernel(
     statistics,
     DERIVATIVES: tl.constexpr,
     MOVING: tl.constexpr,
+    lists,  # of the tiles of keys that each tile of rows visits: coverage.py; or ()
     out,  # Ȯ, (pointer, strides)
     mean_ptr,  # a number a row, contiguous; it holds the sink's share, if there is a sink
     HAS_SINK: tl.constexpr,
@@ -61,7 +63,10 @@ def tangent_kernel(
     batch, head, q_idx, row, where, _tile, _q_tile = own_rows(sizes, layout, TILE_Q)
     q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
-    span = kv_range(lo, hi, whole, kv_len, TILE_KV)
+    if len(lists) > 0:
+        span = listed_keys(lo, hi, kv_len, lists, ())
+    else:
+        span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
     valid = q_idx < q_len
     q_head, q_move = head_of(queries, q_place, head), head_of(move_queries, q_place, head)
@@ -129,6 +134,10 @@ def launch_tangent(
     grid = programs(shape, shape.q_len, tile.tile_q, shape.q_heads)
     if grid:
         arguments = tangent_arguments(tangent, tile) | dict(
-            out=(out, out.stride()), mean_ptr=mean, HAS_SINK=has_sink, HAS_GAPS=tangent.call.has_gaps
+            lists=list_keys(tangent.call, tile, grid),
+            out=(out, out.stride()),
+            mean_ptr=mean,
+            HAS_SINK=has_sink,
+            HAS_GAPS=tangent.call.has_gaps,
         )
         launch(tangent_kernel, (grid,), out, **arguments)

@@ -31,9 +31,10 @@ from ...parts.scores.tangents import pull_back_tangents
 from ...parts.sequences import first_tile, tiles_of
 from ...parts.softmax import softmax_probabilities
 from ..call import programs
+from ..coverage import list_rows
 from ..launch import launch
 from ..tile import Tile
-from ..walk import own_keys, row_steps, row_tile
+from ..walk import listed_rows, own_keys, row_steps, row_tile
 from .call import SecondCall, second_arguments
 from .scores import gradients_and_tangents, scores_and_tangents
 
@@ -56,6 +57,7 @@ def keys_kernel(
     rows,
     SECONDS: tl.constexpr,
     ranges_ptr,
+    lists,  # of the tiles of rows that visit each tile of keys: coverage.py; or ()
     dkeys,  # dK̇, (pointer, strides), as for dV̇
     dvalues,
     HAS_GAPS: tl.constexpr,
@@ -86,7 +88,10 @@ def keys_kernel(
         head = kv_head * group + member
         rows_ptr = rows_of(q_place, head, q_heads, q_rows)
         head_tiles = (q_place[0].to(tl.int64) * q_heads + head) * range_tiles + range_first
-        span = q_range(ranges_ptr + head_tiles * 4, q_tiles, kv_start, kv_start + TILE_KV, 128)
+        if len(lists) > 0:
+            span = listed_rows(lists, tl.program_id(0) * group + member)
+        else:
+            span = q_range(ranges_ptr + head_tiles * 4, q_tiles, kv_start, kv_start + TILE_KV, 128)
         q_head, q_move = head_of(queries, q_place, head), head_of(move_queries, q_place, head)
         do_head = head_of(dout, q_place, head)
 
@@ -157,6 +162,7 @@ def launch_keys(second: SecondCall, dk: torch.Tensor, dv: torch.Tensor, tile: Ti
     if grid:
         arguments = second_arguments(second, tile) | dict(
             ranges_ptr=second.ranges,
+            lists=list_rows(second.tangent.call, tile),
             dkeys=(dk, dk.stride()),
             dvalues=(dv, dv.stride()),
             HAS_GAPS=second.tangent.call.has_gaps,

@@ -33,9 +33,10 @@ from ...parts.pieces import (
 from ...parts.scores.tangents import pull_back_tangents
 from ...parts.softmax import softmax_probabilities
 from ..call import programs
+from ..coverage import list_keys
 from ..launch import launch
 from ..tile import Tile
-from ..walk import load_keys, own_rows, step_keys, steps_of, walked
+from ..walk import listed_keys, load_keys, own_rows, step_keys, steps_of, walked
 from .call import SecondCall, second_arguments
 from .scores import gradients_and_tangents, scores_and_tangents
 
@@ -57,6 +58,7 @@ def rows_kernel(
     MOVING: tl.constexpr,
     rows,
     SECONDS: tl.constexpr,
+    lists,  # of the tiles of keys that each tile of rows visits: coverage.py; or ()
     dqueries,  # dQ̇, (pointer, strides)
     HAS_GAPS: tl.constexpr,
     TILE_Q: tl.constexpr,
@@ -70,7 +72,10 @@ def rows_kernel(
     batch, head, q_idx, row, where, _tile, _q_tile = own_rows(sizes, layout, TILE_Q)
     q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
-    span = kv_range(lo, hi, whole, kv_len, TILE_KV)
+    if len(lists) > 0:
+        span = listed_keys(lo, hi, kv_len, lists, ())
+    else:
+        span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
     valid = q_idx < q_len
     q_head, q_move = head_of(queries, q_place, head), head_of(move_queries, q_place, head)
@@ -138,6 +143,8 @@ def launch_rows(second: SecondCall, dq: torch.Tensor, tile: Tile) -> None:
     grid = programs(shape, shape.q_len, tile.tile_q, shape.q_heads)
     if grid:
         arguments = second_arguments(second, tile) | dict(
-            dqueries=(dq, dq.stride()), HAS_GAPS=second.tangent.call.has_gaps
+            lists=list_keys(second.tangent.call, tile, grid),
+            dqueries=(dq, dq.stride()),
+            HAS_GAPS=second.tangent.call.has_gaps,
         )
         launch(rows_kernel, (grid,), dq, **arguments)
