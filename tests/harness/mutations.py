@@ -26,6 +26,7 @@ from .mutations_one_walk import MUTATIONS as ONE_WALK_MUTATIONS
 from .mutations_pieces import MUTATIONS as PIECES_MUTATIONS
 from .mutations_planner import MUTATIONS as PLANNER_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
+from .mutations_reference import MUTATIONS as REFERENCE_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_second import MUTATIONS as SECOND_MUTATIONS
 from .mutations_sharded import MUTATIONS as SHARDED_MUTATIONS
@@ -417,6 +418,7 @@ MUTATIONS = (
     *PIECES_MUTATIONS,
     *PLANNER_MUTATIONS,
     *POSITIONS_MUTATIONS,
+    *REFERENCE_MUTATIONS,
     *ROWS_MUTATIONS,
     *SECOND_MUTATIONS,
     *SHARDED_MUTATIONS,
