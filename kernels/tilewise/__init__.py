@@ -9,11 +9,14 @@ from .cached import cached_attention
 from .drop_in import flash_impl as _flash_impl  # makes its name known to PyTorch
 from .joining import merge
 from .packed import check_offsets, packed_attention
+from .parts.masks.algebra import AnyOf, Not
+from .parts.masks.block_causal import BlockCausal
 from .parts.masks.causal import Causal
 from .parts.masks.dense import Dense
 from .parts.masks.documents import Documents
 from .parts.masks.intervals import Intervals
 from .parts.masks.mask import Mask
+from .parts.masks.neighborhood import Neighborhood
 from .parts.masks.padding import Padding
 from .parts.masks.prefix import Prefix
 from .parts.masks.user import UserMask
@@ -37,13 +40,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALiBi",
+    "AnyOf",
     "Bias",
+    "BlockCausal",
     "Causal",
     "Cosine",
     "Dense",
     "Documents",
     "Intervals",
     "Mask",
+    "Neighborhood",
+    "Not",
     "Padding",
     "Prefix",
     "RelativePosition",
