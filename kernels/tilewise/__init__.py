@@ -11,6 +11,7 @@ from .joining import merge
 from .packed import check_offsets, packed_attention
 from .parts.masks.algebra import AnyOf, Not
 from .parts.masks.block_causal import BlockCausal
+from .parts.masks.blocks import Blocks
 from .parts.masks.causal import Causal
 from .parts.masks.dense import Dense
 from .parts.masks.documents import Documents
@@ -43,6 +44,7 @@ __all__ = [
     "AnyOf",
     "Bias",
     "BlockCausal",
+    "Blocks",
     "Causal",
     "Cosine",
     "Dense",

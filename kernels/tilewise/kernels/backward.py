@@ -57,12 +57,15 @@ from ..parts.scores.score import apply_scores, pull_back
 from ..parts.sequences import first_tile, tiles_of
 from ..parts.softmax import softmax_probabilities
 from .call import programs, shared_arguments
+from .coverage import list_keys, list_rows
 from .launch import launch
 from .prepare import BackwardCall
 from .shares import add_share, finite
 from .tile import Tile
 from .turns import NOBODYS, pass_last_turn
 from .walk import (
+    listed_keys,
+    listed_rows,
     load_keys,
     once_more,
     own_keys,
@@ -89,6 +92,7 @@ def sum_over_rows(
     PRECISION: tl.constexpr,
     rows,  # dO and three numbers a row: `backward_arguments`
     ranges_ptr,
+    lists,  # of the tiles of rows that visit each tile of keys: coverage.py; or ()
     dkeys,  # (pointer, strides), as for dvalues
     dvalues,
     shares,  # where dQ's shares are added, (sums_ptr, turns): one_walk.py; or None
@@ -133,7 +137,10 @@ def sum_over_rows(
         rows_ptr = rows_of(q_place, head, q_heads, q_rows)
         head_tiles = (q_place[0].to(tl.int64) * q_heads + head) * range_tiles + range_first
         head_ranges_ptr = ranges_ptr + head_tiles * 4
-        span = q_range(head_ranges_ptr, q_tiles, kv_start, kv_start + TILE_KV, 128)
+        if len(lists) > 0:
+            span = listed_rows(lists, program * group + part // HALVES)
+        else:
+            span = q_range(head_ranges_ptr, q_tiles, kv_start, kv_start + TILE_KV, 128)
         q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
 
         for RUN in tl.static_range(2):
@@ -230,6 +237,7 @@ def dkv_kernel(
     PRECISION: tl.constexpr,
     rows,  # dO and three numbers a row: `backward_arguments`
     ranges_ptr,
+    lists,  # of the tiles of rows that visit each tile of keys: coverage.py; or ()
     dkeys,  # (pointer, strides), as for dvalues
     dvalues,
     DERIVATIVES: tl.constexpr,  # of SCORES, a function or None (it is 1) for each
@@ -242,8 +250,8 @@ def dkv_kernel(
 ):
     sum_over_rows(
         tl.program_id(0), call, INTERVALS, KEEPS, SCORES, HEAD_DIM, VALUE_DIM, HEAD_TILE, VALUE_TILE,
-        PRECISION, rows, ranges_ptr, dkeys, dvalues, None, DERIVATIVES, OPERAND, PROJECT, HAS_GAPS, TILE_Q,
-        TILE_KV, SUMS,
+        PRECISION, rows, ranges_ptr, lists, dkeys, dvalues, None, DERIVATIVES, OPERAND, PROJECT, HAS_GAPS,
+        TILE_Q, TILE_KV, SUMS,
     )  # fmt: skip
 
 
@@ -259,6 +267,7 @@ def dq_kernel(
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     rows,  # dO and three numbers a row: `backward_arguments`
+    lists,  # of the tiles of keys that each tile of rows visits: coverage.py; or ()
     dqueries,  # (pointer, strides)
     DERIVATIVES: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -274,7 +283,10 @@ def dq_kernel(
     batch, head, q_idx, row, where, _tile, q_tile = own_rows(sizes, layout, TILE_Q)
     q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
-    span = kv_range(lo, hi, whole, kv_len, TILE_KV)
+    if len(lists) > 0:
+        span = listed_keys(lo, hi, kv_len, lists, ())
+    else:
+        span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
     q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
     k_walk = walked(keys, (), kv_place, head // group, layout)
@@ -357,6 +369,7 @@ def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile:
     shape = backward.call.shape
     arguments = backward_arguments(backward, tile) | dict(
         ranges_ptr=backward.ranges,
+        lists=list_rows(backward.call, tile),
         dkeys=(dk, dk.stride()),
         dvalues=(dv, dv.stride()),
         OPERAND=backward.call.operand,
@@ -371,12 +384,13 @@ def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile:
 def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:
     """Fill dq [batch, q_heads, q_len, head_dim]."""
     shape = backward.call.shape
+    grid = programs(shape, shape.q_len, tile.tile_q, shape.q_heads)
     arguments = backward_arguments(backward, tile) | dict(
+        lists=list_keys(backward.call, tile, grid),
         dqueries=(dq, dq.stride()),
         OPERAND=backward.call.operand,
         PROJECT=backward.call.project,
         HAS_GAPS=backward.call.has_gaps,
     )
-    grid = programs(shape, shape.q_len, tile.tile_q, shape.q_heads)
     if grid:
         launch(dq_kernel, (grid,), dq, **arguments)
