@@ -32,7 +32,7 @@ KINDS = {
     "bias": "bias",
     "sink": "sink",
     "dropout": "dropout",
-    "mask": "masks, alone and combined with `&`",
+    "mask": "masks, alone and combined with `&`, `|` and `~`",
 }
 ALIGNS = ("bottom_right", "top_left")
 DTYPES = ("float32", "float16", "bfloat16")  # features, all three
