@@ -85,12 +85,13 @@ class All(Combined):
         return joined(both, self.masks, shape)
 
     def bounds(self, shape: Shape) -> Bounds | None:
-        found = bounds_of_everything()
-        for mask, bounds in zip(self.masks, self.bounds_of_parts(shape), strict=True):
-            if bounds is None and mask.rules_out():  # only the device knows
-                return None
-            found = bounds_of_both(found, bounds or bounds_of_everything())
-        return found if self.rules_out() else None
+        found = self.bounds_of_parts(shape)
+        unknown = [
+            bounds is None and mask.rules_out() for mask, bounds in zip(self.masks, found, strict=True)
+        ]
+        if any(unknown) or not self.rules_out():  # only the device knows, or there is none
+            return None
+        return reduce(bounds_of_both, [bounds or bounds_of_everything() for bounds in found])
 
     def twin(self, shape: Shape) -> Twin:
         return dense.all_of(*[mask.twin(shape) for mask in self.masks])

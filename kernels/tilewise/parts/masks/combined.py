@@ -261,5 +261,6 @@ def bounds_of_opposite(a: Bounds, kv_len: int) -> Bounds:
 
 
 def bounds_of_everything() -> Bounds:
+    """Of a mask that has no interval."""
     zero = torch.zeros((), dtype=torch.int64, device="cpu")
     return Bounds(zero, zero + UNLIMITED, zero > 0)

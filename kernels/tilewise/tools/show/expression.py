@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 
+from ...parts.masks.algebra import AnyOf, Not
 from ...parts.masks.block_causal import BlockCausal
 from ...parts.masks.causal import Causal
 from ...parts.masks.dense import Dense
@@ -30,8 +31,10 @@ from ..doctor.maker import MakerError, load
 
 MASKS: dict[str, type[Mask]] = {
     mask.__name__: mask
-    for mask in (Causal, Window, Prefix, Padding, Documents, Intervals, BlockCausal, Neighborhood, Dense)
-}
+    for mask in (
+        Causal, Window, Prefix, Padding, Documents, Intervals, BlockCausal, Neighborhood, Dense, AnyOf, Not
+    )
+}  # fmt: skip
 PACKAGES = ("tw", "tilewise")  # what a name may be written behind
 LONGEST = 1 << 22  # elements of a list
 TOO_DEEP = "this is nested too deeply"
