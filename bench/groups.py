@@ -42,10 +42,12 @@ GROUPS: tuple[str, ...] = (
     "features backward",
     "host",
     "cold start",
+    "second derivatives",
 )
 HEAD_DIMS = (128, 64, 256)  # the most used first
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 QUICK_LENGTHS = (1024, 4096, 16384)
+SECOND_LENGTHS = (1024, 4096)  # those who have second derivatives beside tilewise hold all scores
 QUICK_PACKED = "packed-llama3-8b-"
 QUICK_CACHED = ("cached-llama3-8b-", "cached-narrow-decode-1x128k")
 QUICK_MODELS = (
@@ -137,6 +139,10 @@ def _full(name: str, quick: bool, head_dims: tuple[int, ...]) -> list[Comparison
         return [(case, "backward") for case in FEATURE_CASES]
     if name == "host":
         return [pair for pair in host_cases() if not quick or "causal" not in pair[0].features]
+    if name == "second derivatives":
+        grid = paper_grid(head_dims[:2], (1024,) if quick else SECOND_LENGTHS, "bfloat16")
+        works: tuple[Work, Work] = ("double backward", "forward mode")
+        return [(case, work) for case in grid for work in works]
     if name == "cold start":
         return [(case, "cold start") for case in cold_cases()[: 1 if quick else None]]
     raise ValueError(f"group={name!r} must be one of {', '.join(GROUPS)}")

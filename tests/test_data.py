@@ -14,6 +14,7 @@ from harness.oracle import check, kept_pairs
 from harness.sanitizer import sanitize
 from tilewise import (
     BlockCausal,
+    Blocks,
     Causal,
     Dense,
     Documents,
@@ -187,6 +188,7 @@ def masks_with_unseen_keys(device: torch.device) -> dict[str, tuple[tilewise.Mas
         "columns": (Dense(columns), 19),
         "between intervals": (Intervals(start, start + 5), 19),
         "empty intervals": (Intervals(start, start), 19),
+        "blocks": (Blocks(torch.tensor([[True, False, True], [False, False, True]], device=device), 16), 19),
         "a function": (UserMask(listed_keep, (listed,), twin=listed_twin), 19),
         "several": (Padding(lengths) & columns & Intervals(start, start + 9) & Causal("bottom_right"), 19),
         "more queries than keys": (Causal() & Padding(41, side="left"), 60),

@@ -474,6 +474,14 @@ def bool_mask(p: Problem) -> None:
     p.add_mask(p.randn(*p.broadcast(p.batch, p.q_heads, p.q_len, p.kv_len)) > -0.3)
 
 
+@feature("mask", "`Blocks`: a pattern of blocks of any size, as data")
+def blocks(p: Problem) -> None:
+    block = p.rng.choice(((16, 16), (32, 16), (5, 7), (16, 40)))
+    sizes = [-(-n // side) for n, side in zip((p.q_len, p.kv_len), block, strict=True)]
+    sizes = [1 if p.rng.random() < 0.2 else size for size in sizes]
+    p.add_mask(tilewise.Blocks(p.randn(*p.broadcast(p.batch, p.q_heads), *sizes) > 0, block))
+
+
 @feature("mask", "`UserMask`: a function of your own")
 def user_mask(p: Problem) -> None:
     p.add_mask(tilewise.UserMask(dilated_keep, (p.rng.choice((2, 3)),), twin=dilated_keep_twin))

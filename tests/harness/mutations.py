@@ -9,6 +9,7 @@ from __future__ import annotations
 from .mutation import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
+from .mutations_blocks import MUTATIONS as BLOCKS_MUTATIONS
 from .mutations_compat import MUTATIONS as COMPAT_MUTATIONS
 from .mutations_context_parallel import MUTATIONS as CONTEXT_PARALLEL_MUTATIONS
 from .mutations_copies import MUTATIONS as COPIES_MUTATIONS
@@ -147,7 +148,10 @@ MUTATIONS = (
              "tl.where(tile < full_first, tile, tile + (full_last - full_first))", "tile",
              tests("intervals", "the_kernel_visits_the_tiles_of_the_mask_and_no_other[causal]")),
     Mutation("forward: full tiles counted from the first tile", WALK,
-             "kv_start = (full_first + step) * TILE_KV", "kv_start = (first + step) * TILE_KV",
+             "        if IS_CUT:\n            return cut_tile(step, first, full_first, full_last)\n"
+             "        else:\n            return full_first + step",
+             "        if IS_CUT:\n            return cut_tile(step, first, full_first, full_last)\n"
+             "        else:\n            return first + step",
              tests("intervals", "the_kernel_visits_the_tiles_of_the_mask_and_no_other[left padding]")),
     Mutation("forward: a sink takes nothing from o", FORWARD,
              "        o = scaled(o, rescale[:, None])\n", "",
@@ -206,7 +210,7 @@ MUTATIONS = (
              "full_last = tl.minimum(tl.min(tl.where(sees, hi, 0))",
              RANGES),
     Mutation("intervals: full tiles skip a keep function", INTERVALS,
-             "whole = whole & (q_idx < 0)", "whole = whole & (q_idx >= 0)",
+             "mask_whole = q_idx < 0", "mask_whole = q_idx >= 0",
              tests("intervals", "intervals_intersect[True]")),
     Mutation("intervals: union in place of intersection", INTERVALS,
              "hi = tl.minimum(hi, mask_hi)", "hi = tl.maximum(hi, mask_hi)",
@@ -419,5 +423,6 @@ MUTATIONS = (
     *TRANSFORMERS_MUTATIONS,
     *WATCH_MUTATIONS,
     *BENCH_MUTATIONS,
+    *BLOCKS_MUTATIONS,
 )
 # fmt: on

@@ -140,7 +140,10 @@ MUTATIONS = (
              "dvalues=(dv, dv.stride())", "dvalues=(dv, dk.stride())",
              tests("backward", "dims[20-larger]")),
     Mutation("dkv: full tiles counted from the first tile", "kernels/tilewise/kernels/walk.py",
-             "return full_first + step", "return first + step",
+             "        elif IS_CUT:\n            return cut_tile(step, first, full_first, full_last)\n"
+             "        else:\n            return full_first + step",
+             "        elif IS_CUT:\n            return cut_tile(step, first, full_first, full_last)\n"
+             "        else:\n            return first + step",
              tests("backward_walks", "tiles_in_which_every_pair_counts_are_not_masked"
                    "[dkv-Tile(tile_q=32, tile_kv=16, num_warps=4, num_stages=2)]")
              + tests("backward", "mask[causal-(33, 33)]")),

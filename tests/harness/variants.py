@@ -202,7 +202,7 @@ def copied_variants() -> list[Variant]:
 COMBINATIONS = (
     ("causal", "window", "prefix", "softcap", "alibi", "sink", "cosine_with_temperature"),
     ("documents", "right_padding", "left_padding", "relative_position", "tensor_scale", "dropout"),
-    ("bool_mask", "intervals", "user_mask", "user_interval", "user_score", "bias_modifier", "bias"),
+    ("bool_mask", "intervals", "blocks", "user_mask", "user_interval", "user_score", "bias_modifier", "bias"),
     ("packed_apart", "causal", "relative_position", "intervals"),
     ("causal_top_left", "causal_from_a_position", "scattered_documents", "strided_bias", "other_scale"),
     ("cosine", "packed_rows", "left_padding", "bool_mask", "sink"),
@@ -227,7 +227,29 @@ def feature_variant(features: tuple[str, ...], i: int, launched: Callable[..., N
 def feature_variants() -> list[Variant]:
     """Every feature in the forward, and what is not a feature: integers that are 1."""
     found = [feature_variant(features, i, launch) for i, features in enumerate(COMBINATIONS)]
-    return [*found, ones_variant(), part_variant(False)]
+    return [*found, ones_variant(), part_variant(False), listed_variant(launch), listed_decode_variant()]
+
+
+def listed_variant(launched: Callable[..., None]) -> Variant:
+    """Lists of tiles of packed sequences. Nothing else of such a call is another for them."""
+    return dataclasses.replace(
+        feature_variant(("packed_apart", "causal", "blocks"), 0, launched),
+        kernels=("list_keys_kernel", "list_rows_kernel"),
+    )
+
+
+def listed_decode_variant() -> Variant:
+    """A list dealt to the programs that share the keys of a sequence."""
+
+    def run() -> None:
+        q, cache = (
+            torch.empty(2, n, m, 128, dtype=torch.bfloat16, device="meta") for n, m in ((32, 1), (8, 4096))
+        )
+        kv_lens = torch.empty(2, dtype=torch.int32, device="meta")
+        mask = tilewise.Blocks(torch.empty(2, 1, 1, 64, dtype=torch.bool, device="meta"), 64)
+        launch(q, cache, cache, return_lse=True, kv_lens=kv_lens, mask=mask)
+
+    return Variant("bf16 128 decode, blocks", run)
 
 
 def part_variant(backward: bool) -> Variant:
@@ -258,7 +280,7 @@ def backward_feature_variants() -> list[Variant]:
     for i in (0, 3):
         variant = feature_variant(COMBINATIONS[i], i, in_one)
         found.append(dataclasses.replace(variant, kernels=("dqkv_kernel", "finish_dq_kernel")))
-    return [*found, part_variant(True)]
+    return [*found, part_variant(True), listed_variant(launch_backward)]
 
 
 def backward_variants() -> list[Variant]:

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.intervals import covered
+from ..parts.intervals import covered, intersect_intervals
 from ..parts.shape import ceil_div
 from .call import Call, function_arguments, programs, sizes_of
 from .launch import launch
@@ -32,8 +32,7 @@ from .lists import line_of
 from .tile import Tile
 from .walk import own_group, own_keys
 
-KEYS_TOGETHER = 64  # tiles of keys that are asked about at a time
-ROWS_TOGETHER = 16  # tiles of rows
+TOGETHER = 16  # tiles that are asked about at a time
 
 # What a kernel is told of lists: lists.py; () where it walks ranges.
 Lists = tuple[Any, ...]
@@ -68,6 +67,7 @@ def list_keys_kernel(
         sizes, layout, TILE_Q, IS_GROUPED
     )
     kv_len = where[3]
+    lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args, COVERAGES)
     line_ptr = line_of(lists, tl.program_id(0))
     full, cut = kv_len * 0, kv_len * 0
     for chunk in range(0, tl.cdiv(kv_len, TILE_KV), TOGETHER):
@@ -75,7 +75,7 @@ def list_keys_kernel(
         first = tl.minimum(tile * TILE_KV, kv_len - 1)[None, :]
         last = tl.minimum(tile * TILE_KV + TILE_KV - 1, kv_len - 1)[None, :]
         seen = covered(
-            row, first, last, kv_len, batch, head, head_column, INTERVALS, COVERAGES, mask_args
+            row, first, last, lo, hi, whole, batch, head_column, COVERAGES, mask_args
         )  # [TILE_Q, TOGETHER]
         is_visited = (tl.max(seen, 0) > 0) & (tile * TILE_KV < kv_len)
         is_full = (tl.min(seen, 0) == 2) & (tile * TILE_KV + TILE_KV <= kv_len)
@@ -108,9 +108,8 @@ def list_rows_kernel(
     full, cut = kv_len * 0, kv_len * 0
     for chunk in range(0, tl.cdiv(q_len, TILE_Q), TOGETHER):
         row = tl.minimum(chunk * TILE_Q + tl.arange(0, TOGETHER * TILE_Q), q_len - 1)
-        seen = covered(
-            row, first, last, kv_len, batch, head, head, INTERVALS, COVERAGES, mask_args
-        )  # [TOGETHER * TILE_Q, 1]
+        lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args, COVERAGES)
+        seen = covered(row, first, last, lo, hi, whole, batch, head, COVERAGES, mask_args)
         seen = tl.reshape(seen, [TOGETHER, TILE_Q])
         tile = chunk + tl.arange(0, TOGETHER)
         is_visited = (tl.max(seen, 1) > 0) & (tile * TILE_Q < q_len)
@@ -128,8 +127,7 @@ def list_keys(call: Call, tile: Tile, count: int, is_grouped: bool = False) -> L
         return ()
     lists = empty_lists(call, count, ceil_div(call.shape.kv_len, tile.tile_kv))
     if count:
-        arguments = mask_arguments(call, tile) | dict(IS_GROUPED=is_grouped, TOGETHER=KEYS_TOGETHER)
-        launch(list_keys_kernel, (count,), call.q, lists, **arguments)
+        launch(list_keys_kernel, (count,), call.q, lists, **mask_arguments(call, tile), IS_GROUPED=is_grouped)
     return lists
 
 
@@ -142,8 +140,7 @@ def list_rows(call: Call, tile: Tile) -> Lists:
     count = programs(shape, shape.kv_len, tile.tile_kv, shape.kv_heads)
     lists = empty_lists(call, count * shape.group, ceil_div(shape.q_len, tile.tile_q))
     if count:
-        arguments = mask_arguments(call, tile) | dict(TOGETHER=ROWS_TOGETHER)
-        launch(list_rows_kernel, (count, shape.group), call.q, lists, **arguments)
+        launch(list_rows_kernel, (count, shape.group), call.q, lists, **mask_arguments(call, tile))
     return lists
 
 
@@ -161,5 +158,6 @@ def mask_arguments(call: Call, tile: Tile) -> dict[str, Any]:
         COVERAGES=tuple([mask.coverage for mask in call.masks]),
         TILE_Q=tile.tile_q,
         TILE_KV=tile.tile_kv,
+        TOGETHER=TOGETHER,
         enable_fp_fusion=True,
     )

@@ -21,18 +21,21 @@ import triton.language as tl
 
 
 @triton.jit
-def intersect_intervals(q_idx, kv_len, batch, head, INTERVALS: tl.constexpr, mask_args):
-    """lo, hi and whole of each row under all masks together; hi ≤ lo where a row sees no key."""
+def intersect_intervals(
+    q_idx, kv_len, batch, head, INTERVALS: tl.constexpr, mask_args, COVERAGES: tl.constexpr = None
+):
+    """lo, hi and whole of each row under all masks together; hi ≤ lo where a row sees no key. With COVERAGES
+    `whole` is said by the masks that have none: of the others, `covered` asks that."""
     lo = q_idx * 0
     hi = q_idx * 0 + kv_len
     whole = q_idx >= 0
     for i in tl.static_range(len(INTERVALS)):
-        if INTERVALS[i] is None:
-            whole = whole & (q_idx < 0)
-        else:
+        mask_whole = q_idx < 0
+        if INTERVALS[i] is not None:
             mask_lo, mask_hi, mask_whole = INTERVALS[i](q_idx, batch, head, mask_args[i])
             lo = tl.maximum(lo, mask_lo)
             hi = tl.minimum(hi, mask_hi)
+        if COVERAGES is None or COVERAGES[i] is None:
             whole = whole & mask_whole
     return lo, hi, whole
 
@@ -56,24 +59,10 @@ def kv_range(lo, hi, whole, kv_len, TILE_KV: tl.constexpr):
 
 @triton.jit
 def covered(
-    row, first, last, kv_len, batch, head, head_column, INTERVALS: tl.constexpr, COVERAGES: tl.constexpr,
-    mask_args,
+    row, first, last, lo, hi, whole, batch, head_column, COVERAGES: tl.constexpr, mask_args
 ):  # fmt: skip
-    """What rows [R] see of runs of keys first..last, both inclusive, [1, N], under all masks together: 0
-    where none of a run, 2 where all, for sure, and 1 where some, perhaps; [R, N]. Of a mask that has a
-    coverage, the interval says where its keys begin and end, and the coverage whether they are whole."""
-    lo = row * 0
-    hi = row * 0 + kv_len
-    whole = row >= 0
-    for i in tl.static_range(len(INTERVALS)):
-        if INTERVALS[i] is not None:
-            mask_lo, mask_hi, mask_whole = INTERVALS[i](row, batch, head, mask_args[i])
-            lo = tl.maximum(lo, mask_lo)
-            hi = tl.minimum(hi, mask_hi)
-            if COVERAGES[i] is None:
-                whole = whole & mask_whole
-        elif COVERAGES[i] is None:
-            whole = whole & (row < 0)
+    """What rows [R], with their lo, hi and whole, see of runs of keys first..last, both inclusive, [1, N],
+    under all masks together: 0 where none of a run, 2 where all, for sure, 1 where some, perhaps; [R, N]."""
     lo, hi = lo[:, None], hi[:, None]
     overlaps = tl.maximum(lo, first) < tl.minimum(hi, last + 1)
     contains = whole[:, None] & (lo <= first) & (hi > last)

@@ -33,11 +33,11 @@ def blocks_interval(q_idx, batch, head, args):
 
 @triton.jit
 def blocks_keep(q_idx, kv_idx, batch, head, args):
-    pattern_ptr, strides = args[0]
+    pattern_ptr, strides = args[0]  # [.., q_blocks, kv_blocks], dense: 32 bits are enough for a row's blocks
     (block_q, block_kv), limits = args[3], args[4]
     q_block, kv_block = q_idx // block_q, kv_idx // block_kv
     ptrs = pattern_ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    ptrs = ptrs + q_block.to(tl.int64) * strides[2] + kv_block.to(tl.int64) * strides[3]
+    ptrs = ptrs + q_block.to(tl.int64) * strides[2] + kv_block
     return load_pairs(ptrs, q_block, kv_block, limits, 0) != 0
 
 
@@ -84,7 +84,7 @@ class Blocks(Mask):
         sides = block if isinstance(block, (tuple, list)) else (block, block)
         if len(sides) != 2 or not all(type(side) is int and 1 <= side <= FAR for side in sides):
             raise ValueError(f"{block=} must be a number from 1 on, or a pair (block_q, block_kv) of them")
-        self.pattern, self.block = whole_of(pattern), (sides[0], sides[1])
+        self.pattern, self.block = whole_of(pattern).contiguous(), (sides[0], sides[1])
         self.hulls, self.counts = hulls_and_counts(self.pattern)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -134,7 +134,7 @@ def hulls_and_counts(pattern: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """pattern [.., q_blocks, kv_blocks] -> int32 [.., q_blocks, 3]: the first block of each row that counts,
     the last one + 1, and whether all between do; and [.., q_blocks, kv_blocks + 1]: how many count before
     each. No host synchronisation."""
-    counts = torch.nn.functional.pad(pattern.cumsum(-1, dtype=torch.int32), (1, 0))
+    counts = torch.nn.functional.pad(pattern.cumsum(-1, dtype=torch.int32), (1, 0)).contiguous()
     total = counts[..., -1:]
     stop = (counts < total).sum(-1)  # the place at which the last one is counted
     first = (counts == 0).sum(-1) - 1

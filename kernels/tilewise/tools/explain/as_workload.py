@@ -160,7 +160,7 @@ def notes(request: Request, work: Workload) -> Iterator[str]:
     if request.cache is not None and not has_contents(request.cache.kv_lens):
         yield "the lengths have no contents here: every sequence counts as one that fills its cache"
     for unknown in work.parts.unknown:
-        yield f"{unknown}; it counts as if every tile were visited and masked, so tiles are upper bounds"
+        yield f"{unknown}; tiles that it may leave out count as visited and masked: these are upper bounds"
     for name, masks in (("a bool mask", "Dense"), ("a keep function", "UserMask")):
         if any(type(leaf).__name__ == masks for mask in request.masks for leaf in mask.leaves()):
             yield f"{name} may leave out more pairs than are counted here; no tile is saved by that"
