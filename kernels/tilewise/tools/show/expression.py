@@ -18,6 +18,7 @@ import triton
 
 from ...parts.masks.algebra import AnyOf, Not
 from ...parts.masks.block_causal import BlockCausal
+from ...parts.masks.blocks import Blocks
 from ...parts.masks.causal import Causal
 from ...parts.masks.dense import Dense
 from ...parts.masks.documents import Documents
@@ -32,7 +33,8 @@ from ..doctor.maker import MakerError, load
 MASKS: dict[str, type[Mask]] = {
     mask.__name__: mask
     for mask in (
-        Causal, Window, Prefix, Padding, Documents, Intervals, BlockCausal, Neighborhood, Dense, AnyOf, Not
+        Causal, Window, Prefix, Padding, Documents, Intervals, BlockCausal, Neighborhood, Blocks, Dense,
+        AnyOf, Not,
     )
 }  # fmt: skip
 PACKAGES = ("tw", "tilewise")  # what a name may be written behind
