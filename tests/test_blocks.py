@@ -14,7 +14,7 @@ from harness.counted import Counted
 from harness.gradients import check_gradients
 from harness.oracle import check
 from harness.problem import run
-from harness.replays import launches_of, no_long_way, repeating, replays, results, same
+from harness.replays import launches_of, no_long_way, nothing_runs, repeating, replays, results, same
 from tilewise.kernels.call import programs
 from tilewise.kernels.coverage import TOGETHER, list_keys, list_rows
 from tilewise.kernels.forward import rows_programs
@@ -254,6 +254,25 @@ def test_another_pattern_takes_the_same_kernels(device):
             found = results(many)
         with repeating():
             same(found, results(many))
+
+
+def test_explain_counts_lists(device):
+    """Their memory is what is allocated; tiles are said to be at most so many, and walks to be two."""
+    torch.use_deterministic_algorithms(False)
+    q, k, v = (torch.empty(1, n, 4096, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2, 2))
+    mask = tilewise.Blocks(torch.ones(1, 1, 32, 32, dtype=torch.bool), 128)
+    found = tilewise.explain(q, k, v, mask=mask, gpu="H100", work="training", deterministic=False)
+    by_name = {kernel.name: kernel.tile for kernel in found.kernels}
+    assert "dkv" in by_name and not found.exact
+    assert any("Blocks" in note and "upper bounds" in note for note in found.notes)
+    request, sizes = request_of(q, k, v, mask=mask), []
+    with nothing_runs():
+        for name in ("forward", "dq"):
+            count = programs(request.shape, 4096, by_name[name].tile_q, 4)
+            sizes.append(list_keys(bind(request), by_name[name], count)[0].nbytes)
+        sizes.append(list_rows(bind(request), by_name["dkv"])[0].nbytes)
+    said = [each.bytes for each in found.memory if each.name == "lists of tiles"]
+    assert said == [sizes[0], max(sizes[1:])]
 
 
 # ---- What is refused

@@ -242,6 +242,25 @@ def test_a_score_has_its_derivatives(name):
         assert not missing, f"{name}.parameters() names no derivative by {sorted(missing)}"
 
 
+def test_the_oldest_triton_can_read_device_functions():
+    """It unpacks no tuple within a tuple. The interpreter, being Python, does, and so does a newer Triton."""
+    read = 0
+    for file in sorted((ROOT / "kernels" / "tilewise").rglob("*.py")):
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef) or not any(
+                ast.unparse(each) == "triton.jit" for each in function.decorator_list
+            ):
+                continue
+            read += 1
+            for node in ast.walk(function):
+                for target in node.targets if isinstance(node, ast.Assign) else []:
+                    nested = [each for each in getattr(target, "elts", []) if isinstance(each, ast.Tuple)]
+                    assert not nested, (
+                        f"{file.name}, line {node.lineno}: {ast.unparse(target)}: unpack it in two steps"
+                    )
+    assert read > 100
+
+
 # ---- A tile
 
 

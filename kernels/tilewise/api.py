@@ -111,9 +111,9 @@ def attention(
     [batch, q_heads, q_len] in fp32 (fp64) if asked. A row that sees no key gives 0 and -inf (the sink's
     logit, if there is one). NaN in keys and values that no query may see never reaches a result or gradient.
 
-    Differentiable once, in reverse mode, in q, k, v, bias, scale, sink, a temperature, slopes, tables and
-    what a UserScore declares; through out and lse. Under autocast q, k and v are cast to its dtype,
-    but for fp64.
+    Differentiable twice, in reverse and in forward mode but not twice in that, in q, k, v, bias, scale, sink,
+    a temperature, slopes, tables and what a UserScore declares; through out and lse; and under torch.vmap.
+    Under autocast q, k and v are cast to its dtype, but for fp64.
 
     Raises ValueError for arguments that break the contract, NotImplementedError for what is not built,
     TypeError for names that it does not have (`unknown`), with what other libraries' names are here;

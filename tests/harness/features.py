@@ -178,6 +178,11 @@ def copied_tile(p: Problem) -> None:
     p.tile = CopiedTile(16, 16)
 
 
+@feature("order", "gradients of gradients and forward mode")
+def second_order(p: Problem) -> None:
+    p.order = 2
+
+
 # ---- Memory layouts
 
 
@@ -355,6 +360,7 @@ def user_score(p: Problem) -> None:
             twin=checkered_score_twin,
             derivative=checkered_derivative,
             parameters={0: ("h", checkered_by_offset)},
+            second_derivatives={},
         )
     )
 

@@ -26,7 +26,9 @@ from .mutations_one_walk import MUTATIONS as ONE_WALK_MUTATIONS
 from .mutations_pieces import MUTATIONS as PIECES_MUTATIONS
 from .mutations_planner import MUTATIONS as PLANNER_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
+from .mutations_reference import MUTATIONS as REFERENCE_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
+from .mutations_second import MUTATIONS as SECOND_MUTATIONS
 from .mutations_sharded import MUTATIONS as SHARDED_MUTATIONS
 from .mutations_show import MUTATIONS as SHOW_MUTATIONS
 from .mutations_space import MUTATIONS as SPACE_MUTATIONS
@@ -399,7 +401,7 @@ MUTATIONS = (
              tests("repr", "what_holds_no_tensor_can_be_evaluated[Causal()]")),
     Mutation("checks: gradient of a bias silently lost", REQUEST,
              "or any([tensor.requires_grad for _, tensor in self.other_tensors])", "or False",
-             tests("transforms", "second_order_raises[eager-bias]")),
+             tests("transforms", "second_order_of_one_tensor[bias]")),
     *BACKWARD_MUTATIONS,
     *COMPAT_MUTATIONS,
     *CONTEXT_PARALLEL_MUTATIONS,
@@ -417,7 +419,9 @@ MUTATIONS = (
     *PIECES_MUTATIONS,
     *PLANNER_MUTATIONS,
     *POSITIONS_MUTATIONS,
+    *REFERENCE_MUTATIONS,
     *ROWS_MUTATIONS,
+    *SECOND_MUTATIONS,
     *SHARDED_MUTATIONS,
     *SHOW_MUTATIONS,
     *SPACE_MUTATIONS,

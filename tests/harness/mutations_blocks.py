@@ -80,7 +80,7 @@ MUTATIONS = (
              "lists = list_keys(call, tile, count, call.is_grouped)", "lists = ()",
              STEPS),
     Mutation("blocks: one walk where any order will do", PASSES,
-             "choose_walks(q, shape, in_order or has_holes)", "choose_walks(q, shape, in_order)",
+             "in_order or request.has_holes", "in_order",
              TWO_WALKS),
     Mutation("place: a part asks about its own keys", PLACE,
              "first, last = kv_first + origin[3], kv_last + origin[3]", "first, last = kv_first, kv_last",

@@ -36,6 +36,7 @@ from tilewise.tools.compiled.compiler import (
 )
 from tilewise.tools.compiled.variants import (
     DTYPES,
+    SECOND,
     backward_variant,
     forward_variant,
     hopper_backward_variant,
@@ -43,8 +44,10 @@ from tilewise.tools.compiled.variants import (
     launch,
     launch_backward,
     launch_gradients,
+    launch_second,
     one_walk_variant,
     plain_inputs,
+    second_variant,
     target_tiles,
 )
 from tilewise.tools.inspect.inspect import DIMS
@@ -137,6 +140,7 @@ SHIPPED = {
     "copied_variants": COPYING_TARGETS,
     "feature_variants": TARGETS,
     "backward_feature_variants": TARGETS,
+    "second_variants": TARGETS,
 }
 # What every run compiles for every target, and what it always compiles for Hopper: the rows that most calls
 # take, and one of each kind that a test has something to say of. The backward at 64 is among the oldest's.
@@ -281,6 +285,23 @@ def backward_feature_variants() -> list[Variant]:
         variant = feature_variant(COMBINATIONS[i], i, in_one)
         found.append(dataclasses.replace(variant, kernels=("dqkv_kernel", "finish_dq_kernel")))
     return [*found, part_variant(True), listed_variant(launch_backward)]
+
+
+def second_variants() -> list[Variant]:
+    """Tangents of forward and backward: where the tiles change, and with features."""
+    plain = [
+        second_variant(dtype, dim, "causal") for dtype, dim in (("bf16", 64), ("bf16", 128), ("fp32", 64))
+    ]
+    features = feature_variant(COMBINATIONS[1], 1, launch_second)
+    return [*plain, pieces_second_variant(576, 512), features]
+
+
+def pieces_second_variant(dim: int, value_dim: int) -> Variant:
+    def run() -> None:
+        q, k, v = plain_inputs("bf16", dim)
+        launch_second(q, k, v[..., :value_dim])
+
+    return Variant(f"bf16 {dim}x{value_dim}", run, SECOND)
 
 
 def backward_variants() -> list[Variant]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from harness.drawn import EVERYTHING, FEATURES, Draw, close, inputs_of, options_of
+from harness.drawn import EVERYTHING, FEATURES, Draw, close, inputs_of, of_two, options_of
 from harness.exact import F64, column
 from tilewise_reference import attention, cases, dropout_keep, gradients, masks, scores, second, tangent
 
@@ -269,13 +269,18 @@ class TestUnseenRowsNeverLeak:
     def test_from_scores_of_pairs_that_do_not_count(self, junk, features):
         draw = Draw(6, 2, 5, 7)
         options = options_of(draw, features) | {"mask": self.keep}
-        options["score"] = [scores.additive_bias(torch.where(self.keep, 1.0, junk)), scores.softcap(2.0)]
+        by_key = draw.randn(7).detach()
+        by_key[3] = junk  # and so is every derivative of the first score
+        bias = torch.where(self.keep, 1.0, junk)
+        options["score"] = [
+            of_two(draw.randn(6), by_key), scores.additive_bias(bias), scores.softcap(2.0)
+        ]  # fmt: skip
         tangents = tangents_of(draw, options)
         tangents[-1] = torch.where(self.keep, 1.0, junk)
         given = options | along(options, tangents)
         found = second(*draw.qkv, torch.ones(2, 6, 5, 4), torch.ones(2, 6, 5), **given)
         assert all(t.isfinite().all() for t in (*tangent(*draw.qkv, **given), *flat(found)))
-        assert found.scores[0][0][~self.keep].eq(0).all()
+        assert found.scores[0][1][3].eq(0).all() and found.scores[1][0][~self.keep].eq(0).all()
 
 
 def test_row_of_minus_infinity_does_not_move():

@@ -34,21 +34,13 @@ def is_cosine(request: Request) -> bool:
 
 def as_dots(request: Request) -> Dots:
     """The same call, of unit rows in fp32. A scale and a temperature are its first modifiers."""
-    similarity, place = request.similarity, request.place
+    similarity = request.similarity
     factors: dict[str, float | Tensor] = {}
     if request.scale is not None:
         factors["scale"] = request.scale
     if isinstance(similarity, Cosine):
         factors["temperature"] = similarity.temperature
-        if (
-            isinstance(similarity.temperature, Tensor)
-            and place is not None
-            and place.q_heads != request.q.shape[1]
-        ):
-            raise NotImplementedError(
-                f"temperature {tuple(similarity.temperature.shape)}, one a head, has no second derivative"
-                f" where {request.q.shape[1]} of {place.q_heads} heads are here: give a number or impl='torch'"
-            )
+        refuse_part(similarity.temperature, request)
     scores = tuple([Scale(name, factor) for name, factor in factors.items()])
     q, k = unit_rows(request.q), unit_rows(request.k)
     dots = replace(
@@ -67,6 +59,16 @@ def as_dots(request: Request) -> Dots:
 def unit_rows(x: Tensor) -> Tensor:
     x = x.float()
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPSILON.value)
+
+
+def refuse_part(temperature: float | Tensor, request: Request) -> None:
+    """Raise where the call has some of the heads that masks and scores count, and a temperature for each."""
+    place, heads = request.place, request.q.shape[1]
+    if isinstance(temperature, Tensor) and place is not None and place.q_heads != heads:
+        raise NotImplementedError(
+            f"temperature {tuple(temperature.shape)}, one a head, has no second derivative where {heads} of "
+            f"{place.q_heads} heads are here: give a number, or impl='torch'"
+        )
 
 
 def in_places(dots: Dots, given: Sequence[T]) -> list[T]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..kernels.prepare import prepare
 from ..kernels.tangents.call import SecondCall, TangentCall
 from ..kernels.tangents.forward import launch_tangent
 from ..kernels.tangents.keys import launch_keys
 from ..kernels.tangents.parameters import second_parameter_gradient
 from ..kernels.tangents.rows import launch_rows
+from ..kernels.tangents.sums import launch_sums
 from ..kernels.tile import Tile
 from ..parts.place import ask_read, ask_score, moved
 from ..parts.scores.score import STATE, Parameter
@@ -27,7 +27,7 @@ from .passes import (
     sink_weights,
 )
 from .request import Request
-from .tiles import Pass, choose_tile, square_tile, tangent_tile, twice_as_wide, widest
+from .tangent_tiles import choose_tangent_tile, square_tangent_tile
 
 Tensor = torch.Tensor
 Tangents = Sequence[Tensor | None]  # of q, k, v and `Request.other_tensors`; None: it does not move
@@ -48,42 +48,40 @@ def run_tangent(request: Request, statistics: Tensor, tangents: Tangents) -> tup
     if sink is not None and request.sink is not None:
         mean = sink_weights(request.sink, tangent.row_max, tangent.sum_log2) * sink.float()[:, None]
     out = empty_in_order_of(request.q, shape.value_dim)
-    launch_tangent(tangent, out, mean, sink is not None, tile_of(request, "dq"))
+    launch_tangent(tangent, out, mean, sink is not None, choose_tangent_tile(request.q, request.shape, "dq"))
     return out, mean
 
 
 def run_second(
     request: Request,
-    out: Tensor,
     statistics: Tensor,
     do: Tensor,
     dlse: Tensor | None,
     tangents: Tangents,
-    out_tangent: Tensor,
     mean: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The tangents of the gradients of those of (q, k, v, *other tensors) that `needs` names, in order and in
-    their dtype, where do and dlse stand still; out_tangent and mean are those of `run_tangent`."""
+    their dtype, where do and dlse stand still; mean is the tangent of lse."""
     refuse_unknown_seconds(request)
     if is_cosine(request):
         return cosine_second(request, do, dlse, tangents, needs)
     q, k, v, shape = request.q, request.k, request.v, request.shape
     tangent = tangent_call(request, statistics, tangents)
-    given = request, tangent, out, statistics, do, dlse, out_tangent, mean
-    tile = tile_of(request, "dkv")
-    second = second_call(*given, tile.tile_q)
+    dlse, mean = None if dlse is None else dlse.contiguous(), mean.contiguous()
+    tile = choose_tangent_tile(q, shape, "dkv")
+    second = second_call(request, tangent, do, dlse, mean, tile)
     grads: dict[int, Tensor] = {}
     if needs[0]:
         grads[0] = empty_in_order_of(q, shape.head_dim)
-        launch_rows(second, grads[0], tile_of(request, "dq"))
+        launch_rows(second, grads[0], choose_tangent_tile(request.q, request.shape, "dq"))
     if needs[1] or needs[2]:
         grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
         launch_keys(second, grads[1], grads[2], tile)
     others, slots = request.other_tensors, named_slots(request)
-    square = square_tile(tile, 2 * widest(shape))
+    square = square_tangent_tile(tile)
     if square.tile_q != tile.tile_q and any(needs[3 + slot] for slot, *_ in slots):
-        second = second_call(*given, square.tile_q)
+        second = second_call(request, tangent, do, dlse, mean, square)
     for slot, modifier, name, parameter in slots:
         if needs[3 + slot]:
             tensor = others[slot][1]
@@ -92,11 +90,6 @@ def run_second(
         if name == "sink" and needs[3 + slot]:
             grads[3 + slot] = second_of_sink(tensor, second, tangents[3 + slot]).to(tensor.dtype)
     return [grads[i] for i, needed in enumerate(needs) if needed]
-
-
-def tile_of(request: Request, work: Pass) -> Tile:
-    shape = request.shape
-    return tangent_tile(choose_tile(request.q, twice_as_wide(shape), work), shape, work)
 
 
 def tangent_call(request: Request, statistics: Tensor, tangents: Tangents) -> TangentCall:
@@ -124,26 +117,14 @@ def parameters_that_move(request: Request, tangents: Tangents) -> Iterator[Movin
 
 
 def second_call(
-    request: Request,
-    tangent: TangentCall,
-    out: Tensor,
-    statistics: Tensor,
-    do: Tensor,
-    dlse: Tensor | None,
-    out_tangent: Tensor,
-    mean: Tensor,
-    tile_q: int,
+    request: Request, tangent: TangentCall, do: Tensor, dlse: Tensor | None, mean: Tensor, tile: Tile
 ) -> SecondCall:
-    """delta and its tangent, deltȧ = Σ_d dO · Ȯ, and the ranges of tiles of tile_q rows."""
-    dlse = None if dlse is None else dlse.contiguous()
-    backward = prepare(tangent.call, out, statistics.contiguous(), do, dlse, tile_q)
-    moved_backward = prepare(tangent.call, out_tangent, statistics.contiguous(), do, None, tile_q)
+    """With ranges of tiles of tile.tile_q rows."""
+    delta, delta_dot, ranges = launch_sums(tangent, do, dlse, mean, tile)
     seconds = []
     for modifier, score in enumerate(request.chain):
         seconds += placed(request, modifier, seconds_by(STATE, score.seconds(), modifier, tangent.moving))
-    return SecondCall(
-        tangent, do, mean.contiguous(), backward.delta, moved_backward.delta, backward.ranges, tuple(seconds)
-    )
+    return SecondCall(tangent, do, mean, delta, delta_dot, ranges, tuple(seconds))
 
 
 def placed(request: Request, modifier: int, seconds: list[Second]) -> list[Second]:
@@ -203,8 +184,8 @@ def cosine_second(
     own_needs = [*needs[:3], *in_places(dots, needs[3:])]
     rows_need = [*needs[:2], *[False] * (len(needs) - 2)]
     first = iter(run_backward(dots.request, out, statistics, do, dlse, rows_need))
-    moved_results = run_tangent(dots.request, statistics, u)
-    found = iter(run_second(dots.request, out, statistics, do, dlse, u, *moved_results, own_needs))
+    _, mean = run_tangent(dots.request, statistics, u)
+    found = iter(run_second(dots.request, statistics, do, dlse, u, mean, own_needs))
     grads = {i: next(found) for i, needed in enumerate(own_needs) if needed}
     results = [grads.get(i) for i in (0, 1, 2, *[3 + place for place in dots.places])]
     for i, x in enumerate((request.q, request.k)):

@@ -145,7 +145,6 @@ def use_walks(walks: int) -> Iterator[None]:
 # Where the static model (`tilewise.tools.rank`) finds one walk of the shipped tiles faster than two at every
 # length, if its programs may add to dQ in any order. In turns it finds that for long calls at 64, but not
 # beside two walks of the tiles that it ranks first (docs/backward.md). No GPU has timed any of them.
-MOST_COLUMNS = 576  # of a head_dim: the widest rows of the table
 ONE_WALK = {("sm_90", 2, 64)}
 
 
@@ -228,19 +227,6 @@ def device_row(device: torch.device, element_bytes: int, dim: int, work: Pass) -
     if row is not None:
         return row.tile, f"your table ({table.path})"
     return table_tile(arch, element_bytes, dim, work), "shipped table"
-
-
-def twice_as_wide(shape: Shape) -> Shape:
-    """The call by whose tiles tangents are computed: programs hold, and walk over, twice as many columns."""
-    columns = min(2 * widest(shape), MOST_COLUMNS)
-    return shape._replace(head_dim=columns, value_dim=columns)
-
-
-def tangent_tile(tile: Tile, shape: Shape, work: Pass) -> Tile:
-    """The tile for the tangents of a pass, from that of the call that is twice as wide."""
-    if work in _forced or INTERPRETED or 2 * widest(shape) <= MOST_COLUMNS:
-        return tile
-    return replace(tile, tile_q=NARROWEST, tile_kv=NARROWEST, num_stages=1)
 
 
 def square_tile(tile: Tile, dim: int) -> Tile:

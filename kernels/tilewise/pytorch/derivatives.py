@@ -118,9 +118,7 @@ class Backward(torch.autograd.Function):
             return (None,) * (3 + len(saved))
         out, lse = Tangent.apply(ctx.words, *saved, *u)
         _, needs_do, needs_dlse, *needs = ctx.needs_input_grad
-        dq, dk, dv, *others = seconds(
-            ctx.words, without_results(needs), do, dlse, *saved, u=u, moved=(out, lse)
-        )
+        dq, dk, dv, *others = seconds(ctx.words, without_results(needs), do, dlse, lse, *saved, u=u)
         d_out, d_lse = out if needs_do else None, lse if needs_dlse else None
         return None, d_out, d_lse, dq, dk, dv, None, None, *others
 
@@ -130,10 +128,8 @@ class Backward(torch.autograd.Function):
         u = [q, k, v, *moves[2:]]
         found: list[Any] = [None] * sum(ctx.needs)
         if any([x is not None for x in u]):
-            moved = Tangent.apply(ctx.words, *saved, *u)
-            found = [
-                x for x in seconds(ctx.words, ctx.needs, do, dlse, *saved, u=u, moved=moved) if x is not None
-            ]
+            _, lse = Tangent.apply(ctx.words, *saved, *u)
+            found = [x for x in seconds(ctx.words, ctx.needs, do, dlse, lse, *saved, u=u) if x is not None]
         if do_dot is not None or dlse_dot is not None:
             more = [x for x in gradients(ctx.words, ctx.needs, do_dot, dlse_dot, *saved) if x is not None]
             found = [b if a is None else a + b for a, b in zip(found, more, strict=True)]
@@ -162,18 +158,18 @@ class Tangent(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.words = inputs[0]
-        ctx.save_for_backward(*inputs[1:], *output)
+        ctx.save_for_backward(*inputs[1:], output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
-        *given, out, lse = ctx.saved_tensors
+        *given, lse = ctx.saved_tensors
         saved, u = apart(given)
         needs, needs_u = apart(ctx.needs_input_grad[1:])
         if do is None and dlse is None:
             return (None,) * (1 + len(given))
-        do = torch.zeros_like(out) if do is None else do
-        of_x = seconds(ctx.words, without_results(needs), do, dlse, *saved, u=u, moved=(out, lse))
+        do = torch.zeros_like(saved[3]) if do is None else do
+        of_x = seconds(ctx.words, without_results(needs), do, dlse, lse, *saved, u=u)
         of_u = gradients(ctx.words, needs_u, do, dlse, *saved)
         return None, *of_x[:3], None, None, *of_x[3:], *of_u
 
@@ -193,13 +189,13 @@ def apart(given: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def seconds(
-    words: Words, needs: Sequence[bool], do: Tensor, dlse: Tensor | None, *saved: Tensor, u: Sequence[Any],
-    moved: tuple[Tensor, Tensor],
+    words: Words, needs: Sequence[bool], do: Tensor, dlse: Tensor | None, lse_tangent: Tensor, *saved: Tensor,
+    u: Sequence[Any],
 ) -> list[Tensor | None]:  # fmt: skip
-    """As `gradients`: those in x of <do, Ȯ> + <dlse, lsė> along u; moved: these two."""
+    """As `gradients`: those in x of <do, Ȯ> + <dlse, lsė>, where x moves along u, and lse by lse_tangent."""
     if not any(needs):
         return [None] * len(needs)
-    found = iter(Second.apply((*words, list(needs)), do, dlse, *moved, *saved, *u))
+    found = iter(Second.apply((*words, list(needs)), do, dlse, lse_tangent, *saved, *u))
     return [next(found) if needed else None for needed in needs]
 
 
@@ -207,14 +203,12 @@ class Second(torch.autograd.Function):
     """What `seconds` gives of those that are needed."""
 
     @staticmethod
-    def forward(
-        words: Words, do: Tensor, dlse: Tensor | None, out_tangent: Tensor, mean: Tensor, *given: Any
-    ) -> Any:
+    def forward(words: Words, do: Tensor, dlse: Tensor | None, lse_tangent: Tensor, *given: Any) -> Any:
         saved, u = apart(given)
-        *words, needs = words  # type: ignore[assignment]
-        moved = out_tangent, mean
+        q, k, v, _, statistics, *tensors = saved
+        words, needs = words[:-1], words[-1]
         return tuple(
-            below_autograd("second", do, dlse, *saved[:5], list(saved[5:]), *words, u, *moved, needs)
+            below_autograd("second", do, dlse, q, k, v, statistics, tensors, *words, u, lse_tangent, needs)
         )
 
     @staticmethod
@@ -234,10 +228,19 @@ class Second(torch.autograd.Function):
         return mapped.second(Second, info.batch_size, dims, words, *given)
 
 
-# ---- The ops' own autograd, for who calls them by name: all that function transforms do not see
+# ---- The ops' own autograd, for who calls them by name, as compiled graphs do; function transforms do not
+# see it
+
+
+COMPILED = (
+    "torch.func transforms of tilewise.attention inside torch.compile are not there: transform without "
+    "torch.compile, or give impl='torch'"
+)
 
 
 def forward_autograd(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], *words: Any) -> Any:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(COMPILED)
     return Forward.apply(q, k, v, words, *tensors)
 
 

@@ -60,16 +60,16 @@ def tangent(function: Any, size: int, dims: Dims, words: Words, *given: Any) -> 
 
 
 def second(function: Any, size: int, dims: Dims, words: Words, *given: Any) -> Any:
-    """given: do, dlse, the tangents of out and lse, what was saved, and tangents."""
+    """given: do, dlse, the tangent of lse, what was saved, and tangents."""
     words, needs = words[:-1], words[-1]
     if any(needs[:3]) and any(needs[3:]):
         return in_two(second, function, size, dims, words, needs, given)
-    count = (len(given) - 4 + 2) // 2
-    arrived, saved, u = given[:4], given[4 : 4 + count], given[4 + count :]
-    saved_dims, u_dims = dims[5 : 5 + count], dims[5 + count :]
+    count = (len(given) - 3 + 2) // 2
+    arrived, saved, u = given[:3], given[3 : 3 + count], given[3 + count :]
+    saved_dims, u_dims = dims[4 : 4 + count], dims[4 + count :]
     if any(needs[3:]) or any_mapped(u_dims[3:]) or not saved_can_fold(saved_dims, words, saved):
         return one_by_one(function, size, dims, ((*words, needs), *given))
-    arrived = tuple([folded(x, dim, size) for x, dim in zip(arrived, dims[1:5], strict=True)])
+    arrived = tuple([folded(x, dim, size) for x, dim in zip(arrived, dims[1:4], strict=True)])
     words, *saved = folded_saved(saved_dims, size, words, saved)
     u = (*[folded(x, dim, size) for x, dim in zip(u[:3], u_dims, strict=False)], *u[3:])
     return all_unfolded(function.apply((*words, needs), *arrived, *saved, *u), size)

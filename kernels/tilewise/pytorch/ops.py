@@ -42,9 +42,8 @@ library.define(
     "-> (Tensor out, Tensor lse)"
 )
 library.define(
-    "attention_second(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor statistics, {REQUEST}, Tensor?[] tangents, Tensor out_tangent, Tensor mean, bool[] needs) "
-    "-> Tensor[]"
+    "attention_second(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor statistics, "
+    f"{REQUEST}, Tensor?[] tangents, Tensor mean, bool[] needs) -> Tensor[]"
 )
 
 
@@ -116,20 +115,20 @@ def tangent_shapes(q: Tensor, k: Tensor, v: Tensor, *request: Any) -> tuple[Tens
 
 
 def second(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, statistics: Tensor,
     tensors: list[Tensor], ints: list[int], floats: list[float], spec: str, tangents: list[Tensor | None],
-    out_tangent: Tensor, mean: Tensor, needs: list[bool],
+    mean: Tensor, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     request = decode(q, k, v, Encoded(tensors, ints, floats, spec))
-    return run_second(request, out, statistics, do, dlse, tangents, out_tangent, mean, needs)
+    return run_second(request, statistics, do, dlse, tangents, mean, needs)
 
 
 def second_shapes(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, statistics: Tensor,
     tensors: list[Tensor], ints: list[int], floats: list[float], spec: str, tangents: list[Tensor | None],
-    out_tangent: Tensor, mean: Tensor, needs: list[bool],
+    mean: Tensor, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    return backward_shapes(do, dlse, q, k, v, out, statistics, tensors, ints, floats, spec, needs)
+    return backward_shapes(do, dlse, q, k, v, do, statistics, tensors, ints, floats, spec, needs)
 
 
 OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

@@ -23,7 +23,8 @@ from .mask import BoundMask, Mask, Twin
 @triton.jit
 def blocks_interval(q_idx, batch, head, args):
     hull_ptr, strides = args[1]  # [.., q_blocks, 3]: first block, last block + 1, whether all between count
-    (block_q, block_kv), limits = args[3], args[4]
+    block_q, block_kv = args[3]
+    limits = args[4]
     q_block = q_idx // block_q
     ptrs = hull_ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
     ptrs += q_block.to(tl.int64) * strides[2]
@@ -34,7 +35,8 @@ def blocks_interval(q_idx, batch, head, args):
 @triton.jit
 def blocks_keep(q_idx, kv_idx, batch, head, args):
     pattern_ptr, strides = args[0]  # [.., q_blocks, kv_blocks], dense: 32 bits are enough for a row's blocks
-    (block_q, block_kv), limits = args[3], args[4]
+    block_q, block_kv = args[3]
+    limits = args[4]
     q_block, kv_block = q_idx // block_q, kv_idx // block_kv
     ptrs = pattern_ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
     ptrs = ptrs + q_block.to(tl.int64) * strides[2] + kv_block
@@ -44,7 +46,8 @@ def blocks_keep(q_idx, kv_idx, batch, head, args):
 @triton.jit
 def blocks_coverage(q_idx, kv_first, kv_last, batch, head, args):
     count_ptr, strides = args[2]  # [.., q_blocks, kv_blocks + 1]: how many blocks of a row count before each
-    (block_q, block_kv), limits, kv_blocks = args[3], args[4], args[5]
+    block_q, block_kv = args[3]
+    limits, kv_blocks = args[4], args[5]
     q_block, first, stop = q_idx // block_q, kv_first // block_kv, kv_last // block_kv + 1
     ptrs = count_ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
     ptrs = ptrs + q_block.to(tl.int64) * strides[2]

@@ -26,12 +26,13 @@ from ...plan.derivatives import run_second, run_tangent
 from ...plan.passes import parameter_slots, run_backward, run_forward
 from ...plan.request import Request, request_of
 from ...plan.rules import hopper as hopper_rules
+from ...plan.tangent_tiles import arch_tangent_tile
 from ..inputs import case_inputs
 from .compiler import HOPPER_BACKWARD, ONE_WALK, Variant
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MASKS = {"causal": Causal(), "full": None}
-SECOND = ("tangent_kernel", "rows_kernel", "keys_kernel", "second_parameter_kernel")
+SECOND = ("tangent_kernel", "sums_kernel", "rows_kernel", "keys_kernel", "second_parameter_kernel")
 KERNELS = ("forward", "hopper", "dkv", "dq", "dqkv", "hopper_backward")
 LENGTH, Q_HEADS, KV_HEADS = 512, 4, 2  # no kernel is another for longer sequences or other heads
 
@@ -49,9 +50,13 @@ def target_tiles() -> Iterator[None]:
     def choose(q: torch.Tensor, shape: Shape, work: Any) -> Tile:
         return tiles.arch_choice(target_name(), q.element_size(), shape, work)[0]
 
-    with contextlib.ExitStack() as patched:
-        for module in ("passes", "derivatives"):
-            patched.enter_context(mock.patch(f"tilewise.plan.{module}.choose_tile", choose))
+    def choose_tangent(q: torch.Tensor, shape: Shape, work: Any) -> Tile:
+        return arch_tangent_tile(target_name(), q.element_size(), shape, work)
+
+    with (
+        mock.patch("tilewise.plan.passes.choose_tile", choose),
+        mock.patch("tilewise.plan.derivatives.choose_tangent_tile", choose_tangent),
+    ):
         yield
 
 
@@ -98,8 +103,8 @@ def launch_second(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: An
     needs = [True] * 3 + [slot in slots for slot in range(len(others))]
     tangents = [x if needed else None for x, needed in zip((q, k, v, *others), needs, strict=True)]
     with target_tiles():
-        moved = run_tangent(request, statistics, tangents)
-        run_second(request, out, statistics, out, dlse, tangents, *moved, needs)
+        run_tangent(request, statistics, tangents)
+        run_second(request, statistics, out, dlse, tangents, dlse, needs)
 
 
 def plain_inputs(

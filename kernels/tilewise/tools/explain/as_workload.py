@@ -49,6 +49,7 @@ def as_workload(
         of_derivatives=softcaps,
         is_hopper=is_hopper,
         walks=walks_of(request, chip, on_its_gpu),
+        has_holes=request.has_holes,
         is_hopper_backward=is_hopper and request.impl == "hopper" and not any(backward_rules(request)),
     )
 
@@ -60,7 +61,7 @@ def backward_rules(request: Request) -> Iterator[str]:
 
 def walks_of(request: Request, chip: Chip, on_its_gpu: bool) -> int:
     """In how many walks the portable backward makes dQ, dK and dV: all three are asked for."""
-    in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
+    in_order = request.deterministic or torch.are_deterministic_algorithms_enabled() or request.has_holes
     if on_its_gpu and not INTERPRETED:
         return choose_walks(request.q, request.shape, in_order)
     return arch_walks(chip.arch, request.q.element_size(), request.shape, in_order)
