@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from harness.counted import Counted
 from harness.gradients import check_gradients
 from harness.oracle import check
 from harness.problem import run
-from harness.replays import launches_of, no_long_way, repeating, replays, results, same
+from harness.replays import launches_of, no_long_way, nothing_runs, repeating, replays, results, same
 from tilewise.kernels.call import programs
-from tilewise.kernels.coverage import list_keys, list_rows
+from tilewise.kernels.coverage import TOGETHER, list_keys, list_rows
 from tilewise.kernels.forward import rows_programs
 from tilewise.kernels.tile import Tile
+from tilewise.parts.place import Place
 from tilewise.plan import tiles
 from tilewise.plan.bind import bind
 from tilewise.plan.look import look
@@ -101,24 +103,45 @@ def assert_says(lists: tuple[Tensor, int], states: list[Tensor]) -> None:
 @pytest.mark.parametrize("block", [(16, 32), (5, 7), (20, 16)], ids=str)
 def test_lists_are_those_of_brute_force(block, device):
     """Of dense calls and of packed ones: blocks that match the tiles, and that do not."""
-    tile, heads = Tile(16, 32), 4
-    sizes = 2, heads, -(-45 // block[0]), -(-96 // block[1])
+    tile, heads, q_len, kv_len = Tile(16, 32), 4, 45, 96
+    sizes = 2, heads, -(-q_len // block[0]), -(-kv_len // block[1])
     pattern = patchy(device, *sizes) if block == (5, 7) else drawn(device, *sizes)
     mask = tilewise.Blocks(pattern, block)
-    for lengths in (None, [(45, 96), (0, 9)]):
+    for lengths in (None, [(q_len, kv_len), (0, 9)]):
         if lengths is None:
-            request = request_of(*qkv(device, 2, heads, 2, 45, 96), mask=mask)
+            request = request_of(*qkv(device, 2, heads, 2, q_len, kv_len), mask=mask)
         else:  # two rows, and three keys, are of no sequence
-            offsets = torch.tensor([2, 47, 47]), torch.tensor([0, 96, 105])
-            q, k, v = (torch.randn(n, h, 16, device=device) for n, h in ((47, heads), (108, 2), (108, 2)))
+            offsets = torch.tensor([2, q_len, 0]).cumsum(0), torch.tensor([0, kv_len, 9]).cumsum(0)
+            tokens = (q_len + 2, heads), (kv_len + 12, 2), (kv_len + 12, 2)
+            q, k, v = (torch.randn(*each, 16, device=device) for each in tokens)
             q_offsets, kv_offsets = (each.to(device) for each in offsets)
             request = request_of(q, k, v, mask=mask, q_offsets=q_offsets, kv_offsets=kv_offsets)
-        keeps = kept(mask, heads, lengths or [(45, 96)] * 2)
+        keeps = kept(mask, heads, lengths or [(q_len, kv_len)] * 2)
         call = bind(request)
         count = programs(call.shape, call.shape.q_len, tile.tile_q, heads)
         assert_says(list_keys(call, tile, count), [tiles_of(keep, tile, False) for keep in keeps])
         by_rows = [tiles_of(keep, tile, True).transpose(-1, -2) for keep in keeps if keep.shape[1]]
         assert_says(list_rows(call, tile), by_rows)
+
+
+def test_lists_of_more_tiles_than_are_asked_about_at_a_time(device):
+    tile, (q_len, kv_len) = Tile(16, 16), (270, 300)
+    mask = tilewise.Blocks(patchy(device, 1, 1, 54, 43), (5, 7))
+    call = bind(request_of(*qkv(device, 1, 1, 1, q_len, kv_len), mask=mask))
+    assert min(q_len, kv_len) > TOGETHER * 16
+    (keep,) = kept(mask, 1, [(q_len, kv_len)])
+    assert_says(list_keys(call, tile, 17), [tiles_of(keep, tile, False)])
+    assert_says(list_rows(call, tile), [tiles_of(keep, tile, True).transpose(-1, -2)])
+
+
+def test_a_part_asks_about_the_keys_of_the_whole(device):
+    tile, (q, k, v) = Tile(16, 16), qkv(device, 1, 2, 1, 96, 96)
+    mask = tilewise.Blocks(patchy(device, 1, 2, 48, 48), 2)
+    request = request_of(q, k, v, mask=mask)
+    place = Place(*request.shape[:5], first_row=30, first_key=25)
+    part = replace(request, q=q[:, :, 30:], k=k[:, :, 25:], v=v[:, :, 25:], place=place)
+    (keep,) = kept(mask, 2, [(96, 96)])
+    assert_says(list_keys(bind(part), tile, 10), [tiles_of(keep[:, 30:, 25:], tile, False)])
 
 
 def test_a_tile_of_a_group_has_one_list(device):
@@ -199,8 +222,10 @@ def test_with_other_features(features, device):
 
 def test_calls_with_holes_take_two_walks(device, monkeypatch):
     """In any order too, unless one is asked for. It goes by ranges, and gives the same gradients."""
-    pattern = drawn(device, 1, 1, 3, 3, share=0.6)
-    given = dict(mask=tilewise.Blocks(pattern, 16), deterministic=False)
+    torch.use_deterministic_algorithms(False)
+    of_all_rows, of_all_keys = torch.tensor([[True, False, True]], device=device), [[True], [False], [True]]
+    mask = tilewise.Blocks(of_all_rows, 16) & tilewise.Blocks(torch.tensor(of_all_keys, device=device), 16)
+    given = dict(mask=mask, deterministic=False)
     q, k, v = qkv(device, q_len=45, kv_len=45, trained=True)
     with tiles.use(Tile(16, 16)), tiles.use_walks(1):
         check_gradients(q, k, v, **given)
@@ -229,6 +254,25 @@ def test_another_pattern_takes_the_same_kernels(device):
             found = results(many)
         with repeating():
             same(found, results(many))
+
+
+def test_explain_counts_lists(device):
+    """Their memory is what is allocated; tiles are said to be at most so many, and walks to be two."""
+    torch.use_deterministic_algorithms(False)
+    q, k, v = (torch.empty(1, n, 4096, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2, 2))
+    mask = tilewise.Blocks(torch.ones(1, 1, 32, 32, dtype=torch.bool), 128)
+    found = tilewise.explain(q, k, v, mask=mask, gpu="H100", work="training", deterministic=False)
+    by_name = {kernel.name: kernel.tile for kernel in found.kernels}
+    assert "dkv" in by_name and not found.exact
+    assert any("Blocks" in note and "upper bounds" in note for note in found.notes)
+    request, sizes = request_of(q, k, v, mask=mask), []
+    with nothing_runs():
+        for name in ("forward", "dq"):
+            count = programs(request.shape, 4096, by_name[name].tile_q, 4)
+            sizes.append(list_keys(bind(request), by_name[name], count)[0].nbytes)
+        sizes.append(list_rows(bind(request), by_name["dkv"])[0].nbytes)
+    said = [each.bytes for each in found.memory if each.name == "lists of tiles"]
+    assert said == [sizes[0], max(sizes[1:])]
 
 
 # ---- What is refused

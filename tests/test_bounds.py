@@ -126,6 +126,12 @@ def test_an_interval_that_cannot_run_here_is_named(monkeypatch):
     assert not rows.whole.any() and torch.equal(rows.lo, rows_of([tilewise.Window(3, 3)], shape).lo)
 
 
+def test_tiles_that_the_device_lists_are_named():
+    mask = tilewise.Blocks(torch.ones(1, 3, dtype=torch.bool), 16)
+    rows = rows_of([mask], Shape(1, 1, 1, 40, 40, 16, 16))
+    assert "Blocks" in rows.unknown[0] and "leaves out" in rows.unknown[0]
+
+
 def test_tensors_without_contents_are_named():
     mask = tilewise.Padding(torch.empty(1, dtype=torch.int64, device="meta"))
     assert "no contents" in interval_of(mask, Shape(1, 1, 1, 4, 4, 16, 16))

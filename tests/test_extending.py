@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from test_data import masks_with_unseen_keys
 
 import tilewise
@@ -143,7 +145,8 @@ def test_a_mask_says_on_the_host_what_its_interval_says(name):
         request = request_of(*problem.tensors(), mask=mask)
         bounds = mask.bounds(request.shape)
         if bounds is None:
-            no_interval = mask.bind(request.shape).interval is None or name == "UserMask"
+            is_users = any(type(leaf) is tilewise.UserMask for leaf in mask.leaves())
+            no_interval = mask.bind(request.shape).interval is None or is_users
             assert no_interval, f"{name} has an interval and no bounds(): tools would count every tile"
             continue
         lo, hi, whole = (each.expand(request.shape.scores[:3])[..., None] for each in bounds)
@@ -168,6 +171,56 @@ def test_a_mask_without_gaps_leaves_none(name):
                 assert (starts <= 1).all(), f"{name}: rows {first}..{last} leave a gap: set has_gaps = True"
 
 
+@triton.jit
+def coverage_kernel(found_ptr, runs_ptr, given_ptr, q_len, args, COVERAGE: tl.constexpr, RUNS: tl.constexpr):
+    """What rows 0..15 of the given batch and head see of each run of keys, [16, RUNS]."""
+    batch, head, run = tl.load(given_ptr), tl.load(given_ptr + 1), tl.arange(0, RUNS)
+    row = tl.minimum(tl.arange(0, 16), q_len - 1)[:, None]
+    first, last = tl.load(runs_ptr + run)[None, :], tl.load(runs_ptr + RUNS + run)[None, :]
+    found = row * 0 + first * 0 + COVERAGE(row, first, last, batch, head, args)
+    tl.store(found_ptr + tl.arange(0, 16)[:, None] * RUNS + run[None, :], found)
+
+
+@pytest.mark.parametrize("name", sorted(MASKS))
+def test_coverage_says_what_the_twin_does(name):
+    """Of runs of keys: none and all for sure. Lists of tiles leave out what it says that nobody sees."""
+    for mask, problem in objects(name):
+        request = request_of(*problem.tensors(), mask=mask)
+        bound, keep = mask.bind(request.shape), kept_pairs(request)
+        if mask.has_holes:
+            assert bound.coverage is not None, (
+                f"{name}.has_holes, and bind() gives no coverage to skip them by"
+            )
+            assert mask.has_gaps, (
+                f"{name}.has_holes, so has_gaps must be True: keys in a hole are seen by none"
+            )
+        if bound.coverage is None:
+            continue
+        runs = torch.tensor([(a, b) for a in (0, 2, 5, 11) for b in (11, 12, 15, 16)], dtype=torch.int32).T
+        for batch in range(problem.batch):
+            for head in range(problem.q_heads):
+                given = torch.tensor([batch, head], dtype=torch.int32)
+                found = torch.full((16, 16), -1, dtype=torch.int32)
+                coverage_kernel[(1,)](
+                    found,
+                    runs.contiguous(),
+                    given,
+                    problem.q_len,
+                    bound.args,
+                    COVERAGE=bound.coverage,
+                    RUNS=16,
+                )
+                for i, (first, last) in enumerate(runs.T.tolist()):
+                    said, seen = found[: problem.q_len, i], keep[batch, head, :, first : last + 1]
+                    assert ((said == 0) <= ~seen.any(1)).all(), (
+                        f"{name}'s coverage leaves out keys that are seen"
+                    )
+                    assert ((said == 2) <= seen.all(1)).all(), (
+                        f"{name}'s coverage calls runs seen that are not"
+                    )
+                    assert said.min() >= 0 and said.max() <= 2
+
+
 @pytest.mark.parametrize("name", sorted(MASKS))
 def test_junk_in_keys_that_a_mask_hides_is_tried(name):
     tried = {type(part).__name__ for mask, _ in masks_with_unseen_keys(CPU).values() for part in mask.parts()}
@@ -187,6 +240,25 @@ def test_a_score_has_its_derivatives(name):
         floats = {key for key, tensor in score.tensors().items() if tensor.is_floating_point()}
         missing = floats - score.parameters(shape).keys()
         assert not missing, f"{name}.parameters() names no derivative by {sorted(missing)}"
+
+
+def test_the_oldest_triton_can_read_device_functions():
+    """It unpacks no tuple within a tuple. The interpreter, being Python, does, and so does a newer Triton."""
+    read = 0
+    for file in sorted((ROOT / "kernels" / "tilewise").rglob("*.py")):
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef) or not any(
+                ast.unparse(each) == "triton.jit" for each in function.decorator_list
+            ):
+                continue
+            read += 1
+            for node in ast.walk(function):
+                for target in node.targets if isinstance(node, ast.Assign) else []:
+                    nested = [each for each in getattr(target, "elts", []) if isinstance(each, ast.Tuple)]
+                    assert not nested, (
+                        f"{file.name}, line {node.lineno}: {ast.unparse(target)}: unpack it in two steps"
+                    )
+    assert read > 100
 
 
 # ---- A tile

@@ -9,12 +9,15 @@ from .cached import cached_attention
 from .drop_in import flash_impl as _flash_impl  # makes its name known to PyTorch
 from .joining import merge
 from .packed import check_offsets, packed_attention
+from .parts.masks.algebra import AnyOf, Not
+from .parts.masks.block_causal import BlockCausal
 from .parts.masks.blocks import Blocks
 from .parts.masks.causal import Causal
 from .parts.masks.dense import Dense
 from .parts.masks.documents import Documents
 from .parts.masks.intervals import Intervals
 from .parts.masks.mask import Mask
+from .parts.masks.neighborhood import Neighborhood
 from .parts.masks.padding import Padding
 from .parts.masks.prefix import Prefix
 from .parts.masks.user import UserMask
@@ -38,7 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALiBi",
+    "AnyOf",
     "Bias",
+    "BlockCausal",
     "Blocks",
     "Causal",
     "Cosine",
@@ -46,6 +51,8 @@ __all__ = [
     "Documents",
     "Intervals",
     "Mask",
+    "Neighborhood",
+    "Not",
     "Padding",
     "Prefix",
     "RelativePosition",

@@ -83,7 +83,7 @@ def attention(
     k:          [batch, kv_heads, kv_len, head_dim]; kv_heads divides q_heads (grouped queries,
                 arXiv 2305.13245). Any length may be 0.
     v:          [batch, kv_heads, kv_len, value_dim]. head_dim: 1 to 576; value_dim: 1 to 512.
-    mask:       a mask of tilewise (combine with `&`), a bool tensor that broadcasts to
+    mask:       a mask of tilewise (combine with `&`, `|`, `~`), a bool tensor that broadcasts to
                 [batch, q_heads, q_len, kv_len], True where the pair counts, or a `@triton.jit` keep function.
     bias:       float tensor that broadcasts to [batch, q_heads, q_len, kv_len]; fp64 only where q is.
     score:      a modifier of tilewise, a `@triton.jit` score function, or a sequence of these.

@@ -19,23 +19,25 @@ STEPS = tests("blocks", "empty_tiles_are_not_visited")
 WITH_DOCUMENTS = tests(
     "blocks", "with_other_features[grouped_heads-oblong_tile-causal-scattered_documents-bias]"
 )
+MANY = tests("blocks", "lists_of_more_tiles_than_are_asked_about_at_a_time")
+TWO_WALKS = tests("blocks", "calls_with_holes_take_two_walks")
 SHARED = tests("blocks", "a_list_is_shared_by_splits")
 
 # fmt: off
 MUTATIONS = (
     Mutation("blocks: a run of keys ends before its last block", BLOCKS,
              "kv_last // block_kv + 1", "(kv_last + 1) // block_kv",
-             LISTED),
+             MANY),
     Mutation("blocks: the rows of one head for all", BLOCKS,
              "    ptrs = count_ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]",
              "    ptrs = count_ptr + batch.to(tl.int64) * strides[0]",
              MATCHING),
     Mutation("blocks: a row that has all of its blocks but one is whole", BLOCKS,
              "stop - first == total[..., 0]", "stop - first <= total[..., 0] + 1",
-             tests("extending", "a_mask_says_on_the_host_what_its_interval_says[Blocks]")),
+             TWO_WALKS),
     Mutation("blocks: what is broadcast ends with its only block", BLOCKS,
              "FAR if n == 1 else n_side", "n_side",
-             SHARED),
+             TWO_WALKS),
     Mutation("lists: a tile is full if one of its rows sees it all", COVERAGE,
              "is_full = (tl.min(seen, 0) == 2)", "is_full = (tl.max(seen, 0) == 2)",
              LISTED),
@@ -52,7 +54,7 @@ MUTATIONS = (
     Mutation("lists: cut tiles of a chunk over those of the one before", COVERAGE,
              "return full + tl.sum(is_full.to(tl.int32)), cut + tl.sum(is_cut.to(tl.int32))",
              "return full + tl.sum(is_full.to(tl.int32)), tl.sum(is_cut.to(tl.int32))",
-             SHARED),
+             MANY),
     Mutation("lists: masks without coverage say nothing of full tiles", INTERVALS,
              "if COVERAGES is None or COVERAGES[i] is None:", "if COVERAGES is None:",
              WITH_DOCUMENTS + tests("blocks", "with_other_features[copied_tile-bool_mask]")),
@@ -78,9 +80,9 @@ MUTATIONS = (
              "lists = list_keys(call, tile, count, call.is_grouped)", "lists = ()",
              STEPS),
     Mutation("blocks: one walk where any order will do", PASSES,
-             "choose_walks(q, shape, in_order or has_holes)", "choose_walks(q, shape, in_order)",
-             tests("blocks", "calls_with_holes_take_two_walks")),
+             "in_order or request.has_holes", "in_order",
+             TWO_WALKS),
     Mutation("place: a part asks about its own keys", PLACE,
              "first, last = kv_first + origin[3], kv_last + origin[3]", "first, last = kv_first, kv_last",
-             tests("place", "parts_are_the_whole[intervals-blocks-user_score-portable]")),
+             tests("blocks", "a_part_asks_about_the_keys_of_the_whole")),
 )

@@ -210,6 +210,7 @@ COMBINATIONS = (
     ("packed_apart", "causal", "relative_position", "intervals"),
     ("causal_top_left", "causal_from_a_position", "scattered_documents", "strided_bias", "other_scale"),
     ("cosine", "packed_rows", "left_padding", "bool_mask", "sink"),
+    ("neighborhood", "block_causal", "either", "opposite"),
 )
 KINDS_AND_DIMS = (("bf16", (64, 64)), ("fp16", (40, 24)), ("bf16", (20, 80)))
 
@@ -276,9 +277,9 @@ def part_variant(backward: bool) -> Variant:
 
 
 def backward_feature_variants() -> list[Variant]:
-    """Every feature in the backward and in its parameters' gradients; the last two add nothing new there. In
-    one walk the first and the packed one: what they are told of is the same, and so is the code."""
-    found = [feature_variant(features, i, launch_backward) for i, features in enumerate(COMBINATIONS[:4])]
+    """Every feature in the backward and in its parameters' gradients; two rows add nothing new there. In one
+    walk the first and the packed one: what they are told of is the same, and so is the code."""
+    found = [feature_variant(COMBINATIONS[i], i, launch_backward) for i in (0, 1, 2, 3, 6)]
     in_one = functools.partial(launch_backward, walks=1)
     for i in (0, 3):
         variant = feature_variant(COMBINATIONS[i], i, in_one)

@@ -28,6 +28,6 @@ def bind(request: Request) -> Call:
         project=similarity.project,
         has_gaps=any([mask.has_gaps for mask in request.masks]),
         is_grouped=request.cache is not None,
-        has_holes=any([mask.has_holes for mask in request.masks]),
+        has_holes=request.has_holes,
         dropout=() if request.dropout is None else request.dropout.args(asked),
     )

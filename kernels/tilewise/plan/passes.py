@@ -109,8 +109,8 @@ def run_backward(
     in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
     has_all = needs[0] and (needs[1] or needs[2])
     in_hopper = has_all and backward_implementation(request) == "hopper"
-    has_holes = any([mask.has_holes for mask in request.masks])  # one walk adds by ranges, and visits them
-    in_one_walk = has_all and not in_hopper and choose_walks(q, shape, in_order or has_holes) == 1
+    is_in_two = in_order or request.has_holes  # one walk adds by ranges: it would visit the holes
+    in_one_walk = has_all and not in_hopper and choose_walks(q, shape, is_in_two) == 1
     tile = choose_tile(q, shape, "hopper_backward" if in_hopper else "dqkv" if in_one_walk else "dkv")
     # The kernels index statistics and dlse as dense arrays.
     dlse = None if dlse is None else dlse.contiguous()

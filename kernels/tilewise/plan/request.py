@@ -81,6 +81,11 @@ class Request:
         """Every modifier that acts on the dot products, in order."""
         return (*self.similarity_scores.scores, *self.scores)
 
+    @property
+    def has_holes(self) -> bool:
+        """Whether walks are over lists of tiles."""
+        return any([mask.has_holes for mask in self.masks])
+
     def qkv(self) -> dict[str, torch.Tensor]:
         return {"q": self.q, "k": self.k, "v": self.v}
 

@@ -23,7 +23,8 @@ from .mask import BoundMask, Mask, Twin
 @triton.jit
 def blocks_interval(q_idx, batch, head, args):
     hull_ptr, strides = args[1]  # [.., q_blocks, 3]: first block, last block + 1, whether all between count
-    (block_q, block_kv), limits = args[3], args[4]
+    block_q, block_kv = args[3]
+    limits = args[4]
     q_block = q_idx // block_q
     ptrs = hull_ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
     ptrs += q_block.to(tl.int64) * strides[2]
@@ -33,18 +34,20 @@ def blocks_interval(q_idx, batch, head, args):
 
 @triton.jit
 def blocks_keep(q_idx, kv_idx, batch, head, args):
-    pattern_ptr, strides = args[0]
-    (block_q, block_kv), limits = args[3], args[4]
+    pattern_ptr, strides = args[0]  # [.., q_blocks, kv_blocks], dense: 32 bits are enough for a row's blocks
+    block_q, block_kv = args[3]
+    limits = args[4]
     q_block, kv_block = q_idx // block_q, kv_idx // block_kv
     ptrs = pattern_ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    ptrs = ptrs + q_block.to(tl.int64) * strides[2] + kv_block.to(tl.int64) * strides[3]
+    ptrs = ptrs + q_block.to(tl.int64) * strides[2] + kv_block
     return load_pairs(ptrs, q_block, kv_block, limits, 0) != 0
 
 
 @triton.jit
 def blocks_coverage(q_idx, kv_first, kv_last, batch, head, args):
     count_ptr, strides = args[2]  # [.., q_blocks, kv_blocks + 1]: how many blocks of a row count before each
-    (block_q, block_kv), limits, kv_blocks = args[3], args[4], args[5]
+    block_q, block_kv = args[3]
+    limits, kv_blocks = args[4], args[5]
     q_block, first, stop = q_idx // block_q, kv_first // block_kv, kv_last // block_kv + 1
     ptrs = count_ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
     ptrs = ptrs + q_block.to(tl.int64) * strides[2]
@@ -84,7 +87,7 @@ class Blocks(Mask):
         sides = block if isinstance(block, (tuple, list)) else (block, block)
         if len(sides) != 2 or not all(type(side) is int and 1 <= side <= FAR for side in sides):
             raise ValueError(f"{block=} must be a number from 1 on, or a pair (block_q, block_kv) of them")
-        self.pattern, self.block = whole_of(pattern), (sides[0], sides[1])
+        self.pattern, self.block = whole_of(pattern).contiguous(), (sides[0], sides[1])
         self.hulls, self.counts = hulls_and_counts(self.pattern)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -134,7 +137,7 @@ def hulls_and_counts(pattern: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """pattern [.., q_blocks, kv_blocks] -> int32 [.., q_blocks, 3]: the first block of each row that counts,
     the last one + 1, and whether all between do; and [.., q_blocks, kv_blocks + 1]: how many count before
     each. No host synchronisation."""
-    counts = torch.nn.functional.pad(pattern.cumsum(-1, dtype=torch.int32), (1, 0))
+    counts = torch.nn.functional.pad(pattern.cumsum(-1, dtype=torch.int32), (1, 0)).contiguous()
     total = counts[..., -1:]
     stop = (counts < total).sum(-1)  # the place at which the last one is counted
     first = (counts == 0).sum(-1) - 1

@@ -49,6 +49,7 @@ def as_workload(
         of_derivatives=softcaps,
         is_hopper=is_hopper,
         walks=walks_of(request, chip, on_its_gpu),
+        has_holes=request.has_holes,
         is_hopper_backward=is_hopper and request.impl == "hopper" and not any(backward_rules(request)),
     )
 
@@ -60,7 +61,7 @@ def backward_rules(request: Request) -> Iterator[str]:
 
 def walks_of(request: Request, chip: Chip, on_its_gpu: bool) -> int:
     """In how many walks the portable backward makes dQ, dK and dV: all three are asked for."""
-    in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
+    in_order = request.deterministic or torch.are_deterministic_algorithms_enabled() or request.has_holes
     if on_its_gpu and not INTERPRETED:
         return choose_walks(request.q, request.shape, in_order)
     return arch_walks(chip.arch, request.q.element_size(), request.shape, in_order)
@@ -82,7 +83,8 @@ def tile_choices(q: torch.Tensor, shape: Shape, chip: Chip, on_its_gpu: bool) ->
 def extras(request: Request) -> Iterator[Extra]:
     """Every tensor besides q, k and v once, by the name of its argument."""
     seen: set[int] = set()
-    of_parts = {id(t): part for part in request.plugs for t in part.tensors().values()}
+    leaves = (leaf for part in request.plugs for leaf in part.leaves())
+    of_parts = {id(t): leaf for leaf in leaves for t in leaf.tensors().values()}
     for name, tensor in request.other_tensors:
         if id(tensor) not in seen:
             seen.add(id(tensor))
@@ -159,9 +161,9 @@ def notes(request: Request, work: Workload) -> Iterator[str]:
     if request.cache is not None and not has_contents(request.cache.kv_lens):
         yield "the lengths have no contents here: every sequence counts as one that fills its cache"
     for unknown in work.parts.unknown:
-        yield f"{unknown}; it counts as if every tile were visited and masked, so tiles are upper bounds"
+        yield f"{unknown}; tiles that it may leave out count as visited and masked: these are upper bounds"
     for name, masks in (("a bool mask", "Dense"), ("a keep function", "UserMask")):
-        if any(type(mask).__name__ == masks for mask in request.masks):
+        if any(type(leaf).__name__ == masks for mask in request.masks for leaf in mask.leaves()):
             yield f"{name} may leave out more pairs than are counted here; no tile is saved by that"
     if any(type(score).__name__ == "UserScore" for score in request.scores):
         yield "what a UserScore computes is not in the exponentials or FLOPs"

@@ -57,8 +57,9 @@ NOTHING = Coverage(0, 0, 0, 0)
 class Rows:
     """What all masks together say of the rows, [batch or 1, q_heads or 1, q_len]: `intersect_intervals`.
 
-    unknown: why each mask whose interval could not be evaluated counts as if it had none, so that the tiles
-    counted as visited are those at most, and as full those at least.
+    unknown: why each mask whose interval could not be evaluated counts as if it had none, and which others
+    leave out tiles inside their intervals: the tiles counted as visited are those at most, and as full those
+    at least.
     """
 
     lo: torch.Tensor
@@ -106,7 +107,7 @@ def interval_by(
     device = tensors[0].device if tensors else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if INTERPRETED or device.type == "cuda":
         return evaluate(bound, shape, torch.device("cpu") if INTERPRETED else device, sequences)
-    return f"{name}: its interval is a kernel's function, which cannot run here"
+    return f"{name}: its interval is a kernel's function, which cannot run here without TRITON_INTERPRET=1"
 
 
 def rows_of(masks: Iterable[Mask], shape: Shape, interval: Interval = interval_of) -> Rows:
@@ -119,6 +120,8 @@ def rows_of(masks: Iterable[Mask], shape: Shape, interval: Interval = interval_o
         if isinstance(found, Bounds):
             lo, hi = torch.maximum(lo, found.lo), torch.minimum(hi, found.hi)
             whole = whole & found.whole
+            if mask.has_holes:
+                unknown.append(f"{type(mask).__name__}: the device lists the tiles that it leaves out")
         else:
             whole = torch.zeros_like(whole)
             if found is not None:

@@ -86,7 +86,7 @@ class Parts:
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """Why each mask whose interval could not be evaluated counts as if it had none."""
+        """What is not known of masks, so that tiles are counted that they leave out."""
         return tuple(dict.fromkeys(reason for part in self.parts for reason in part.rows.unknown))
 
     def with_masks(self, masks: Iterable[Mask], shape: Shape) -> Parts:

@@ -93,6 +93,7 @@ class Workload:
     is_hopper: bool = False  # the forward is Hopper's
     walks: int = 2  # of the portable backward
     is_hopper_backward: bool = False  # the backward is Hopper's, as the forward
+    has_holes: bool = False  # walks are over lists of tiles
 
     @property
     def over_rows(self) -> Pass:

@@ -131,10 +131,7 @@ def in_words(shown: Shown) -> list[str]:
 
 def warnings(shown: Shown) -> list[str]:
     """What keeps the picture from being the kernels' own."""
-    found = [
-        f"{reason}: at most so many tiles are visited. With TRITON_INTERPRET=1 set, it runs here"
-        for reason in shown.unknown
-    ]
+    found = [f"{reason}: at most so many tiles are visited" for reason in shown.unknown]
     if shown.contradicted:
         found.append(
             f"the mask contradicts itself: of {shown.contradicted:,} pairs its twin says one thing and its "
