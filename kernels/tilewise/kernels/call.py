@@ -39,6 +39,23 @@ class Split(NamedTuple):
     size: int
 
 
+class RowStats(NamedTuple):
+    """Where the forward writes what else it knows of a row, each contiguous [.., q_heads, rows] or None:
+    statistics.py."""
+
+    entropy: torch.Tensor | None = None  # fp32
+    max_logit: torch.Tensor | None = None  # fp32
+    largest: torch.Tensor | None = None  # int32
+
+    def given(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """For a kernel: () where nothing is asked for."""
+        found = tuple([() if each is None else (each,) for each in self])
+        return found if any(found) else ()
+
+
+NO_STATS = RowStats()
+
+
 def power_of_two_tile(dim: int) -> int:
     """The columns of a tile that holds rows of `dim`: a power of two, at least the 16 a matmul needs."""
     return max(16, next_power_of_two(dim))
