@@ -1,6 +1,6 @@
 """The oracle of tilewise: attention in plain PyTorch, slow and clear. It imports nothing of tilewise."""
 
-from . import cases, dropout, masks, online, scores, yardstick
+from . import cases, dropout, masks, online, scores, statistics, yardstick
 from .attention import attention
 from .cases import CACHED_CASES, CASES, FEATURE_CASES, LONG_CASES, PACKED_CASES, SHORT_CASES, Case, paper_grid
 from .dropout import dropout_keep
@@ -24,5 +24,6 @@ __all__ = [
     "online",
     "paper_grid",
     "scores",
+    "statistics",
     "yardstick",
 ]

@@ -88,6 +88,13 @@ def programs(shape: Shape, rows: int, tile_rows: int, heads: int) -> int:
     return tile_count(shape, rows, tile_rows) * heads * shape.blocks if rows else 0
 
 
+def key_programs(shape: Shape, tile_keys: int, heads: int) -> int:
+    """How many programs there are, if each owns a tile of keys of one of these heads."""
+    if shape.cache is None:
+        return programs(shape, shape.kv_len, tile_keys, heads)
+    return ceil_div(shape.kv_len, tile_keys) * heads * shape.batch
+
+
 def shared_arguments(call: Call) -> dict[str, Any]:
     """The arguments that every portable kernel takes, by the names they have there.
 

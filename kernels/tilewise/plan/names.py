@@ -95,7 +95,8 @@ ELSEWHERE = {
 ARGUMENTS = [
     name for name in signature(make_request).parameters if name not in ("q", "k", "v", "packing", "cache")
 ]
-ARGUMENTS.insert(ARGUMENTS.index("impl"), "return_lse")
+RETURNED = ("return_lse", "return_stats")
+ARGUMENTS[ARGUMENTS.index("impl") : ARGUMENTS.index("impl")] = RETURNED
 OFFSETS = ("q_offsets", "kv_offsets")
 PACKED_ARGUMENTS = (*OFFSETS, *ARGUMENTS)  # of `packed_attention`
 CACHE = ("kv_lens", "pages", "q_offsets", "split_size")  # of `cached_attention`, that a request has
