@@ -131,12 +131,13 @@ def attention(
                 torch.use_deterministic_algorithms is on.
 
     Returns out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, then lse
-    [batch, q_heads, q_len] in fp32 (fp64) if asked, then `Statistics` if asked. A row that sees no key gives 0 and -inf (the sink's
-    logit, if there is one). NaN in keys and values that no query may see never reaches a result or gradient.
+    [batch, q_heads, q_len] in fp32 (fp64) if asked, then `Statistics` if asked. A row that sees no key gives
+    0 and -inf (the sink's logit, if there is one). NaN in keys and values that no query may see never
+    reaches a result or gradient.
 
     Differentiable once, in reverse mode, in q, k, v, bias, scale, sink, a temperature, slopes, tables and
-    what a UserScore declares; through out, lse and what `Statistics` says. Under autocast q, k and v are cast to its dtype,
-    but for fp64.
+    what a UserScore declares; through out, lse and what `Statistics` says. Under autocast q, k and v are
+    cast to its dtype, but for fp64.
 
     Raises ValueError for arguments that break the contract, NotImplementedError for what is not built,
     TypeError for names that it does not have (`unknown`), with what other libraries' names are here;

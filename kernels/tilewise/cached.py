@@ -117,8 +117,8 @@ def cached_attention(
     Tensors along keys are read at positions inside the sequence, as in `packed_attention`.
 
     Returns out, of q's shape with value_dim, then lse [batch, q_heads, q_len], packed [q_heads, tokens], and
-    `Statistics` if asked. It has no gradient. The host reads no length; lengths and pages that lead out of the cache are cut
-    to it. Raises as `attention` does.
+    `Statistics` if asked. It has no gradient. The host reads no length; lengths and pages that lead out of
+    the cache are cut to it. Raises as `attention` does.
     """
     if unknown:
         refuse_unknown("cached_attention", unknown, CACHED_ARGUMENTS)

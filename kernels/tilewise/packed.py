@@ -88,9 +88,10 @@ def packed_attention(
     queries or keys (a bool mask, a bias, Intervals, Documents) is read at those positions too: it should be
     as long as the longest sequence. What lies beyond its end is masked out, or, of a bias, NaN.
 
-    Returns out [tokens, q_heads, value_dim], then lse [q_heads, tokens] in fp32 and `Statistics` if asked. Rows of no sequence
-    give 0 and -inf, and a gradient of 0. What one sequence holds, NaN too, has no influence on another, and
-    its bits do not depend on what it is packed with. Differentiable as `attention` is.
+    Returns out [tokens, q_heads, value_dim], then lse [q_heads, tokens] in fp32 and `Statistics` if asked.
+    Rows of no sequence give 0 and -inf, and a gradient of 0. What one sequence holds, NaN too, has no
+    influence on another, and its bits do not depend on what it is packed with. Differentiable as `attention`
+    is.
 
     The host reads no length, so that a CUDA graph may be replayed with others; offsets that decrease or lead
     out of the tensors are therefore not noticed, and what they give is unspecified, though nothing outside

@@ -189,8 +189,8 @@ def forward(
     out = (p_dropped @ v).masked_fill(q_unseeing[..., None], 0)
     return Forward(
         index=index, keep=keep, q_unseeing=q_unseeing, kv_unseen=kv_unseen, q=q, k=k, v=v, divisors=divisors,
-        scale=scale, temperature=temperature, modifiers=modifiers, inputs=tuple(inputs), s=s, p_sink=p_sink, p=p,
-        dropout=dropout, p_dropped=p_dropped, lse=lse, out=out,
+        scale=scale, temperature=temperature, modifiers=modifiers, inputs=tuple(inputs), s=s, p_sink=p_sink,
+        p=p, dropout=dropout, p_dropped=p_dropped, lse=lse, out=out,
     )  # fmt: skip
 
 

@@ -72,7 +72,9 @@ def key_mass(fwd: Forward, counts: Tensor, kv_heads: int) -> Tensor:
 def top_keys(scores: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """int64 keys and their weights [B, Hq, Nq, top_k]; -1 and 0 where a row has fewer keys."""
     found, keys = scores.sort(dim=3, descending=True, stable=True)
-    found, keys = (torch.nn.functional.pad(x[..., :top_k], (0, max(0, top_k - x.shape[3]))) for x in (found, keys))
+    found, keys = (
+        torch.nn.functional.pad(x[..., :top_k], (0, max(0, top_k - x.shape[3]))) for x in (found, keys)
+    )
     is_key = found > -torch.inf
     if scores.shape[3] < top_k:
         is_key = is_key & (torch.arange(top_k, device=keys.device) < scores.shape[3])

@@ -249,8 +249,8 @@ def dkv_kernel(
 ):
     sum_over_rows(
         tl.program_id(0), call, INTERVALS, KEEPS, SCORES, HEAD_DIM, VALUE_DIM, HEAD_TILE, VALUE_TILE,
-        PRECISION, rows, of_rows, ranges_ptr, dkeys, dvalues, None, DERIVATIVES, OPERAND, PROJECT, HAS_GAPS, TILE_Q,
-        TILE_KV, SUMS,
+        PRECISION, rows, of_rows, ranges_ptr, dkeys, dvalues, None, DERIVATIVES, OPERAND, PROJECT, HAS_GAPS,
+        TILE_Q, TILE_KV, SUMS,
     )  # fmt: skip
 
 
@@ -369,8 +369,8 @@ def launch_dkv(
     tile: Tile,
     sums: tuple[str, ...] | None = None,
 ) -> None:
-    """Fill dk [batch, kv_heads, kv_len, head_dim] and dv [batch, kv_heads, kv_len, value_dim]; of ("dv",) only
-    dv, for which v is not read. tile.tile_q is that of `prepare`."""
+    """Fill dk [batch, kv_heads, kv_len, head_dim] and dv [batch, kv_heads, kv_len, value_dim]; of ("dv",)
+    only dv, for which v is not read. tile.tile_q is that of `prepare`."""
     shape = backward.call.shape
     sums = sums or sums_of(shape.head_dim, shape.value_dim, dk.element_size())
     arguments = backward_arguments(backward, tile) | dict(

@@ -228,8 +228,8 @@ def launch_forward(
 ) -> None:
     """Fill out [batch, q_heads, q_len, value_dim], lse [batch, q_heads, q_len] and, for the backward,
     statistics [2, batch, q_heads, q_len]: `softmax.softmax_probabilities`; with packed sequences 1 for batch
-    and all tokens for q_len. lse, statistics and what stats ask for are fp32 and contiguous. With splits, out,
-    lse and stats have a first dimension for them, and each is the result of its own keys."""
+    and all tokens for q_len. lse, statistics and what stats ask for are fp32 and contiguous. With splits,
+    out, lse and stats have a first dimension for them, and each is the result of its own keys."""
     grid, arguments = forward_launch(call, out, lse, statistics, tile, split, stats)
     if grid[0]:
         launch(forward_kernel, grid, out, **arguments)

@@ -1,9 +1,10 @@
 """The keys with the largest weights of each row, and these weights.
 
 A program owns a tile of rows and walks the keys that its mask allows, as the forward does: walk.py. Of each
-row it keeps the TOP_K largest scores seen so far and their keys. From each tile of scores it takes the largest
-one of each row as long as one of them is larger than the smallest that is kept, which it then replaces: TOP_K
-times at most, and after a few tiles mostly not at all. Equal scores: the smaller key comes first.
+row it keeps the TOP_K largest scores seen so far and their keys. From each tile of scores it takes the
+largest one of each row as long as one of them is larger than the smallest that is kept, which it then
+replaces: TOP_K times at most, and after a few tiles mostly not at all. Equal scores: the smaller key comes
+first.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from .walk import load_keys, own_rows, step_keys, steps_of, walked
 
 @triton.jit
 def first_largest(s, keys):
-    """The largest score of each row, and its key: the smallest, of several. Without a score -inf and NO_KEY."""
-    score = tl.max(s, 1)  # [TILE_Q]
+    """The largest score of each row, and its key: the smallest, of several. Without a score -inf and
+    NO_KEY.""" score = tl.max(s, 1)  # [TILE_Q]
     is_largest = (s == score[:, None]) & (s > float("-inf"))
     return score, tl.min(tl.where(is_largest, keys, NO_KEY), 1)
 
 
 @triton.jit
 def keep_largest(kept_s, kept_keys, s, kv_idx):
-    """The largest of those that are kept [TILE_Q, SLOTS] and of the scores s [TILE_Q, TILE_KV] of other keys. A
-    slot that is no row's to use holds inf."""
+    """The largest of those that are kept [TILE_Q, SLOTS] and of the scores s [TILE_Q, TILE_KV] of other
+    keys. A slot that is no row's to use holds inf."""
     slot = tl.arange(0, kept_s.shape[1])[None, :]
     goes_on = s.shape[0] > 0
     while goes_on:

@@ -89,8 +89,8 @@ def weights_kernel(
 def launch_weights(
     call: Call, statistics: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, tile: Tile
 ) -> None:
-    """Write the weights of the chosen rows [rows] to weights [blocks, q_heads, rows, kv rows], fp32, which are 0.
-    statistics: the forward's [2, blocks, q_heads, q rows]."""
+    """Write the weights of the chosen rows [rows] to weights [blocks, q_heads, rows, kv rows], fp32, which
+    are 0. statistics: the forward's [2, blocks, q_heads, q rows]."""
     row_max, sum_log2 = statistics.unbind(0)
     grid = ceil_div(len(chosen), tile.tile_q) * key_programs(call.shape, tile.tile_kv, call.shape.q_heads)
     if not grid or call.shape.q_len == 0:

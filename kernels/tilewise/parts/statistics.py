@@ -31,16 +31,16 @@ NO_KEY = tl.constexpr(2**31 - 1)  # the largest of a row that sees none
 
 @triton.jit
 def moment_moved(moment, row_sum, shift_log2):
-    """The moment that goes with row_sum once row_max is larger by -shift_log2: Σ p' log₂ p' with p' = p · 2^shift.
-    Where nothing is left of the sum, or it had no key (shift -inf), 0."""
+    """The moment that goes with row_sum once row_max is larger by -shift_log2: Σ p' log₂ p' with p' = p ·
+    2^shift. Where nothing is left of the sum, or it had no key (shift -inf), 0."""
     rescale = tl.exp2(shift_log2)
     return tl.where(rescale > 0.0, rescale * (moment + shift_log2 * row_sum), 0.0)
 
 
 @triton.jit
 def moment_step(moment, s, row_max, row_sum, new_max, unit):
-    """Take in scores s [TILE_Q, TILE_KV], beside `softmax_step`: row_max and row_sum are of before it, new_max
-    is what it made of row_max."""
+    """Take in scores s [TILE_Q, TILE_KV], beside `softmax_step`: row_max and row_sum are of before it,
+    new_max is what it made of row_max."""
     base = anchor(new_max)
     if unit is None:
         log2_p = (s - base[:, None]) * LOG2E  # [TILE_Q, TILE_KV]
@@ -71,8 +71,8 @@ def moment_end(moment, row_sum):
 
 @triton.jit
 def largest_step(largest, s, kv_idx, row_max, new_max):
-    """The first key with the largest score of those seen so far, [TILE_Q], once s [TILE_Q, TILE_KV] of the keys
-    kv_idx has been taken in; row_max as for `moment_step`. Tiles come in any order."""
+    """The first key with the largest score of those seen so far, [TILE_Q], once s [TILE_Q, TILE_KV] of the
+    keys kv_idx has been taken in; row_max as for `moment_step`. Tiles come in any order."""
     is_largest = (s == new_max[:, None]) & (s > float("-inf"))
     first = tl.min(tl.where(is_largest, kv_idx[None, :], NO_KEY), 1)
     return tl.where(new_max > row_max, first, tl.minimum(largest, first))
@@ -115,9 +115,7 @@ def statistics_join(known, stats, before, sink, row_max):
     if len(stats) > 0:
         if len(stats[0]) > 0:
             alone = sink[1] * 0.0  # the moment of one weight
-            found = found + (
-                moment_join(known[0], before[0], before[1], alone, sink[0], sink[1], row_max),
-            )  # type: ignore[assignment]
+            found = found + (moment_join(known[0], before[0], before[1], alone, sink[0], sink[1], row_max),)  # type: ignore[assignment]
         if len(stats[2]) > 0:
             found = found + (known[len(known) - 1],)  # type: ignore[assignment]
     return found
@@ -144,8 +142,8 @@ def store_statistics(stats, known, max_score, row_sum, unit, rows, valid, split)
 
 @triton.jit
 def load_row_gradients(of_rows, first, rows, row_mask):
-    """Those of rows of a sequence that begins at `first` in arrays of a number a row; 0 outside row_mask (None:
-    all count)."""
+    """Those of rows of a sequence that begins at `first` in arrays of a number a row; 0 outside row_mask
+    (None: all count)."""
     entropy, logit = of_rows
     x, y = (), ()
     for i in tl.static_range(len(entropy)):

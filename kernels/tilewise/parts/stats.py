@@ -18,9 +18,10 @@ class Stats:
     max_logit:  the largest score of each row.
     entropy:    the entropy of each row's weights, in nats.
     key_mass:   the weight that each key receives: True, from all queries; or a bool or float tensor that
-                broadcasts to [batch, q_heads, q_len], packed to [q_heads, tokens]: how much each query counts.
-    rows:       int32 or int64 [rows]: the queries whose weights are wanted, one by one. Where there is no such
-                query the weights are 0.
+                broadcasts to [batch, q_heads, q_len], packed to [q_heads, tokens]: how much each query
+                counts.
+    rows:       int32 or int64 [rows]: the queries whose weights are wanted, one by one. Where there is no
+                such query the weights are 0.
     top_k:      how many of each row's largest weights, with their keys; 0 to 32.
 
     Rows and keys of packed sequences are rows of the packed tensors. `Statistics` says what comes back.
@@ -43,11 +44,11 @@ class Stats:
 
 
 class Statistics(NamedTuple):
-    """What `Stats` asked for, in fp32 (fp64 where q is); None for the rest. All of the weights P = exp(s - lse)
-    before dropout, of the scores s that the softmax sees: with scale, modifiers, bias and mask.
+    """What `Stats` asked for, in fp32 (fp64 where q is); None for the rest. All of the weights P = exp(s -
+    lse) before dropout, of the scores s that the softmax sees: with scale, modifiers, bias and mask.
 
-    max_logit:   [batch, q_heads, q_len], max_j s_j, in natural units; -inf for a row without keys. The sink is
-                 no key. That of a head is `.amax((0, 2))`.
+    max_logit:   [batch, q_heads, q_len], max_j s_j, in natural units; -inf for a row without keys. The sink
+                 is no key. That of a head is `.amax((0, 2))`.
     entropy:     [batch, q_heads, q_len], -Σ_j P_j ln P_j; the sink's weight counts as one more. 0 for a row
                  without keys.
     key_mass:    [batch, kv_heads, kv_len], Σ P over the queries, times what each counts, of the heads that

@@ -1,9 +1,9 @@
 """Forward and backward of a request with what it asks of the softmax beside the result: parts/stats.py.
 
-max_logit and entropy come out of the forward's own walk, and of the backward's they are two numbers a row more.
-The rest are walks of their own after the forward, which has left two numbers a row for them. The mass of keys
-is one that there is already: Σ_i w_i P_ij is dV where V has one column and dO = w, so `dkv_kernel` takes it.
-For its way back
+max_logit and entropy come out of the forward's own walk, and of the backward's they are two numbers a row
+more. The rest are walks of their own after the forward, which has left two numbers a row for them. The mass
+of keys is one that there is already: Σ_i w_i P_ij is dV where V has one column and dO = w, so `dkv_kernel`
+takes it. For its way back
 
     Σ_j dmass_j mass_j = Σ_i w_i Σ_j P_ij dmass_j = <w, attention(q, k, v = dmass)>
 
@@ -148,9 +148,7 @@ class Arrived(NamedTuple):
     dmass: Tensor | None
 
 
-def backward(
-    request: Request, stats: Stats, kept: Kept, arrived: Arrived, needs: list[bool]
-) -> list[Tensor]:
+def backward(request: Request, stats: Stats, kept: Kept, arrived: Arrived, needs: list[bool]) -> list[Tensor]:
     """The gradients of those of (q, k, v, *other tensors) that `needs` names, in order."""
     do, dlse, dmax, dentropy, dmass = arrived
     others = any([x is not None for x in (do, dlse, dmax, dentropy)])
@@ -172,14 +170,9 @@ def backward(
         found.append([next(grads) if needed else None for needed in needs])
     if dmass is not None:
         found.append(mass_gradients(request, stats, dmass, needs, dtype))
-    return [
-        total(grads, like)
-        for grads, needed, like in zip(
-            zip(*found, strict=True), needs, [*request.qkv().values(), *[x for _, x in request.other_tensors]],
-            strict=True,
-        )
-        if needed
-    ]  # fmt: skip
+    inputs = [*request.qkv().values(), *[x for _, x in request.other_tensors]]
+    results = zip(zip(*found, strict=True), needs, inputs, strict=True)
+    return [total(grads, like) for grads, needed, like in results if needed]
 
 
 def total(grads: tuple[Tensor | None, ...], like: Tensor) -> Tensor:

@@ -240,8 +240,9 @@ def can_run_again(request: Request) -> bool:
 def run_again(
     request: Request, block: Block, compute: Callable[[Request, Block], tuple[Tensor, ...]] | None = None
 ) -> Any:
-    """`run_block`, or what else is computed of a block, which keeps nothing for the backward: that computes it
-    again. The tensors must be what they were then; autograd, which notices otherwise, does not keep these."""
+    """`run_block`, or what else is computed of a block, which keeps nothing for the backward: that computes
+    it again. The tensors must be what they were then; autograd, which notices otherwise, does not keep
+    these."""
     tensors = [*request.qkv().values(), *[x for _, x in request.other_tensors]]
     versions = [None if x.is_inference() else x._version for x in tensors]
 

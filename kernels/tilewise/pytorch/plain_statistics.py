@@ -1,8 +1,9 @@
-"""What the softmax knows beside its result, in plain PyTorch: by the definition, `tilewise_reference.statistics`.
+"""What the softmax knows beside its result, in plain PyTorch: by the definition,
+`tilewise_reference.statistics`.
 
-A block of rows after the other, as plain.py has them, each computed again in the backward; so memory is linear
-in length, and derivatives of all orders are PyTorch's. Packed sequences and those of a cache are answered one
-after another: pieces.py.
+A block of rows after the other, as plain.py has them, each computed again in the backward; so memory is
+linear in length, and derivatives of all orders are PyTorch's. Packed sequences and those of a cache are
+answered one after another: pieces.py.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ def chosen(request: Request, asked: Asked, parts: list[Block]) -> dict[str, Tens
         fwd = forward_of(request, block)
         if weights is not None and asked.rows is not None:
             at = ((asked.rows >= block.q_start) & (asked.rows < block.q_end)).nonzero()[:, 0]
-            weights[:, :, at, block.kv_start : block.kv_end] = fwd.p[:, :, asked.rows[at].long() - block.q_start]
+            weights[:, :, at, block.kv_start : block.kv_end] = fwd.p[
+                :, :, asked.rows[at].long() - block.q_start
+            ]
         if top_k:
             key, p = definition.top_keys(fwd.s, fwd.p, top_k)
             keys.append(torch.where(key < 0, key, key + block.kv_start))

@@ -36,7 +36,8 @@ def stats_misfits(r: Request, stats: Any) -> Iterator[str]:
         )
     if is_dtensor(r.q):
         yield (
-            "return_stats of DTensors is not built: give each rank its own part, with .to_local(), or leave it out"
+            "return_stats of DTensors is not built: give each rank its own part, with .to_local(), or leave "
+            "it out"
         )
     if r.place is not None:
         yield "return_stats of a part of a larger call is not built: leave it out"
