@@ -29,7 +29,8 @@ from .walk import load_keys, own_rows, step_keys, steps_of, walked
 @triton.jit
 def first_largest(s, keys):
     """The largest score of each row, and its key: the smallest, of several. Without a score -inf and
-    NO_KEY.""" score = tl.max(s, 1)  # [TILE_Q]
+    NO_KEY."""
+    score = tl.max(s, 1)  # [TILE_Q]
     is_largest = (s == score[:, None]) & (s > float("-inf"))
     return score, tl.min(tl.where(is_largest, keys, NO_KEY), 1)
 
