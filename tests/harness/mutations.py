@@ -28,6 +28,7 @@ from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_sharded import MUTATIONS as SHARDED_MUTATIONS
 from .mutations_show import MUTATIONS as SHOW_MUTATIONS
+from .mutations_statistics import MUTATIONS as STATISTICS_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 from .mutations_transformers import MUTATIONS as TRANSFORMERS_MUTATIONS
 from .mutations_watch import MUTATIONS as WATCH_MUTATIONS
@@ -415,6 +416,7 @@ MUTATIONS = (
     *ROWS_MUTATIONS,
     *SHARDED_MUTATIONS,
     *SHOW_MUTATIONS,
+    *STATISTICS_MUTATIONS,
     *TOOLS_MUTATIONS,
     *TRANSFORMERS_MUTATIONS,
     *WATCH_MUTATIONS,
