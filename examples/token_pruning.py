@@ -1,4 +1,5 @@
-"""Token pruning: keep the keys that the last queries look at (SnapKV, arXiv 2404.14469; H2O, arXiv 2306.14048).
+"""Token pruning: keep the keys that the last queries look at (SnapKV, arXiv 2404.14469; H2O, arXiv
+2306.14048).
 
     python examples/token_pruning.py
 

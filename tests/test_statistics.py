@@ -42,7 +42,7 @@ CACHES = {
 
 
 def problem_of(device, features, **sizes):
-    """The first of these features in which pairs count, and scores differ: Softcap(0.1) makes all the same."""
+    """The first of these features in which pairs count, and scores differ: Softcap(0.1) makes all alike."""
     for seed in range(100):
         problem = build(device, random.Random(seed), features, **sizes)
         if keeps_pairs(problem) and all(getattr(score, "cap", 1) >= 1 for score in problem.scores):

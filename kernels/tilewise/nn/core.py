@@ -12,7 +12,7 @@ from ..api import attention, refuse_unknown
 from ..parts.masks.mask import Mask
 from ..parts.scores.score import Score
 from ..parts.similarity import Cosine
-from ..parts.stats import Statistics, Stats
+from ..parts.stats import Stats
 from .rotary import Rotary
 from .sharded import check_norms
 
@@ -116,7 +116,7 @@ class AttentionCore(nn.Module):
         cache: Cache | None = None,
         return_stats: Stats | None = None,
         **unknown: Any,
-    ) -> Tensor | tuple[Tensor, Statistics]:
+    ) -> Any:  # a Tensor; with return_stats (Tensor, Statistics)
         """q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim],
         v [batch, kv_heads, kv_len, value_dim] -> [batch, heads, q_len, value_dim].
 
@@ -142,7 +142,7 @@ class AttentionCore(nn.Module):
             k, v = self._with_earlier(k, v, positions, cache)
         similarity = Cosine(self.temperature) if self.similarity == "cosine" else self.similarity
         asked: Any = return_stats
-        return attention(  # type: ignore[no-any-return]
+        return attention(
             q, k, v, mask=mask, bias=bias, score=score,
             scale=self.scale, similarity=similarity, sink=self.sink,
             dropout_p=self.dropout if self.training else 0.0, impl=self.impl,

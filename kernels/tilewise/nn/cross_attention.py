@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..api import refuse_unknown
 from ..parts.similarity import Cosine
-from ..parts.stats import Statistics, Stats
+from ..parts.stats import Stats
 from .core import CALL_ARGUMENTS, MaskLike, ScoreLike, check_positive
 from .projected import ProjectedAttention
 from .sizes import check_input
@@ -100,7 +100,7 @@ class CrossAttention(ProjectedAttention):
         score: ScoreLike | None = None,
         return_stats: Stats | None = None,
         **unknown: Any,
-    ) -> Tensor | tuple[Tensor, Statistics]:
+    ) -> Any:  # a Tensor; with return_stats (Tensor, Statistics)
         """x [q_len, input_dim] and context [kv_len, context_dim] -> [q_len, output_dim], or all three with a
         leading batch dimension, in x's dtype.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..api import refuse_unknown
 from ..parts.similarity import Cosine
-from ..parts.stats import Statistics, Stats
+from ..parts.stats import Stats
 from .core import CALL_ARGUMENTS, Cache, MaskLike, ScoreLike
 from .projected import ProjectedAttention
 from .rotary import Rotary
@@ -103,7 +103,7 @@ class SelfAttention(ProjectedAttention):
         cache: Cache | None = None,
         return_stats: Stats | None = None,
         **unknown: Any,
-    ) -> Tensor | tuple[Tensor, Statistics]:
+    ) -> Any:  # a Tensor; with return_stats (Tensor, Statistics)
         """x [length, input_dim] or [batch, length, input_dim] -> [length, output_dim] or
         [batch, length, output_dim], in x's dtype.
 

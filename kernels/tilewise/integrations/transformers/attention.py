@@ -74,7 +74,9 @@ def attention_forward(
         )
     if cu_seq_lens_q is not None:
         if asked is not None:
-            raise ValueError("attention_rows goes with no cu_seq_lens_q: give the sequences as a padded batch")
+            raise ValueError(
+                "attention_rows goes with no cu_seq_lens_q: give the sequences as a padded batch"
+            )
         if position_bias is not None:
             raise ValueError("position_bias goes with no cu_seq_lens_q: it has no place for packed sequences")
         options |= dict(q_offsets=cu_seq_lens_q, mask=mask_inside(attention_mask, causal))
@@ -97,8 +99,8 @@ def refuse(
     layer = type(module).__name__
     if output_attentions and not has_rows:
         raise ValueError(
-            f"{output_attentions=}: tilewise does not store the weights; give attn_implementation='eager', or "
-            "ask for some rows of some layers: with tilewise.integrations.transformers.attention_rows(rows)"
+            f"{output_attentions=}: tilewise does not store the weights; give attn_implementation='eager', "
+            "or ask for rows of layers: with tilewise.integrations.transformers.attention_rows(rows, layers)"
         )
     unknown = [name for name, value in others.items() if name not in WITHOUT_EFFECT and value is not None]
     if unknown:
