@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from tilewise.tools.shrink import shrunk
 from tilewise.tools.shrink import smoke as smoke
 from tilewise_reference.cases import (
     CACHED_CASES,
@@ -42,10 +43,12 @@ GROUPS: tuple[str, ...] = (
     "features backward",
     "host",
     "cold start",
+    "second derivatives",
 )
 HEAD_DIMS = (128, 64, 256)  # the most used first
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 QUICK_LENGTHS = (1024, 4096, 16384)
+SECOND_LENGTHS = (1024, 4096)  # those who have second derivatives beside tilewise hold all scores
 QUICK_PACKED = "packed-llama3-8b-"
 QUICK_CACHED = ("cached-llama3-8b-", "cached-narrow-decode-1x128k")
 QUICK_MODELS = (
@@ -107,7 +110,13 @@ def comparisons(name: str, quick: bool = False, tiny: bool | None = None) -> lis
     found = _full(name, quick, HEAD_DIMS[1:2] if quick and tiny else HEAD_DIMS)
     if not tiny or name == "host":
         return found
-    return _distinct((smoke(case), work) for case, work in found)
+    small = smallest if name == "second derivatives" else smoke
+    return _distinct((small(case), work) for case, work in found)
+
+
+def smallest(case: Case) -> Case:
+    """For what takes the interpreter many times as long as a forward."""
+    return shrunk(case, batch=1, kv_heads=1, group=1, length=24, suffix="-tiny")
 
 
 def _full(name: str, quick: bool, head_dims: tuple[int, ...]) -> list[Comparison]:
@@ -137,6 +146,10 @@ def _full(name: str, quick: bool, head_dims: tuple[int, ...]) -> list[Comparison
         return [(case, "backward") for case in FEATURE_CASES]
     if name == "host":
         return [pair for pair in host_cases() if not quick or "causal" not in pair[0].features]
+    if name == "second derivatives":
+        grid = paper_grid(head_dims[:2], (1024,) if quick else SECOND_LENGTHS, "bfloat16")
+        works: tuple[Work, Work] = ("double backward", "forward mode")
+        return [(case, work) for case in grid if not quick or "causal" in case.features for work in works]
     if name == "cold start":
         return [(case, "cold start") for case in cold_cases()[: 1 if quick else None]]
     raise ValueError(f"group={name!r} must be one of {', '.join(GROUPS)}")

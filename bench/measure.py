@@ -16,12 +16,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from tilewise.tools.inputs import Inputs, case_inputs
 from tilewise.tools.words import in_a_line
 from tilewise_reference.cases import Case
 
 from .answers import gradient_of_out, judge_backward, judge_forward
+from .answers_again import directions, judge_double_backward, judge_tangent, with_tangents
 from .cold import sample_cold_start
 from .implementations import Implementation, Prepared, UnsupportedError
 from .implementations.base import is_backward
@@ -52,6 +54,8 @@ def measure(
 
     "forward"                    without gradients
     "backward"                   alone, over a graph that is made once
+    "double backward"            likewise: the gradients' derivative along random q, k and v
+    "forward mode"               out with its tangent, along random q, k and v
     "host forward", "host forward and backward"
                                  what the call costs the host; gradients where the case's phase is "training"
     "cold start"                 the first call of a new process whose caches are empty
@@ -67,7 +71,7 @@ def measure(
         if reason is not None:
             row.status, row.reason = "unavailable", reason
             continue
-        reason = guarded(row, partial(each.unsupported, case, work))
+        reason = guarded(row, partial(each.refuses, case, work))
         if reason is not None:
             row.status, row.reason = "unsupported", reason
         elif row.status == "ok":
@@ -92,7 +96,7 @@ def blank(case: Case, work: Work, group: str, implementation: Implementation) ->
         work=work,
         implementation=implementation.name,
         status="ok",
-        flops=0 if timed_on_host else case.flops("backward" if work == "backward" else "forward"),
+        flops=0 if timed_on_host else case.flops(work),  # type: ignore[arg-type]
         bytes=case.bytes() if work == "forward" else 0,
         dtype=case.dtype,
         sizes={name: getattr(case, name) for name in SIZES}
@@ -135,9 +139,12 @@ def _measure_running(
     """Check, then time, those that can run; fill their rows in."""
     records = is_backward(work) or (work.startswith("host") and case.phase == "training")
     calls: dict[str, Call] = {}
-    with torch.set_grad_enabled(records):
+    moving = forward_ad.dual_level() if work == "forward mode" else nullcontext()
+    with torch.set_grad_enabled(records), moving:
         try:
             inputs = case_inputs(case, device, seed, gradients=records)
+            if work == "forward mode":
+                inputs = with_tangents(inputs, seed)
         except Exception as error:  # too large for this GPU, most likely
             for name in running:
                 fail(rows[name], error)
@@ -166,7 +173,11 @@ def ready(
 ) -> Call | None:
     """What is timed, after its answer was judged and its memory taken; None where the answer is wrong."""
     prepared = implementation.prepare(case, inputs, work)
-    if is_backward(work):
+    if work == "forward mode":
+        judgement = judge_tangent(implementation, case, inputs, prepared, seed)
+    elif work == "double backward":
+        judgement = judge_double_backward(implementation, case, inputs, prepared, seed)
+    elif is_backward(work):
         judgement = judge_backward(implementation, case, inputs, prepared, work, seed)
     else:
         judgement = judge_forward(implementation, case, inputs, prepared, work)
@@ -190,6 +201,8 @@ def timed_call(prepared: Prepared, case: Case, inputs: Inputs, work: Work, seed:
     do = gradient_of_out(case, inputs, seed)
     if work == "backward":
         return prepared.backward(do)
+    if work == "double backward":
+        return prepared.double_backward(do, directions(inputs, seed))
     do, leaves = prepared.native(do), list(prepared.leaves.values())
     return lambda: torch.autograd.grad(prepared.call(), leaves, do)
 

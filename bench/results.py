@@ -13,7 +13,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Work = Literal["forward", "backward", "host forward", "host forward and backward", "cold start"]
+Work = Literal[
+    "forward",
+    "backward",
+    "double backward",
+    "forward mode",
+    "host forward",
+    "host forward and backward",
+    "cold start",
+]
 Status = Literal["ok", "wrong", "unsupported", "unavailable", "failed", "left out"]
 CheckStatus = Literal["right", "wrong", "failed", "hung", "crashed", "left out", "not applicable"]
 
@@ -45,7 +53,7 @@ class Row:
 
     group: str  # "forward grid", "backward grid", "models forward", "features backward", ...
     case: str  # the case's name
-    work: Work  # "backward" is timed without the forward
+    work: Work  # "backward" is timed without the forward, "double backward" without these
     implementation: str  # "tilewise portable", "tilewise hopper", "sdpa cudnn", "flex", ...
     status: Status
     reason: str = ""  # of any status but "ok"

@@ -208,6 +208,20 @@ def test_every_feature_compiles_in_the_backward(backward_feature_kernels, target
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_tangents_compile(tmp_path_factory, target):
+    """Without a spill, but with several features at once."""
+    kernels = shipped("second_variants", tmp_path_factory)[target]
+    assert kernels
+    for each in kernels:
+        assert each.shared_bytes <= SHARED_BYTES[target], each
+        assert bool(each.matmuls) == (not each.variant.startswith("fp32") or target.startswith("gfx")), each
+        assert each.spill_bytes == 0 or each.variant not in PLAIN_TANGENTS, each
+
+
+PLAIN_TANGENTS = ("bf16 64 causal", "bf16 128 causal", "bf16 576x512", "fp32 64 causal")
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_long_16_bit_tiles_use_the_chips_matmul_instruction(main_tiles, target):
     variants = main_tiles[target].values()
     for each in variants:

@@ -18,8 +18,8 @@ from harness.gradients import assert_gradients_match, trained, with_leaves
 from harness.oracle import assert_matches
 from harness.problem import keeps_pairs
 from harness.ranks import errors, run
+from tilewise.distributed.share import SECOND_ORDER
 from tilewise.plan.request import Request, request_of
-from tilewise.pytorch.autograd import SECOND_ORDER
 
 Tensor = torch.Tensor
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import tilewise
 from harness.features import build
 from harness.oracle import check, kept_pairs
 from harness.sanitizer import sanitize
-from tilewise import Causal, Dense, Documents, Intervals, Padding, Prefix, Softcap, UserMask, Window
+from tilewise import Blocks, Causal, Dense, Documents, Intervals, Padding, Prefix, Softcap, UserMask, Window
 from tilewise.kernels.tile import Tile
 from tilewise.plan.request import make_request
 
@@ -175,6 +175,7 @@ def masks_with_unseen_keys(device: torch.device) -> dict[str, tuple[tilewise.Mas
         "columns": (Dense(columns), 19),
         "between intervals": (Intervals(start, start + 5), 19),
         "empty intervals": (Intervals(start, start), 19),
+        "blocks": (Blocks(torch.tensor([[True, False, True], [False, False, True]], device=device), 16), 19),
         "a function": (UserMask(listed_keep, (listed,), twin=listed_twin), 19),
         "several": (Padding(lengths) & columns & Intervals(start, start + 9) & Causal("bottom_right"), 19),
         "more queries than keys": (Causal() & Padding(41, side="left"), 60),

@@ -105,6 +105,29 @@ def test_gradcheck_of_a_whole_model(monkeypatch):
     assert torch.autograd.gradgradcheck(whole_model, given)
 
 
+def of_everything(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, temperature: Tensor, sink: Tensor) -> Any:
+    """A row with no key, a key that nobody sees."""
+    keep = torch.ones(3, 4, dtype=torch.bool)
+    keep[0], keep[:, 2] = False, False
+    return tilewise.attention(
+        q, k, v, mask=keep, score=[tilewise.ALiBi(slopes), tilewise.Softcap(2.0)], sink=sink,
+        similarity=tilewise.Cosine(temperature), return_lse=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_second_derivatives_and_forward_mode(causal):
+    """Of a call with most features, and of one that PyTorch's own kernel answers."""
+    if causal:
+        given = leaf(1, 2, 3, 2), leaf(1, 2, 3, 2), leaf(1, 2, 3, 2)
+        attend = lambda q, k, v: tilewise.attention(q, k, v, mask=tilewise.Causal())  # noqa: E731
+    else:
+        given = leaf(1, 2, 3, 2), leaf(1, 1, 4, 2), leaf(1, 1, 4, 3), leaf(2), leaf(2), leaf(2)
+        attend = of_everything
+    assert torch.autograd.gradcheck(attend, given, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(attend, given)
+
+
 def test_packed_jagged_and_cached():
     q, k, v = (leaf(12, 2, DIM) for _ in range(3))
     starts = torch.tensor([0, 5, 5, 12])

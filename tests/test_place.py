@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 FEATURES = (
     ("causal_from_a_position", "dropout", "sink"), ("window", "alibi"), ("prefix", "relative_position"),
     ("scattered_documents", "bias"), ("left_padding", "cosine_with_temperature"),
-    ("intervals", "user_score"), ("bool_mask", "bias_modifier"), ("user_interval", "tensor_scale"),
+    ("intervals", "blocks", "user_score"), ("bool_mask", "bias_modifier"), ("user_interval", "tensor_scale"),
     ("right_padding", "strided_bias", "softcap"), ("user_mask", "dropout"),
 )  # fmt: skip
 SIZES = dict(batch=2, q_heads=4, kv_heads=2, q_len=21, kv_len=36)

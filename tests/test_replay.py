@@ -221,13 +221,16 @@ def test_who_looks_on_sees_the_long_way(device):
         same(found, [observer() for observer in observers(*tensors)])
 
 
-def test_a_tangent_is_refused(device):
+def test_a_tangent_goes_the_long_way(device):
     q, k, v = qkv(device)
+    along = torch.ones_like(q)
+    want = torch.func.jvp(lambda q: attend(q, k, v), (q,), (along,))[1]
     with replays(device):
         for _ in range(3):
             attend(q, k, v)
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-            attend(forward_ad.make_dual(q, torch.ones_like(q)), k, v)
+        with forward_ad.dual_level():
+            out = attend(forward_ad.make_dual(q, along), k, v)
+            assert torch.equal(forward_ad.unpack_dual(out).tangent, want)
 
 
 def test_watchers_are_told_of_every_call(device):

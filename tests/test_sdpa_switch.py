@@ -140,11 +140,20 @@ def test_without_gradients(mode, device):
     assert who() == [KERNELS]
 
 
-def test_function_transforms(device):
-    q, k, v = qkv(device=device)
+TRANSFORMS = {
+    "grad": lambda loss, q: torch.func.grad(loss)(q),
+    "jvp": lambda loss, q: torch.func.jvp(loss, (q,), (torch.ones_like(q),))[1],
+    "vmap": lambda loss, q: torch.vmap(loss)(torch.stack([q, 2 * q])),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_function_transforms(name, device):
+    q, k, v = (x.detach() for x in qkv(device=device))
     with tilewise.sdpa():
-        got = torch.func.grad(lambda q: attend(q, k, v).square().sum())(q)
-    want = torch.func.grad(lambda q: tilewise.scaled_dot_product_attention(q, k, v).square().sum())(q)
+        got = TRANSFORMS[name](lambda q: attend(q, k, v).square().sum(), q)
+    attention = tilewise.scaled_dot_product_attention
+    want = TRANSFORMS[name](lambda q: attention(q, k, v).square().sum(), q)
     assert torch.equal(got, want) and who() == [KERNELS]
 
 
@@ -170,7 +179,6 @@ PASSED_ON = {
         lambda q, k, v: attend(q, k, v, causal_lower_right(5, 5)),
         "attn_mask is a torch.nn.attention",
     ),
-    "vmap": (lambda q, k, v: torch.vmap(attend)(q[None], k[None], v[None]), "torch.vmap over tilewise"),
 }
 
 
@@ -192,19 +200,6 @@ def test_every_reason_is_given(device):
         attend(q, k, v, scale=float("nan"))
     (entry,) = tilewise.sdpa.report().entries
     assert len(entry.reasons) == 2 and tuple(tilewise.why_not(q, k, v, scale=float("nan"))) == entry.reasons
-
-
-def test_forward_mode_is_answered_by_pytorch(device):
-    q, k, v = (x.detach() for x in qkv(device=device))
-
-    def derivative(q):
-        with sdpa_kernel([SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]):  # the math backend has one
-            return torch.func.jvp(lambda q: attend(q, k, v), (q,), (torch.ones_like(q),))[1]
-
-    want = derivative(q)
-    with tilewise.sdpa():
-        assert torch.equal(derivative(q), want)
-    assert "forward-mode" in reasons()
 
 
 def test_the_math_backend_is_pytorchs_where_it_is_asked_for(device):

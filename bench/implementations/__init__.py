@@ -70,4 +70,6 @@ def for_group(group: str) -> list[Implementation]:
     # Plain PyTorch has nothing to compile at a first call, and varlen_attn is for packed sequences alone.
     left_out = ["sdpa math", "tilewise torch"] if group == "cold start" else []
     left_out += [] if group.startswith("packed") else ["varlen_attn"]
+    # Whose tangents are those of the portable kernels.
+    left_out += ["tilewise hopper"] if group == "second derivatives" else []
     return [each for each in _KERNELS if each.name not in left_out]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +60,14 @@ class Prepared:
         out, do, leaves = self.call(), self.native(do), list(self.leaves.values())
         return lambda: torch.autograd.grad(out, leaves, do, retain_graph=True)
 
+    def double_backward(self, do: Tensor, moves: Sequence[Tensor]) -> Callable[[], Any]:
+        """The derivative of the gradients along `moves`, one for each of them in the layout of the case: the
+        forward and the backward are behind it, once."""
+        leaves = list(self.leaves.values())
+        grads = torch.autograd.grad(self.call(), leaves, self.native(do), create_graph=True)
+        arriving = [self.native(x) for x in moves]
+        return lambda: torch.autograd.grad(grads, leaves, arriving, retain_graph=True)
+
     def gradients(self, got: Iterable[Tensor]) -> dict[str, Tensor]:
         """What `backward` returned, by name, in the layout of the case."""
         named = zip(self.leaves, got, strict=True)
@@ -73,6 +81,7 @@ class Implementation(ABC):
     module = ""  # what must be importable
     needs_gpu = True
     seeded = False  # drops the pairs that the case's dropout_seed says
+    differentiates_once = ""  # why it has no second derivative and no forward mode; empty where it has both
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here at all; None if it can."""
@@ -85,6 +94,12 @@ class Implementation(ABC):
     @abstractmethod
     def unsupported(self, case: Case, work: Work) -> str | None:
         """Why it cannot do this; None if it can, as far as is known without asking it."""
+
+    def refuses(self, case: Case, work: Work) -> str | None:
+        """`unsupported`, and what it says to derivatives of any case that nobody has built for it."""
+        if work in ("double backward", "forward mode") and self.differentiates_once:
+            return self.differentiates_once
+        return self.unsupported(case, work)
 
     @abstractmethod
     def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
@@ -117,7 +132,7 @@ def written_out(x: Any, inputs: Inputs) -> int:
 
 
 def is_backward(work: Work) -> bool:
-    return work in ("backward", "host forward and backward")
+    return work in ("backward", "double backward", "host forward and backward")
 
 
 def refusal(case: Case, reasons: dict[str, str]) -> str | None:

@@ -36,6 +36,7 @@ class FlashAttention(Implementation):
 
     reasons: dict[str, str] = REASONS
     no_cache: tuple[str, ...] = ()  # what `why_no_cache` says to pages and to lengths
+    differentiates_once = "flash_attn's backward has no derivative, and its forward no forward mode"
 
     def unsupported(self, case: Case, work: Work) -> str | None:
         if case.dtype not in ("float16", "bfloat16"):

@@ -37,6 +37,7 @@ REASONS = {
 class FlashInfer(Implementation):
     name = "flashinfer"
     module = "flashinfer"
+    differentiates_once = "flashinfer has no backward, and no forward mode"
 
     def unsupported(self, case: Case, work: Work) -> str | None:
         asks = case.features

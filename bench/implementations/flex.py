@@ -41,6 +41,7 @@ Rule = Callable[..., Tensor]
 class Flex(Implementation):
     name = "flex"
     needs_gpu = False
+    differentiates_once = "flex_attention's backward has no derivative, and its forward no forward mode"
 
     def unsupported(self, case: Case, work: Work) -> str | None:
         return refusal(case, {"dropout": "flex_attention has no dropout"}) or why_no_cache(

@@ -46,6 +46,7 @@ REASONS = {
 class JaxCudnn(Implementation):
     name = "jax cudnn"
     module = "jax"
+    differentiates_once = "cuDNN's backward has no derivative in JAX, and its forward no forward mode"
 
     def unavailable(self, device: torch.device) -> str | None:
         # Else JAX takes three quarters of the GPU's memory when it is first used.

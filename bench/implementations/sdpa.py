@@ -59,6 +59,10 @@ class Sdpa(Implementation):
         self.backend = backend
         self.name = f"sdpa {backend}" if backend else "sdpa"
         self.needs_gpu = backend not in (None, "math")
+        if backend not in (None, "math"):
+            self.differentiates_once = (
+                f"PyTorch has no derivative of the {backend} backend's backward, and no forward mode of it"
+            )
 
     def unsupported(self, case: Case, work: Work) -> str | None:
         reason = refusal(case, REASONS) or why_no_cache(

@@ -30,6 +30,7 @@ NEEDED = {"scale", "window_size"}
 class Varlen(Implementation):
     name = "varlen_attn"
     module = "torch.nn.attention.varlen"
+    differentiates_once = "varlen_attn's backward has no derivative, and its forward no forward mode"
 
     def function(self) -> Any:
         return importlib.import_module(self.module).varlen_attn

@@ -40,6 +40,7 @@ DENSE = ("bias", "alibi", "relative_position", "bool_mask")
 class XFormers(Implementation):
     name = "xformers"
     module = "xformers.ops"
+    differentiates_once = "xformers' backward has no derivative, and its forward no forward mode"
 
     def unsupported(self, case: Case, work: Work) -> str | None:
         if is_cosine(case):

@@ -24,6 +24,7 @@ GROUPS = {
     "features backward": "Backward, with one feature at a time",
     "host": "The host's work in a call",
     "cold start": "First call, with nothing compiled yet",
+    "second derivatives": "Second derivatives, and forward mode",
 }
 MASKS = {"full": "no mask", "causal": "causal mask"}
 FEATURES = {

@@ -9,6 +9,7 @@ from .cached import cached_attention
 from .drop_in import flash_impl as _flash_impl  # makes its name known to PyTorch
 from .joining import merge
 from .packed import check_offsets, packed_attention
+from .parts.masks.blocks import Blocks
 from .parts.masks.causal import Causal
 from .parts.masks.dense import Dense
 from .parts.masks.documents import Documents
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALiBi",
     "Bias",
+    "Blocks",
     "Causal",
     "Cosine",
     "Dense",

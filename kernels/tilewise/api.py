@@ -135,9 +135,10 @@ def attention(
     0 and -inf (the sink's logit, if there is one). NaN in keys and values that no query may see never
     reaches a result or gradient.
 
-    Differentiable once, in reverse mode, in q, k, v, bias, scale, sink, a temperature, slopes, tables and
-    what a UserScore declares; through out, lse and what `Statistics` says. Under autocast q, k and v are
-    cast to its dtype, but for fp64.
+    Differentiable twice, in reverse and in forward mode but not twice in that, in q, k, v, bias, scale, sink,
+    a temperature, slopes, tables and what a UserScore declares; through out and lse; and under torch.vmap.
+    Once, in reverse mode, through what `Statistics` says. Under autocast q, k and v are cast to its dtype,
+    but for fp64.
 
     Raises ValueError for arguments that break the contract, NotImplementedError for what is not built,
     TypeError for names that it does not have (`unknown`), with what other libraries' names are here;

@@ -5,6 +5,8 @@ from .attention import attention
 from .cases import CACHED_CASES, CASES, FEATURE_CASES, LONG_CASES, PACKED_CASES, SHORT_CASES, Case, paper_grid
 from .dropout import dropout_keep
 from .gradients import Gradients, gradients
+from .second import second
+from .tangent import tangent
 
 __all__ = [
     "CACHED_CASES",
@@ -24,6 +26,8 @@ __all__ = [
     "online",
     "paper_grid",
     "scores",
+    "second",
     "statistics",
+    "tangent",
     "yardstick",
 ]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Phase = Literal["prefill", "decode", "training", "encoder"]
+Pass = Literal["forward", "backward", "forward mode", "double backward"]
 
 
 class Features(TypedDict, total=False):
@@ -164,16 +165,21 @@ class Case:
             return self.batch * self.pairs()
         return sum(count * self.sequence(length).pairs() for length, count in Counter(self.sequences).items())
 
-    def flops(self, pass_: Literal["forward", "backward"] = "forward") -> int:
+    def flops(self, pass_: Pass = "forward") -> int:
         """Multiplications and additions of the matmuls over the pairs that count.
 
         Forward, two matmuls: S = QKᵀ and O = PV. Backward, five: S again, dP = dO Vᵀ, dV = Pᵀ dO, dQ = dS K
         and dK = dSᵀ Q, which is 2.5 times the forward where value_dim = head_dim. As in the papers, softmax
         and recomputation beyond S do not count.
+
+        Forward mode, six: S and O, and their tangents tQ Kᵀ + Q tKᵀ and tP V + P tV. Double backward,
+        twelve: S, dP, these tangents, dO tVᵀ, tPᵀ dO, tdS K + dS tK and tdSᵀ Q + dSᵀ tQ.
         """
         per_pair = {
             "forward": self.head_dim + self.value_dim,
             "backward": 3 * self.head_dim + 2 * self.value_dim,
+            "forward mode": 3 * self.head_dim + 3 * self.value_dim,
+            "double backward": 7 * self.head_dim + 5 * self.value_dim,
         }
         return 2 * self.q_heads * self.all_pairs() * per_pair[pass_]
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .attention import SHORTEST, Forward, Options, forward
-from .scores import Score
+from .scores import Parameter, Score
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -62,16 +62,8 @@ def gradients(
     ``scores.Score``.
     """
     fwd = forward(q, k, v, **options)
-    modifiers = [_differentiable(modify) for modify in fwd.modifiers]
-    dlse = torch.zeros_like(fwd.lse) if dlse is None else dlse
-    if dout.shape != fwd.out.shape or dlse.shape != fwd.lse.shape:
-        raise ValueError(
-            f"{tuple(dout.shape)=} must be {tuple(fwd.out.shape)} and {tuple(dlse.shape)=} must be "
-            f"{tuple(fwd.lse.shape)}, the shapes of out and lse"
-        )
-    # out = 0 of a row with no key and lse = -inf are constants.
-    do = dout.to(fwd.out.dtype).masked_fill(fwd.q_unseeing[..., None], 0)  # [B, Hq, Nq, Dv]
-    dlse = dlse.to(fwd.lse.dtype).masked_fill(fwd.lse.isneginf(), 0)  # [B, Hq, Nq]
+    modifiers = [differentiable(modify) for modify in fwd.modifiers]
+    do, dlse = arriving(fwd, dout, dlse)
 
     # dV = (P Z)ᵀ dO                                                     [B, Hq, Nk, Dv]
     dv = fwd.p_dropped.transpose(2, 3) @ do
@@ -86,7 +78,7 @@ def gradients(
     # The scores, the last one first. A derivative may be NaN where the mask does not keep the pair.
     dscores: list[tuple[Tensor, ...]] = []
     for modify, s in zip(reversed(modifiers), reversed(fwd.inputs), strict=True):
-        dscores.insert(0, tuple(p.gradient(ds, s, *fwd.index) for p in modify.parameters))
+        dscores.insert(0, tuple(_by_parameter(p, ds, s, fwd) for p in modify.parameters))
         ds = (ds * modify.derivative(s, *fwd.index)).masked_fill(~fwd.keep, 0)
     dbias = None
     if options.get("bias") is not None:
@@ -98,7 +90,7 @@ def gradients(
     dq = ds @ fwd.k  # [B, Hq, Nq, D]
     dk = ds.transpose(2, 3) @ fwd.q  # [B, Hq, Nk, D]
     if fwd.divisors is not None:
-        dq, dk = _unit_rows(dq, fwd.q, fwd.divisors[0]), _unit_rows(dk, fwd.k, fwd.divisors[1])
+        dq, dk = unit_rows(dq, fwd.q, fwd.divisors[0]), unit_rows(dk, fwd.k, fwd.divisors[1])
 
     # Query heads of one group share their keys and values; rows set to 0 do not depend on what they held.
     kv_heads = k.shape[1]
@@ -115,7 +107,26 @@ def gradients(
     )
 
 
-def _differentiable(modify: object) -> Score:
+def arriving(fwd: Forward, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of out and lse in dtype, 0 where these are constants: out = 0 of a row with no key, and
+    lse = -inf."""
+    dlse = torch.zeros_like(fwd.lse) if dlse is None else dlse
+    if dout.shape != fwd.out.shape or dlse.shape != fwd.lse.shape:
+        raise ValueError(
+            f"{tuple(dout.shape)=} must be {tuple(fwd.out.shape)} and {tuple(dlse.shape)=} must be "
+            f"{tuple(fwd.lse.shape)}, the shapes of out and lse"
+        )
+    do = dout.to(fwd.out.dtype).masked_fill(fwd.q_unseeing[..., None], 0)  # [B, Hq, Nq, Dv]
+    return do, dlse.to(fwd.lse.dtype).masked_fill(fwd.lse.isneginf(), 0)  # [B, Hq, Nq]
+
+
+def _by_parameter(parameter: Parameter, ds: Tensor, s: Tensor, fwd: Forward) -> Tensor:
+    """Its gradient: what each pair has to say to the element that it reads."""
+    by_pair = (ds * parameter.derivative(s, *fwd.index)).masked_fill(~fwd.keep, 0)
+    return parameter.total(by_pair, *fwd.index)
+
+
+def differentiable(modify: object) -> Score:
     """The score, or a ValueError that says what to give instead."""
     if not isinstance(modify, Score):
         raise ValueError(
@@ -140,7 +151,7 @@ def _factors(
     return dscale, dtemperature
 
 
-def _unit_rows(dunit: Tensor, unit: Tensor, divisor: Tensor) -> Tensor:
+def unit_rows(dunit: Tensor, unit: Tensor, divisor: Tensor) -> Tensor:
     """Back through unit = x / max(|x|, SHORTEST): what points along a row only changes its length, which the
     division takes away, unless the row is too short for it."""
     along = (unit * dunit).sum(dim=-1, keepdim=True).masked_fill(divisor <= SHORTEST, 0)

@@ -111,3 +111,17 @@ def intervals(start: Tensor, end: Tensor) -> MaskFn:
         return (lookup(start, batch, head, q_idx) <= kv_idx) & (kv_idx < lookup(end, batch, head, q_idx))
 
     return mask
+
+
+def blocks(pattern: Tensor, block: tuple[int, int]) -> MaskFn:
+    """Pairs count in whole blocks of ``block`` = (rows, keys): those of the blocks that are true.
+
+    pattern: bool tensor broadcastable to [B, Hq, ceil(Nq / rows), ceil(Nk / keys)]. Patterns of this kind:
+    block-sparse FlashAttention (Dao et al. 2022, arXiv 2205.14135, section 3.3), BigBird (Zaheer et al. 2020,
+    arXiv 2007.14062).
+    """
+
+    def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return lookup(pattern, batch, head, q_idx // block[0], kv_idx // block[1])
+
+    return mask

@@ -2,13 +2,13 @@
 
 Each function returns a ``Score``, called as ``score(s, batch, head, q_idx, kv_idx) -> s``. ``s`` is
 [B, Hq, Nq, Nk] and the index tensors broadcast to it, as in ``masks``. Everything is differentiable by
-autograd, in ``s`` and in the tables; the derivatives by formula, which ``gradients`` uses, stand beside each
-rule. ``align`` has the meaning it has in ``masks``.
+autograd, in ``s`` and in the tables; the derivatives by formula, which ``gradients``, ``tangent`` and
+``second`` use, stand beside each rule. ``align`` has the meaning it has in ``masks``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,19 +17,24 @@ from torch import Tensor
 from .positions import Align, at, expand, lookup, shift
 
 ScoreFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-ParameterFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+AtPairs = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Pair = tuple[int | str, int | str]
 
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """A tensor that a modifier reads, and its gradient.
+    """A tensor that a modifier reads, one element a pair, and the derivative by that element.
 
-    gradient(ds, s, batch, head, q_idx, kv_idx) -> a tensor of the shape of ``tensor``: ds [B, Hq, Nq, Nk] is
-    the gradient of the modifier's result, s its input.
+    read(x, batch, head, q_idx, kv_idx) -> the element of x, of the shape of ``tensor``, that each pair reads,
+    broadcastable to [B, Hq, Nq, Nk]. total: the way back, from a number a pair to the sum of those of each
+    element, in the shape of ``tensor``. derivative(s, batch, head, q_idx, kv_idx) -> d function / d element,
+    s being the modifier's input.
     """
 
     tensor: Tensor
-    gradient: ParameterFn
+    read: AtPairs
+    total: AtPairs
+    derivative: ScoreFn
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +43,16 @@ class Score:
 
     function(s, batch, head, q_idx, kv_idx) -> s. derivative: the same arguments -> d function / d s at s,
     each score by itself. parameters: the tensors that the function reads.
+
+    second_derivatives: {("s", "s"): d² function / ds², ("s", i): d² function / ds d parameters[i],
+    (i, j): d² function / d parameters[i] d parameters[j], i <= j}, functions of the same arguments; a pair
+    that is left out is 0. None: not given, and ``second`` refuses the score.
     """
 
     function: ScoreFn
     derivative: ScoreFn
     parameters: tuple[Parameter, ...] = ()
+    second_derivatives: Mapping[Pair, ScoreFn] | None = None
 
     def __call__(self, s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.function(s, batch, head, q_idx, kv_idx)
@@ -63,7 +73,10 @@ def softcap(cap: float) -> Score:
     def derivative(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return torch.cosh(s / cap) ** -2
 
-    return Score(score, derivative)
+    def second(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (-2 / cap) * torch.tanh(s / cap) * torch.cosh(s / cap) ** -2
+
+    return Score(score, derivative, second_derivatives={("s", "s"): second})
 
 
 def alibi(slopes: Tensor, q_len: int, kv_len: int, align: Align | None = "bottom_right") -> Score:
@@ -73,16 +86,20 @@ def alibi(slopes: Tensor, q_len: int, kv_len: int, align: Align | None = "bottom
     """
     offset = shift(q_len, kv_len, align)
 
-    def score(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        distance = (kv_idx - (q_idx + at(offset, batch))).abs()
-        return s - lookup(slopes.to(s.dtype), batch, head) * distance
+    def read(x: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return lookup(x, batch, head)
 
-    # dslope = -Σ_ij ds_ij · |distance_ij|
-    def gradient(ds: Tensor, s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        distance = (kv_idx - (q_idx + at(offset, batch))).abs()
-        return -(ds * distance).sum(dim=(2, 3)).sum_to_size(slopes.shape)
+    def total(x: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return x.sum(dim=(2, 3)).sum_to_size(slopes.shape)
 
-    return Score(score, _one, (Parameter(slopes, gradient),))
+    # dslope = Σ_ij ds_ij · -|distance_ij|
+    def by_slope(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return -(kv_idx - (q_idx + at(offset, batch))).abs().to(s.dtype)
+
+    def score(s: Tensor, *index: Tensor) -> Tensor:
+        return s + read(slopes.to(s.dtype), *index) * by_slope(s, *index)
+
+    return Score(score, _one, (Parameter(slopes, read, total, by_slope),), {})
 
 
 def relative_position(
@@ -99,35 +116,45 @@ def relative_position(
     """
     offset = shift(q_len, kv_len, align)
 
-    def score(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        distance = kv_idx - (q_idx + at(offset, batch))
-        return s + table.to(s.dtype)[head, t5_bucket(distance, table.shape[1], max_distance, bidirectional)]
+    def bucket(batch: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return t5_bucket(kv_idx - (q_idx + at(offset, batch)), table.shape[1], max_distance, bidirectional)
+
+    def read(x: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return x[head, bucket(batch, q_idx, kv_idx)]
 
     # dtable[h, n] = Σ ds_bhij over the batch and the pairs whose bucket is n
-    def gradient(ds: Tensor, s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        bucket = t5_bucket(kv_idx - (q_idx + at(offset, batch)), table.shape[1], max_distance, bidirectional)
-        zero = ds.new_zeros(table.shape)
-        summed = ds.sum_to_size(bucket.shape[0], *ds.shape[1:])  # sequences that share their buckets
-        return zero.index_put((head, bucket), summed, accumulate=True)
+    def total(x: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        of_pair = bucket(batch, q_idx, kv_idx)
+        summed = x.sum_to_size(of_pair.shape[0], *x.shape[1:])  # sequences that share their buckets
+        return x.new_zeros(table.shape).index_put((head, of_pair), summed, accumulate=True)
 
-    return Score(score, _one, (Parameter(table, gradient),))
+    return _added(table, read, total)
 
 
 def additive_bias(bias: Tensor) -> Score:
     """s -> s + bias. bias: broadcastable to [B, Hq, Nq, Nk]."""
 
-    def score(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return s + expand("bias", bias.to(s.dtype), tuple(s.shape))
+    def read(x: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return expand("bias", x, (batch.shape[0], head.shape[1], q_idx.shape[2], kv_idx.shape[3]))
 
     # dbias = Σ ds over the dimensions along which the bias was repeated
-    def gradient(ds: Tensor, s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return ds.sum_to_size(bias.shape)
+    def total(x: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return x.sum_to_size(bias.shape)
 
-    return Score(score, _one, (Parameter(bias, gradient),))
+    return _added(bias, read, total)
+
+
+def _added(tensor: Tensor, read: AtPairs, total: AtPairs) -> Score:
+    """s -> s + the element of the tensor that the pair reads: both derivatives are 1."""
+
+    def score(s: Tensor, *index: Tensor) -> Tensor:
+        return s + read(tensor.to(s.dtype), *index)
+
+    return Score(score, _one, (Parameter(tensor, read, total, _one),), {})
 
 
 def _one(s: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """The derivative of whatever adds to s."""
+    """The derivative by s of whatever adds to s, and by what is added."""
     return torch.ones_like(s)
 
 

@@ -15,18 +15,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .attention import Mask, Similarity, _as_sequence, _check, _indices, _kept, kept_factor
 from .scores import ScoreFn
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 FLUSHED = torch.finfo(torch.float32).tiny  # below fp32's smallest normal number hardware may flush to zero
 
 
-def pytorch_attention(
+class Given(TypedDict, total=False):
+    """The keyword arguments of ``pytorch_attention`` and ``math_attention``: those of ``attention``."""
+
+    mask: Mask | Sequence[Mask] | None
+    score: ScoreFn | Sequence[ScoreFn] | None
+    scale: float | Tensor | None
+    similarity: Similarity
+    temperature: float | Tensor | None
+    sink: Tensor | None
+    dropout_p: float
+    dropout_keep: Tensor | None
+
+
+def pytorch_attention(q: Tensor, k: Tensor, v: Tensor, **given: Unpack[Given]) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Nq, Dv] in q's dtype and lse [B, Hq, Nq] in fp32, as PyTorch computes them.
+
+    Arguments as in ``attention``. Differentiable once by autograd; the gradients round where those of
+    PyTorch's fused kernels do. What no query may see counts as 0: NaN there is no part of the yardstick.
+    """
+    out, lse = _SoftmaxValues.apply(*_scores(q, k, v, **given))
+    return out, lse
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, **given: Unpack[Given]) -> tuple[Tensor, Tensor]:
+    """The same numbers, with all derivatives of all orders: as on PyTorch's math path, the gradients round
+    where autograd does."""
+    return _softmax_values(*_scores(q, k, v, **given))[:2]
+
+
+def _scores(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -39,12 +72,9 @@ def pytorch_attention(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_keep: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Nq, Dv] in q's dtype and lse [B, Hq, Nq] in fp32, as PyTorch computes them.
-
-    Arguments as in ``attention``. Differentiable by autograd; the gradients round where those of PyTorch's
-    fused kernels do. What no query may see counts as 0: NaN there is no part of the yardstick.
-    """
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The scores in fp32 [B, Hq, Nq, Nk], with a sink's column at their end; v with a head for every query
+    head; and what dropout multiplies the weights by."""
     _check(q, k, v, similarity, temperature, dropout_p, dropout_keep)
     dtype, group = q.dtype, q.shape[1] // k.shape[1]
     shape = (*q.shape[:3], k.shape[2])
@@ -70,25 +100,32 @@ def pytorch_attention(
     if sink is not None:
         s = torch.cat([s, sink.float().reshape(1, -1, 1, 1).expand(*shape[:3], 1)], dim=3)
     kept = None if dropout_keep is None else dropout_keep.to(dtype) * kept_factor(dropout_p)
-    out, lse = _SoftmaxValues.apply(s, v, kept)
-    return out, lse
+    return s, v, kept
+
+
+def _softmax_values(s: Tensor, v: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """softmax(s) v with P rounded to v's dtype, lse, P in fp32, and what v was multiplied by."""
+    empty = (s == -math.inf).all(dim=3, keepdim=True)
+    s = s.masked_fill(empty, 0)  # whose softmax would be NaN, and its derivative
+    p = torch.softmax(s, dim=3).masked_fill(empty, 0)
+    weights = p[..., : v.shape[2]].to(v.dtype)
+    weights = weights if kept is None else weights * kept
+    return weights @ v, torch.logsumexp(s, dim=3).masked_fill(empty[..., 0], -math.inf), p, weights
 
 
 class _SoftmaxValues(torch.autograd.Function):
-    """softmax(s) v with P rounded to v's dtype, and lse; s [.., Nk] in fp32, or with a sink's column at its
-    end. The backward is that of PyTorch's fused kernels: Σ_j P dP of a row comes from the rounded output."""
+    """``_softmax_values``, differentiable once. The backward is that of PyTorch's fused kernels: Σ_j P dP of
+    a row comes from the rounded output."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, v: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        p = torch.softmax(s, dim=3).masked_fill((s == -math.inf).all(dim=3, keepdim=True), 0)
-        weights = p[..., : v.shape[2]].to(v.dtype)
-        weights = weights if kept is None else weights * kept
-        out, lse = weights @ v, torch.logsumexp(s, dim=3)
+        out, lse, p, weights = _softmax_values(s, v, kept)
         ctx.kept = kept
         ctx.save_for_backward(p, weights, v, out, lse)
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, None]:
         p, weights, v, out, lse = ctx.saved_tensors
         dp = do @ v.mT

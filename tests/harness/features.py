@@ -177,6 +177,11 @@ def copied_tile(p: Problem) -> None:
     p.tile = CopiedTile(16, 16)
 
 
+@feature("order", "gradients of gradients and forward mode")
+def second_order(p: Problem) -> None:
+    p.order = 2
+
+
 # ---- Memory layouts
 
 
@@ -354,6 +359,7 @@ def user_score(p: Problem) -> None:
             twin=checkered_score_twin,
             derivative=checkered_derivative,
             parameters={0: ("h", checkered_by_offset)},
+            second_derivatives={},
         )
     )
 
@@ -471,6 +477,14 @@ def intervals(p: Problem) -> None:
 @feature("mask", "a bool tensor that broadcasts along any dimension")
 def bool_mask(p: Problem) -> None:
     p.add_mask(p.randn(*p.broadcast(p.batch, p.q_heads, p.q_len, p.kv_len)) > -0.3)
+
+
+@feature("mask", "`Blocks`: a pattern of blocks of any size, as data")
+def blocks(p: Problem) -> None:
+    block = p.rng.choice(((16, 16), (32, 16), (5, 7), (16, 40)))
+    sizes = [-(-n // side) for n, side in zip((p.q_len, p.kv_len), block, strict=True)]
+    sizes = [1 if p.rng.random() < 0.2 else size for size in sizes]
+    p.add_mask(tilewise.Blocks(p.randn(*p.broadcast(p.batch, p.q_heads), *sizes) > 0, block))
 
 
 @feature("mask", "`UserMask`: a function of your own")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .mutation import Mutation, tests
 from .mutations_backward import MUTATIONS as BACKWARD_MUTATIONS
 from .mutations_bench import MUTATIONS as BENCH_MUTATIONS
+from .mutations_blocks import MUTATIONS as BLOCKS_MUTATIONS
 from .mutations_compat import MUTATIONS as COMPAT_MUTATIONS
 from .mutations_context_parallel import MUTATIONS as CONTEXT_PARALLEL_MUTATIONS
 from .mutations_copies import MUTATIONS as COPIES_MUTATIONS
@@ -25,7 +26,9 @@ from .mutations_one_walk import MUTATIONS as ONE_WALK_MUTATIONS
 from .mutations_pieces import MUTATIONS as PIECES_MUTATIONS
 from .mutations_planner import MUTATIONS as PLANNER_MUTATIONS
 from .mutations_positions import MUTATIONS as POSITIONS_MUTATIONS
+from .mutations_reference import MUTATIONS as REFERENCE_MUTATIONS
 from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
+from .mutations_second import MUTATIONS as SECOND_MUTATIONS
 from .mutations_sharded import MUTATIONS as SHARDED_MUTATIONS
 from .mutations_show import MUTATIONS as SHOW_MUTATIONS
 from .mutations_statistics import MUTATIONS as STATISTICS_MUTATIONS
@@ -148,7 +151,10 @@ MUTATIONS = (
              "tl.where(tile < full_first, tile, tile + (full_last - full_first))", "tile",
              tests("intervals", "the_kernel_visits_the_tiles_of_the_mask_and_no_other[causal]")),
     Mutation("forward: full tiles counted from the first tile", WALK,
-             "kv_start = (full_first + step) * TILE_KV", "kv_start = (first + step) * TILE_KV",
+             "        if IS_CUT:\n            return cut_tile(step, first, full_first, full_last)\n"
+             "        else:\n            return full_first + step",
+             "        if IS_CUT:\n            return cut_tile(step, first, full_first, full_last)\n"
+             "        else:\n            return first + step",
              tests("intervals", "the_kernel_visits_the_tiles_of_the_mask_and_no_other[left padding]")),
     Mutation("forward: a sink takes nothing from o", FORWARD,
              "        o = scaled(o, rescale[:, None])\n", "",
@@ -207,7 +213,7 @@ MUTATIONS = (
              "full_last = tl.minimum(tl.min(tl.where(sees, hi, 0))",
              RANGES),
     Mutation("intervals: full tiles skip a keep function", INTERVALS,
-             "whole = whole & (q_idx < 0)", "whole = whole & (q_idx >= 0)",
+             "mask_whole = q_idx < 0", "mask_whole = q_idx >= 0",
              tests("intervals", "intervals_intersect[True]")),
     Mutation("intervals: union in place of intersection", INTERVALS,
              "hi = tl.minimum(hi, mask_hi)", "hi = tl.maximum(hi, mask_hi)",
@@ -395,7 +401,7 @@ MUTATIONS = (
              tests("repr", "what_holds_no_tensor_can_be_evaluated[Causal()]")),
     Mutation("checks: gradient of a bias silently lost", REQUEST,
              "or any([tensor.requires_grad for _, tensor in self.other_tensors])", "or False",
-             tests("transforms", "second_order_raises[eager-bias]")),
+             tests("transforms", "second_order_of_one_tensor[bias]")),
     *BACKWARD_MUTATIONS,
     *COMPAT_MUTATIONS,
     *CONTEXT_PARALLEL_MUTATIONS,
@@ -413,7 +419,9 @@ MUTATIONS = (
     *PIECES_MUTATIONS,
     *PLANNER_MUTATIONS,
     *POSITIONS_MUTATIONS,
+    *REFERENCE_MUTATIONS,
     *ROWS_MUTATIONS,
+    *SECOND_MUTATIONS,
     *SHARDED_MUTATIONS,
     *SHOW_MUTATIONS,
     *STATISTICS_MUTATIONS,
@@ -421,5 +429,6 @@ MUTATIONS = (
     *TRANSFORMERS_MUTATIONS,
     *WATCH_MUTATIONS,
     *BENCH_MUTATIONS,
+    *BLOCKS_MUTATIONS,
 )
 # fmt: on

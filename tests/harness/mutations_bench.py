@@ -7,6 +7,7 @@ from .mutation import Mutation
 
 AGAIN = "bench/again.py"
 ANSWERS = "bench/answers.py"
+ANSWERS_AGAIN = "bench/answers_again.py"
 CASES = "reference/tilewise_reference/case.py"
 GATE = "bench/gate.py"
 GOALS = "bench/report/goals.py"
@@ -111,5 +112,14 @@ MUTATIONS = (
     Mutation("cache: pages count as contiguous", GOALS,
              "row.bytes >= 256e6 and not paged", "row.bytes >= 256e6",
              tests("report", "goals_of_pages_hold_them_against_the_same_cache_without")),
+    Mutation("bench: everyone is asked for second derivatives", f"{RIVALS}/base.py",
+             'if work in ("double backward", "forward mode") and', 'if work == "double backward" and',
+             tests("second_derivatives", "whoever_differentiates_once_says_so")),
+    Mutation("bench: any second derivative is right", ANSWERS_AGAIN,
+             "judge(name, torch.cat(got), exact", "judge(name, exact.to(got[0].dtype), exact",
+             tests("second_derivatives", "a_wrong_derivative_of_the_right_order_is_found")),
+    Mutation("case: a product of forward mode not counted", CASES,
+             "3 * self.head_dim + 3 * self.value_dim", "3 * self.head_dim + 2 * self.value_dim",
+             ("tests/reference/test_cases.py::test_counts_by_brute_force",)),
 )
 # fmt: on

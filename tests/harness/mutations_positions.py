@@ -21,7 +21,7 @@ MUTATIONS = (
              "tl.minimum(tl.maximum(shift, -(1 << 29)), 1 << 29).to(tl.int32)", "shift.to(tl.int32)",
              tests("positions", "further_than_32_bits[window-1]", "further_than_32_bits[causal-1]")),
     Mutation("positions: table's gradient as if sequences stood alike", SCORES,
-             "ds.sum_to_size(bucket.shape[0], *ds.shape[1:])", "ds.sum(dim=0, keepdim=True)",
+             "x.sum_to_size(of_pair.shape[0], *x.shape[1:])", "x.sum(dim=0, keepdim=True)",
              ("tests/reference/test_gradients.py::test_positions_of_each_sequence[table]",)),
     Mutation("positions: those of the host from the first row's", BOUNDS,
              "on_host(shift).clamp(-POSITIONS, POSITIONS)[..., None, None]",

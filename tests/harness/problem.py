@@ -16,6 +16,7 @@ from tilewise.plan.request import request_of
 from .gradients import check_gradients
 from .oracle import check, rows_that_see
 from .sanitizer import sanitize
+from .second import check_second
 
 # In the order in which a problem is built: sizes before what must fit them.
 KINDS = {
@@ -33,6 +34,7 @@ KINDS = {
     "sink": "sink",
     "dropout": "dropout",
     "mask": "masks, alone and combined with `&`",
+    "order": "derivatives",
 }
 ALIGNS = ("bottom_right", "top_left")
 DTYPES = ("float32", "float16", "bfloat16")  # features, all three
@@ -80,6 +82,7 @@ class Problem:
     page_size: int | None = None  # of a cache; 0: in one piece
     cache: Cached | None = None
     layout: Callable[[Problem, tuple[int, ...]], torch.Tensor] | None = None
+    order: int = 1  # of the derivatives that `judge` asks for, of what has any
     mask: Any = None
     scores: list[Any] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -243,6 +246,8 @@ def judge(problem: Problem, backward: bool = False) -> dict[str, torch.Tensor]:
     arguments = problem.keywords()
     forced = contextlib.nullcontext() if problem.tile is None else tilewise.tiles.use(problem.tile)
     with forced, sanitize():
+        if backward and problem.order == 2 and problem.filled() is None:
+            check_second(q, k, v, **arguments)
         if backward and problem.filled() is None:
             return check_gradients(q, k, v, problem.gradient_of_out(), **arguments)
         check(q, k, v, **arguments)

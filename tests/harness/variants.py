@@ -36,6 +36,7 @@ from tilewise.tools.compiled.compiler import (
 )
 from tilewise.tools.compiled.variants import (
     DTYPES,
+    SECOND,
     backward_variant,
     forward_variant,
     hopper_backward_variant,
@@ -43,9 +44,11 @@ from tilewise.tools.compiled.variants import (
     launch,
     launch_backward,
     launch_gradients,
+    launch_second,
     launch_statistics,
     one_walk_variant,
     plain_inputs,
+    second_variant,
     target_tiles,
 )
 from tilewise.tools.inspect.inspect import DIMS
@@ -139,6 +142,7 @@ SHIPPED = {
     "feature_variants": TARGETS,
     "backward_feature_variants": TARGETS,
     "statistics_variants": TARGETS,
+    "second_variants": TARGETS,
 }
 # What every run compiles for every target, and what it always compiles for Hopper: the rows that most calls
 # take, and one of each kind that a test has something to say of. The backward at 64 is among the oldest's.
@@ -204,7 +208,7 @@ def copied_variants() -> list[Variant]:
 COMBINATIONS = (
     ("causal", "window", "prefix", "softcap", "alibi", "sink", "cosine_with_temperature"),
     ("documents", "right_padding", "left_padding", "relative_position", "tensor_scale", "dropout"),
-    ("bool_mask", "intervals", "user_mask", "user_interval", "user_score", "bias_modifier", "bias"),
+    ("bool_mask", "intervals", "blocks", "user_mask", "user_interval", "user_score", "bias_modifier", "bias"),
     ("packed_apart", "causal", "relative_position", "intervals"),
     ("causal_top_left", "causal_from_a_position", "scattered_documents", "strided_bias", "other_scale"),
     ("cosine", "packed_rows", "left_padding", "bool_mask", "sink"),
@@ -228,7 +232,29 @@ def feature_variant(features: tuple[str, ...], i: int, launched: Callable[..., N
 def feature_variants() -> list[Variant]:
     """Every feature in the forward, and what is not a feature: integers that are 1."""
     found = [feature_variant(features, i, launch) for i, features in enumerate(COMBINATIONS)]
-    return [*found, ones_variant(), part_variant(False)]
+    return [*found, ones_variant(), part_variant(False), listed_variant(launch), listed_decode_variant()]
+
+
+def listed_variant(launched: Callable[..., None]) -> Variant:
+    """Lists of tiles of packed sequences. Nothing else of such a call is another for them."""
+    return dataclasses.replace(
+        feature_variant(("packed_apart", "causal", "blocks"), 0, launched),
+        kernels=("list_keys_kernel", "list_rows_kernel"),
+    )
+
+
+def listed_decode_variant() -> Variant:
+    """A list dealt to the programs that share the keys of a sequence."""
+
+    def run() -> None:
+        q, cache = (
+            torch.empty(2, n, m, 128, dtype=torch.bfloat16, device="meta") for n, m in ((32, 1), (8, 4096))
+        )
+        kv_lens = torch.empty(2, dtype=torch.int32, device="meta")
+        mask = tilewise.Blocks(torch.empty(2, 1, 1, 64, dtype=torch.bool, device="meta"), 64)
+        launch(q, cache, cache, return_lse=True, kv_lens=kv_lens, mask=mask)
+
+    return Variant("bf16 128 decode, blocks", run)
 
 
 def part_variant(backward: bool) -> Variant:
@@ -259,7 +285,24 @@ def backward_feature_variants() -> list[Variant]:
     for i in (0, 3):
         variant = feature_variant(COMBINATIONS[i], i, in_one)
         found.append(dataclasses.replace(variant, kernels=("dqkv_kernel", "finish_dq_kernel")))
-    return [*found, part_variant(True)]
+    return [*found, part_variant(True), listed_variant(launch_backward)]
+
+
+def second_variants() -> list[Variant]:
+    """Tangents of forward and backward: where the tiles change, and with features."""
+    plain = [
+        second_variant(dtype, dim, "causal") for dtype, dim in (("bf16", 64), ("bf16", 128), ("fp32", 64))
+    ]
+    features = feature_variant(COMBINATIONS[1], 1, launch_second)
+    return [*plain, pieces_second_variant(576, 512), features]
+
+
+def pieces_second_variant(dim: int, value_dim: int) -> Variant:
+    def run() -> None:
+        q, k, v = plain_inputs("bf16", dim)
+        launch_second(q, k, v[..., :value_dim])
+
+    return Variant(f"bf16 {dim}x{value_dim}", run, SECOND)
 
 
 def backward_variants() -> list[Variant]:

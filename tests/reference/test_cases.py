@@ -77,6 +77,9 @@ def test_counts_by_brute_force(q_len, kv_len, causal, window):
     assert case.flops() == 12 * pairs * 2 * (4 + 3)
     # Backward: S, dQ and dK over head_dim 4; dP and dV over value_dim 3.
     assert case.flops("backward") == 12 * pairs * 2 * (3 * 4 + 2 * 3)
+    # Forward mode: S and two products more, O and two more. Double backward: 7 and 5.
+    assert case.flops("forward mode") == 12 * pairs * 2 * (3 * 4 + 3 * 3)
+    assert case.flops("double backward") == 12 * pairs * 2 * (7 * 4 + 5 * 3)
     # fp16: q and out of 2 · 6 heads; of 2 · 3 heads, the keys and values that some query sees.
     assert case.bytes() == 2 * (12 * q_len * (4 + 3) + 6 * int(keep.any(0).sum()) * (4 + 3))
 

@@ -6,77 +6,11 @@ import math
 import pytest
 import torch
 
-from harness.exact import F64, column, random_qkv
-from tilewise_reference import attention, dropout_keep, gradients, masks, scores
+from harness.drawn import EVERYTHING, FEATURES, Draw, close, inputs_of, options_of
+from harness.exact import F64, column
+from tilewise_reference import attention, gradients, masks, scores
 
 LN3 = math.log(3)
-EPS = torch.finfo(F64).eps
-
-
-def close(actual, expected):
-    """Apart by rounding: the longest sums here, of 420 pairs, add up some √420 roundings of numbers that are
-    a few times as large as the largest result."""
-    largest = max([1.0, *expected.detach().abs().flatten().tolist()])
-    torch.testing.assert_close(actual, expected, rtol=0, atol=100 * EPS * largest)
-
-
-class Draw:
-    """Random tensors for the options of one call."""
-
-    def __init__(self, q_heads, kv_heads, q_len, kv_len, batch=2, head_dim=3, value_dim=4):
-        self.q_heads, self.q_len, self.kv_len, self.batch = q_heads, q_len, kv_len, batch
-        self.qkv = random_qkv(batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, grad=True)
-        self.lengths = q_len, kv_len
-        self.generator = torch.Generator().manual_seed(1)
-        self.pairs = batch, q_heads, q_len, kv_len
-
-    def randn(self, *shape):
-        return torch.randn(shape, dtype=F64, generator=self.generator).requires_grad_()
-
-    def keep(self):
-        keep = torch.rand(self.pairs, generator=self.generator) < 0.6
-        keep[:, 1, 0] = False  # a row with no key
-        keep[1, :, :, -1] = False  # a key that nobody sees
-        return keep
-
-
-FEATURES = {
-    "causal": lambda d: {"mask": [masks.causal(*d.lengths)]},
-    "top left": lambda d: {"mask": [masks.causal(*d.lengths, "top_left"), masks.padding(d.kv_len - 1, 9)]},
-    "dense mask": lambda d: {"mask": [d.keep()]},
-    "bias": lambda d: {"bias": d.randn(1, d.q_heads, 1, d.kv_len)},
-    "bias first": lambda d: {"score": [scores.additive_bias(d.randn(d.batch, 1, d.q_len, 1))]},
-    "alibi": lambda d: {"score": [scores.alibi(d.randn(d.q_heads), *d.lengths)]},
-    "softcap": lambda d: {"score": [scores.softcap(1.5)]},
-    "alibi by batch": lambda d: {"score": [scores.alibi(d.randn(2, d.q_heads), *d.lengths, "top_left")]},
-    "table": lambda d: {"score": [scores.relative_position(d.randn(d.q_heads, 8), *d.lengths, 6)]},
-    "table, one way": lambda d: {
-        "score": [scores.relative_position(d.randn(d.q_heads, 4), *d.lengths, 6, False, "top_left")]
-    },
-    "square": lambda d: {"score": [scores.Score(lambda s, *index: s**2, lambda s, *index: 2 * s)]},
-    "number scale": lambda d: {"scale": -0.7},
-    "scale": lambda d: {"scale": d.randn()},
-    "cosine": lambda d: {"similarity": "cosine", "temperature": d.randn(d.q_heads)},
-    "number temperature": lambda d: {"similarity": "cosine", "temperature": 3.0},
-    "sink": lambda d: {"sink": d.randn(d.q_heads)},
-    "dropout": lambda d: {"dropout_p": 0.3, "dropout_keep": dropout_keep(7, 0.3, d.pairs)},
-}
-
-
-def options_of(draw, features):
-    """The options of several features: their masks and scores one after the other."""
-    options = {}
-    for feature in features:
-        for name, value in FEATURES[feature](draw).items():
-            options[name] = options.get(name, []) + value if isinstance(value, list) else value
-    return options
-
-
-def inputs_of(qkv, options):
-    """The tensors that have a gradient, in the order of ``flat``."""
-    named = [options.get(name) for name in ("bias", "scale", "temperature", "sink")]
-    tables = [p.tensor for score in options.get("score", ()) for p in score.parameters]
-    return [*qkv, *(t for t in named if isinstance(t, torch.Tensor)), *tables]
 
 
 def flat(found):
@@ -163,10 +97,6 @@ POSITIONED = {
 def test_positions_of_each_sequence(name):
     draw = Draw(6, 2, 5, 7)
     check(draw, POSITIONED[name](draw))
-
-
-EVERYTHING = ["dense mask", "bias first", "alibi", "table", "softcap", "square", "bias", "scale", "cosine",
-              "sink", "dropout"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("with_dout", "with_dlse"), [(True, True), (True, False), (False, True)])

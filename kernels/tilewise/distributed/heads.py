@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..pytorch.autograd import SECOND_ORDER
 from .exchange import Channel
 from .order import Order
+from .share import SECOND_ORDER
 
 Tensor = torch.Tensor
 

@@ -9,7 +9,6 @@ import torch
 from ..parts.shape import computed_in
 from ..plan.passes import empty_in_order_of, sink_gradient
 from ..plan.request import Request
-from ..pytorch.autograd import SECOND_ORDER
 from ..pytorch.encoding import Encoded, decode, encode
 from .blocks import Blocks, ring
 from .calls import is_free, part_calls, part_request
@@ -19,6 +18,10 @@ from .rows import Rows, attend, differentiate, unit_of, without_sink
 from .walk import WALKS, Keys, Walk
 
 Tensor = torch.Tensor
+SECOND_ORDER = (
+    "context_parallel_attention has no second-order gradients: its gradient was differentiated again. Drop "
+    "create_graph=True, or call tilewise.attention on one device, which has them"
+)
 
 
 class Share(NamedTuple):

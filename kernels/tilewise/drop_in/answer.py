@@ -15,7 +15,6 @@ from ..api import answer as run
 from ..plan.checks import check, violations
 from ..plan.implementation import implementation
 from ..plan.request import Request, make_request, without_drawing
-from ..pytorch.dispatch import refuse_transforms
 from ..pytorch.nested import Jagged, is_nested, unpack
 from ..scaled_dot_product import Call, as_attention
 from .entry import ANSWERED_BY, PYTORCH
@@ -100,8 +99,6 @@ def plan_of(given: Given) -> Plan:
         call, arguments = as_call(given)
         request = make_request(call.q, call.k, call.v, **without_drawing(call.q, arguments))
         check(request)
-        if implementation(request) != "torch":
-            refuse_transforms(request)
         if request.dropout is not None:
             request = make_request(call.q, call.k, call.v, **arguments)
     except (ValueError, NotImplementedError) as error:

@@ -58,12 +58,15 @@ from ..parts.sequences import first_tile, tiles_of
 from ..parts.softmax import softmax_probabilities
 from ..parts.statistics import add_statistics, load_row_gradients
 from .call import key_programs, programs, shared_arguments
+from .coverage import list_keys, list_rows
 from .launch import launch
 from .prepare import BackwardCall
 from .shares import add_share, finite
 from .tile import Tile
 from .turns import NOBODYS, pass_last_turn
 from .walk import (
+    listed_keys,
+    listed_rows,
     load_keys,
     once_more,
     own_keys,
@@ -91,6 +94,7 @@ def sum_over_rows(
     rows,  # dO and three numbers a row: `backward_arguments`
     of_rows,  # and those that statistics hand in: statistics.py
     ranges_ptr,
+    lists,  # of the tiles of rows that visit each tile of keys: coverage.py; or ()
     dkeys,  # (pointer, strides), as for dvalues
     dvalues,
     shares,  # where dQ's shares are added, (sums_ptr, turns): one_walk.py; or None
@@ -135,7 +139,10 @@ def sum_over_rows(
         rows_ptr = rows_of(q_place, head, q_heads, q_rows)
         head_tiles = (q_place[0].to(tl.int64) * q_heads + head) * range_tiles + range_first
         head_ranges_ptr = ranges_ptr + head_tiles * 4
-        span = q_range(head_ranges_ptr, q_tiles, kv_start, kv_start + TILE_KV, 128)
+        if len(lists) > 0:
+            span = listed_rows(lists, program * group + part // HALVES)
+        else:
+            span = q_range(head_ranges_ptr, q_tiles, kv_start, kv_start + TILE_KV, 128)
         q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
 
         for RUN in tl.static_range(2):
@@ -237,6 +244,7 @@ def dkv_kernel(
     rows,  # dO and three numbers a row: `backward_arguments`
     of_rows,  # and those that statistics hand in: statistics.py
     ranges_ptr,
+    lists,  # of the tiles of rows that visit each tile of keys: coverage.py; or ()
     dkeys,  # (pointer, strides), as for dvalues
     dvalues,
     DERIVATIVES: tl.constexpr,  # of SCORES, a function or None (it is 1) for each
@@ -249,8 +257,8 @@ def dkv_kernel(
 ):
     sum_over_rows(
         tl.program_id(0), call, INTERVALS, KEEPS, SCORES, HEAD_DIM, VALUE_DIM, HEAD_TILE, VALUE_TILE,
-        PRECISION, rows, of_rows, ranges_ptr, dkeys, dvalues, None, DERIVATIVES, OPERAND, PROJECT, HAS_GAPS,
-        TILE_Q, TILE_KV, SUMS,
+        PRECISION, rows, of_rows, ranges_ptr, lists, dkeys, dvalues, None, DERIVATIVES, OPERAND, PROJECT,
+        HAS_GAPS, TILE_Q, TILE_KV, SUMS,
     )  # fmt: skip
 
 
@@ -267,6 +275,7 @@ def dq_kernel(
     PRECISION: tl.constexpr,
     rows,  # dO and three numbers a row: `backward_arguments`
     of_rows,  # and those that statistics hand in: statistics.py
+    lists,  # of the tiles of keys that each tile of rows visits: coverage.py; or ()
     dqueries,  # (pointer, strides)
     DERIVATIVES: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -282,7 +291,10 @@ def dq_kernel(
     batch, head, q_idx, row, where, _tile, q_tile = own_rows(sizes, layout, TILE_Q)
     q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
-    span = kv_range(lo, hi, whole, kv_len, TILE_KV)
+    if len(lists) > 0:
+        span = listed_keys(lo, hi, kv_len, lists, ())
+    else:
+        span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
     q_head, do_head = head_of(queries, q_place, head), head_of(dout, q_place, head)
     k_walk = walked(keys, (), kv_place, head // group, layout)
@@ -375,6 +387,7 @@ def launch_dkv(
     sums = sums or sums_of(shape.head_dim, shape.value_dim, dk.element_size())
     arguments = backward_arguments(backward, tile) | dict(
         ranges_ptr=backward.ranges,
+        lists=list_rows(backward.call, tile),
         dkeys=(dk, dk.stride()),
         dvalues=(dv, dv.stride()),
         OPERAND=backward.call.operand,
@@ -389,12 +402,13 @@ def launch_dkv(
 def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:
     """Fill dq [batch, q_heads, q_len, head_dim]."""
     shape = backward.call.shape
+    grid = programs(shape, shape.q_len, tile.tile_q, shape.q_heads)
     arguments = backward_arguments(backward, tile) | dict(
+        lists=list_keys(backward.call, tile, grid),
         dqueries=(dq, dq.stride()),
         OPERAND=backward.call.operand,
         PROJECT=backward.call.project,
         HAS_GAPS=backward.call.has_gaps,
     )
-    grid = programs(shape, shape.q_len, tile.tile_q, shape.q_heads)
     if grid:
         launch(dq_kernel, (grid,), dq, **arguments)

@@ -30,6 +30,7 @@ class Call(NamedTuple):
     has_gaps: bool
     dropout: tuple[Any, ...]
     is_grouped: bool = False  # the forward's tiles of rows hold those of all heads of a group
+    has_holes: bool = False  # walks are over lists of tiles: coverage.py
 
 
 class Split(NamedTuple):

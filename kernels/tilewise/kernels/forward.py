@@ -42,9 +42,20 @@ from ..parts.softmax import softmax_end, softmax_join, softmax_start, softmax_st
 from ..parts.statistics import statistics_join, statistics_start, statistics_step, store_statistics
 from .call import NO_STATS, Call, RowStats, Split, programs, shared_arguments
 from .copies import copies_of
+from .coverage import Lists, list_keys
 from .launch import launch
 from .tile import Tile
-from .walk import in_pieces, keys_of_split, load_keys, once_more, own_group, step_keys, steps_of, walked
+from .walk import (
+    in_pieces,
+    keys_of_split,
+    listed_keys,
+    load_keys,
+    once_more,
+    own_group,
+    step_keys,
+    steps_of,
+    walked,
+)
 
 
 @triton.jit
@@ -70,6 +81,7 @@ def forward_kernel(
     v_copy_2,
     split,  # (), or keys of a split and strides of `out` and `lse_ptr` from one to the next
     stats,  # what else is known of a row, and asked for: statistics.py
+    lists,  # of the tiles that each program visits: coverage.py; or ()
     IS_GROUPED: tl.constexpr,  # a tile of rows holds those of all heads of a group
     HAS_GAPS: tl.constexpr,  # some key inside a row tile's range may be seen by none of its rows
     TILE_Q: tl.constexpr,
@@ -83,8 +95,11 @@ def forward_kernel(
     )
     q_place, kv_place, q_len, kv_len = where
     lo, hi, whole = intersect_intervals(row, kv_len, batch, head, INTERVALS, mask_args)
-    lo, hi, whole = keys_of_split(lo, hi, whole, kv_len, split, TILE_KV)
-    span = kv_range(lo, hi, whole, kv_len, TILE_KV)
+    if len(lists) > 0:
+        span = listed_keys(lo, hi, kv_len, lists, split)
+    else:
+        lo, hi, whole = keys_of_split(lo, hi, whole, kv_len, split, TILE_KV)
+        span = kv_range(lo, hi, whole, kv_len, TILE_KV)
 
     q_head = head_of(queries, q_place, head_column)
     q = load_pieces(q_head, q_idx, q_idx < q_len, HEAD_DIM, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
@@ -185,6 +200,7 @@ def forward_launch(
     tile: Tile,
     split: Split | None = None,
     stats: RowStats = NO_STATS,
+    lists: Lists = (),
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The grid and the arguments with which `forward_kernel` answers `call`; with splits, out and lse have a
     first dimension for them."""
@@ -199,6 +215,7 @@ def forward_launch(
         sink_stride=0 if call.sink is None else call.sink.stride(0),
         split=() if split is None or lse is None else (split.size, out.stride(0), lse.stride(0)),
         stats=stats.given(),
+        lists=lists,
         IS_GROUPED=call.is_grouped,
         HAS_GAPS=call.has_gaps,
         TILE_Q=tile.tile_q,
@@ -230,6 +247,10 @@ def launch_forward(
     statistics [2, batch, q_heads, q_len]: `softmax.softmax_probabilities`; with packed sequences 1 for batch
     and all tokens for q_len. lse, statistics and what stats ask for are fp32 and contiguous. With splits,
     out, lse and stats have a first dimension for them, and each is the result of its own keys."""
-    grid, arguments = forward_launch(call, out, lse, statistics, tile, split, stats)
+    lists: Lists = ()
+    if split is None or split.size == 0:  # in splits of a given size no tile goes first: `keys_of_split`
+        count = rows_programs(call.shape, call.is_grouped, tile.tile_q)
+        lists = list_keys(call, tile, count, call.is_grouped)
+    grid, arguments = forward_launch(call, out, lse, statistics, tile, split, stats, lists)
     if grid[0]:
         launch(forward_kernel, grid, out, **arguments)

@@ -16,6 +16,7 @@ itself, memory is linear in length.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -152,16 +153,26 @@ def parameter_gradient(
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of `tensor`, in its shape and, unless one is given, its dtype; `modifier` is the place in
     the chain of the one that reads it. The tile is square, of the rows that backward.ranges was made for."""
-    shape = backward.call.shape
+    shape, dtype = backward.call.shape, dtype or tensor.dtype
     if tensor.numel() == 0 or 0 in shape.scores:
         return torch.zeros_like(tensor, dtype=dtype)
+    walk = walk_arguments(shape, backward.ranges, modifier, parameter, tensor, tile, dtype)
+    launch(parameter_kernel, (math.prod(walk["own"]),), tensor, **backward_arguments(backward, tile), **walk)
+    return finished(walk, shape, parameter, tensor, tile, dtype)
+
+
+def walk_arguments(
+    shape: Shape, ranges: torch.Tensor, modifier: int, parameter: Parameter, tensor: torch.Tensor, tile: Tile,
+    dtype: torch.dtype,
+) -> dict[str, Any]:  # fmt: skip
+    """What a kernel of a parameter's sums is told of them; of `grad_ptr`, which it fills, `finished` makes
+    the gradient in this dtype."""
     walk, kept, own, sums, sizes = plan(parameter, tensor, shape, tile.tile_q)
     # Pairs are written as they are; sums are added up once more, and rounded after that.
-    dtype = dtype or tensor.dtype
     grad = torch.empty(sums, dtype=dtype if kept is EACH_PAIR else torch.float32, device=tensor.device)
     buckets = parameter.buckets
-    arguments = backward_arguments(backward, tile) | dict(
-        ranges_ptr=backward.ranges,
+    return dict(
+        ranges_ptr=ranges,
         grad_ptr=grad,
         grad_sizes=sizes,
         pairs=(shape.batch, shape.q_heads),
@@ -176,10 +187,17 @@ def parameter_gradient(
         ADD=kept.add,
         STORE=kept.store,
     )
-    launch(parameter_kernel, (math.prod(own),), grad, **arguments)
-    if buckets is not None:
+
+
+def finished(
+    walk: dict[str, Any], shape: Shape, parameter: Parameter, tensor: torch.Tensor, tile: Tile,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of `tensor` from what the programs of `walk_arguments` wrote."""
+    grad: torch.Tensor = walk["grad_ptr"]
+    if parameter.buckets is not None:
         total = grad.sum((0, 2))
-    elif kept is ONE and shape.packing is not None and parameter.sizes[0] > 1:
+    elif walk["STORE"] is ONE.store and shape.packing is not None and parameter.sizes[0] > 1:
         total = sequence_sums(grad, shape, tile.tile_q).sum_to_size(parameter.sizes)
     else:
         total = grad.sum_to_size(parameter.sizes)

@@ -8,6 +8,8 @@ are never visited. Of the keys of a cut tile some may lie outside the range of t
     q_tile 1         █ ▒ · · ·          causal, TILE_Q = TILE_KV
     q_tile 2         █ █ ▒ · ·
     q_tile 3         █ █ █ ▒ ·
+
+Which tiles these are, their range says, or, where masks leave holes in it, a list: coverage.py.
 """
 
 import triton
@@ -17,6 +19,7 @@ from ..parts.addressing import keys_of
 from ..parts.intervals import cut_tile
 from ..parts.pieces import copy_pieces, load_pieces
 from ..parts.sequences import head_and_tile, tile_of_keys, tile_of_rows, tiles_of, valid_rows
+from .lists import listed_steps, listed_tile, own_tiles, share_of
 
 
 @triton.jit
@@ -90,29 +93,55 @@ def keys_of_split(lo, hi, whole, kv_len, split, TILE_KV: tl.constexpr):
         return tl.maximum(lo, first), tl.minimum(hi, first + size), whole & (split[0] == 0)
 
 
+# ---- The keys that a program with a tile of rows walks over; span: what `kv_range` or `listed_keys` says
+
+
+@triton.jit
+def listed_keys(lo, hi, kv_len, lists, split):
+    """What `kv_range` says, from the program's list: the keys start..stop that its rows visit, and the tiles
+    that hold them."""
+    sees = lo < hi
+    start = tl.min(tl.where(sees, lo, kv_len))
+    stop = tl.max(tl.where(sees, hi, 0))
+    return start, stop, share_of(own_tiles(lists, tl.program_id(0)), split)
+
+
 @triton.jit
 def steps_of(span, IS_CUT: tl.constexpr):
-    """How many tiles of this kind the walk visits; span: what `kv_range` says."""
-    _start, _stop, first, full_first, full_last, last = span
-    if IS_CUT:
-        return last - first - (full_last - full_first)
+    """How many tiles of this kind the walk visits."""
+    if len(span) == 3:
+        return listed_steps(span[2], IS_CUT)
     else:
-        return full_last - full_first
+        _start, _stop, first, full_first, full_last, last = span
+        if IS_CUT:
+            return last - first - (full_last - full_first)
+        else:
+            return full_last - full_first
 
 
 @triton.jit
 def step_keys(step, span, kv_len, IS_CUT: tl.constexpr, TILE_KV: tl.constexpr):
     """A step's keys: the first of them, kv_idx [TILE_KV], and `kv_row`: the same keys for masks and scores,
     which are asked about valid keys only."""
-    _start, _stop, first, full_first, full_last, _last = span
+    kv_start = key_tile(step, span, IS_CUT) * TILE_KV
+    kv_idx = kv_start + tl.arange(0, TILE_KV)
     if IS_CUT:
-        kv_start = cut_tile(step, first, full_first, full_last) * TILE_KV
-        kv_idx = kv_start + tl.arange(0, TILE_KV)
         return kv_start, kv_idx, tl.minimum(kv_idx, kv_len - 1)
     else:
-        kv_start = (full_first + step) * TILE_KV
-        kv_idx = kv_start + tl.arange(0, TILE_KV)
         return kv_start, kv_idx, kv_idx
+
+
+@triton.jit
+def key_tile(step, span, IS_CUT: tl.constexpr):
+    """Which tile of keys a step visits."""
+    if len(span) == 3:
+        return listed_tile(step, span[2], IS_CUT)
+    else:
+        _start, _stop, first, full_first, full_last, _last = span
+        if IS_CUT:
+            return cut_tile(step, first, full_first, full_last)
+        else:
+            return full_first + step
 
 
 @triton.jit
@@ -145,7 +174,7 @@ def load_keys(x, kv_start, kv_idx, span, IS_CUT: tl.constexpr, DIM: tl.constexpr
         return load_pieces(x_head, kv_idx, None, DIM, PIECES)
 
 
-# ---- The rows that a program with a tile of keys walks over; span: what `q_range` says
+# ---- The rows that a program with a tile of keys walks over; span: what `q_range` or `listed_rows` says
 #
 # First the tiles in which every pair counts, then those that a mask cuts. Programs that take turns (turns.py)
 # walk from the last row to the first, in two halves of two runs each: the tiles cut above the full ones, and
@@ -153,29 +182,43 @@ def load_keys(x, kv_start, kv_idx, span, IS_CUT: tl.constexpr, DIM: tl.constexpr
 
 
 @triton.jit
+def listed_rows(lists, number):
+    """What `q_range` says, from the list of this number."""
+    return (own_tiles(lists, number),)
+
+
+@triton.jit
 def row_steps(span, half, IS_CUT: tl.constexpr, IN_TURNS: tl.constexpr):
     """How many tiles of rows a run visits."""
-    first, full_first, full_last, last = span
-    full = full_last - full_first
-    if IN_TURNS and IS_CUT:
-        return tl.where(half == 0, last - full_last, full_first - first)
-    elif IN_TURNS:
-        return tl.where(half == 0, full, 0)
-    elif IS_CUT:
-        return last - first - full
+    if len(span) == 1:
+        tl.static_assert(not IN_TURNS, "turns are those of ranges")
+        return listed_steps(span[0], IS_CUT)
     else:
-        return full
+        first, full_first, full_last, last = span
+        full = full_last - full_first
+        if IN_TURNS and IS_CUT:
+            return tl.where(half == 0, last - full_last, full_first - first)
+        elif IN_TURNS:
+            return tl.where(half == 0, full, 0)
+        elif IS_CUT:
+            return last - first - full
+        else:
+            return full
 
 
 @triton.jit
 def row_tile(step, span, half, IS_CUT: tl.constexpr, IN_TURNS: tl.constexpr):
     """Which tile of rows a step of a run visits."""
-    first, full_first, full_last, last = span
-    if IN_TURNS and IS_CUT:
-        return tl.where(half == 0, last, full_first) - 1 - step
-    elif IN_TURNS:
-        return full_last - 1 - step
-    elif IS_CUT:
-        return cut_tile(step, first, full_first, full_last)
+    if len(span) == 1:
+        tl.static_assert(not IN_TURNS, "turns are those of ranges")
+        return listed_tile(step, span[0], IS_CUT)
     else:
-        return full_first + step
+        first, full_first, full_last, last = span
+        if IN_TURNS and IS_CUT:
+            return tl.where(half == 0, last, full_first) - 1 - step
+        elif IN_TURNS:
+            return full_last - 1 - step
+        elif IS_CUT:
+            return cut_tile(step, first, full_first, full_last)
+        else:
+            return full_first + step

@@ -26,11 +26,11 @@ class Dropout(NamedTuple):
     p: float
     seed: torch.Tensor
 
-    def args(self, origin: tuple[int, int, int, int] | None = None) -> tuple[Any, ...]:
-        """What the device functions below take as `dropout`; without dropout it is (). origin: where the call
-        begins in one that it is a part of, along batch, heads, queries and keys, of these a multiple of 4."""
+    def args(self, asked: tuple[int, int, int, int, int] | None = None) -> tuple[Any, ...]:
+        """What the device functions below take as `dropout`; without dropout it is (). asked: where the call
+        begins in one that it is a part of, `Place.asked`, along keys a multiple of 4."""
         args = self.seed, round(self.p * 2**31), 1.0 / (1.0 - self.p) if self.p < 1 else 0.0
-        return args if origin is None else (*args, origin)
+        return args if asked is None else (*args, asked)
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV: tl.constexpr, I
     else:
         if len(dropout) == 4:  # a part of a larger call, whose pairs these are
             origin = dropout[3]
-            batch, head = batch + origin[0], head + origin[1]
+            batch, head = batch % origin[4] + origin[0], head + origin[1]
             q_idx, kv_start = q_idx + origin[2], kv_start + origin[3]
         zeros = q_idx[:, None] * 0 + tl.arange(0, TILE_KV // 4)[None, :] * 0  # [TILE_Q, TILE_KV / 4]
         quad = zeros + (kv_start // 4 + tl.arange(0, TILE_KV // 4))[None, :]

@@ -12,7 +12,8 @@ lo and its smallest hi every pair counts, so that those tiles need no mask:
            start   └ full ┘ stop
 
 `lo`, `hi` and `whole` are vectors over the rows; `whole` says that every key in lo..hi counts. Where a mask
-is not an interval, or not only one, its `keep` function decides pair by pair.
+is not an interval, or not only one, its `keep` function decides pair by pair. Where it leaves holes that are
+worth skipping, its `coverage` says what a row sees of a run of keys, and `covered` what all masks say of it.
 """
 
 import triton
@@ -20,18 +21,21 @@ import triton.language as tl
 
 
 @triton.jit
-def intersect_intervals(q_idx, kv_len, batch, head, INTERVALS: tl.constexpr, mask_args):
-    """lo, hi and whole of each row under all masks together; hi ≤ lo where a row sees no key."""
+def intersect_intervals(
+    q_idx, kv_len, batch, head, INTERVALS: tl.constexpr, mask_args, COVERAGES: tl.constexpr = None
+):
+    """lo, hi and whole of each row under all masks together; hi ≤ lo where a row sees no key. With COVERAGES
+    `whole` is said by the masks that have none: of the others, `covered` asks that."""
     lo = q_idx * 0
     hi = q_idx * 0 + kv_len
     whole = q_idx >= 0
     for i in tl.static_range(len(INTERVALS)):
-        if INTERVALS[i] is None:
-            whole = whole & (q_idx < 0)
-        else:
+        mask_whole = q_idx < 0
+        if INTERVALS[i] is not None:
             mask_lo, mask_hi, mask_whole = INTERVALS[i](q_idx, batch, head, mask_args[i])
             lo = tl.maximum(lo, mask_lo)
             hi = tl.minimum(hi, mask_hi)
+        if COVERAGES is None or COVERAGES[i] is None:
             whole = whole & mask_whole
     return lo, hi, whole
 
@@ -51,6 +55,23 @@ def kv_range(lo, hi, whole, kv_len, TILE_KV: tl.constexpr):
     full_first = tl.where(none_full, last, full_first)
     full_last = tl.where(none_full, last, full_last)
     return start, stop, first, full_first, full_last, last
+
+
+@triton.jit
+def covered(
+    row, first, last, lo, hi, whole, batch, head_column, COVERAGES: tl.constexpr, mask_args
+):  # fmt: skip
+    """What rows [R], with their lo, hi and whole, see of runs of keys first..last, both inclusive, [1, N],
+    under all masks together: 0 where none of a run, 2 where all, for sure, 1 where some, perhaps; [R, N]."""
+    lo, hi = lo[:, None], hi[:, None]
+    overlaps = tl.maximum(lo, first) < tl.minimum(hi, last + 1)
+    contains = whole[:, None] & (lo <= first) & (hi > last)
+    seen = overlaps.to(tl.int32) + (overlaps & contains).to(tl.int32)
+    for i in tl.static_range(len(COVERAGES)):
+        if COVERAGES[i] is not None:
+            of_mask = COVERAGES[i](row[:, None], first, last, batch, head_column, mask_args[i])
+            seen = tl.minimum(seen, of_mask)
+    return seen
 
 
 @triton.jit

@@ -4,7 +4,7 @@ Several devices share one call to attention: each has some of its sequences, hea
 modifiers are those of the whole call, with tensors of its sizes, so that a part counts the same pairs, with
 the same scores, as one device would. Their functions are asked with indices of the whole:
 
-    whole = part + (first_batch, first_head, first_row, first_key)
+    whole = part + (first_batch, first_head, first_row, first_key)        batch: part mod period + first_batch
 
 and the keys that an interval names are brought back to the part. Which function is asked stands in a global
 of the function that asks, as Triton wants it: `moved` makes one for each function that it is given.
@@ -38,10 +38,16 @@ class Place(NamedTuple):
     first_head: int = 0  # of the query heads
     first_row: int = 0
     first_key: int = 0
+    period: int = 0  # after so many of the part's sequences the same come again, as under vmap; 0: none does
 
     @property
     def origin(self) -> tuple[int, int, int, int]:
-        return self[5:]
+        return self[5:9]
+
+    @property
+    def asked(self) -> tuple[int, int, int, int, int]:
+        """What device functions are told: the origin, and the period, or more sequences than there are."""
+        return *self.origin, self.period or self.batch
 
     def whole(self, part: Shape) -> Shape:
         """The shape of the whole call that a call of this shape is a part of. Of a cache it has the lengths
@@ -61,18 +67,35 @@ TARGET: Any = None
 
 def ask_interval(q_idx, batch, head, args):
     origin = args[0]
-    lo, hi, whole = TARGET(q_idx + origin[2], batch + origin[0], head + origin[1], args[1])
+    lo, hi, whole = TARGET(q_idx + origin[2], batch % origin[4] + origin[0], head + origin[1], args[1])
     return lo - origin[3], hi - origin[3], whole
 
 
 def ask_keep(q_idx, kv_idx, batch, head, args):
     origin = args[0]
-    return TARGET(q_idx + origin[2], kv_idx + origin[3], batch + origin[0], head + origin[1], args[1])
+    return TARGET(
+        q_idx + origin[2], kv_idx + origin[3], batch % origin[4] + origin[0], head + origin[1], args[1]
+    )
+
+
+def ask_coverage(q_idx, kv_first, kv_last, batch, head, args):
+    origin = args[0]
+    first, last = kv_first + origin[3], kv_last + origin[3]
+    return TARGET(q_idx + origin[2], first, last, batch % origin[4] + origin[0], head + origin[1], args[1])
 
 
 def ask_score(s, batch, head, q_idx, kv_idx, args):
     origin = args[0]
-    return TARGET(s, batch + origin[0], head + origin[1], q_idx + origin[2], kv_idx + origin[3], args[1])
+    return TARGET(
+        s, batch % origin[4] + origin[0], head + origin[1], q_idx + origin[2], kv_idx + origin[3], args[1]
+    )
+
+
+def ask_read(batch, head, q_idx, kv_idx, args):
+    origin = args[0]
+    return TARGET(
+        batch % origin[4] + origin[0], head + origin[1], q_idx + origin[2], kv_idx + origin[3], args[1]
+    )
 
 
 @functools.cache
@@ -91,12 +114,13 @@ def moved(ask: Callable[..., Any], target: Any) -> Any:
 
 def place_mask(mask: BoundMask, place: Place) -> BoundMask:
     """A mask of the whole call, bound to that, as one of the part."""
-    args = place.origin, mask.args
-    return BoundMask(moved(ask_interval, mask.interval), moved(ask_keep, mask.keep), args)
+    args = place.asked, mask.args
+    coverage = moved(ask_coverage, mask.coverage)
+    return BoundMask(moved(ask_interval, mask.interval), moved(ask_keep, mask.keep), args, coverage)
 
 
 def place_score(score: BoundScore, place: Place) -> BoundScore:
-    args = place.origin, score.args
+    args = place.asked, score.args
     return BoundScore(moved(ask_score, score.score), args, moved(ask_score, score.derivative))
 
 

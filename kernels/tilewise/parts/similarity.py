@@ -28,7 +28,7 @@ from .addressing import page_of, rows_of
 from .described import worded
 from .numerics import round_to, widen
 from .pieces import dots, magnitudes, scaled, where_rows, widened
-from .scores.score import BoundScore, Parameter, Score, padded_sizes
+from .scores.score import STATE, BoundScore, Parameter, Score, Seconds, padded_sizes
 from .sequences import sequence_at
 from .shape import Shape
 
@@ -93,6 +93,9 @@ class Scale(Score):
             name: Parameter(score_itself, padded_sizes(tensor[..., None, None]))
             for name, tensor in self.tensors().items()
         }
+
+    def seconds(self) -> Seconds:
+        return {(STATE, name): None for name in self.tensors()}
 
 
 @triton.jit

@@ -14,7 +14,7 @@ def bind(request: Request) -> Call:
     if place is not None:
         masks = [place_mask(mask, place) for mask in masks]
         scores = [place_score(score, place) for score in scores]
-    origin = None if place is None else place.origin
+    asked = None if place is None else place.asked
     return Call(
         shape=shape,
         q=request.q,
@@ -28,5 +28,6 @@ def bind(request: Request) -> Call:
         project=similarity.project,
         has_gaps=any([mask.has_gaps for mask in request.masks]),
         is_grouped=request.cache is not None,
-        dropout=() if request.dropout is None else request.dropout.args(origin),
+        has_holes=any([mask.has_holes for mask in request.masks]),
+        dropout=() if request.dropout is None else request.dropout.args(asked),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -108,7 +109,8 @@ def run_backward(
     in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
     has_all = needs[0] and (needs[1] or needs[2])
     in_hopper = has_all and backward_implementation(request) == "hopper"
-    in_one_walk = has_all and not in_hopper and choose_walks(q, shape, in_order) == 1
+    has_holes = any([mask.has_holes for mask in request.masks])  # one walk adds by ranges, and visits them
+    in_one_walk = has_all and not in_hopper and choose_walks(q, shape, in_order or has_holes) == 1
     tile = choose_tile(q, shape, "hopper_backward" if in_hopper else "dqkv" if in_one_walk else "dkv")
     # The kernels index statistics and dlse as dense arrays.
     dlse = None if dlse is None else dlse.contiguous()
@@ -158,18 +160,23 @@ def launch_hopper_backward(
 
 def parameter_slots(request: Request) -> list[tuple[int, int, Parameter]]:
     """Each parameter of a score: its place in `other_tensors`, its modifier's place in `chain`, itself."""
+    return [(slot, modifier, parameter) for slot, modifier, _, parameter in named_slots(request)]
+
+
+def named_slots(request: Request) -> list[tuple[int, int, str, Parameter]]:
+    """The same with the name that its modifier knows it by."""
     names = [name for name, _ in request.other_tensors]
     found = []
     own = len(request.similarity_scores.scores)
     for modifier, score in enumerate(request.chain[:own]):
         for name, parameter in score.parameters(request.shape).items():
-            found.append((names.index(name), modifier, parameter))
+            found.append((names.index(name), modifier, name, parameter))
     slot = len(names) - sum(len(score.tensors()) for score in request.scores)
     for modifier, score in enumerate(request.scores, start=own):
         parameters = score.parameters(request.whole)
         for name in score.tensors():
             if name in parameters:
-                found.append((slot, modifier, parameters[name]))
+                found.append((slot, modifier, name, parameters[name]))
             slot += 1
     return found
 
@@ -178,27 +185,43 @@ def grad_of_parameter(
     request: Request, backward: BackwardCall, modifier: int, parameter: Parameter, tensor: Tensor, tile: Tile,
     dtype: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of a modifier's tensor; of a part's, 0 where it reads nothing."""
+    """The gradient of a modifier's tensor."""
+
+    def gradient(parameter: Parameter, tensor: Tensor) -> Tensor:
+        return parameter_gradient(backward, modifier, parameter, tensor, tile, dtype)
+
+    return of_own_part(request, modifier, parameter, tensor, gradient, dtype)
+
+
+def of_own_part(
+    request: Request, modifier: int, parameter: Parameter, tensor: Tensor,
+    gradient: Callable[[Parameter, Tensor], Tensor], dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """The gradient of a modifier's tensor by a function that says it of what the call reads; of a part's
+    tensor, 0 where it reads nothing."""
     place, shape = request.place, request.shape
     if place is None or modifier < len(request.similarity_scores.scores):
-        return parameter_gradient(backward, modifier, parameter, tensor, tile, dtype)
+        return gradient(parameter, tensor)
     whole = torch.zeros_like(tensor, dtype=dtype)
     own = own_part(whole, parameter, place, shape)
-    placed = place_parameter(parameter, place, shape)
-    own.copy_(parameter_gradient(backward, modifier, placed, own, tile, dtype).view(own.shape))
+    own.copy_(gradient(place_parameter(parameter, place, shape), own).view(own.shape))
     return whole
 
 
 def sink_gradient(
     sink: Tensor, row_max: Tensor, sum_log2: Tensor, delta: Tensor, dentropy: Tensor | None = None
 ) -> Tensor:
-    """dsink = -Σ P_sink · (delta + dH · ln P_sink): a sink is one more key, whose value is 0. Of rows
-    [batch, q_heads, q_len], whose maxima are in natural units wherever there is a sink."""
-    log2_p = (sink.to(row_max.dtype)[:, None] - row_max) / math.log(2) - sum_log2
-    p = torch.where(row_max == -torch.inf, 0.0, torch.exp2(log2_p))  # [batch, q_heads, q_len]
+    """dsink = -Σ P_sink · (delta + dH · ln P_sink): a sink is one more key, whose value is 0."""
+    p = sink_weights(sink, row_max, sum_log2)
     if dentropy is not None:
-        delta = delta + torch.where(p > 0, dentropy * log2_p * math.log(2), 0.0)
+        delta = delta + torch.where(p > 0, dentropy * p.log(), 0.0)
     return -(p * delta).sum((0, 2))
+
+
+def sink_weights(sink: Tensor, row_max: Tensor, sum_log2: Tensor) -> Tensor:
+    """P_sink [batch, q_heads, q_len]. Maxima are in natural units wherever there is a sink."""
+    p = torch.exp2((sink.to(row_max.dtype)[:, None] - row_max) / math.log(2) - sum_log2)
+    return torch.where(row_max == -torch.inf, 0.0, p)
 
 
 def empty_in_order_of(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,15 +10,11 @@ import torch
 from ..plan.passes import run_forward
 from ..plan.repeated import Repeated
 from ..plan.request import Request
+from .derivatives import gradients
 from .encoding import Encoded
 from .replayed import backward_step, forward_step, known_backward
 
 Tensor = torch.Tensor
-
-SECOND_ORDER = (
-    "tilewise.attention has no second-order gradients: its gradient was differentiated again. Give "
-    "impl='torch' for the plain PyTorch path, which has them, or drop create_graph=True"
-)
 
 
 class Attention(torch.autograd.Function):
@@ -48,32 +44,23 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
         needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            *tensors, out, statistics = saved
+            q, k, v, *others = tensors
+            return (
+                None,
+                None,
+                None,
+                *gradients(ctx.encoded[1:], needs, do, dlse, q, k, v, out, statistics, *others),
+            )
         do = torch.zeros_like(saved[-2]) if do is None else do
         tensors = (*saved, do) if dlse is None else (*saved, do, dlse)
         found: Any
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                found = backward_step(ctx.encoded, needs, *tensors)
-        else:
-            step = None if ctx.step is None else known_backward(ctx.step, needs, tensors)
-            found = None if step is None or step.replay is None else step.replay(*tensors)
-            if found is None:
-                run = partial(backward_step, ctx.encoded, needs)
-                found = run(*tensors) if step is None else step(tensors, run)
+        step = None if ctx.step is None else known_backward(ctx.step, needs, tensors)
+        found = None if step is None or step.replay is None else step.replay(*tensors)
+        if found is None:
+            run = partial(backward_step, ctx.encoded, needs)
+            found = run(*tensors) if step is None else step(tensors, run)
         grads = iter(found)
         result = [next(grads) if needed else None for needed in needs]
-        if torch.is_grad_enabled():
-            result = Undifferentiable.apply(len(result), *result, do, dlse, *saved)
         return None, None, None, *result
-
-
-class Undifferentiable(torch.autograd.Function):
-    """The first tensors as they are, with all the others as what they depend on; its own gradient raises."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Any:
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise NotImplementedError(SECOND_ORDER)

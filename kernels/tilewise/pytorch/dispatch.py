@@ -12,8 +12,8 @@ from ..plan.look import look
 from ..plan.passes import run_forward
 from ..plan.repeated import known, where
 from ..plan.request import Request
-from . import ops
 from .autograd import Attention
+from .derivatives import Forward
 from .encoding import encode
 from .replayed import TENSORS, forward_step, is_observed, known_step
 
@@ -44,15 +44,14 @@ def answer_again(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | N
 
 def run_portable(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """The fused Triton kernels."""
-    refuse_transforms(request)
     q, k, v = request.q, request.k, request.v
     if torch.compiler.is_compiling():
         tensors, *words = encode(request)
         return torch.ops.tilewise.attention_forward(q, k, v, tensors, *words)[:2]
-    if not is_plain_eager(request):
+    if not is_plain_eager(request) or has_tangents(request):
         tensors, *words = encode(request)
         # Not the op itself: PyTorch's function transforms do not see an op's autograd.
-        return ops.Forward.apply(q, k, v, tuple(words), *tensors)[:2]
+        return Forward.apply(q, k, v, tuple(words), *tensors)[:2]
     step = known_step(request, return_lse)
     if not request.needs_gradient or torch.is_inference_mode_enabled():
         if step is None:
@@ -75,21 +74,9 @@ def is_plain_eager(request: Request) -> bool:
     )
 
 
-def refuse_transforms(request: Request) -> None:
-    """Raise where PyTorch would otherwise go on without a derivative, or with a wrong one."""
-    if torch.compiler.is_compiling():
-        return
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    if any([level.key() == torch._C._functorch.TransformType.Vmap for level in stack]):
-        raise NotImplementedError(
-            "torch.vmap over tilewise.attention is not built: put the mapped dimension into batch, "
-            "for example with flatten(0, 1)"
-        )
-    if forward_ad._current_level >= 0:
-        named = [*request.qkv().items(), *request.other_tensors]
-        for name, tensor in named:
-            if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError(
-                    f"{name} has a forward-mode tangent, and tilewise.attention has no forward-mode "
-                    "derivative: use reverse mode, or give impl='torch' for the plain PyTorch path"
-                )
+def has_tangents(request: Request) -> bool:
+    """Whether forward mode differentiates by one of the request's tensors."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = [*request.qkv().values(), *[tensor for _, tensor in request.other_tensors]]
+    return any([forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors])

@@ -1,22 +1,23 @@
-"""The library ops `tilewise::attention_forward` and `tilewise::attention_backward`.
+"""The library ops `tilewise::attention_forward`, `_backward`, `_tangent` and `_second`.
 
 What traces or transforms PyTorch programs (torch.compile, torch.export, fake tensors, FLOP counters,
-torch.func.grad) sees these two ops, with a schema, an autograd formula and the shapes of their results. Plain
-eager calls take the shorter way of `autograd.Attention`; both end in the same two functions.
+torch.func) sees these ops, with a schema, the shapes of their results and, in derivatives.py, their
+derivatives. Plain eager calls take the shorter way of `autograd.Attention`; both end in the same functions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ..parts.shape import computed_in
+from ..plan.derivatives import run_second, run_tangent
 from ..plan.implementation import implementation
 from ..plan.passes import empty_in_order_of, run_backward, run_forward
-from .autograd import SECOND_ORDER
 from .encoding import Encoded, decode
 from .plain import run_torch
 
@@ -35,6 +36,14 @@ library.define(
 library.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor statistics, {REQUEST}, bool[] needs) -> Tensor[]"
+)
+library.define(
+    f"attention_tangent(Tensor q, Tensor k, Tensor v, Tensor statistics, {REQUEST}, Tensor?[] tangents) "
+    "-> (Tensor out, Tensor lse)"
+)
+library.define(
+    "attention_second(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor statistics, "
+    f"{REQUEST}, Tensor?[] tangents, Tensor mean, bool[] needs) -> Tensor[]"
 )
 
 
@@ -93,69 +102,43 @@ def backward_shapes(
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
 
 
-class Forward(torch.autograd.Function):
-    """attention_forward and its derivative. With a `setup_context` and without a `jvp`, unlike what
-    `torch.library.register_autograd` makes: function transforms can use it, and forward mode raises."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, words: tuple[Any, ...], *tensors: Tensor) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.tilewise.attention_forward(q, k, v, list(tensors), *words)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, ctx.words, *tensors = inputs
-        out, _, statistics = output
-        ctx.mark_non_differentiable(statistics)
-        ctx.save_for_backward(q, k, v, out, statistics, *tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
-        q, k, v, out, statistics, *tensors = ctx.saved_tensors
-        needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:]]
-        do = torch.zeros_like(out) if do is None else do
-        differentiate = (
-            torch.ops.tilewise.attention_backward if torch.compiler.is_compiling() else backward_autograd
-        )
-        grads = iter(differentiate(do, dlse, q, k, v, out, statistics, tensors, *ctx.words, needs))
-        dq, dk, dv, *others = [next(grads) if needed else None for needed in needs]
-        return dq, dk, dv, None, *others
+def tangent(
+    q: Tensor, k: Tensor, v: Tensor, statistics: Tensor,
+    tensors: list[Tensor], ints: list[int], floats: list[float], spec: str, tangents: list[Tensor | None],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return run_tangent(decode(q, k, v, Encoded(tensors, ints, floats, spec)), statistics, tangents)
 
 
-class Backward(torch.autograd.Function):
-    """attention_backward, whose own derivative raises."""
-
-    @staticmethod
-    def forward(words: tuple[Any, ...], *given: Tensor | None) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(torch.ops.tilewise.attention_backward(*given[:7], list(given[7:]), *words))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(SECOND_ORDER)
+def tangent_shapes(q: Tensor, k: Tensor, v: Tensor, *request: Any) -> tuple[Tensor, Tensor]:
+    out, lse, _ = forward_shapes(q, k, v)
+    return out, lse
 
 
-def forward_autograd(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], *words: Any) -> Any:
-    return Forward.apply(q, k, v, words, *tensors)
+def second(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, statistics: Tensor,
+    tensors: list[Tensor], ints: list[int], floats: list[float], spec: str, tangents: list[Tensor | None],
+    mean: Tensor, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    request = decode(q, k, v, Encoded(tensors, ints, floats, spec))
+    return run_second(request, statistics, do, dlse, tangents, mean, needs)
 
 
-def backward_autograd(*given: Any) -> list[Tensor]:
-    """Arguments as in the schema; the eighth is the list of tensors."""
-    return list(Backward.apply(given[8:], *given[:7], *given[7]))
+def second_shapes(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, statistics: Tensor,
+    tensors: list[Tensor], ints: list[int], floats: list[float], spec: str, tangents: list[Tensor | None],
+    mean: Tensor, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    return backward_shapes(do, dlse, q, k, v, do, statistics, tensors, ints, floats, spec, needs)
 
 
-for key in ("CPU", "CUDA"):
-    library.impl("attention_forward", forward, key)
-    library.impl("attention_backward", backward, key)
-torch.library.register_fake("tilewise::attention_forward", forward_shapes, lib=library)
-torch.library.register_fake("tilewise::attention_backward", backward_shapes, lib=library)
-library.impl("attention_forward", forward_autograd, "Autograd")
-library.impl("attention_backward", backward_autograd, "Autograd")
+OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "forward": (forward, forward_shapes), "backward": (backward, backward_shapes),
+    "tangent": (tangent, tangent_shapes), "second": (second, second_shapes),
+}  # fmt: skip
+for name, (run, shapes) in OPS.items():
+    for key in ("CPU", "CUDA"):
+        library.impl(f"attention_{name}", run, key)
+    torch.library.register_fake(f"tilewise::attention_{name}", shapes, lib=library)
 
 
 # FLOPs as PyTorch counts them for its own attention: every pair, masked or not; a product is 2 FLOPs.
@@ -165,6 +148,18 @@ library.impl("attention_backward", backward_autograd, "Autograd")
 def forward_flops(q: Any, k: Any, v: Any, *request: Any, **_: Any) -> int:
     """Q Kᵀ and P V. q, k and v are shapes."""
     return 2 * math.prod(q[:3]) * int(k[2]) * (q[3] + v[3])
+
+
+@register_flop_formula(torch.ops.tilewise.attention_tangent)
+def tangent_flops(q: Any, k: Any, v: Any, *request: Any, **_: Any) -> int:
+    """S and Ṡ, of three products, twice; Ṗ V and P V̇."""
+    return 2 * math.prod(q[:3]) * int(k[2]) * (6 * q[3] + 2 * v[3])
+
+
+@register_flop_formula(torch.ops.tilewise.attention_second)
+def second_flops(do: Any, dlse: Any, q: Any, k: Any, v: Any, *request: Any, **_: Any) -> int:
+    """S and Ṡ, dP and dṖ; dQ̇ and dK̇, of two products each; dV̇."""
+    return 2 * math.prod(q[:3]) * int(k[2]) * (7 * q[3] + 3 * v[3])
 
 
 @register_flop_formula(torch.ops.tilewise.attention_backward)

@@ -5,11 +5,20 @@ A mask answers on the device with one or both of
     interval(q_idx, batch, head, args) -> lo, hi, whole       per row: the keys lo..hi, and whether all count
     keep(q_idx, kv_idx, batch, head, args) -> bool tile       pair by pair, where an interval is not enough
 
+and, where its pairs leave out whole tiles between those that they need, also with
+
+    coverage(q_idx, kv_first, kv_last, batch, head, args) -> int tile
+                                        row by row, of the keys kv_first..kv_last, both inclusive: 0 where the
+                                        row sees none of them, 2 where it sees all, for sure; 1 where some, or
+                                        where finding out would take longer
+
 intervals.py shows what the kernels make of them. Indices are int32 and always those of valid rows and keys,
 so loads need no bounds check. q_idx is [TILE_Q] for an interval. For keep, q_idx and kv_idx have the tile's
 two dimensions, one of them of size 1: [TILE_Q, 1] against [1, TILE_KV], and in the backward also the
-transpose. `args` is the tuple that `bind` returned. Every mask names its specification, a plain PyTorch
-function, as its `twin`, and says on the host what its interval says on the device: its `bounds`.
+transpose; coverage is asked about [TILE_Q, 1] rows against [1, N] runs of keys. `args` is the tuple that
+`bind` returned. Which pairs count, interval and keep alone decide: a coverage says nothing else, only sooner.
+Every mask names its specification, a plain PyTorch function, as its `twin`, and says on the host what its
+interval says on the device: its `bounds`.
 """
 
 from __future__ import annotations
@@ -34,6 +43,7 @@ class BoundMask(NamedTuple):
     interval: Any
     keep: Any
     args: tuple[Any, ...]
+    coverage: Any = None  # None: what the interval says, and where keep decides, that perhaps some are seen
 
 
 class Mask(Plug):
@@ -42,9 +52,13 @@ class Mask(Plug):
     `has_gaps` says that a key between two keys seen by a tile of rows may be seen by none of them; the kernel
     then keeps such a key's value, which may be NaN, out of its sums. Intervals whose ends rise by at most one
     key a row, as those of Causal, Window, Prefix and Padding do, leave no gaps, nor do their intersections.
+
+    `has_holes` says that whole tiles between two tiles that a tile of rows needs may be empty, often enough
+    that a list of the others is worth its making: coverage.py. The mask then has a `coverage`.
     """
 
     has_gaps = False
+    has_holes = False
 
     def parts(self) -> tuple[Mask, ...]:
         """The rules that must all hold."""

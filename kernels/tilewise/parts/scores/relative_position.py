@@ -16,13 +16,19 @@ from .score import BoundScore, Parameter, Score, Twin
 
 
 @triton.jit
-def relative_score(s, batch, head, q_idx, kv_idx, args):
-    # table_ptr: [q_heads, 2 · max_distance + 1], by key position - query position
+def at_distance(batch, head, q_idx, kv_idx, args):
+    """What a table holds for each pair; table_ptr: [q_heads, 2 · max_distance + 1], by key position - query
+    position."""
     table_ptr, max_distance, shift_args = args
     distance = kv_idx - q_idx - row_shift(batch, shift_args)
     distance = tl.minimum(tl.maximum(distance, -max_distance), max_distance)
     row_ptr = table_ptr + head.to(tl.int64) * (2 * max_distance + 1) + max_distance
-    return s + widen(tl.load(row_ptr + distance))
+    return widen(tl.load(row_ptr + distance))
+
+
+@triton.jit
+def relative_score(s, batch, head, q_idx, kv_idx, args):
+    return s + at_distance(batch, head, q_idx, kv_idx, args)
 
 
 class RelativePosition(Aligned, Score):

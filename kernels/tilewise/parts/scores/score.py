@@ -14,6 +14,9 @@ The backward needs two kinds of derivatives, functions of the same arguments, s 
     derivative(s, batch, head, q_idx, kv_idx, args)            ∂score/∂s            None: it is 1
     Parameter.derivative(s, batch, head, q_idx, kv_idx, args)  ∂score/∂parameter    None: it is 1
 
+What is derived once more (tangents.py) needs second derivatives too, again functions of the same arguments:
+`Score.seconds` names those that are not 0.
+
 Every modifier names its specification, a plain PyTorch function, as its `twin`. The scale and the similarity
 are modifiers too, so a kernel knows of nothing but `apply_scores` and `pull_back`.
 """
@@ -36,6 +39,12 @@ Twin = Callable[..., torch.Tensor]
 
 
 AXES = "bhqk"  # batch, query head, query, key: what a dimension of a parameter may follow
+
+
+STATE = "s"  # what a modifier is given, among the names of its parameters
+
+# By what a modifier is derived twice, its input or parameters by name in either order, and ∂²score of both.
+Seconds = dict[tuple[str, str], Any]
 
 
 class BoundScore(NamedTuple):
@@ -93,6 +102,14 @@ class Score(Plug):
 
     def no_gradient(self) -> str | None:
         """Why scores cannot be differentiated through this modifier; None if they can."""
+        return None
+
+    def seconds(self) -> Seconds:
+        """The second derivatives that are not 0, by STATE and names in `parameters`; None where one is 1."""
+        return {}
+
+    def no_seconds(self) -> str | None:
+        """Why they are not known; None if they are."""
         return None
 
     def twin(self, shape: Shape) -> Twin:

@@ -9,7 +9,7 @@ import tilewise_reference.scores as dense
 
 from ..numerics import LOG2E
 from ..shape import Shape
-from .score import BoundScore, Score, Twin
+from .score import STATE, BoundScore, Score, Seconds, Twin
 
 
 @triton.jit
@@ -35,6 +35,13 @@ def softcap_derivative(s, batch, head, q_idx, kv_idx, args):
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
+@triton.jit
+def softcap_second(s, batch, head, q_idx, kv_idx, args):
+    """-2 / cap · tanh (s / cap) · (1 - tanh² (s / cap))."""
+    slope = softcap_derivative(s, batch, head, q_idx, kv_idx, args)
+    return -2.0 / args[0] * tanh(s / args[0]) * slope
+
+
 class Softcap(Score):
     """s becomes cap · tanh(s / cap), so that scores stay within ±cap (Gemma 2, arXiv 2408.00118). cap > 0."""
 
@@ -47,6 +54,9 @@ class Softcap(Score):
 
     def bind(self, shape: Shape) -> BoundScore:
         return BoundScore(softcap_score, (self.cap,), softcap_derivative)
+
+    def seconds(self) -> Seconds:
+        return {(STATE, STATE): softcap_second}
 
     def twin(self, shape: Shape) -> Twin:
         return dense.softcap(self.cap)

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from ..shape import ANY, Shape, tensors_within
-from .score import AXES, MEANINGS, BoundScore, Parameter, Score, Twin
+from .score import AXES, MEANINGS, STATE, BoundScore, Parameter, Score, Seconds, Twin
 
 
 class UserScore(Score):
@@ -23,9 +23,12 @@ class UserScore(Score):
     parameters: for the tensors among args that are trained, {position: (axes, derivative)}. axes names what
         each of the tensor's dimensions follows, in this order: "b" batch, "h" query head, "q" query, "k" key
         (so "h" for [q_heads]; "" for a tensor without dimensions); derivative is ∂score/∂element.
+    second_derivatives: needed to derive twice and for gradients of tangents. {(a, b): function} with "s" or a
+        position in `parameters` for a and b: functions of the same arguments as derivative, ∂²score/∂a∂b. A
+        pair that is not named is 0, so {} says that all are.
     """
 
-    FIELDS = ("score", "args", "derivative", "_parameters")
+    FIELDS = ("score", "args", "derivative", "_parameters", "_seconds")
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class UserScore(Score):
         twin: Twin | None = None,
         derivative: Any = None,
         parameters: Mapping[int, tuple[str, Any]] | None = None,
+        second_derivatives: Mapping[tuple[Any, Any], Any] | None = None,
     ) -> None:
         self.score, self.args, self._twin, self.derivative = score, tuple(args), twin, derivative
         self._parameters = tuple((i, axes, function) for i, (axes, function) in (parameters or {}).items())
@@ -47,10 +51,15 @@ class UserScore(Score):
                 raise ValueError(
                     f"parameters[{position}]: axes {axes!r} must be letters of {AXES!r} in this order"
                 )
+        self._seconds = None
+        if second_derivatives is not None:
+            self._seconds = tuple((*pair_of(key, parameters), f) for key, f in second_derivatives.items())
 
     def given(self, name: str) -> Any:
         if name == "parameters":
             return {i: (axes, function) for i, axes, function in self._parameters} or None
+        if name == "second_derivatives":
+            return None if self._seconds is None else {(a, b): function for a, b, function in self._seconds}
         return super().given(name)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -68,7 +77,8 @@ class UserScore(Score):
 
     def looks(self) -> Any:
         positions = tuple([(i, axes) for i, axes, _ in self._parameters])
-        return type(self), self._twin is None, self.derivative is None, len(self.args), positions
+        derivatives = self.derivative is None, self._seconds is None
+        return type(self), self._twin is None, *derivatives, len(self.args), positions
 
     def bind(self, shape: Shape) -> BoundScore:
         return BoundScore(self.score, self.args, self.derivative)
@@ -90,6 +100,18 @@ class UserScore(Score):
             "@triton.jit function f(s, batch, head, q_idx, kv_idx, args) -> ∂score/∂s"
         )
 
+    def seconds(self) -> Seconds:
+        return {(named(a), named(b)): function for a, b, function in self._seconds or ()}
+
+    def no_seconds(self) -> str | None:
+        if self._seconds is not None:
+            return None
+        return (
+            f"UserScore({self.score.__name__}) has no second derivatives: give UserScore(..., "
+            'second_derivatives={("s", "s"): f}) with a @triton.jit function f(s, batch, head, q_idx, '
+            "kv_idx, args) -> ∂²score/∂s²; {} says that all are 0"
+        )
+
     def twin(self, shape: Shape) -> Twin:
         if self._twin is None:
             raise ValueError(
@@ -98,6 +120,20 @@ class UserScore(Score):
             )
         twin = self._twin
         return lambda s, batch, head, q_idx, kv_idx: twin(s, batch, head, q_idx, kv_idx, *self.args)
+
+
+def named(a: str | int) -> str:
+    """What `parameters` and `seconds` call a position among the args."""
+    return a if isinstance(a, str) else f"args[{a}]"
+
+
+def pair_of(key: Any, parameters: Mapping[int, Any] | None) -> tuple[Any, Any]:
+    """A key of second_derivatives; raises ValueError for what is none."""
+    known = (STATE, *(parameters or {}))
+    if not (isinstance(key, tuple) and len(key) == 2 and all(a in known for a in key)):
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"second_derivatives has the key {key!r}, which must be a pair of these: {names}")
+    return key
 
 
 MEANINGS.append((triton.runtime.KernelInterface, UserScore))

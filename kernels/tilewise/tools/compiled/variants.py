@@ -23,14 +23,17 @@ from ...parts.scores.relative_position import RelativePosition
 from ...parts.shape import Shape
 from ...parts.stats import Stats
 from ...plan import passes, statistics, tiles
+from ...plan.derivatives import run_second, run_tangent
 from ...plan.passes import parameter_slots, run_backward, run_forward
 from ...plan.request import Request, request_of
 from ...plan.rules import hopper as hopper_rules
+from ...plan.tangent_tiles import arch_tangent_tile
 from ..inputs import case_inputs
 from .compiler import HOPPER_BACKWARD, ONE_WALK, Variant
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MASKS = {"causal": Causal(), "full": None}
+SECOND = ("tangent_kernel", "sums_kernel", "rows_kernel", "keys_kernel", "second_parameter_kernel")
 KERNELS = ("forward", "hopper", "dkv", "dq", "dqkv", "hopper_backward")
 LENGTH, Q_HEADS, KV_HEADS = 512, 4, 2  # no kernel is another for longer sequences or other heads
 
@@ -48,9 +51,13 @@ def target_tiles() -> Iterator[None]:
     def choose(q: torch.Tensor, shape: Shape, work: Any) -> Tile:
         return tiles.arch_choice(target_name(), q.element_size(), shape, work)[0]
 
+    def choose_tangent(q: torch.Tensor, shape: Shape, work: Any) -> Tile:
+        return arch_tangent_tile(target_name(), q.element_size(), shape, work)
+
     with (
         mock.patch.object(passes, "choose_tile", choose),
         mock.patch.object(statistics, "choose_tile", choose),
+        mock.patch("tilewise.plan.derivatives.choose_tangent_tile", choose_tangent),
     ):
         yield
 
@@ -100,6 +107,20 @@ def launch_statistics(
             slots = {slot for slot, _, _ in parameter_slots(request)}
             needs = [True] * 3 + [slot in slots for slot in range(len(request.other_tensors))]
             statistics.backward(request, stats, kept, arrived, needs)
+
+
+def launch_second(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> None:
+    """What a derivative of the backward does, along tangents of everything that has a gradient."""
+    request = request_of(q, k, v, **given)
+    out = q.new_empty(*q.shape[:3], request.shape.value_dim)
+    dlse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    statistics, others = dlse.expand(2, *dlse.shape), [x for _, x in request.other_tensors]
+    slots = {slot for slot, _, _ in parameter_slots(request)}
+    needs = [True] * 3 + [slot in slots for slot in range(len(others))]
+    tangents = [x if needed else None for x, needed in zip((q, k, v, *others), needs, strict=True)]
+    with target_tiles():
+        run_tangent(request, statistics, tangents)
+        run_second(request, statistics, out, dlse, tangents, dlse, needs)
 
 
 def plain_inputs(
@@ -159,6 +180,15 @@ def backward_variant(
 
     only = None if kernels is None else tuple(f"{name}_kernel" for name in kernels)
     return Variant(f"{dtype}{' tf32' if precision == 'high' else ''} {dim} {mask}", run, only)
+
+
+def second_variant(dtype: str, dim: int, mask: str, kernels: Sequence[str] | None = None) -> Variant:
+    """The tangents of forward and backward under the plainest call; kernels: of SECOND."""
+
+    def run() -> None:
+        launch_second(*plain_inputs(dtype, dim), mask=MASKS[mask])
+
+    return Variant(f"{dtype} {dim} {mask}", run, SECOND if kernels is None else tuple(kernels))
 
 
 def one_walk_variant(
