@@ -30,6 +30,7 @@ from .parts.scores.score import Score
 from .parts.scores.softcap import Softcap
 from .parts.scores.user import UserScore
 from .parts.similarity import Cosine
+from .parts.stats import Statistics, Stats
 from .plan import tiles
 from .scaled_dot_product import scaled_dot_product_attention
 from .tools.explain.explain import explain
@@ -59,6 +60,8 @@ __all__ = [
     "RotaryTable",
     "Score",
     "Softcap",
+    "Statistics",
+    "Stats",
     "UserMask",
     "UserScore",
     "Window",
