@@ -12,7 +12,20 @@ import tilewise
 from harness.features import build
 from harness.oracle import check, kept_pairs
 from harness.sanitizer import sanitize
-from tilewise import Blocks, Causal, Dense, Documents, Intervals, Padding, Prefix, Softcap, UserMask, Window
+from tilewise import (
+    BlockCausal,
+    Blocks,
+    Causal,
+    Dense,
+    Documents,
+    Intervals,
+    Neighborhood,
+    Padding,
+    Prefix,
+    Softcap,
+    UserMask,
+    Window,
+)
 from tilewise.kernels.tile import Tile
 from tilewise.plan.request import make_request
 
@@ -179,6 +192,10 @@ def masks_with_unseen_keys(device: torch.device) -> dict[str, tuple[tilewise.Mas
         "a function": (UserMask(listed_keep, (listed,), twin=listed_twin), 19),
         "several": (Padding(lengths) & columns & Intervals(start, start + 9) & Causal("bottom_right"), 19),
         "more queries than keys": (Causal() & Padding(41, side="left"), 60),
+        "blocks before": (BlockCausal(5, 1, "top_left"), 8),
+        "a neighborhood": (Neighborhood(2, 2, shape=(5, 9)), 7),
+        "either": (Window(2, 0, "top_left") | ~Padding(40) & columns, 5),
+        "the opposite": (~(Padding(lengths) | Intervals(start, start + 5)), 19),
     }
 
 

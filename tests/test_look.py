@@ -84,6 +84,11 @@ VARIED = {
         tilewise.Padding(4), tilewise.Padding(3, "left"), tilewise.Padding(lengths(device, 3, 4)),
         tilewise.Padding(lengths(device, 3, 0, 4)[::2]),
         tilewise.Causal("top_left") & tilewise.Padding(3), tilewise.Padding(3) & tilewise.Causal("top_left"),
+        tilewise.Padding(3) | tilewise.Causal("top_left"), ~tilewise.Padding(3), ~tilewise.Padding(4),
+        ~(tilewise.Padding(3) & tilewise.Causal("top_left")),
+        tilewise.BlockCausal(2), tilewise.BlockCausal(3), tilewise.BlockCausal(2, 1),
+        *[tilewise.Neighborhood(*sizes, shape=(2, 4)) for sizes in ((1,), (2,), (1, 2))],
+        tilewise.Neighborhood(2, shape=(2, 4), causal=True), tilewise.Neighborhood(2, shape=(4, 2)),
         torch.ones(Q_LEN, KV_LEN, dtype=torch.bool, device=device),
         torch.ones(KV_LEN, Q_LEN, dtype=torch.bool, device=device).T,
         torch.ones(KV_LEN, dtype=torch.bool, device=device), even_keys, odd_keys,
@@ -168,7 +173,7 @@ CALLS = {"dense": dense_calls, "packed": packed_calls, "cached": cached_calls, "
 
 def test_every_argument_is_varied():
     assert VARIED.keys() == signature(make_request).parameters.keys()
-    arguments = signature(tilewise.attention).parameters.keys() - {"return_lse", "unknown"}
+    arguments = signature(tilewise.attention).parameters.keys() - {"return_lse", "return_stats", "unknown"}
     assert arguments < VARIED.keys()
 
 

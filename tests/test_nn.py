@@ -347,3 +347,17 @@ def test_repr_shows_sizes_and_options():
         assert words in shown
     assert "temperature=tensor[4]" in repr(every_option())
     assert "context_dim=5, values_dim=3" in repr(CrossAttention(12, context_dim=5, values_dim=3))
+
+
+def test_statistics_beside_the_result():
+    torch.manual_seed(0)
+    layer = SelfAttention(32, heads=4, kv_heads=2, out_projection=True)
+    x = torch.randn(2, 9, 32)
+    stats = tilewise.Stats(max_logit=True, key_mass=True)
+    out, found = layer(x, mask=tilewise.Causal(), return_stats=stats)
+    assert torch.equal(out, layer(x, mask=tilewise.Causal()))
+    assert found.max_logit.shape == (2, 4, 9) and found.entropy is None
+    torch.testing.assert_close(found.key_mass.sum((1, 2)), torch.full((2,), 36.0))
+    one, alone = layer(x[1], mask=tilewise.Causal(), return_stats=stats)
+    assert one.shape == (9, 32)
+    torch.testing.assert_close(alone.key_mass, found.key_mass[1])

@@ -146,6 +146,19 @@ def test_an_unknown_argument_to_the_model():
         model(tokens(), output_attentions=True)
 
 
+def test_weights_of_chosen_rows_in_chosen_layers():
+    ids = tokens()
+    want = make("Llama", "eager")(ids, output_attentions=True).attentions
+    model = make("Llama", "tilewise")
+    last = ids.shape[1] - 1
+    with tilewise.integrations.transformers.attention_rows([last, 2], layers=[1]):
+        (second,) = model(ids, output_attentions=True).attentions
+    torch.testing.assert_close(second, want[1][:, :, [last, 2]], atol=1e-5, rtol=1e-5)
+    with tilewise.integrations.transformers.attention_rows():
+        found = model(ids, output_attentions=True).attentions
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
 def test_switching_a_model_that_is_there():
     model = make("Llama", "eager")
     want = model(tokens()).logits

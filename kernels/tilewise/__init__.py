@@ -9,12 +9,15 @@ from .cached import cached_attention
 from .drop_in import flash_impl as _flash_impl  # makes its name known to PyTorch
 from .joining import merge
 from .packed import check_offsets, packed_attention
+from .parts.masks.algebra import AnyOf, Not
+from .parts.masks.block_causal import BlockCausal
 from .parts.masks.blocks import Blocks
 from .parts.masks.causal import Causal
 from .parts.masks.dense import Dense
 from .parts.masks.documents import Documents
 from .parts.masks.intervals import Intervals
 from .parts.masks.mask import Mask
+from .parts.masks.neighborhood import Neighborhood
 from .parts.masks.padding import Padding
 from .parts.masks.prefix import Prefix
 from .parts.masks.user import UserMask
@@ -27,6 +30,7 @@ from .parts.scores.score import Score
 from .parts.scores.softcap import Softcap
 from .parts.scores.user import UserScore
 from .parts.similarity import Cosine
+from .parts.stats import Statistics, Stats
 from .plan import tiles
 from .scaled_dot_product import scaled_dot_product_attention
 from .tools.explain.explain import explain
@@ -38,7 +42,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALiBi",
+    "AnyOf",
     "Bias",
+    "BlockCausal",
     "Blocks",
     "Causal",
     "Cosine",
@@ -46,12 +52,16 @@ __all__ = [
     "Documents",
     "Intervals",
     "Mask",
+    "Neighborhood",
+    "Not",
     "Padding",
     "Prefix",
     "RelativePosition",
     "RotaryTable",
     "Score",
     "Softcap",
+    "Statistics",
+    "Stats",
     "UserMask",
     "UserScore",
     "Window",

@@ -16,19 +16,24 @@ from .parts.masks.mask import Mask, as_mask
 from .parts.scores.bias import Bias
 from .parts.scores.score import Score, as_scores
 from .parts.similarity import Cosine
+from .parts.stats import Statistics, Stats
 from .plan.checks import check, violations
 from .plan.implementation import implementation
-from .plan.names import ARGUMENTS, CACHED_ARGUMENTS, NEW, OFFSETS, unknown_names
+from .plan.names import ARGUMENTS, CACHED_ARGUMENTS, NEW, OFFSETS, RETURNED, unknown_names
 from .plan.names import refuse_unknown as refuse_unknown  # nn refuses them too
 from .plan.request import Request, as_heads, as_packing, cached_request, make_request, without_drawing
 from .plan.rules.cache import new_misfits
 from .plan.rules.implementations import implementation_is_known, kernel_can_run
 from .plan.rules.options import dropout_fits
+from .plan.rules.statistics import stats_misfits
 from .pytorch.dispatch import answer_again, run_portable
 from .pytorch.nested import is_nested, unpack
 from .pytorch.plain import run_torch
+from .pytorch.statistics import answer_with_statistics
 
 Tensor = torch.Tensor
+# out, and lse and statistics where they are asked for.
+Results = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Statistics] | tuple[Tensor, Tensor, Statistics]
 # The arguments that can fail by themselves, and how each is built.
 PARTS: dict[str, Callable[[Any], Any]] = {
     "mask": lambda given: None if given is None else as_mask(given),
@@ -42,17 +47,33 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
     dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
-    return_lse: Literal[False] = False, impl: str | None = None, strict: bool = False,
-    deterministic: bool = True,
+    return_lse: Literal[False] = False, return_stats: None = None, impl: str | None = None,
+    strict: bool = False, deterministic: bool = True,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
     dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
-    return_lse: Literal[True], impl: str | None = None, strict: bool = False,
+    return_lse: Literal[True], return_stats: None = None, impl: str | None = None, strict: bool = False,
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
+    scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+    return_lse: Literal[False] = False, return_stats: Stats, impl: str | None = None, strict: bool = False,
+    deterministic: bool = True,
+) -> tuple[Tensor, Statistics]: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
+    scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+    return_lse: Literal[True], return_stats: Stats, impl: str | None = None, strict: bool = False,
+    deterministic: bool = True,
+) -> tuple[Tensor, Tensor, Statistics]: ...  # fmt: skip
 def attention(
     q: Tensor,
     k: Tensor,
@@ -67,11 +88,12 @@ def attention(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     return_lse: bool = False,
+    return_stats: Stats | None = None,
     impl: str | None = None,
     strict: bool = False,
     deterministic: bool = True,
     **unknown: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Results:
     """softmax(scores(Q Kᵀ)) V in one fused kernel (FlashAttention-2, arXiv 2307.08691).
 
     The scores are scale · similarity(q, k), then the modifiers in `score` in their order, then + bias, then
@@ -83,7 +105,7 @@ def attention(
     k:          [batch, kv_heads, kv_len, head_dim]; kv_heads divides q_heads (grouped queries,
                 arXiv 2305.13245). Any length may be 0.
     v:          [batch, kv_heads, kv_len, value_dim]. head_dim: 1 to 576; value_dim: 1 to 512.
-    mask:       a mask of tilewise (combine with `&`), a bool tensor that broadcasts to
+    mask:       a mask of tilewise (combine with `&`, `|`, `~`), a bool tensor that broadcasts to
                 [batch, q_heads, q_len, kv_len], True where the pair counts, or a `@triton.jit` keep function.
     bias:       float tensor that broadcasts to [batch, q_heads, q_len, kv_len]; fp64 only where q is.
     score:      a modifier of tilewise, a `@triton.jit` score function, or a sequence of these.
@@ -95,6 +117,7 @@ def attention(
     dropout_seed: a tensor of one int64 on q's device that decides which pairs are dropped: `dropout_mask`
                 shows them. None: drawn from PyTorch's generator of the device.
     return_lse: also return the natural logarithm of each row's sum of exponentials (with the sink's).
+    return_stats: `Stats(...)`: also return what it asks of the weights, as `Statistics`.
     impl:       "portable", the Triton kernels; "hopper", a second forward, for some calls on Hopper GPUs:
                 no GPU has run it yet; "torch", plain PyTorch, on a CPU its own attention where that
                 is the same. None: for fp64 plain PyTorch; else the portable kernels on a GPU, and on a CPU
@@ -107,13 +130,15 @@ def attention(
                 programs of a backward in one walk add to dQ as they come, and not in turns; but not while
                 torch.use_deterministic_algorithms is on.
 
-    Returns out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, and lse
-    [batch, q_heads, q_len] in fp32 (fp64) if asked. A row that sees no key gives 0 and -inf (the sink's
-    logit, if there is one). NaN in keys and values that no query may see never reaches a result or gradient.
+    Returns out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, then lse
+    [batch, q_heads, q_len] in fp32 (fp64) if asked, then `Statistics` if asked. A row that sees no key gives
+    0 and -inf (the sink's logit, if there is one). NaN in keys and values that no query may see never
+    reaches a result or gradient.
 
     Differentiable twice, in reverse and in forward mode but not twice in that, in q, k, v, bias, scale, sink,
     a temperature, slopes, tables and what a UserScore declares; through out and lse; and under torch.vmap.
-    Under autocast q, k and v are cast to its dtype, but for fp64.
+    Once, in reverse mode, through what `Statistics` says. Under autocast q, k and v are cast to its dtype,
+    but for fp64.
 
     Raises ValueError for arguments that break the contract, NotImplementedError for what is not built,
     TypeError for names that it does not have (`unknown`), with what other libraries' names are here;
@@ -132,6 +157,12 @@ def attention(
         deterministic=deterministic,
         packing=None if jagged is None else jagged.packing,
     )  # fmt: skip
+    if return_stats is not None:
+        if jagged is not None:
+            raise ValueError(
+                "return_stats with nested tensors: call tilewise.packed_attention on their values and offsets"
+            )
+        return returned(*answer_with(request, return_stats), return_lse)
     result, row_lse = answer(request, return_lse)
     if jagged is not None:
         result, row_lse = jagged.like_q(result), None if row_lse is None else jagged.like_q(row_lse)
@@ -160,6 +191,20 @@ def answer(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     return out, lse if return_lse else None
 
 
+def answer_with(request: Request, stats: Stats) -> tuple[Tensor, Tensor, Statistics]:
+    """out, lse and statistics of a request: check → call."""
+    check(request)
+    for reason in stats_misfits(request, stats):
+        raise ValueError(reason)
+    for watch in watchers:
+        watch(request)
+    return answer_with_statistics(request, stats)
+
+
+def returned(out: Tensor, lse: Tensor, found: Statistics, return_lse: bool) -> Results:
+    return (out, lse, found) if return_lse else (out, found)
+
+
 def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
     """All reasons why `attention` with the same arguments would raise; an empty list if it would not. With
     q_offsets: why `packed_attention` would; with kv_lens, and caches for k and v: why `cached_attention`."""
@@ -168,7 +213,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
     is_packed = "q_offsets" in arguments
     offsets = {name: arguments.pop(name, None) for name in OFFSETS} if is_packed else {}
     found = unknown_names("packed_attention" if is_packed else "attention", arguments)
-    given = {name: value for name, value in arguments.items() if name in ARGUMENTS and name != "return_lse"}
+    given = {name: value for name, value in arguments.items() if name in ARGUMENTS and name not in RETURNED}
     found += unbuildable(given)
     try:
         if is_packed:
@@ -179,7 +224,13 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]:
         request = make_request(q, k, v, **without_drawing(q, given))
     except (ValueError, NotImplementedError) as error:
         return list(dict.fromkeys([*found, str(error)]))
-    return found + [str(violation) for violation in violations(request)]
+    against = [str(violation) for violation in violations(request)]
+    return found + (against or stats_reasons(request, arguments.get("return_stats")))
+
+
+def stats_reasons(request: Request, stats: Any) -> list[str]:
+    """What is wrong with `return_stats` of a request in which all else is right."""
+    return [] if stats is None else list(stats_misfits(request, stats))
 
 
 def why_not_cached(q: Tensor, cache_k: Tensor, cache_v: Tensor, arguments: dict[str, Any]) -> list[str]:
@@ -187,14 +238,15 @@ def why_not_cached(q: Tensor, cache_k: Tensor, cache_v: Tensor, arguments: dict[
     found = unknown_names("cached_attention", arguments, CACHED_ARGUMENTS)
     known = {name: value for name, value in arguments.items() if name in CACHED_ARGUMENTS}
     new_k, new_v, rotary = (known.pop(name, None) for name in NEW)
-    known.pop("return_lse", None)
+    stats = [known.pop(name, None) for name in RETURNED][1]
     found += unbuildable(known)
     try:
         request = cached_request(q, cache_k, cache_v, **without_drawing(q, known))
     except (ValueError, NotImplementedError) as error:
         return list(dict.fromkeys([*found, str(error)]))
     against = [str(violation) for violation in violations(request)]
-    return found + (against or list(new_misfits(request, new_k, new_v, rotary)))
+    against = against or list(new_misfits(request, new_k, new_v, rotary))
+    return found + (against or stats_reasons(request, stats))
 
 
 def unbuildable(given: dict[str, Any]) -> list[str]:

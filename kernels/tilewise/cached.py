@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
 import torch
 
-from .api import answer, refuse_unknown
+from .api import Results, answer, answer_with, refuse_unknown, returned
 from .parts.dtensors import is_dtensor
 from .parts.masks.mask import Mask
 from .parts.rotary import RotaryTable
 from .parts.scores.score import Score
 from .parts.similarity import Cosine
+from .parts.stats import Statistics, Stats, of_packed
 from .plan.checks import check
 from .plan.names import CACHED_ARGUMENTS
 from .plan.request import Request, as_heads, cached_request
 from .plan.rules.cache import new_misfits
+from .plan.rules.statistics import stats_misfits
 from .pytorch.append import append, turn_queries
 
 Tensor = torch.Tensor
@@ -29,8 +31,8 @@ def cached_attention(
     rotary: RotaryTable | None = None, split_size: int | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, impl: str | None = None,
-    strict: bool = False,
+    dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, return_stats: None = None,
+    impl: str | None = None, strict: bool = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def cached_attention(
@@ -39,9 +41,29 @@ def cached_attention(
     rotary: RotaryTable | None = None, split_size: int | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[True], impl: str | None = None,
-    strict: bool = False,
+    dropout_seed: Tensor | None = None, return_lse: Literal[True], return_stats: None = None,
+    impl: str | None = None, strict: bool = False,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def cached_attention(
+    q: Tensor, cache_k: Tensor, cache_v: Tensor, *, kv_lens: Tensor, new_k: Tensor | None = None,
+    new_v: Tensor | None = None, pages: Tensor | None = None, q_offsets: Tensor | None = None,
+    rotary: RotaryTable | None = None, split_size: int | None = None, mask: Any = None,
+    bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
+    similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, return_stats: Stats,
+    impl: str | None = None, strict: bool = False,
+) -> tuple[Tensor, Statistics]: ...  # fmt: skip
+@overload
+def cached_attention(
+    q: Tensor, cache_k: Tensor, cache_v: Tensor, *, kv_lens: Tensor, new_k: Tensor | None = None,
+    new_v: Tensor | None = None, pages: Tensor | None = None, q_offsets: Tensor | None = None,
+    rotary: RotaryTable | None = None, split_size: int | None = None, mask: Any = None,
+    bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
+    similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None, return_lse: Literal[True], return_stats: Stats,
+    impl: str | None = None, strict: bool = False,
+) -> tuple[Tensor, Tensor, Statistics]: ...  # fmt: skip
 def cached_attention(
     q: Tensor,
     cache_k: Tensor,
@@ -63,10 +85,11 @@ def cached_attention(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     return_lse: bool = False,
+    return_stats: Stats | None = None,
     impl: str | None = None,
     strict: bool = False,
     **unknown: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Results:
     """`attention` over keys and values in a cache, of which each sequence has filled its own part: decoding,
     one row or a few at a time, and prefilling in pieces alike (split keys: Flash-Decoding; pages:
     PagedAttention, arXiv 2309.06180).
@@ -93,9 +116,9 @@ def cached_attention(
     position kv_lens + new_len - 1 and not at the buffer's end: give Causal() where several come at once.
     Tensors along keys are read at positions inside the sequence, as in `packed_attention`.
 
-    Returns out, of q's shape with value_dim, and lse [batch, q_heads, q_len], packed [q_heads, tokens], if
-    asked. It has no gradient. The host reads no length; lengths and pages that lead out of the cache are cut
-    to it. Raises as `attention` does.
+    Returns out, of q's shape with value_dim, then lse [batch, q_heads, q_len], packed [q_heads, tokens], and
+    `Statistics` if asked. It has no gradient. The host reads no length; lengths and pages that lead out of
+    the cache are cut to it. Raises as `attention` does.
     """
     if unknown:
         refuse_unknown("cached_attention", unknown, CACHED_ARGUMENTS)
@@ -104,6 +127,13 @@ def cached_attention(
         mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
         dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
     )  # fmt: skip
+    if return_stats is not None:
+        for reason in why_not_stats(request, new_k, new_v, rotary, return_stats):
+            raise ValueError(reason)
+        found = answer_with(written(request, new_k, new_v, rotary), return_stats)
+        if q_offsets is None:
+            return returned(*found, return_lse)
+        return returned(found[0][0].transpose(0, 1), found[1][0], of_packed(found[2], True), return_lse)
     out, lse = attend(request, new_k, new_v, rotary, return_lse)
     if q_offsets is None:
         return out if lse is None else (out, lse)
@@ -132,10 +162,26 @@ def attend(
         if new_k is not None and request.packing is not None:
             new_k, new_v = as_heads(new_k, new_v)
         return attend_on_mesh(request, new_k, new_v, rotary, return_lse, turn, answer)
+    return answer(written(request, new_k, new_v, rotary, turn), return_lse)
+
+
+def written(
+    request: Request,
+    new_k: Tensor | None,
+    new_v: Tensor | None,
+    rotary: RotaryTable | None,
+    turn: Callable[[Request, RotaryTable], Request] = turn_queries,
+) -> Request:
+    """The request of what the cache holds once new_k and new_v are in it, and with its queries turned."""
     if new_k is not None and new_v is not None:
         if request.packing is not None:
             new_k, new_v = as_heads(new_k, new_v)
         request = append(request, new_k, new_v, rotary)
-    if rotary is not None:
-        request = turn(request, rotary)
-    return answer(request, return_lse)
+    return request if rotary is None else turn(request, rotary)
+
+
+def why_not_stats(request: Request, new_k: Any, new_v: Any, rotary: Any, stats: Any) -> Iterator[str]:
+    """What is wrong with a call, before it writes into the cache."""
+    check(request)
+    yield from new_misfits(request, new_k, new_v, rotary)
+    yield from stats_misfits(request, stats)

@@ -6,10 +6,11 @@ from typing import Any, Literal, overload
 
 import torch
 
-from .api import answer, refuse_unknown
+from .api import Results, answer, answer_with, refuse_unknown, returned
 from .parts.masks.mask import Mask
 from .parts.scores.score import Score
 from .parts.similarity import Cosine
+from .parts.stats import Statistics, Stats, of_packed
 from .plan.names import PACKED_ARGUMENTS
 from .plan.request import as_heads, as_packing, make_request
 from .pytorch.pieces import offset_errors
@@ -22,17 +23,33 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, q_offsets: Tensor, kv_offsets: Tensor | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, impl: str | None = None,
-    strict: bool = False, deterministic: bool = True,
+    dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, return_stats: None = None,
+    impl: str | None = None, strict: bool = False, deterministic: bool = True,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, q_offsets: Tensor, kv_offsets: Tensor | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[True], impl: str | None = None,
-    strict: bool = False, deterministic: bool = True,
+    dropout_seed: Tensor | None = None, return_lse: Literal[True], return_stats: None = None,
+    impl: str | None = None, strict: bool = False, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, q_offsets: Tensor, kv_offsets: Tensor | None = None, mask: Any = None,
+    bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
+    similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, return_stats: Stats,
+    impl: str | None = None, strict: bool = False, deterministic: bool = True,
+) -> tuple[Tensor, Statistics]: ...  # fmt: skip
+@overload
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, q_offsets: Tensor, kv_offsets: Tensor | None = None, mask: Any = None,
+    bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
+    similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None, return_lse: Literal[True], return_stats: Stats,
+    impl: str | None = None, strict: bool = False, deterministic: bool = True,
+) -> tuple[Tensor, Tensor, Statistics]: ...  # fmt: skip
 def packed_attention(
     q: Tensor,
     k: Tensor,
@@ -49,11 +66,12 @@ def packed_attention(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     return_lse: bool = False,
+    return_stats: Stats | None = None,
     impl: str | None = None,
     strict: bool = False,
     deterministic: bool = True,
     **unknown: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Results:
     """`attention` over sequences of different lengths that stand one behind the other, without padding.
 
     q:          [tokens, q_heads, head_dim], any strides: a view of one projection [tokens, 3, heads, dim]
@@ -70,9 +88,10 @@ def packed_attention(
     queries or keys (a bool mask, a bias, Intervals, Documents) is read at those positions too: it should be
     as long as the longest sequence. What lies beyond its end is masked out, or, of a bias, NaN.
 
-    Returns out [tokens, q_heads, value_dim], and lse [q_heads, tokens] in fp32 if asked. Rows of no sequence
-    give 0 and -inf, and a gradient of 0. What one sequence holds, NaN too, has no influence on another, and
-    its bits do not depend on what it is packed with. Differentiable as `attention` is.
+    Returns out [tokens, q_heads, value_dim], then lse [q_heads, tokens] in fp32 and `Statistics` if asked.
+    Rows of no sequence give 0 and -inf, and a gradient of 0. What one sequence holds, NaN too, has no
+    influence on another, and its bits do not depend on what it is packed with. Differentiable as `attention`
+    is.
 
     The host reads no length, so that a CUDA graph may be replayed with others; offsets that decrease or lead
     out of the tensors are therefore not noticed, and what they give is unspecified, though nothing outside
@@ -86,6 +105,9 @@ def packed_attention(
         deterministic=deterministic,
         packing=as_packing(q_offsets, kv_offsets),
     )  # fmt: skip
+    if return_stats is not None:
+        out, row_lse, found = answer_with(request, return_stats)
+        return returned(out[0].transpose(0, 1), row_lse[0], of_packed(found), return_lse)
     out, lse = answer(request, return_lse)
     rows = out[0].transpose(0, 1)
     return rows if lse is None else (rows, lse[0])

@@ -1,6 +1,6 @@
 """The oracle of tilewise: attention in plain PyTorch, slow and clear. It imports nothing of tilewise."""
 
-from . import cases, dropout, masks, online, scores, yardstick
+from . import cases, dropout, masks, online, scores, statistics, yardstick
 from .attention import attention
 from .cases import CACHED_CASES, CASES, FEATURE_CASES, LONG_CASES, PACKED_CASES, SHORT_CASES, Case, paper_grid
 from .dropout import dropout_keep
@@ -27,6 +27,7 @@ __all__ = [
     "paper_grid",
     "scores",
     "second",
+    "statistics",
     "tangent",
     "yardstick",
 ]

@@ -72,6 +72,7 @@ class Forward:
     temperature: float | Tensor  # [Hq, 1, 1]
     modifiers: tuple[ScoreFn, ...]  # the scores, and the bias as the last of them
     inputs: tuple[Tensor, ...]  # [B, Hq, Nq, Nk] each: s as each modifier received it
+    s: Tensor  # [B, Hq, Nq, Nk], what the softmax sees: -inf where the mask does not keep the pair
     p_sink: Tensor  # [B, Hq, Nq], exp(sink - lse)
     p: Tensor  # [B, Hq, Nq, Nk], exp(s - lse)
     dropout: float | Tensor  # [B, Hq, Nq, Nk], dropout_keep / (1 - dropout_p)
@@ -188,8 +189,8 @@ def forward(
     out = (p_dropped @ v).masked_fill(q_unseeing[..., None], 0)
     return Forward(
         index=index, keep=keep, q_unseeing=q_unseeing, kv_unseen=kv_unseen, q=q, k=k, v=v, divisors=divisors,
-        scale=scale, temperature=temperature, modifiers=modifiers, inputs=tuple(inputs), p_sink=p_sink, p=p,
-        dropout=dropout, p_dropped=p_dropped, lse=lse, out=out,
+        scale=scale, temperature=temperature, modifiers=modifiers, inputs=tuple(inputs), s=s, p_sink=p_sink,
+        p=p, dropout=dropout, p_dropped=p_dropped, lse=lse, out=out,
     )  # fmt: skip
 
 

@@ -10,7 +10,10 @@ key. The four arguments are int64 index tensors that broadcast together; ``atten
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -99,6 +102,93 @@ def padding(kv_lens: int | Tensor, kv_len: int, side: Literal["right", "left"] =
         return kv_idx < real if side == "right" else kv_idx >= kv_len - real
 
     return mask
+
+
+def block_causal(
+    block: int,
+    window: int | None,
+    q_len: int,
+    kv_len: int,
+    align: Align | None = "bottom_right",
+) -> MaskFn:
+    """Keys stand in blocks of ``block``, and a query sees its own block and all before it; with a ``window``
+    its own block and the ``window - 1`` before it. Where a block is a frame of a video, frames are causal and
+    tokens inside one see each other (Yin et al. 2024, arXiv 2412.07772). Raises ValueError for counts below
+    1.
+    """
+    if block < 1 or (window is not None and window < 1):
+        raise ValueError(f"{block=} must be at least 1, and {window=} None or at least 1")
+    offset = shift(q_len, kv_len, align)
+
+    def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        own, other = (q_idx + at(offset, batch)) // block, kv_idx // block
+        keep = other <= own
+        return keep if window is None else keep & (own - other < window)
+
+    return mask
+
+
+def neighborhood(
+    shape: Sequence[int],
+    size: Sequence[int],
+    dilation: Sequence[int],
+    causal: Sequence[bool],
+    q_len: int,
+    kv_len: int,
+    align: Align | None = "bottom_right",
+) -> MaskFn:
+    """Keys are the points of a grid of this ``shape``, the last axis running fastest, and a query stands at
+    one of them: it sees the points that are near along every axis.
+
+    Along an axis of ``length`` points, those with the same remainder by ``dilation`` form a group; a point is
+    the i-th of its group, which has n. It sees ``size`` of the group that stand together, from i - size // 2
+    on, but none before the first or behind the last: near a border the window is moved inside. Along a
+    ``causal`` axis it sees itself and those of the size - 1 before it that there are. Neighborhood attention
+    (Hassani et al. 2022, arXiv 2204.07143), dilated (Hassani and Shi 2022, arXiv 2209.15001), causal (Hassani
+    et al. 2024, arXiv 2403.04690).
+    """
+    offset = shift(q_len, kv_len, align)
+    points = math.prod(shape)
+
+    def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        position = q_idx + at(offset, batch)
+        keep = (position >= 0) & (position < points) & (kv_idx < points)
+        stride = points
+        for length, count, step, is_causal in zip(shape, size, dilation, causal, strict=True):
+            stride //= length
+            x, y = position // stride % length, kv_idx // stride % length
+            i, j = x // step, y // step
+            members = (length - x % step + step - 1) // step
+            first = (i - (count - 1 if is_causal else count // 2)).clamp(min=0)
+            first = torch.minimum(first, members - count)
+            last = i if is_causal else first + count - 1
+            keep = keep & (x % step == y % step) & (first <= j) & (j <= last)
+        return keep
+
+    return mask
+
+
+def any_of(*masks: MaskFn) -> MaskFn:
+    """The pairs that at least one of these masks keeps."""
+
+    def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return reduce(operator.or_, [each(batch, head, q_idx, kv_idx) for each in masks])
+
+    return mask
+
+
+def all_of(*masks: MaskFn) -> MaskFn:
+    """The pairs that every one of these masks keeps."""
+
+    def mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return reduce(operator.and_, [each(batch, head, q_idx, kv_idx) for each in masks])
+
+    return mask
+
+
+def negated(mask: MaskFn) -> MaskFn:
+    """The pairs that a mask does not keep."""
+    return lambda batch, head, q_idx, kv_idx: ~mask(batch, head, q_idx, kv_idx)
 
 
 def intervals(start: Tensor, end: Tensor) -> MaskFn:

@@ -13,6 +13,7 @@ import triton.language as tl
 
 import tilewise
 from tilewise.kernels.tile import CopiedTile
+from tilewise.parts.masks.mask import as_mask
 
 from .problem import FEATURES, KINDS, Feature, Packing, Problem, build, feature, judge, of_kind
 
@@ -496,3 +497,55 @@ def user_mask(p: Problem) -> None:
 def user_interval(p: Problem) -> None:
     size = p.rng.choice((20, 7))
     p.add_mask(tilewise.UserMask(block_keep, (size,), interval=block_interval, twin=block_keep_twin))
+
+
+@feature("mask", "`BlockCausal`, all blocks before or the last ones")
+def block_causal(p: Problem) -> None:
+    p.add_mask(tilewise.BlockCausal(p.rng.choice((1, 5, 7, 16)), p.rng.choice((None, 1, 2, 3)), p.align()))
+
+
+@feature("mask", "`Neighborhood`, dilated or not, causal or not, on a grid of one to three axes")
+def neighborhood(p: Problem) -> None:
+    if p.kv_len == 0:  # no grid has no point
+        return
+    shape, points = [], p.kv_len
+    for _ in range(p.rng.choice((0, 1, 2))):
+        shape.append(p.rng.choice([n for n in range(1, points + 1) if points % n == 0]))
+        points //= shape[-1]
+    shape.append(points)
+    p.rng.shuffle(shape)
+    dilation = [p.rng.randint(1, min(3, n)) for n in shape]
+    size = [p.rng.randint(1, n // step) for n, step in zip(shape, dilation, strict=True)]
+    causal = [p.rng.random() < 0.3 for _ in shape]
+    p.add_mask(
+        tilewise.Neighborhood(
+            tuple(size), tuple(dilation), shape=tuple(shape), causal=tuple(causal), align=p.align()
+        )
+    )
+
+
+OPERANDS = (causal, window, prefix, documents, scattered_documents, right_padding, left_padding, intervals,
+            bool_mask, user_mask, user_interval, block_causal, neighborhood)  # fmt: skip
+
+
+def operand(p: Problem) -> tilewise.Mask:
+    """Another mask, not yet among the problem's."""
+    others, found = p.mask, None
+    while found is None:
+        p.mask = None
+        p.rng.choice(OPERANDS)(p)
+        found = p.mask
+    p.mask = others
+    return as_mask(found)
+
+
+@feature("mask", "masks joined by `|`, with `&` and `~` among them")
+def either(p: Problem) -> None:
+    one, other, third = operand(p), operand(p), operand(p)
+    p.add_mask(p.rng.choice((one | other, one | other & third, ~one | other)))
+
+
+@feature("mask", "a mask turned by `~`, and several together")
+def opposite(p: Problem) -> None:
+    one, other, third = operand(p), operand(p), operand(p)
+    p.add_mask(p.rng.choice((~one, ~(one & other), ~(one & (other | third)))))

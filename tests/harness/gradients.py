@@ -15,7 +15,7 @@ import torch
 
 from tilewise.plan.passes import parameter_slots
 from tilewise.plan.request import Request, as_heads, request_of
-from tilewise.pytorch.encoding import decode, encode
+from tilewise.pytorch.encoding import decode, encode, leaves_of
 from tilewise_reference.yardstick import largest_difference
 
 from .oracle import (
@@ -127,7 +127,7 @@ def with_leaves(request: Request, dtype: torch.dtype | None) -> Request:
     tensors = [leaf(t) if slot in slots else t for slot, t in enumerate(encoded.tensors)]
     q, k, v = (leaf(x) for x in (request.q, request.k, request.v))
     copied = decode(q, k, v, encoded._replace(tensors=tensors))
-    for part, original in zip(copied.plugs, request.plugs, strict=True):
+    for part, original in zip(leaves_of(copied.plugs), leaves_of(request.plugs), strict=True):
         if hasattr(original, "_twin"):  # not part of the encoding
             part._twin = original._twin
     return replace(copied, impl=request.impl)

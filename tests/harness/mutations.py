@@ -31,6 +31,8 @@ from .mutations_rows import MUTATIONS as ROWS_MUTATIONS
 from .mutations_second import MUTATIONS as SECOND_MUTATIONS
 from .mutations_sharded import MUTATIONS as SHARDED_MUTATIONS
 from .mutations_show import MUTATIONS as SHOW_MUTATIONS
+from .mutations_space import MUTATIONS as SPACE_MUTATIONS
+from .mutations_statistics import MUTATIONS as STATISTICS_MUTATIONS
 from .mutations_tools import MUTATIONS as TOOLS_MUTATIONS
 from .mutations_transformers import MUTATIONS as TRANSFORMERS_MUTATIONS
 from .mutations_watch import MUTATIONS as WATCH_MUTATIONS
@@ -423,6 +425,8 @@ MUTATIONS = (
     *SECOND_MUTATIONS,
     *SHARDED_MUTATIONS,
     *SHOW_MUTATIONS,
+    *SPACE_MUTATIONS,
+    *STATISTICS_MUTATIONS,
     *TOOLS_MUTATIONS,
     *TRANSFORMERS_MUTATIONS,
     *WATCH_MUTATIONS,

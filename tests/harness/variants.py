@@ -45,6 +45,7 @@ from tilewise.tools.compiled.variants import (
     launch_backward,
     launch_gradients,
     launch_second,
+    launch_statistics,
     one_walk_variant,
     plain_inputs,
     second_variant,
@@ -140,6 +141,7 @@ SHIPPED = {
     "copied_variants": COPYING_TARGETS,
     "feature_variants": TARGETS,
     "backward_feature_variants": TARGETS,
+    "statistics_variants": TARGETS,
     "second_variants": TARGETS,
 }
 # What every run compiles for every target, and what it always compiles for Hopper: the rows that most calls
@@ -210,6 +212,7 @@ COMBINATIONS = (
     ("packed_apart", "causal", "relative_position", "intervals"),
     ("causal_top_left", "causal_from_a_position", "scattered_documents", "strided_bias", "other_scale"),
     ("cosine", "packed_rows", "left_padding", "bool_mask", "sink"),
+    ("neighborhood", "block_causal", "either", "opposite"),
 )
 KINDS_AND_DIMS = (("bf16", (64, 64)), ("fp16", (40, 24)), ("bf16", (20, 80)))
 
@@ -276,9 +279,9 @@ def part_variant(backward: bool) -> Variant:
 
 
 def backward_feature_variants() -> list[Variant]:
-    """Every feature in the backward and in its parameters' gradients; the last two add nothing new there. In
-    one walk the first and the packed one: what they are told of is the same, and so is the code."""
-    found = [feature_variant(features, i, launch_backward) for i, features in enumerate(COMBINATIONS[:4])]
+    """Every feature in the backward and in its parameters' gradients; two rows add nothing new there. In one
+    walk the first and the packed one: what they are told of is the same, and so is the code."""
+    found = [feature_variant(COMBINATIONS[i], i, launch_backward) for i in (0, 1, 2, 3, 6)]
     in_one = functools.partial(launch_backward, walks=1)
     for i in (0, 3):
         variant = feature_variant(COMBINATIONS[i], i, in_one)
@@ -340,6 +343,48 @@ def cache_variants() -> list[Variant]:
         Variant("bf16 128 decode, pages of 16, split", functools.partial(decode, 128, 16, 1, split_size=512)),
         Variant("bf16 128 prefill", functools.partial(decode, 128, 64, 512, mask=tilewise.Causal())),
         Variant("bf16 80 append and turn", write),
+    ]
+
+
+def statistics_variants() -> list[Variant]:
+    """What the softmax knows beside its result, and the way back through it: two walks and one, features,
+    packed, and a cache in pages whose keys are split."""
+    rows = torch.empty(20, dtype=torch.int64, device="meta")
+    stats = tilewise.Stats(max_logit=True, entropy=True, key_mass=True, rows=rows, top_k=4)
+
+    def run(backward: bool, q: Any, k: Any, v: Any, walks: int = 2, **given: Any) -> None:
+        with tilewise.tiles.use_walks(walks):
+            launch_statistics(q, k, v, stats, backward, **given)
+
+    def features(i: int) -> None:
+        sizes = dict(q_heads=4, kv_heads=2, q_len=300, kv_len=300, head_dim=64, value_dim=64)
+        kind = (torch.bfloat16, torch.float16)[i % 2]
+        problem = build(torch.device("cpu"), random.Random(0), COMBINATIONS[i], dtype=kind, **sizes)
+        on_cpu = dataclasses.replace(stats, rows=rows.new_zeros(20, device="cpu"))
+        launch_statistics(*problem.tensors(), on_cpu, True, **problem.keywords())
+
+    def decode() -> None:
+        q = torch.empty(2, 32, 1, 128, dtype=torch.bfloat16, device="meta")
+        cache = torch.empty(64, 16, 8, 128, dtype=torch.bfloat16, device="meta")
+        kv_lens = torch.empty(2, dtype=torch.int32, device="meta")
+        pages = torch.empty(2, 256, dtype=torch.int32, device="meta")
+        run(False, q, cache, cache, kv_lens=kv_lens, pages=pages, split_size=512)
+
+    def plain(dtype: str, dim: int, walks: int) -> None:
+        run(True, *plain_inputs(dtype, dim), walks, mask=tilewise.Causal())
+
+    def one_alone(name: str) -> None:
+        only = tilewise.Stats(**{name: True})
+        launch_statistics(*plain_inputs("bf16", 64), only, True, mask=tilewise.Causal())
+
+    return [
+        Variant("bf16 128 causal", functools.partial(plain, "bf16", 128, 2)),
+        Variant("bf16 64 causal in one walk", functools.partial(plain, "bf16", 64, 1)),
+        Variant("bf16 64 causal, entropy alone", functools.partial(one_alone, "entropy")),
+        Variant("bf16 64 causal, max_logit alone", functools.partial(one_alone, "max_logit")),
+        Variant("bf16 64 features", functools.partial(features, 0)),
+        Variant("fp16 64 packed features", functools.partial(features, 3)),
+        Variant("bf16 128 decode, pages of 16, split", decode),
     ]
 
 

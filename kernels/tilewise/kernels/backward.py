@@ -37,7 +37,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.addressing import head_of, load_rows, rows_of, tensors_of
+from ..parts.addressing import head_of, keys_of, load_rows, rows_of, tensors_of
 from ..parts.dropout import drop, dropout_keep
 from ..parts.intervals import intersect_intervals, kept_pairs, kv_range, q_range
 from ..parts.numerics import round_to
@@ -56,7 +56,8 @@ from ..parts.pieces import (
 from ..parts.scores.score import apply_scores, pull_back
 from ..parts.sequences import first_tile, tiles_of
 from ..parts.softmax import softmax_probabilities
-from .call import programs, shared_arguments
+from ..parts.statistics import add_statistics, load_row_gradients
+from .call import key_programs, programs, shared_arguments
 from .coverage import list_keys, list_rows
 from .launch import launch
 from .prepare import BackwardCall
@@ -91,6 +92,7 @@ def sum_over_rows(
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     rows,  # dO and three numbers a row: `backward_arguments`
+    of_rows,  # and those that statistics hand in: statistics.py
     ranges_ptr,
     lists,  # of the tiles of rows that visit each tile of keys: coverage.py; or ()
     dkeys,  # (pointer, strides), as for dvalues
@@ -121,7 +123,7 @@ def sum_over_rows(
 
     kv_idx = kv_start + tl.arange(0, TILE_KV)  # [TILE_KV]
     kv_row = tl.minimum(kv_idx, kv_len - 1)
-    k_head, v_head = head_of(keys, kv_place, kv_head), head_of(values, kv_place, kv_head)
+    k_head, v_head = keys_of(keys, kv_place, kv_head, layout), head_of(values, kv_place, kv_head)
     k = load_pieces(k_head, kv_idx, kv_idx < kv_len, HEAD_DIM, HEAD_TILE)  # [TILE_KV, HEAD_TILE]
     if HAS_DK:
         v = load_pieces(v_head, kv_idx, kv_idx < kv_len, VALUE_DIM, VALUE_TILE)  # [TILE_KV, VALUE_TILE]
@@ -187,6 +189,10 @@ def sum_over_rows(
                     delta = load_rows(delta_ptr + rows_ptr, q_idx, q_mask)[None, :]
                     # dSᵀ = Pᵀ · (dPᵀ - delta), and back to the dot products
                     dsT = pT * (drop(dpT, keep, dropout) - delta)
+                    dsT = add_statistics(
+                        dsT, pT, sT, kv_idx[:, None], row_max, sum_log2, unit,
+                        load_row_gradients(of_rows, rows_ptr, q_idx, q_mask), True,
+                    )  # fmt: skip
                     dsT = pull_back(
                         dsT, inputs, batch, head, row[None, :], kv_row[:, None], DERIVATIVES, score_args, 0
                     )
@@ -236,6 +242,7 @@ def dkv_kernel(
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     rows,  # dO and three numbers a row: `backward_arguments`
+    of_rows,  # and those that statistics hand in: statistics.py
     ranges_ptr,
     lists,  # of the tiles of rows that visit each tile of keys: coverage.py; or ()
     dkeys,  # (pointer, strides), as for dvalues
@@ -250,8 +257,8 @@ def dkv_kernel(
 ):
     sum_over_rows(
         tl.program_id(0), call, INTERVALS, KEEPS, SCORES, HEAD_DIM, VALUE_DIM, HEAD_TILE, VALUE_TILE,
-        PRECISION, rows, ranges_ptr, lists, dkeys, dvalues, None, DERIVATIVES, OPERAND, PROJECT, HAS_GAPS,
-        TILE_Q, TILE_KV, SUMS,
+        PRECISION, rows, of_rows, ranges_ptr, lists, dkeys, dvalues, None, DERIVATIVES, OPERAND, PROJECT,
+        HAS_GAPS, TILE_Q, TILE_KV, SUMS,
     )  # fmt: skip
 
 
@@ -267,6 +274,7 @@ def dq_kernel(
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     rows,  # dO and three numbers a row: `backward_arguments`
+    of_rows,  # and those that statistics hand in: statistics.py
     lists,  # of the tiles of keys that each tile of rows visits: coverage.py; or ()
     dqueries,  # (pointer, strides)
     DERIVATIVES: tl.constexpr,
@@ -297,6 +305,7 @@ def dq_kernel(
     row_max = tl.load(max_ptr + rows_ptr + row)[:, None]  # [TILE_Q, 1]
     sum_log2 = tl.load(sum_ptr + rows_ptr + row)[:, None]
     delta = tl.load(delta_ptr + rows_ptr + row)[:, None]
+    gradients = load_row_gradients(of_rows, rows_ptr, row, None)
     dq = zero_pieces(TILE_Q, HEAD_TILE)  # [TILE_Q, HEAD_TILE]
 
     for IS_CUT in tl.static_range(2):
@@ -316,6 +325,7 @@ def dq_kernel(
             dp = drop(dp, dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, False), dropout)
             # dS = P · (dP - delta), and back to the dot products
             ds = p * (dp - delta)
+            ds = add_statistics(ds, p, s, kv_idx[None, :], row_max, sum_log2, unit, gradients, False)
             ds = pull_back(ds, inputs, batch, head, row[:, None], kv_row[None, :], DERIVATIVES, score_args, 0)
             if IS_CUT:
                 kept = kept_pairs(
@@ -345,6 +355,7 @@ def backward_arguments(backward: BackwardCall, tile: Tile) -> dict[str, Any]:
     call = backward.call
     return shared_arguments(call) | dict(
         rows=((backward.do, backward.do.stride()), backward.row_max, backward.sum_log2, backward.delta),
+        of_rows=backward.of_rows,
         DERIVATIVES=tuple([score.derivative for score in call.scores]),
         TILE_Q=tile.tile_q,
         TILE_KV=tile.tile_kv,
@@ -363,10 +374,17 @@ def sums_of(head_dim: int, value_dim: int, element_bytes: int) -> tuple[str, ...
     return ("dk", "dv") if element_bytes == 2 and columns > TOGETHER else ("dkv",)
 
 
-def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile: Tile) -> None:
-    """Fill dk [batch, kv_heads, kv_len, head_dim] and dv [batch, kv_heads, kv_len, value_dim].
-    tile.tile_q is that of `prepare`."""
+def launch_dkv(
+    backward: BackwardCall,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    tile: Tile,
+    sums: tuple[str, ...] | None = None,
+) -> None:
+    """Fill dk [batch, kv_heads, kv_len, head_dim] and dv [batch, kv_heads, kv_len, value_dim]; of ("dv",)
+    only dv, for which v is not read. tile.tile_q is that of `prepare`."""
     shape = backward.call.shape
+    sums = sums or sums_of(shape.head_dim, shape.value_dim, dk.element_size())
     arguments = backward_arguments(backward, tile) | dict(
         ranges_ptr=backward.ranges,
         lists=list_rows(backward.call, tile),
@@ -376,9 +394,9 @@ def launch_dkv(backward: BackwardCall, dk: torch.Tensor, dv: torch.Tensor, tile:
         PROJECT=backward.call.project,
         HAS_GAPS=backward.call.has_gaps,
     )
-    grid = programs(shape, shape.kv_len, tile.tile_kv, shape.kv_heads)
-    for sums in sums_of(shape.head_dim, shape.value_dim, dk.element_size()) if grid else ():
-        launch(dkv_kernel, (grid,), dk, **arguments, SUMS=sums)
+    grid = key_programs(shape, tile.tile_kv, shape.kv_heads)
+    for each in sums if grid else ():
+        launch(dkv_kernel, (grid,), dk, **arguments, SUMS=each)
 
 
 def launch_dq(backward: BackwardCall, dq: torch.Tensor, tile: Tile) -> None:

@@ -40,6 +40,23 @@ class Split(NamedTuple):
     size: int
 
 
+class RowStats(NamedTuple):
+    """Where the forward writes what else it knows of a row, each contiguous [.., q_heads, rows] or None:
+    statistics.py."""
+
+    entropy: torch.Tensor | None = None  # fp32
+    max_logit: torch.Tensor | None = None  # fp32
+    largest: torch.Tensor | None = None  # int32
+
+    def given(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """For a kernel: () where nothing is asked for."""
+        found = tuple([() if each is None else (each,) for each in self])
+        return found if any(found) else ()
+
+
+NO_STATS = RowStats()
+
+
 def power_of_two_tile(dim: int) -> int:
     """The columns of a tile that holds rows of `dim`: a power of two, at least the 16 a matmul needs."""
     return max(16, next_power_of_two(dim))
@@ -70,6 +87,13 @@ def tile_count(shape: Shape, rows: int, tile_rows: int) -> int:
 def programs(shape: Shape, rows: int, tile_rows: int, heads: int) -> int:
     """How many programs there are, if each owns a tile of these rows of one of these heads."""
     return tile_count(shape, rows, tile_rows) * heads * shape.blocks if rows else 0
+
+
+def key_programs(shape: Shape, tile_keys: int, heads: int) -> int:
+    """How many programs there are, if each owns a tile of keys of one of these heads."""
+    if shape.cache is None:
+        return programs(shape, shape.kv_len, tile_keys, heads)
+    return ceil_div(shape.kv_len, tile_keys) * heads * shape.batch
 
 
 def shared_arguments(call: Call) -> dict[str, Any]:

@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..parts.numerics import round_to
+from ..parts.numerics import LOG2E, round_to
 from ..parts.shape import ceil_div
 from ..parts.softmax import softmax_finish, softmax_merge, softmax_start
-from .call import power_of_two_tile
+from ..parts.statistics import moment_end, moment_join
+from .call import NO_STATS, RowStats, power_of_two_tile
 from .launch import launch
 
 TILE_ROWS = 16
@@ -28,6 +29,8 @@ def combine_kernel(
     parts_lse_ptr,  # [splits, rows]
     out,  # (pointer, strides of batch, head, row and dim)
     lse_ptr,  # [rows], or None
+    entropy,  # (that of parts [splits, rows], that of all keys [rows]) or (), as for max_logit: statistics.py
+    max_logit,
     sizes,  # (splits, rows, q_heads, q_len)
     VALUE_DIM: tl.constexpr,
     VALUE_TILE: tl.constexpr,
@@ -40,13 +43,25 @@ def combine_kernel(
     inside = valid[:, None] & (column < VALUE_DIM)[None, :]
     row_max, row_sum = softmax_start(TILE)
     o = tl.zeros([TILE, VALUE_TILE], tl.float32)
+    moment, largest = row_sum * 0.0, row_max
     part = row.to(tl.int64)
     for _ in range(splits):
         lse = tl.load(parts_lse_ptr + part, mask=valid, other=float("-inf"))
         part_o = tl.load(parts_ptr + part[:, None] * VALUE_DIM + column[None, :], mask=inside, other=0.0)
         part_sum = tl.where(lse == float("-inf"), 0.0, 1.0)
+        before = row_max, row_sum
         row_max, row_sum, o = softmax_merge(row_max, row_sum, o, lse, part_sum, part_o)
+        if len(entropy) > 0:  # H = -moment of weights whose sum is 1
+            part_moment = tl.load(entropy[0] + part, mask=valid, other=0.0) * -LOG2E
+            moment = moment_join(moment, before[0], before[1], part_moment, lse, part_sum, row_max)
+        if len(max_logit) > 0:
+            part_max = tl.load(max_logit[0] + part, mask=valid, other=float("-inf"))
+            largest = tl.maximum(largest, part_max)
         part += rows
+    if len(entropy) > 0:
+        tl.store(entropy[1] + row, moment_end(moment, row_sum), mask=valid)
+    if len(max_logit) > 0:
+        tl.store(max_logit[1] + row, largest, mask=valid)
     o, lse, _ = softmax_finish(row_max, row_sum, o)
     if lse_ptr is not None:
         tl.store(lse_ptr + row, lse, mask=valid)
@@ -60,10 +75,15 @@ def combine_kernel(
 
 
 def launch_combine(
-    parts: torch.Tensor, parts_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+    parts: torch.Tensor,
+    parts_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    parts_stats: RowStats = NO_STATS,
+    stats: RowStats = NO_STATS,
 ) -> None:
-    """Fill out [blocks, q_heads, q_len, value_dim] and lse [blocks, q_heads, q_len] from those of each split,
-    [splits, ...] fp32 contiguous."""
+    """Fill out [blocks, q_heads, q_len, value_dim], lse [blocks, q_heads, q_len] and stats from those of each
+    split, [splits, ...] fp32 contiguous."""
     splits, blocks, q_heads, q_len, value_dim = parts.shape
     rows = blocks * q_heads * q_len
     if rows:
@@ -75,9 +95,15 @@ def launch_combine(
             parts_lse,
             (out, out.stride()),
             lse,
+            both(parts_stats.entropy, stats.entropy),
+            both(parts_stats.max_logit, stats.max_logit),
             (splits, rows, q_heads, q_len),
             VALUE_DIM=value_dim,
             VALUE_TILE=power_of_two_tile(value_dim),
             TILE=TILE_ROWS,
             enable_fp_fusion=True,
         )
+
+
+def both(parts: torch.Tensor | None, whole: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    return () if parts is None or whole is None else (parts, whole)

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from ..parts.intervals import covered, intersect_intervals
 from ..parts.shape import ceil_div
-from .call import Call, function_arguments, programs, sizes_of
+from .call import Call, function_arguments, key_programs, sizes_of
 from .launch import launch
 from .lists import line_of
 from .tile import Tile
@@ -137,7 +137,7 @@ def list_rows(call: Call, tile: Tile) -> Lists:
     if not call.has_holes:
         return ()
     shape = call.shape
-    count = programs(shape, shape.kv_len, tile.tile_kv, shape.kv_heads)
+    count = key_programs(shape, tile.tile_kv, shape.kv_heads)
     lists = empty_lists(call, count * shape.group, ceil_div(shape.q_len, tile.tile_q))
     if count:
         launch(list_rows_kernel, (count, shape.group), call.q, lists, **mask_arguments(call, tile))

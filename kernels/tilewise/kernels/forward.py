@@ -39,7 +39,8 @@ from ..parts.scores.score import apply_scores
 from ..parts.sequences import is_of_a_sequence
 from ..parts.shape import Shape
 from ..parts.softmax import softmax_end, softmax_join, softmax_start, softmax_step
-from .call import Call, Split, programs, shared_arguments
+from ..parts.statistics import statistics_join, statistics_start, statistics_step, store_statistics
+from .call import NO_STATS, Call, RowStats, Split, programs, shared_arguments
 from .copies import copies_of
 from .coverage import Lists, list_keys
 from .launch import launch
@@ -79,6 +80,7 @@ def forward_kernel(
     v_copy,
     v_copy_2,
     split,  # (), or keys of a split and strides of `out` and `lse_ptr` from one to the next
+    stats,  # what else is known of a row, and asked for: statistics.py
     lists,  # of the tiles that each program visits: coverage.py; or ()
     IS_GROUPED: tl.constexpr,  # a tile of rows holds those of all heads of a group
     HAS_GAPS: tl.constexpr,  # some key inside a row tile's range may be seen by none of its rows
@@ -104,6 +106,7 @@ def forward_kernel(
     k_walk = walked(keys, in_pieces(k_copy, k_copy_2), kv_place, kv_head, layout)
     v_walk = walked(values, in_pieces(v_copy, v_copy_2), kv_place, kv_head, layout)
     row_max, row_sum = softmax_start(TILE_Q)
+    known = statistics_start(stats, TILE_Q)
     o = zero_pieces(TILE_Q, VALUE_TILE)  # [TILE_Q, VALUE_TILE]
 
     for IS_CUT in tl.static_range(2):
@@ -127,12 +130,15 @@ def forward_kernel(
                     seen = tl.max(kept.to(tl.int32), 0) != 0
                     v = where_rows(seen, v)
 
+            before = row_max, row_sum
             row_max, row_sum, p, rescale = softmax_step(s, row_max, row_sum, unit)
+            known = statistics_step(known, stats, s, kv_idx, before, row_max, unit)
             p = drop(p, dropout_keep(batch, head_column, q_idx, kv_start, dropout, TILE_KV, False), dropout)
             p = round_to(p, v[0].dtype)
             # O = O · rescale + P V
             o = products(p, v, scaled(o, rescale[:, None]), PRECISION)  # [TILE_Q, VALUE_TILE]
 
+    max_score = row_max  # of keys alone
     if sink_ptr is not None:
         # A sink is the state of one more key of each sequence, whose value is 0.
         tl.static_assert(unit is None, "a sink's logit is in natural units")
@@ -141,7 +147,9 @@ def forward_kernel(
         has_sink = is_of_a_sequence(tile, sizes, layout, members, TILE_Q) & (tl.program_id(1) == 0)
         sink_max = tl.where(has_sink, tl.zeros_like(row_max) + sink, float("-inf"))
         sink_sum = tl.full([TILE_Q], 1.0, tl.float32)
+        before = row_max, row_sum
         row_max, row_sum, rescale, _ = softmax_join(row_max, row_sum, sink_max, sink_sum)
+        known = statistics_join(known, stats, before, (sink_max, sink_sum), row_max)
         o = scaled(o, rescale[:, None])
     natural_max = row_max
     if unit is not None:
@@ -157,11 +165,15 @@ def forward_kernel(
     if len(split) > 0:
         out_ptr += tl.program_id(1).to(tl.int64) * split[1]
         lse_ptr += tl.program_id(1).to(tl.int64) * split[2]
+        if max_ptr is not None:
+            max_ptr += tl.program_id(1).to(tl.int64) * split[2]
+            sum_ptr += tl.program_id(1).to(tl.int64) * split[2]
     if lse_ptr is not None:
         tl.store(lse_ptr + rows, lse, mask=valid)
     if max_ptr is not None:
         tl.store(max_ptr + rows, row_max, mask=valid)
         tl.store(sum_ptr + rows, sum_log2, mask=valid)
+    store_statistics(stats, known, max_score, row_sum, unit, rows, valid, split)
     o = rounded(o, out_ptr.dtype.element_ty)
     o_head = head_of((out_ptr, out_strides), q_place, head_column)
     store_pieces(o_head, o, q_idx, valid, VALUE_DIM, VALUE_TILE)
@@ -188,6 +200,7 @@ def forward_launch(
     statistics: torch.Tensor | None,
     tile: Tile,
     split: Split | None = None,
+    stats: RowStats = NO_STATS,
     lists: Lists = (),
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The grid and the arguments with which `forward_kernel` answers `call`; with splits, out and lse have a
@@ -202,6 +215,7 @@ def forward_launch(
         **copies_of(call, tile),
         sink_stride=0 if call.sink is None else call.sink.stride(0),
         split=() if split is None or lse is None else (split.size, out.stride(0), lse.stride(0)),
+        stats=stats.given(),
         lists=lists,
         IS_GROUPED=call.is_grouped,
         HAS_GAPS=call.has_gaps,
@@ -228,15 +242,16 @@ def launch_forward(
     statistics: torch.Tensor | None,
     tile: Tile,
     split: Split | None = None,
+    stats: RowStats = NO_STATS,
 ) -> None:
     """Fill out [batch, q_heads, q_len, value_dim], lse [batch, q_heads, q_len] and, for the backward,
     statistics [2, batch, q_heads, q_len]: `softmax.softmax_probabilities`; with packed sequences 1 for batch
-    and all tokens for q_len. lse and statistics are fp32 and contiguous. With splits, out and lse have a
-    first dimension for them, and each is the result of its own keys."""
+    and all tokens for q_len. lse, statistics and what stats ask for are fp32 and contiguous. With splits,
+    out, lse and stats have a first dimension for them, and each is the result of its own keys."""
     lists: Lists = ()
     if split is None or split.size == 0:  # in splits of a given size no tile goes first: `keys_of_split`
         count = rows_programs(call.shape, call.is_grouped, tile.tile_q)
         lists = list_keys(call, tile, count, call.is_grouped)
-    grid, arguments = forward_launch(call, out, lse, statistics, tile, split, lists)
+    grid, arguments = forward_launch(call, out, lse, statistics, tile, split, stats, lists)
     if grid[0]:
         launch(forward_kernel, grid, out, **arguments)

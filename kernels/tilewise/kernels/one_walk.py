@@ -41,6 +41,7 @@ def dqkv_kernel(
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     rows,
+    of_rows,
     ranges_ptr,
     dkeys,
     dvalues,
@@ -55,8 +56,8 @@ def dqkv_kernel(
 ):
     sum_over_rows(
         take_number(turns), call, INTERVALS, KEEPS, SCORES, HEAD_DIM, VALUE_DIM, HEAD_TILE, VALUE_TILE,
-        PRECISION, rows, ranges_ptr, (), dkeys, dvalues, (sums_ptr, turns), DERIVATIVES, OPERAND, PROJECT,
-        HAS_GAPS, TILE_Q, TILE_KV, "dkv",
+        PRECISION, rows, of_rows, ranges_ptr, (), dkeys, dvalues, (sums_ptr, turns), DERIVATIVES, OPERAND,
+        PROJECT, HAS_GAPS, TILE_Q, TILE_KV, "dkv",
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from ..parts.scores.score import Parameter, apply_scores, pull_back
 from ..parts.sequences import first_tile, sequence_at, tiles_of
 from ..parts.shape import Shape, next_power_of_two
 from ..parts.softmax import softmax_probabilities
+from ..parts.statistics import add_statistics, load_row_gradients
 from .backward import backward_arguments
 from .call import sizes_of
 from .launch import launch
@@ -50,6 +51,7 @@ def parameter_kernel(
     VALUE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     rows,  # dO and three numbers a row: `backward_arguments`
+    of_rows,  # and those that statistics hand in: statistics.py
     DERIVATIVES: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
@@ -110,8 +112,12 @@ def parameter_kernel(
             dp = product(do, v, PRECISION)
             dp = drop(dp, dropout_keep(batch, head, q_idx, kv_start, dropout, TILE_KV, False), dropout)
             # dS = P · (dP - delta), and back to what the modifier returned
+            gradients = load_row_gradients(of_rows, rows_ptr, row, None)
+            ds = add_statistics(
+                p * (dp - delta), p, s, kv_idx[None, :], row_max, sum_log2, unit, gradients, False
+            )
             ds = pull_back(
-                p * (dp - delta), inputs, batch, head, row[:, None], kv_row[None, :], DERIVATIVES, score_args,
+                ds, inputs, batch, head, row[:, None], kv_row[None, :], DERIVATIVES, score_args,
                 MODIFIER + 1,
             )  # fmt: skip
             if DERIVATIVE is not None:

@@ -72,6 +72,10 @@ def prepare_kernel(
     store_range(range_ptr, lo, hi, whole, kv_len, (q_tile + 1) * TILE_Q > q_len)
 
 
+# What statistics hand back to a row's scores, of entropy and of max_logit: nothing. statistics.py
+NO_GRADIENTS: tuple[tuple[torch.Tensor, ...], ...] = ((), ())
+
+
 class BackwardCall(NamedTuple):
     """What the kernels of the backward have in common."""
 
@@ -84,6 +88,7 @@ class BackwardCall(NamedTuple):
     delta: torch.Tensor
     ranges: torch.Tensor  # [blocks, q_heads, tiles, 4] int32
     tile_q: int  # the rows that one entry of ranges stands for
+    of_rows: tuple[tuple[torch.Tensor, ...], ...] = NO_GRADIENTS  # as delta, what statistics hand in
 
 
 def prepare(
@@ -93,14 +98,16 @@ def prepare(
     do: torch.Tensor,
     dlse: torch.Tensor | None,
     tile_q: int,
+    of_rows: tuple[tuple[torch.Tensor, ...], ...] = NO_GRADIENTS,
 ) -> BackwardCall:
-    """Compute delta and the ranges of keys that tiles of tile_q rows visit; statistics are the forward's."""
+    """Compute delta and the ranges of keys that tiles of tile_q rows visit; statistics are the forward's;
+    of_rows: (dentropy,) or (), and (dmax, largest) or ()."""
     shape = call.shape
     row_max, sum_log2 = statistics.unbind(0)
     tiles = shape.blocks, shape.q_heads, tile_count(shape, shape.q_len, tile_q)
     delta = torch.empty_like(row_max)
     ranges = torch.empty(*tiles, 4, dtype=torch.int32, device=out.device)
-    backward = BackwardCall(call, out, row_max, sum_log2, do, dlse, delta, ranges, tile_q)
+    backward = BackwardCall(call, out, row_max, sum_log2, do, dlse, delta, ranges, tile_q, of_rows)
     grid, arguments = prepare_launch(backward)
     if grid[0]:
         launch(prepare_kernel, grid, out, **arguments)

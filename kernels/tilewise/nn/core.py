@@ -12,13 +12,14 @@ from ..api import attention, refuse_unknown
 from ..parts.masks.mask import Mask
 from ..parts.scores.score import Score
 from ..parts.similarity import Cosine
+from ..parts.stats import Stats
 from .rotary import Rotary
 from .sharded import check_norms
 
 MaskLike = Mask | Tensor | Any  # Any: a @triton.jit function
 ScoreLike = Score | Sequence[Score] | Any
 Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values -> all so far
-CALL_ARGUMENTS = ("mask", "bias", "score")  # that a module's forward takes besides tensors
+CALL_ARGUMENTS = ("mask", "bias", "score", "return_stats")  # that a module's forward takes besides tensors
 QK_NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
@@ -113,8 +114,9 @@ class AttentionCore(nn.Module):
         score: ScoreLike | None = None,
         positions: int | Tensor | None = None,
         cache: Cache | None = None,
+        return_stats: Stats | None = None,
         **unknown: Any,
-    ) -> Tensor:
+    ) -> Any:  # a Tensor; with return_stats (Tensor, Statistics)
         """q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim],
         v [batch, kv_heads, kv_len, value_dim] -> [batch, heads, q_len, value_dim].
 
@@ -122,6 +124,7 @@ class AttentionCore(nn.Module):
         positions: of the rows of q and k, as in `Rotary.forward`.
         cache: called with k (after norm and rotation) and v, it returns those to attend to in their place: in
             generation all so far, which it keeps.
+        return_stats: as in `tilewise.attention`: then (out, `Statistics`).
         Raises ValueError for positions that have no effect, and where they are missing beside a cache.
         """
         if unknown:
@@ -138,11 +141,12 @@ class AttentionCore(nn.Module):
         if cache is not None:
             k, v = self._with_earlier(k, v, positions, cache)
         similarity = Cosine(self.temperature) if self.similarity == "cosine" else self.similarity
+        asked: Any = return_stats
         return attention(
             q, k, v, mask=mask, bias=bias, score=score,
             scale=self.scale, similarity=similarity, sink=self.sink,
             dropout_p=self.dropout if self.training else 0.0, impl=self.impl,
-            deterministic=self.deterministic,
+            deterministic=self.deterministic, return_stats=asked,
         )  # fmt: skip
 
     def _with_earlier(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..api import refuse_unknown
 from ..parts.similarity import Cosine
+from ..parts.stats import Stats
 from .core import CALL_ARGUMENTS, MaskLike, ScoreLike, check_positive
 from .projected import ProjectedAttention
 from .sizes import check_input
@@ -97,15 +98,17 @@ class CrossAttention(ProjectedAttention):
         mask: MaskLike | None = None,
         bias: Tensor | None = None,
         score: ScoreLike | None = None,
+        return_stats: Stats | None = None,
         **unknown: Any,
-    ) -> Tensor:
+    ) -> Any:  # a Tensor; with return_stats (Tensor, Statistics)
         """x [q_len, input_dim] and context [kv_len, context_dim] -> [q_len, output_dim], or all three with a
         leading batch dimension, in x's dtype.
 
         values: [kv_len, values_dim] (or with the batch dimension), to take values from another sequence than
             keys; None takes both from `context`.
         mask, bias, score: as in `tilewise.attention`, for [batch, heads, q_len, kv_len]; batch is 1 without a
-        batch dimension. Raises ValueError where an input does not fit the module or another input.
+        batch dimension. return_stats: as there: then (result, `Statistics`), without batch where x has none.
+        Raises ValueError where an input does not fit the module or another input.
         """
         if unknown:
             refuse_unknown("forward", unknown, ("values", *CALL_ARGUMENTS))
@@ -120,7 +123,7 @@ class CrossAttention(ProjectedAttention):
             )
         self._check_agree(x, context, values)
         inputs = (x, context) if values is None else (x, context, values)
-        return self._attend(*inputs, mask=mask, bias=bias, score=score)
+        return self._attend(*inputs, mask=mask, bias=bias, score=score, return_stats=return_stats)
 
     @staticmethod
     def _check_agree(x: Tensor, context: Tensor, values: Tensor | None) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..parts.stats import Statistics, of_packed
 from .core import AttentionCore, check_positive
 from .sharded import check_plain, on_devices
 from .sizes import join_heads, resolve_sizes, split_heads
@@ -187,10 +188,17 @@ class ProjectedAttention(nn.Module):
             split_heads(made["v"], self.kv_heads),
         )
 
-    def _attend(self, *inputs: Tensor, **core: Any) -> Tensor:
-        """From the inputs of `project`, all with a batch dimension or all without, to the result."""
+    def _attend(self, *inputs: Tensor, **core: Any) -> Tensor | tuple[Tensor, Statistics]:
+        """From the inputs of `project`, all with a batch dimension or all without, to the result, and to what
+        return_stats asks for, if anything."""
         batched = inputs[0].dim() == 3
         q, k, v = self.project(*(x if batched else x.unsqueeze(0) for x in inputs))
-        out = join_heads(self.core(q, k, v, **core))
+        result, found = self.core(q, k, v, **core), None
+        if core.get("return_stats") is not None:
+            result, found = result
+        out = join_heads(result)
         out = out if self.out is None else self.out(out)
-        return out if batched else out.squeeze(0)
+        out = out if batched else out.squeeze(0)
+        if found is None:
+            return out
+        return out, found if batched else of_packed(found)

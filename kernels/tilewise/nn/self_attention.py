@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..api import refuse_unknown
 from ..parts.similarity import Cosine
+from ..parts.stats import Stats
 from .core import CALL_ARGUMENTS, Cache, MaskLike, ScoreLike
 from .projected import ProjectedAttention
 from .rotary import Rotary
@@ -100,8 +101,9 @@ class SelfAttention(ProjectedAttention):
         score: ScoreLike | None = None,
         positions: int | Tensor | None = None,
         cache: Cache | None = None,
+        return_stats: Stats | None = None,
         **unknown: Any,
-    ) -> Tensor:
+    ) -> Any:  # a Tensor; with return_stats (Tensor, Statistics)
         """x [length, input_dim] or [batch, length, input_dim] -> [length, output_dim] or
         [batch, length, output_dim], in x's dtype.
 
@@ -111,12 +113,14 @@ class SelfAttention(ProjectedAttention):
             [batch, length]. From 0 if None.
         cache: a function of new k [batch, kv_heads, length, head_dim] and v that returns those to attend to,
             which are all so far. Then `Causal()`, aligned at the bottom right, is the mask for generation.
+        return_stats: as in `tilewise.attention`: then (result, `Statistics`), without batch where x has none.
         Raises ValueError where an input does not fit the module.
         """
         if unknown:
             refuse_unknown("forward", unknown, (*CALL_ARGUMENTS, "positions", "cache"))
         check_input("x", x, self.input_dim, getattr(self, self.fused[0]).weight)
-        return self._attend(x, mask=mask, bias=bias, score=score, positions=positions, cache=cache)
+        given = dict(mask=mask, bias=bias, score=score, positions=positions, cache=cache)
+        return self._attend(x, **given, return_stats=return_stats)
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}, output_dim={self.output_dim}"

@@ -18,9 +18,10 @@ def described(part: Any) -> str:
     for parameter in signature(type(part)).parameters.values():
         value = part.given(parameter.name)
         is_optional = parameter.default is not Parameter.empty
+        is_named = is_optional or parameter.kind is Parameter.KEYWORD_ONLY
         if is_optional and (value is UNKNOWN or is_same(value, parameter.default) or any_is(value, seen)):
             continue
-        shown.append(f"{parameter.name}={worded(value)}" if is_optional else worded(value))
+        shown.append(f"{parameter.name}={worded(value)}" if is_named else worded(value))
         if isinstance(value, torch.Tensor):  # one that stands for another argument too is shown once
             seen.append(value)
     return f"{type(part).__name__}({', '.join(shown)})"

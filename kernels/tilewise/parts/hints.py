@@ -28,6 +28,11 @@ MASKS = {
     "document": "Documents(ids)",
     "packed": "Documents(ids)",
     "intervals": "Intervals(start, end)",
+    "block_causal": "BlockCausal(block)",
+    "frame_causal": "BlockCausal(tokens_of_a_frame)",
+    "neighborhood": "Neighborhood(size, shape=(h, w))",
+    "neighbourhood": "Neighborhood(size, shape=(h, w))",
+    "natten": "Neighborhood(size, shape=(h, w))",
 }
 SCORES = {
     "softcap": "Softcap(cap)",
@@ -56,7 +61,7 @@ def mask_hint(given: Any) -> str:
         if len(given) == 2 and all(x is None or type(x) is int for x in given):
             return "a window is mask=tilewise.Window(left, right), with None for no limit"
         if not all(isinstance(x, (bool, int, float, list, tuple)) for x in given):
-            return "combine masks with &, as in mask=tilewise.Causal() & tilewise.Padding(lengths)"
+            return "combine masks with &, | and ~, as in mask=tilewise.Causal() & tilewise.Padding(lengths)"
         return "make a tensor of it: torch.tensor(..., dtype=torch.bool)"
     if isinstance(given, type):
         return instance_of("mask", given)

@@ -6,21 +6,19 @@ the same scores, as one device would. Their functions are asked with indices of 
 
     whole = part + (first_batch, first_head, first_row, first_key)        batch: part mod period + first_batch
 
-and the keys that an interval names are brought back to the part. Which function is asked stands in a global
-of the function that asks, as Triton wants it: `moved` makes one for each function that it is given.
+and the keys that an interval names are brought back to the part: `moved` makes one such function for each
+that it is given (asking.py).
 """
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl  # noqa: F401 - the interpreter wants it beside a jit function
 
+from .asking import asking
 from .masks.mask import BoundMask
 from .scores.score import BoundScore, Parameter
 from .shape import Shape
@@ -98,15 +96,9 @@ def ask_read(batch, head, q_idx, kv_idx, args):
     )
 
 
-@functools.cache
 def moved(ask: Callable[..., Any], target: Any) -> Any:
-    """`ask` as a device function that asks `target`; None for none. One for each, so that a kernel that was
-    compiled with it is found again."""
-    if target is None:
-        return None
-    function = types.FunctionType(ask.__code__, {**ask.__globals__, "TARGET": target}, ask.__name__)
-    function.__module__, function.__qualname__ = ask.__module__, ask.__qualname__
-    return triton.jit(function)
+    """`ask` as a device function that asks `target`; None for none."""
+    return None if target is None else asking(ask, TARGET=target)
 
 
 # ---- The host's side

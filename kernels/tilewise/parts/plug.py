@@ -17,6 +17,10 @@ class Plug:
     # The attributes that make up the object, by which `encoding` takes it apart and builds it again.
     FIELDS: ClassVar[tuple[str, ...]] = ()
 
+    def leaves(self) -> tuple[Plug, ...]:
+        """Itself; or where it is made of others, those that are made of no others, in order."""
+        return (self,)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that the device functions read, by argument name."""
         return {}

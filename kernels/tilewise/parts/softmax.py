@@ -88,9 +88,15 @@ def softmax_probabilities(s, row_max, sum_log2, unit):
     """P again, in the backward, from scores s and what is known of each score's row, shaped to broadcast;
     row_max in the unit of s. LSE alone would do for scores of moderate size. But beside a score of ±10⁴ fp32
     keeps three digits of ln row_sum, and beside finfo.min (an additive mask over a whole row) none."""
+    return tl.exp2(log2_probabilities(s, row_max, sum_log2, unit))
+
+
+@triton.jit
+def log2_probabilities(s, row_max, sum_log2, unit):
+    """log₂ P."""
     base = anchor(row_max)
     if unit is None:
-        return tl.exp2((s - base) * LOG2E - sum_log2)
+        return (s - base) * LOG2E - sum_log2
     else:
         unit_log2 = unit * LOG2E
-        return tl.exp2((s * unit_log2 - base * unit_log2) - sum_log2)
+        return (s * unit_log2 - base * unit_log2) - sum_log2

@@ -99,12 +99,14 @@ def put(value: Any, words: list[Any], tensors: list[Tensor]) -> None:
         how(value, words, tensors)
     elif isinstance(value, KernelInterface):
         words.append(value)
+    elif isinstance(value, Plug):
+        put_part(value, words, tensors)
     else:
         raise HasNoLookError
 
 
 def put_part(part: Plug, words: list[Any], tensors: list[Tensor]) -> None:
-    """A mask or a score. `_twin` is asked by plain PyTorch alone."""
+    """A mask, which may be made of masks, or a score. `_twin` is asked by plain PyTorch alone."""
     kind, holds = type(part), part.__dict__
     words.append(kind)
     if len(holds) != len(kind.FIELDS) + ("_twin" in holds):

@@ -36,7 +36,10 @@ IDS = (
 )
 DROPPED = "give dropout_p=, and 0.0 where nothing is to be dropped"
 SEED = "give dropout_seed=, a tensor of one int64 on q's device"
-WEIGHTS = "give return_lse=True for the logarithm of their sums; the weights themselves are never stored"
+WEIGHTS = (
+    "give return_stats=tilewise.Stats(rows=...) for those of chosen rows, or return_lse=True for the "
+    "logarithm of their sums; the whole matrix is never stored"
+)
 SCALE = "give scale="
 CAP = "give score=tilewise.Softcap(cap)"
 ALIBI = "give score=tilewise.ALiBi(slopes)"
@@ -95,7 +98,8 @@ ELSEWHERE = {
 ARGUMENTS = [
     name for name in signature(make_request).parameters if name not in ("q", "k", "v", "packing", "cache")
 ]
-ARGUMENTS.insert(ARGUMENTS.index("impl"), "return_lse")
+RETURNED = ("return_lse", "return_stats")
+ARGUMENTS[ARGUMENTS.index("impl") : ARGUMENTS.index("impl")] = RETURNED
 OFFSETS = ("q_offsets", "kv_offsets")
 PACKED_ARGUMENTS = (*OFFSETS, *ARGUMENTS)  # of `packed_attention`
 CACHE = ("kv_lens", "pages", "q_offsets", "split_size")  # of `cached_attention`, that a request has

@@ -14,7 +14,7 @@ from ..kernels.combine import launch_combine
 from ..kernels.forward import launch_forward, rows_programs
 from ..kernels.one_walk import launch_dqkv
 from ..kernels.parameters import parameter_gradient
-from ..kernels.prepare import BackwardCall, prepare
+from ..kernels.prepare import NO_GRADIENTS, BackwardCall, prepare
 from ..kernels.tile import HopperBackwardTile, HopperTile, Tile
 from ..parts.place import own_part, place_parameter
 from ..parts.scores.score import Parameter
@@ -101,10 +101,10 @@ def launch_hopper(
 
 def run_backward(
     request: Request, out: Tensor, statistics: Tensor, do: Tensor, dlse: Tensor | None, needs: list[bool],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, of_rows: tuple[tuple[Tensor, ...], ...] = NO_GRADIENTS,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of those of (q, k, v, *other tensors) that `needs` names, in order; each in the dtype of
-    what it is the gradient of, or in this one."""
+    what it is the gradient of, or in this one. of_rows: what statistics hand in, as for `prepare`."""
     q, k, v, shape = request.q, request.k, request.v, request.shape
     in_order = request.deterministic or torch.are_deterministic_algorithms_enabled()
     has_all = needs[0] and (needs[1] or needs[2])
@@ -114,7 +114,7 @@ def run_backward(
     tile = choose_tile(q, shape, "hopper_backward" if in_hopper else "dqkv" if in_one_walk else "dkv")
     # The kernels index statistics and dlse as dense arrays.
     dlse = None if dlse is None else dlse.contiguous()
-    backward = prepare(bind(request), out, statistics.contiguous(), do, dlse, tile.tile_q)
+    backward = prepare(bind(request), out, statistics.contiguous(), do, dlse, tile.tile_q, of_rows)
     grads: dict[int, Tensor] = {}
     if needs[0]:
         grads[0] = empty_in_order_of(q, shape.head_dim, dtype)
@@ -135,14 +135,14 @@ def run_backward(
     # The parameters' kernel is a portable one, and may have ranges for tiles of its own.
     square = square_tile(choose_tile(q, shape, "dkv") if in_hopper else tile, widest(shape))
     if square.tile_q != tile.tile_q and any(needs[3 + slot] for slot, *_ in slots):
-        backward = prepare(backward.call, out, statistics.contiguous(), do, dlse, square.tile_q)
+        backward = prepare(backward.call, out, statistics.contiguous(), do, dlse, square.tile_q, of_rows)
     for slot, modifier, parameter in slots:
         if needs[3 + slot]:
             tensor = others[slot][1]
             grads[3 + slot] = grad_of_parameter(request, backward, modifier, parameter, tensor, square, dtype)
     for slot, (name, tensor) in enumerate(others):
         if name == "sink" and needs[3 + slot]:
-            grad = sink_gradient(tensor, backward.row_max, backward.sum_log2, backward.delta)
+            grad = sink_gradient(tensor, backward.row_max, backward.sum_log2, backward.delta, *of_rows[0])
             grads[3 + slot] = grad.to(dtype or tensor.dtype)
     return [grads[i] for i, needed in enumerate(needs) if needed]
 
@@ -208,9 +208,14 @@ def of_own_part(
     return whole
 
 
-def sink_gradient(sink: Tensor, row_max: Tensor, sum_log2: Tensor, delta: Tensor) -> Tensor:
-    """dsink = -Σ P_sink · delta: a sink is one more key, whose value is 0."""
-    return -(sink_weights(sink, row_max, sum_log2) * delta).sum((0, 2))
+def sink_gradient(
+    sink: Tensor, row_max: Tensor, sum_log2: Tensor, delta: Tensor, dentropy: Tensor | None = None
+) -> Tensor:
+    """dsink = -Σ P_sink · (delta + dH · ln P_sink): a sink is one more key, whose value is 0."""
+    p = sink_weights(sink, row_max, sum_log2)
+    if dentropy is not None:
+        delta = delta + torch.where(p > 0, dentropy * p.log(), 0.0)
+    return -(p * delta).sum((0, 2))
 
 
 def sink_weights(sink: Tensor, row_max: Tensor, sum_log2: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..parts.masks.intervals import Intervals
 from ..parts.masks.mask import Mask
 from ..parts.masks.padding import Padding
 from ..parts.masks.prefix import Prefix
+from ..parts.plug import Plug
 from ..parts.scores.alibi import ALiBi
 from ..parts.scores.bias import Bias
 from ..parts.scores.relative_position import RelativePosition
@@ -20,7 +21,8 @@ from ..parts.scores.score import Score
 from ..parts.shape import Shape
 
 COMPUTED_MASKS = (
-    "a mask that is computed (Causal, Window, Prefix, Padding, Documents, Intervals or a UserMask)"
+    "a mask that is computed (Causal, Window, Prefix, Padding, Documents, Intervals, BlockCausal, "
+    "Neighborhood or a UserMask)"
 )
 COMPUTED_SCORES = (
     "a score that is computed (ALiBi, RelativePosition or a UserScore), or one that broadcasts over queries "
@@ -33,7 +35,7 @@ LINEAR = (Padding, Prefix, Intervals, Documents, ALiBi, RelativePosition)
 def stored_pairs(parts: Iterable[Mask | Score], shape: Shape) -> str | None:
     """Why a call is not linear in memory: the first tensor of its masks and scores that holds every pair,
     and what to give instead; None if there is none."""
-    for part in parts:
+    for part in (leaf for each in parts for leaf in each.leaves()):
         for name, tensor in part.tensors().items():
             if holds_every_pair(part, tensor, shape):
                 wanted = COMPUTED_MASKS if isinstance(part, Mask) else COMPUTED_SCORES
@@ -45,7 +47,7 @@ def stored_pairs(parts: Iterable[Mask | Score], shape: Shape) -> str | None:
     return None
 
 
-def holds_every_pair(part: Mask | Score, tensor: torch.Tensor, shape: Shape) -> bool:
+def holds_every_pair(part: Plug, tensor: torch.Tensor, shape: Shape) -> bool:
     """Whether a tensor of `part` has a dimension along queries and one along keys, both longer than 1 and
     both there in memory: expanded ones, of stride 0, are not."""
     stored = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]

@@ -18,11 +18,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..parts.dtensors import dim_of
+from ..parts.masks.block_causal import BlockCausal
 from ..parts.masks.causal import Causal
+from ..parts.masks.neighborhood import Neighborhood
 from ..parts.masks.window import Window
 from ..parts.scores.softcap import Softcap
 
-ALIKE = (Causal, Window, Softcap)  # the same for every sequence and head, where they hold no tensor
+# The same for every sequence and head, where they hold no tensor.
+ALIKE = (Causal, Window, BlockCausal, Neighborhood, Softcap)
 BATCH, HEADS = 0, 1  # dimensions of q, k and v that a mesh may cut
 Range = tuple[int, int]  # from the first to before the last
 
@@ -80,7 +83,8 @@ def is_cut(q: Any, k: Any, v: Any) -> bool:
 
 def asks_where(request: Any) -> bool:
     """Whether something in a request has numbers of its own for a sequence or a head."""
-    alike = [type(part) in ALIKE and not part.tensors() for part in request.plugs]
+    leaves = [leaf for part in request.plugs for leaf in part.leaves()]
+    alike = [type(leaf) in ALIKE and not leaf.tensors() for leaf in leaves]
     return request.dropout is not None or not all(alike)
 
 

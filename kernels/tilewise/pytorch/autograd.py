@@ -44,15 +44,13 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
         needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
+        if do is None and dlse is None:  # a second derivative, which takes out and is not derived by it
+            return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():  # create_graph=True
             *tensors, out, statistics = saved
             q, k, v, *others = tensors
-            return (
-                None,
-                None,
-                None,
-                *gradients(ctx.encoded[1:], needs, do, dlse, q, k, v, out, statistics, *others),
-            )
+            grads = gradients(ctx.encoded[1:], needs, do, dlse, q, k, v, out, statistics, *others)
+            return None, None, None, *grads
         do = torch.zeros_like(saved[-2]) if do is None else do
         tensors = (*saved, do) if dlse is None else (*saved, do, dlse)
         found: Any

@@ -65,6 +65,8 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
         needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:]]
+        if do is None and dlse is None:  # a second derivative, which takes out and is not derived by it
+            return (None,) * len(ctx.needs_input_grad)
         dq, dk, dv, *others = gradients(ctx.words, needs, do, dlse, *ctx.saved_tensors)
         return dq, dk, dv, None, *others
 

@@ -2,9 +2,10 @@
 
 Masks and scores are objects that hold jit functions, which no op schema knows. Here an object becomes words
 
-    f:tilewise.parts.masks.causal:Causal s:bottom_right        a class, then its FIELDS in order
-    f:tilewise.parts.masks.padding:Padding s:kv_lens T s:right    T, I, F: the next tensor, int, float
-    f:tilewise.parts.masks.user:UserMask f:my:keep (1 I N         a function; a tuple, its length first; None
+    p:tilewise.parts.masks.causal:Causal s:bottom_right        a class, then its FIELDS in order
+    p:tilewise.parts.masks.padding:Padding s:kv_lens T s:right    T, I, F: the next tensor, int, float
+    p:tilewise.parts.masks.user:UserMask f:my:keep (1 I N         a function; a tuple, its length first; None
+    p:tilewise.parts.masks.algebra:Not (1 p:...                   a mask that is made of masks
 
 joined by line breaks. Tensors stay tensors, so that autograd, tracing and devices see them; numbers stay
 numbers, so that a length that changes does not compile a new graph. What the names of functions and classes
@@ -13,13 +14,14 @@ stand for is in a registry: names.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from ..parts.dropout import Dropout
 from ..parts.place import Place
+from ..parts.plug import Plug
 from ..parts.shape import Cache, Packing, Pages
 from ..parts.similarity import Cosine
 from ..plan.implementation import implementation
@@ -76,13 +78,22 @@ def encode(request: Request) -> Encoded:
     for parts in (request.masks, request.scores):
         words.append(f"({len(parts)}")
         for part in parts:
-            words.append(f"f:{name_of(type(part))}")
-            for name in part.FIELDS:
-                _put(getattr(part, name), encoded, words)
+            _put_part(part, encoded, words)
     if implementation(request) == "torch":  # nobody else asks a user's function for its twin
-        for part in request.plugs:
-            _put(getattr(part, "_twin", None), encoded, words)
+        for leaf in leaves_of(request.plugs):
+            _put(getattr(leaf, "_twin", None), encoded, words)
     return encoded._replace(spec="\n".join(words))
+
+
+def leaves_of(parts: Iterable[Plug]) -> list[Plug]:
+    """Those that are made of no others, in order."""
+    return [leaf for part in parts for leaf in part.leaves()]
+
+
+def _put_part(part: Plug, encoded: Encoded, words: list[str]) -> None:
+    words.append(f"p:{name_of(type(part))}")
+    for name in part.FIELDS:
+        _put(getattr(part, name), encoded, words)
 
 
 def _put(value: Any, encoded: Encoded, words: list[str]) -> None:
@@ -107,6 +118,8 @@ def _put(value: Any, encoded: Encoded, words: list[str]) -> None:
         words.append(f"({len(value)}")
         for each in value:
             _put(each, encoded, words)
+    elif isinstance(value, Plug):
+        _put_part(value, encoded, words)
     else:
         words.append(f"f:{name_of(value)}")
 
@@ -131,22 +144,12 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
     take = lambda: _take(words, tensors, ints, floats)  # noqa: E731
 
     scale, temperature, similarity, sink, seed, packing, cache, p, impl, place = (take() for _ in range(10))
-    parts: list[tuple[Any, ...]] = []
-    for _ in range(2):
-        count = int(next(words)[1:])
-        found = []
-        for _ in range(count):
-            cls = take()
-            part = object.__new__(cls)
-            for name in cls.FIELDS:
-                setattr(part, name, take())
-            found.append(part)
-        parts.append(tuple(found))
-    for part, word in zip((*parts[0], *parts[1]), words, strict=False):
+    masks, scores = take(), take()
+    for part, word in zip(leaves_of((*masks, *scores)), words, strict=False):
         if word != "N":
-            part._twin = registered(word[2:])
+            part._twin = registered(word[2:])  # type: ignore[attr-defined]
     return Request(
-        q, k, v, parts[0], parts[1], scale,
+        q, k, v, masks, scores, scale,
         Cosine(temperature) if similarity == "cosine with a temperature" else similarity,
         sink, impl, None if seed is None else Dropout(p, seed),
         packing=None if packing is None else Packing(*packing),
@@ -165,4 +168,10 @@ def _take(
     if word[0] == "(":
         return tuple([_take(words, tensors, ints, floats) for _ in range(int(word[1:]))])
     kind, text = word[0], word[2:]
+    if kind == "p":
+        cls = registered(text)
+        part = object.__new__(cls)
+        for name in cls.FIELDS:
+            setattr(part, name, _take(words, tensors, ints, floats))
+        return part
     return text if kind == "s" else text == "1" if kind == "b" else registered(text)

@@ -25,7 +25,7 @@ differentiable once, like all that AOTAutograd compiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -237,40 +237,39 @@ def can_run_again(request: Request) -> bool:
     return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
 
 
-def run_again(request: Request, block: Block) -> tuple[Tensor, Tensor]:
-    """`run_block`, which keeps nothing for the backward: that computes the block again. The tensors must be
-    what they were then; autograd, which notices otherwise, does not keep these."""
+def run_again(
+    request: Request, block: Block, compute: Callable[[Request, Block], tuple[Tensor, ...]] | None = None
+) -> Any:
+    """`run_block`, or what else is computed of a block, which keeps nothing for the backward: that computes
+    it again. The tensors must be what they were then; autograd, which notices otherwise, does not keep
+    these."""
     tensors = [*request.qkv().values(), *[x for _, x in request.other_tensors]]
     versions = [None if x.is_inference() else x._version for x in tensors]
 
-    def run() -> tuple[Tensor, Tensor]:
+    def run() -> Any:
         for x, version in zip(tensors, versions, strict=True):
             if version is not None and x._version != version:
                 raise RuntimeError(
                     f"a tensor {tuple(x.shape)} of tilewise.attention, needed for its gradient, has been "
                     "modified by an inplace operation since the forward"
                 )
-        tied: tuple[Tensor, Tensor] = Tied.apply(*run_block(request, block))
-        return tied
+        return Tied.apply(*(compute or run_block)(request, block))
 
-    found: tuple[Tensor, Tensor] = checkpoint(
-        run, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-    )
-    return found
+    return checkpoint(run, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
 
 
 class Tied(torch.autograd.Function):
-    """out and lse of a block as they are, in one node, so that the backward walks through both where only one
-    has a gradient: what it computes again and does not reach would stay until the whole graph is gone."""
+    """The results of a block as they are, in one node, so that the backward walks through all where only some
+    have a gradient: what it computes again and does not reach would stay until the whole graph is gone."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, lse: Tensor) -> Any:
+    def forward(ctx: Any, *results: Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        return out.view_as(out), lse.view_as(lse)
+        return tuple([x.view_as(x) for x in results])
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
-        return do, dlse
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return grads
 
 
 def blocks(request: Request, batch: int | None = None) -> Iterator[Block]:

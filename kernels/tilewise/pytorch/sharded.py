@@ -19,6 +19,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 
 from ..parts.dtensors import dim_of, from_part, is_dtensor, whole_of
 from ..parts.place import Place
+from ..parts.plug import Plug
 from ..parts.rotary import RotaryTable
 from ..parts.scores.bias import Bias
 from ..parts.scores.own_bias import OwnBias
@@ -186,6 +187,8 @@ def with_tensors(part: Any, shards: Shards) -> Any:
 def within(value: Any, shards: Shards) -> Any:
     if isinstance(value, tuple):
         return tuple([within(each, shards) for each in value])
+    if isinstance(value, Plug):  # of a mask that is made of masks
+        return with_tensors(value, shards)
     return everywhere(value, shards)
 
 

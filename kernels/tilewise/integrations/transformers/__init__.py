@@ -1,5 +1,6 @@
 """tilewise as an attention implementation of Hugging Face Transformers."""
 
 from .register import register
+from .rows import attention_rows
 
-__all__ = ["register"]
+__all__ = ["attention_rows", "register"]

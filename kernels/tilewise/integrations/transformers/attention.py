@@ -14,7 +14,9 @@ from ...parts.masks.mask import Mask
 from ...parts.scores.bias import Bias
 from ...parts.scores.score import Score
 from ...parts.scores.softcap import Softcap
+from ...parts.stats import Stats
 from .masks import ModelMask
+from .rows import is_asked, rows_for
 
 Tensor = torch.Tensor
 # What models hand through to every attention function and no weight depends on: what they have done with it
@@ -44,8 +46,9 @@ def attention_forward(
     deterministic: bool | None = None,
     output_attentions: bool | None = False,
     **others: Any,
-) -> tuple[Tensor, None]:
-    """What AttentionInterface asks for: out [batch, q_len, heads, value_dim], and no weights.
+) -> tuple[Tensor, Tensor | None]:
+    """What AttentionInterface asks for: out [batch, q_len, heads, value_dim], and no weights; but inside
+    `attention_rows` those of the rows that it names, [batch, heads, rows, kv_len] in query's dtype.
 
     query [batch, heads, q_len, head_dim], key and value [batch, kv_heads, kv_len, dim]. attention_mask: what
     `model_mask` made; a tensor that broadcasts to [batch, heads, q_len, kv_len], bool (True = may attend) or
@@ -55,7 +58,8 @@ def attention_forward(
 
     Raises TypeError for an argument that it does not know, ValueError for what cannot be.
     """
-    refuse(module, others, output_attentions)
+    asked = rows_for(module, query)
+    refuse(module, others, output_attentions, is_asked())
     scores: list[Score] = [] if softcap is None else [Softcap(softcap)]
     if position_bias is not None:
         scores.append(Bias(position_bias))
@@ -69,6 +73,10 @@ def attention_forward(
             "for attn_implementation='tilewise'"
         )
     if cu_seq_lens_q is not None:
+        if asked is not None:
+            raise ValueError(
+                "attention_rows goes with no cu_seq_lens_q: give the sequences as a padded batch"
+            )
         if position_bias is not None:
             raise ValueError("position_bias goes with no cu_seq_lens_q: it has no place for packed sequences")
         options |= dict(q_offsets=cu_seq_lens_q, mask=mask_inside(attention_mask, causal))
@@ -78,15 +86,21 @@ def attention_forward(
     if isinstance(attention_mask, Tensor) and attention_mask.dtype != torch.bool:
         options["bias"] = attention_mask
     options["mask"] = mask_of(attention_mask, causal, query, key)
+    if asked is not None:
+        out, found = attention(query, key, value, **options, return_stats=Stats(rows=asked))
+        return out.transpose(1, 2), found.weights.to(query.dtype)
     return attention(query, key, value, **options).transpose(1, 2), None
 
 
-def refuse(module: torch.nn.Module, others: dict[str, Any], output_attentions: bool | None) -> None:
+def refuse(
+    module: torch.nn.Module, others: dict[str, Any], output_attentions: bool | None, has_rows: bool
+) -> None:
     """Raise for what would be ignored."""
     layer = type(module).__name__
-    if output_attentions:
+    if output_attentions and not has_rows:
         raise ValueError(
-            f"{output_attentions=}: tilewise never stores the weights; give attn_implementation='eager'"
+            f"{output_attentions=}: tilewise does not store the weights; give attn_implementation='eager', "
+            "or ask for rows of layers: with tilewise.integrations.transformers.attention_rows(rows, layers)"
         )
     unknown = [name for name, value in others.items() if name not in WITHOUT_EFFECT and value is not None]
     if unknown:

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from ...parts.masks.algebra import All
 from ...parts.masks.causal import Causal
 from ...parts.masks.dense import Dense
 from ...parts.masks.documents import Documents
 from ...parts.masks.intervals import Intervals
-from ...parts.masks.mask import All, Mask
+from ...parts.masks.mask import Mask
 from ...parts.masks.padding import Padding
 from ...parts.masks.window import Window
 from ...parts.shape import Align

@@ -53,6 +53,9 @@ class Dense(Mask):
             for misfit in misfits("mask", self.mask, shape.fitted)
         ]
 
+    def rules_out(self) -> bool:
+        return False
+
     def called(self, name: str = "") -> str:
         return "mask" if name else "mask (the bool tensor)"
 

@@ -1,4 +1,4 @@
-"""Which pairs count? Masks: their device functions, and the objects that a caller combines with `&`.
+"""Which pairs count? Masks: their device functions, and the objects that a caller combines by `&`, `|`, `~`.
 
 A mask answers on the device with one or both of
 
@@ -15,10 +15,11 @@ and, where its pairs leave out whole tiles between those that they need, also wi
 intervals.py shows what the kernels make of them. Indices are int32 and always those of valid rows and keys,
 so loads need no bounds check. q_idx is [TILE_Q] for an interval. For keep, q_idx and kv_idx have the tile's
 two dimensions, one of them of size 1: [TILE_Q, 1] against [1, TILE_KV], and in the backward also the
-transpose; coverage is asked about [TILE_Q, 1] rows against [1, N] runs of keys. `args` is the tuple that
-`bind` returned. Which pairs count, interval and keep alone decide: a coverage says nothing else, only sooner.
-Every mask names its specification, a plain PyTorch function, as its `twin`, and says on the host what its
-interval says on the device: its `bounds`.
+transpose; coverage is asked about [TILE_Q, 1] rows against [1, N] runs of keys. Where a mask stands inside
+`|` or `~`, both ask its interval too (combined.py), which so goes element by element. `args` is the tuple
+that `bind` returned. Which pairs count, interval and keep alone decide: a coverage says nothing else, only
+sooner. Every mask names its specification, a plain PyTorch function, as its `twin`, and says on the host what
+its interval says on the device: its `bounds`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class BoundMask(NamedTuple):
 
 
 class Mask(Plug):
-    """A rule for which query-key pairs count. Combine rules with `&`; a bool tensor may stand on either side.
+    """A rule for which query-key pairs count. Combine rules with `&`, `|` and `~`, nested as you like; on one
+    side of `&` and `|` may stand a bool tensor or a keep function.
 
     `has_gaps` says that a key between two keys seen by a tile of rows may be seen by none of them; the kernel
     then keeps such a key's value, which may be NaN, out of its sums. Intervals whose ends rise by at most one
@@ -76,26 +78,37 @@ class Mask(Plug):
         """The same rule as f(batch, head, q_idx, kv_idx) -> bool tensor, in plain PyTorch."""
         raise NotImplementedError(f"{type(self).__name__} defines no twin()")
 
+    def rules_out(self) -> bool:
+        """Whether its interval or its coverage says of whole tiles that no pair counts there."""
+        return True
+
+    def leaves(self) -> tuple[Mask, ...]:
+        return (self,)
+
     def __and__(self, other: Mask | torch.Tensor) -> Mask:
-        return All(self, as_mask(other))
+        return OPERATORS["&"](self, as_mask(other))
 
     def __rand__(self, other: torch.Tensor) -> Mask:
-        return All(as_mask(other), self)
+        return OPERATORS["&"](as_mask(other), self)
+
+    def __or__(self, other: Mask | torch.Tensor) -> Mask:
+        return OPERATORS["|"](self, as_mask(other))
+
+    def __ror__(self, other: torch.Tensor) -> Mask:
+        return OPERATORS["|"](as_mask(other), self)
+
+    def __invert__(self) -> Mask:
+        return OPERATORS["~"](self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            f"{shortened(self)} is a mask and neither true nor false: in place of `and`, `or` and `not` "
+            "write &, | and ~, and in place of `if mask` write `if mask is not None`"
+        )
 
 
-class All(Mask):
-    """The pairs that every one of several masks keeps: what `a & b` builds."""
-
-    def __init__(self, *masks: Mask) -> None:
-        self._parts = tuple(part for mask in masks for part in mask.parts())
-
-    def parts(self) -> tuple[Mask, ...]:
-        return self._parts
-
-    def __repr__(self) -> str:
-        return " & ".join(map(repr, self._parts))
-
-
+# What operators make of masks: algebra.py puts it here, and knows all of them.
+OPERATORS: dict[str, Callable[..., Mask]] = {}
 # What else a caller may give for a mask, and the mask that it means: the files of those masks add to it.
 MEANINGS: list[tuple[type, Callable[[Any], Mask]]] = []
 

@@ -17,7 +17,8 @@ class UserMask(Mask):
     keep(q_idx, kv_idx, batch, head, args) -> bool tile; indices as described at the head of mask.py.
     args: a tuple of tensors, ints and floats, handed on to every function.
     interval(q_idx, batch, head, args) -> lo, hi, whole, optional: keys outside lo..hi are not visited; where
-        `whole` is true for all rows of a tile, `keep` is not asked inside it.
+        `whole` is true for all rows of a tile, `keep` is not asked inside it. Inside `|` and `~` q_idx may
+        have keep's two dimensions, so go element by element.
     twin(batch, head, q_idx, kv_idx, *args) -> bool tensor, optional: the same rule in plain PyTorch, needed
         for CPU tensors outside the interpreter. Functions cannot close over values: pass them in args.
     """
@@ -32,6 +33,9 @@ class UserMask(Mask):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return tensors_within("args", self.args)
+
+    def rules_out(self) -> bool:
+        return self.interval is not None
 
     def looks(self) -> Any:
         return type(self), len(self.args), self._twin is None

@@ -106,12 +106,13 @@ def masks_and_scores_fit(r: Request) -> str | None:
 def corners_are_clear(r: Request) -> str | None:
     """Where a sequence's last key need not be the last key there is, a part that counts positions must say
     which it means. Packed sequences and those of a cache have lengths, and corners, of their own."""
-    parts = [p for p in r.plugs if isinstance(p, Aligned) and p.follows_the_default()]
+    leaves = [leaf for part in r.plugs for leaf in part.leaves()]
+    parts = [p for p in leaves if isinstance(p, Aligned) and p.follows_the_default()]
     if not r.shape.is_dense or not parts:
         return None
     named = " and ".join([p.called() for p in parts])
     q_len, kv_len = r.whole.q_len, r.whole.kv_len
-    for mask in r.masks:
+    for mask in leaves:
         if isinstance(mask, Padding) and mask.side == "right" and q_len != kv_len:
             return (
                 f"{named} beside Padding, with {q_len=} and {kv_len=}: the last query may stand at the last "

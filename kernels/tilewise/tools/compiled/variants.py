@@ -21,7 +21,8 @@ from ...kernels.tile import HopperTile, Tile
 from ...parts.masks.causal import Causal
 from ...parts.scores.relative_position import RelativePosition
 from ...parts.shape import Shape
-from ...plan import tiles
+from ...parts.stats import Stats
+from ...plan import passes, statistics, tiles
 from ...plan.derivatives import run_second, run_tangent
 from ...plan.passes import parameter_slots, run_backward, run_forward
 from ...plan.request import Request, request_of
@@ -54,7 +55,8 @@ def target_tiles() -> Iterator[None]:
         return arch_tangent_tile(target_name(), q.element_size(), shape, work)
 
     with (
-        mock.patch("tilewise.plan.passes.choose_tile", choose),
+        mock.patch.object(passes, "choose_tile", choose),
+        mock.patch.object(statistics, "choose_tile", choose),
         mock.patch("tilewise.plan.derivatives.choose_tangent_tile", choose_tangent),
     ):
         yield
@@ -91,6 +93,20 @@ def launch_gradients(request: Request, walks: int = 2, dtype: torch.dtype | None
     needs = [True] * 3 + [slot in slots for slot in range(len(request.other_tensors))]
     with target_tiles(), tiles.use_walks(walks):
         run_backward(request, out, dlse.expand(2, *dlse.shape), torch.empty_like(out), dlse, needs, dtype)
+
+
+def launch_statistics(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stats: Stats, backward: bool, **given: Any
+) -> None:
+    """What a call with `return_stats` does, with a backward through all that has one, or without."""
+    request = request_of(q, k, v, **given)
+    with target_tiles():
+        out, lse, found, kept = statistics.forward(request, stats, backward)
+        if backward:
+            arrived = statistics.Arrived(out, lse, found.max_logit, found.entropy, found.key_mass)
+            slots = {slot for slot, _, _ in parameter_slots(request)}
+            needs = [True] * 3 + [slot in slots for slot in range(len(request.other_tensors))]
+            statistics.backward(request, stats, kept, arrived, needs)
 
 
 def launch_second(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> None:

@@ -83,7 +83,8 @@ def tile_choices(q: torch.Tensor, shape: Shape, chip: Chip, on_its_gpu: bool) ->
 def extras(request: Request) -> Iterator[Extra]:
     """Every tensor besides q, k and v once, by the name of its argument."""
     seen: set[int] = set()
-    of_parts = {id(t): part for part in request.plugs for t in part.tensors().values()}
+    leaves = (leaf for part in request.plugs for leaf in part.leaves())
+    of_parts = {id(t): leaf for leaf in leaves for t in leaf.tensors().values()}
     for name, tensor in request.other_tensors:
         if id(tensor) not in seen:
             seen.add(id(tensor))
@@ -162,7 +163,7 @@ def notes(request: Request, work: Workload) -> Iterator[str]:
     for unknown in work.parts.unknown:
         yield f"{unknown}; tiles that it may leave out count as visited and masked: these are upper bounds"
     for name, masks in (("a bool mask", "Dense"), ("a keep function", "UserMask")):
-        if any(type(mask).__name__ == masks for mask in request.masks):
+        if any(type(leaf).__name__ == masks for mask in request.masks for leaf in mask.leaves()):
             yield f"{name} may leave out more pairs than are counted here; no tile is saved by that"
     if any(type(score).__name__ == "UserScore" for score in request.scores):
         yield "what a UserScore computes is not in the exponentials or FLOPs"

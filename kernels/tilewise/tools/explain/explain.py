@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ...parts.numerics import INTERPRETED
+from ...parts.plug import Plug
 from ...parts.shape import Cache, ceil_div, computed_in
 from ...plan import tiles
 from ...plan.checks import OF_TENSORS, first_violation, violations
@@ -242,7 +243,7 @@ def on_meta(request: Request) -> Request:
             return value.detach().to("meta").requires_grad_(value.requires_grad)
         if isinstance(value, tuple):
             return type(value)(*map(moved, value)) if hasattr(value, "_fields") else tuple(map(moved, value))
-        return value
+        return part_moved(value) if isinstance(value, Plug) else value
 
     def part_moved(part: Any) -> Any:
         clone = copy.copy(part)

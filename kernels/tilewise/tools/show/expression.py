@@ -1,7 +1,7 @@
 """A mask from its text: an expression of masks, `Causal() & Window(64, 0)`, or `FILE.py:NAME`.
 
 The expression is parsed, never evaluated: it may hold calls of the masks and of their class methods, numbers,
-strings, lists and `&`, and nothing else has a meaning. A list becomes a tensor.
+strings, lists, tuples, `&`, `|` and `~`, and nothing else has a meaning. A list becomes a tensor.
 """
 
 from __future__ import annotations
@@ -16,23 +16,31 @@ from typing import Any
 import torch
 import triton
 
+from ...parts.masks.algebra import AnyOf, Not
+from ...parts.masks.block_causal import BlockCausal
+from ...parts.masks.blocks import Blocks
 from ...parts.masks.causal import Causal
 from ...parts.masks.dense import Dense
 from ...parts.masks.documents import Documents
 from ...parts.masks.intervals import Intervals
 from ...parts.masks.mask import Mask, as_mask
+from ...parts.masks.neighborhood import Neighborhood
 from ...parts.masks.padding import Padding
 from ...parts.masks.prefix import Prefix
 from ...parts.masks.window import Window
 from ..doctor.maker import MakerError, load
 
 MASKS: dict[str, type[Mask]] = {
-    mask.__name__: mask for mask in (Causal, Window, Prefix, Padding, Documents, Intervals, Dense)
-}
+    mask.__name__: mask
+    for mask in (
+        Causal, Window, Prefix, Padding, Documents, Intervals, BlockCausal, Neighborhood, Blocks, Dense,
+        AnyOf, Not,
+    )
+}  # fmt: skip
 PACKAGES = ("tw", "tilewise")  # what a name may be written behind
 LONGEST = 1 << 22  # elements of a list
 TOO_DEEP = "this is nested too deeply"
-FILE = re.compile(r"(?P<file>[^()&]+\.py):(?P<name>\w+)")
+FILE = re.compile(r"(?P<file>[^()&|~]+\.py):(?P<name>\w+)")
 
 
 class ExpressionError(ValueError):
@@ -88,8 +96,12 @@ class Reader:
             return node.value
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -self.number(node.operand)
-        if isinstance(node, (ast.List, ast.Tuple)):
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+            return ~self.as_mask(node.operand, self.value(node.operand))
+        if isinstance(node, ast.List):
             return [self.value(each) for each in node.elts]
+        if isinstance(node, ast.Tuple):
+            return tuple([self.value(each) for each in node.elts])
         if isinstance(node, ast.BinOp):
             return self.operation(node)
         if isinstance(node, ast.Call):
@@ -97,7 +109,7 @@ class Reader:
         if isinstance(node, (ast.Name, ast.Attribute)):
             self.callee(node)
             raise self.error(node, f"a mask is a call: {ast.unparse(node)}(...)")
-        raise self.error(node, "only masks, numbers, strings, lists and & are understood here")
+        raise self.error(node, "only masks, numbers, strings, lists, &, | and ~ are understood here")
 
     def number(self, node: ast.expr) -> int | float:
         found = self.value(node)
@@ -106,15 +118,19 @@ class Reader:
         return found
 
     def operation(self, node: ast.BinOp) -> Any:
-        """Masks are joined with &; lists with +, and repeated with *."""
+        """Masks are joined with & and |; lists with +, and repeated with *."""
         left, right = self.value(node.left), self.value(node.right)
         if isinstance(node.op, ast.BitAnd):
             return self.as_mask(node.left, left) & self.as_mask(node.right, right)
+        if isinstance(node.op, ast.BitOr):
+            return self.as_mask(node.left, left) | self.as_mask(node.right, right)
         if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
             return self.of_length(node, elements(left) + elements(right), lambda: left + right)
         if isinstance(node.op, ast.Mult) and isinstance(left, list) and type(right) is int:
             return self.of_length(node, elements(left) * right, lambda: left * right)
-        raise self.error(node, "masks are joined with &, lists with +, and a list is repeated with [0] * 20")
+        raise self.error(
+            node, "masks are joined with & and |, lists with +, and a list is repeated with [0] * 20"
+        )
 
     def of_length(self, node: ast.expr, length: int, made: Callable[[], list[Any]]) -> list[Any]:
         if length > LONGEST:
@@ -176,7 +192,7 @@ class Reader:
         return MASKS[name]
 
     def as_mask(self, node: ast.expr, found: Any) -> Mask:
-        """What an operand of & means; a list is a bool tensor."""
+        """What an operand of &, | or ~ means; a list is a bool tensor."""
         if not isinstance(found, (Mask, list)):
             raise self.error(node, "a mask should stand here: " + ", ".join(f"{n}(...)" for n in MASKS))
         try:

@@ -151,7 +151,7 @@ def check_lengths(lengths: Any, pairs: bool) -> tuple[int, int]:
 def sizes_of(masks: Iterable[Mask], q_len: int, kv_len: int) -> tuple[int, int]:
     """How many batches and heads the masks' tensors tell apart; 1 where they tell none."""
     alone, found = Shape(1, 1, 1, q_len, kv_len, HEAD_DIM, HEAD_DIM), [(1, 1)]
-    for mask in masks:
+    for mask in (leaf for each in masks for leaf in each.leaves()):
         if isinstance(mask, Dense):
             sizes = [(1, 1, *mask.mask.shape)[-4:-2]]
         else:
