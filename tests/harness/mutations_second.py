@@ -151,7 +151,7 @@ MUTATIONS = (
              "return not any_mapped(other_dims)",
              tests("transforms", "packed_sequences_are_mapped_one_by_one")),
     Mutation("vmap: tensors that are not mapped, once for all", MAPPED,
-             "x = x.unsqueeze(axis).expand(*x.shape[:axis], size, *x.shape[axis:])", "x = x.unsqueeze(axis)",
+             "x.unsqueeze(axis).expand(*x.shape[:axis], size, *x.shape[axis:])", "x.unsqueeze(axis)",
              tests("transforms", "vmap[q]")),
 )
 # fmt: on
