@@ -30,7 +30,6 @@ def run(name: str):
     [
         "bfloat16, width 64, causal",
         "feature window",
-        "statistics: packed",
         "the same bits again, full, head_dim 64",
         "the last head of many keys",
         "hopper: float16, width 80, causal",
