@@ -13,9 +13,10 @@ from ..kernels.tangents.parameters import second_parameter_gradient
 from ..kernels.tangents.rows import launch_rows
 from ..kernels.tangents.sums import launch_sums
 from ..kernels.tile import Tile
-from ..parts.place import ask_read, ask_score, moved
+from ..parts.place import Place, ask_read, ask_score, moved
 from ..parts.scores.score import STATE, Parameter
 from ..parts.scores.tangents import Moving, Second, moving, seconds_by
+from ..parts.shape import Shape
 from .bind import bind
 from .cosine import Dots, as_dots, in_places, is_cosine, orthogonal, orthogonal_tangent, rows_of
 from .passes import (
@@ -111,9 +112,20 @@ def parameters_that_move(request: Request, tangents: Tangents) -> Iterator[Movin
         if tangent is None:
             continue
         found = moving(modifier, name, parameter, tangent)
-        if place is not None and modifier >= own:  # the tangent, too, is the whole call's
-            found = found._replace(read=moved(ask_read, found.read), args=(place.asked, found.args))
+        if place is not None and modifier >= own:  # read where the whole call reads it
+            derivative = moved(ask_score, found.derivative)
+            args = asked_of(parameter, place, request.whole), found.args
+            found = Moving(modifier, name, moved(ask_read, found.read), args, derivative)
         yield found
+
+
+def asked_of(parameter: Parameter, place: Place, whole: Shape) -> tuple[int, ...]:
+    """`Place.asked` for a parameter's tangent, which may be of the part's own sequences and heads alone."""
+    sizes = parameter.sizes or whole.scores  # a table has a row for each head of the whole call
+    own = [
+        first if n == full else 0 for n, first, full in zip(sizes, place.origin, whole.scores, strict=True)
+    ]
+    return *own, place.asked[4]
 
 
 def second_call(

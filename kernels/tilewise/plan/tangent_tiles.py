@@ -1,8 +1,8 @@
 """Which tile do the kernels of tangents get? A small one: each tensor has a tangent beside it.
 
 Scores, gradients and their tangents are seven tiles, which must stay in registers beside what is summed. The
-rows below are as compiled for sm_90 without a spill, but for fp32 of more than 64 columns (at 256, 400 bytes a
-thread at most); no GPU has timed them.
+rows below are as compiled for sm_90 without a spill, but for fp32 of more than 64 columns (at 256, up to 400
+bytes a thread); no GPU has timed them.
 """
 
 from __future__ import annotations
