@@ -252,6 +252,15 @@ def test_encoded_and_decoded(device):
     check(q, q, q, mask=nested(device))
 
 
+def test_made_inside_of_a_compiled_function(device):
+    q = torch.randn(1, 2, 17, 16, device=device)
+
+    def call(q: torch.Tensor) -> torch.Tensor:
+        return tilewise.attention(q, q, q, mask=Not(Causal()) & Window(4, 4) | Padding(3), impl="portable")
+
+    assert torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(q), call(q))
+
+
 def test_calls_look_alike_where_their_masks_do(device):
     q = torch.randn(2, 2, 9, 16, device=device)
 

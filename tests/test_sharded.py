@@ -409,6 +409,30 @@ def test_a_bias_stays_in_parts(impl):
             assert sent == 0
 
 
+def derived_twice(x: dict[str, Any]) -> tuple[Any, ...]:
+    q, k, v = (x[name] for name in "qkv")
+    out = tilewise.attention(q, k, v, mask=tilewise.Causal(), impl="portable")
+    first = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+    return torch.autograd.grad(sum(each.square().sum() for each in first), (q, k, v))
+
+
+def derived_twice_on_ranks(mesh: DeviceMesh, cut: Any) -> list[Tensor]:
+    x = {
+        name: distribute_tensor(each, mesh, [cut]) for name, each in inputs(2, 4, 2).items() if name in "qkv"
+    }
+    return [each.full_tensor() for each in derived_twice({name: x[name].requires_grad_() for name in x})]
+
+
+@needs_interpreter
+def test_second_derivatives_are_those_of_one_device():
+    wanted = derived_twice(
+        {name: each.requires_grad_() for name, each in inputs(2, 4, 2).items() if name in "qkv"}
+    )
+    for found in run((2,), derived_twice_on_ranks, HEADS):
+        for each, whole, name in zip(found, wanted, "qkv", strict=True):
+            agree(each, whole, f"second d{name}")
+
+
 def strides_on_ranks(mesh: DeviceMesh) -> list[tuple[Any, ...]]:
     x = inputs(2, 4, 2)
     q, k, v = (distribute_tensor(x[name].transpose(1, 2).contiguous(), mesh, [Shard(2)]) for name in "qkv")

@@ -74,6 +74,14 @@ IN_PARTS = (
     ("intervals", "user_score"),
 )
 
+# Derived once more: tangents of the forward and of the backward.
+TWICE = (
+    ("second_order", "causal", "grouped_heads", "bfloat16"),
+    ("second_order", "softcap", "bias", "sink", "dropout", "float16"),
+    ("second_order", "cosine_with_temperature", "relative_position", "tensor_scale", "float32"),
+    ("second_order", "blocks", "alibi", "value_dim_differs", "bfloat16"),
+)
+
 # What most models use comes first; forced tiles are for tests, and the table's are used everywhere here.
 KINDS = (
     "mask",
@@ -88,12 +96,13 @@ KINDS = (
     "lengths",
     "rows",
     "dims",
+    "order",
 )
 ORDERED = [name for kind in KINDS for name, entry in FEATURES.items() if entry.kind == kind]
 
 ACCURACY: list[Trial] = [
     *(_shape(*shape) for shape in SHAPES),
-    *(Trial(", ".join(names), functools.partial(judged, names, MIDDLE)) for names in TOGETHER),
+    *(Trial(", ".join(names), functools.partial(judged, names, MIDDLE)) for names in (*TOGETHER, *TWICE)),
     *(_feature(number, name) for number, name in enumerate(ORDERED)),
 ]
 
@@ -107,6 +116,17 @@ def _parts(features: tuple[str, ...], device: torch.device, seed: int) -> str:
 ACCURACY += [
     Trial(f"in parts: {', '.join(features)}", functools.partial(_parts, features)) for features in IN_PARTS
 ]
+
+
+def _statistics(kind: str, device: torch.device, seed: int) -> str:
+    """What the softmax knows, and its gradients: tests/test_statistics.py."""
+    tests = importlib.import_module("test_statistics")
+    tests.test_gradients_through_all_of_them(device, tests.FEATURES[kind])
+    return "small"
+
+
+STATISTICS = ("masks, softcap, sink", "stored mask, slopes, bias", "packed")
+ACCURACY += [Trial(f"statistics: {kind}", functools.partial(_statistics, kind)) for kind in STATISTICS]
 
 
 def _dropout(test: str, device: torch.device, seed: int) -> str | None:

@@ -16,6 +16,7 @@ TRACED_NAMES = "kernels/tilewise/pytorch/traced_names.py"
 FORWARD = "kernels/tilewise/kernels/forward.py"
 INTERVALS = "kernels/tilewise/parts/intervals.py"
 NESTED = "kernels/tilewise/pytorch/nested.py"
+FUNCTIONS = "kernels/tilewise/pytorch/derivatives.py"
 OPS = "kernels/tilewise/pytorch/ops.py"
 PARAMETERS = "kernels/tilewise/kernels/parameters.py"
 PARAMETER_WALKS = "kernels/tilewise/kernels/parameter_walks.py"
@@ -72,7 +73,7 @@ MUTATIONS = (
              "(s - base) * LOG2E - sum_log2", "(s - base) * LOG2E",
              OUT_ALONE),
     Mutation("statistics: joined to lse, which loses the sum beside a large maximum", SOFTMAX,
-             "tl.exp2((s - base) * LOG2E - sum_log2)", "tl.exp2((s - (base + sum_log2 * LN2)) * LOG2E)",
+             "(s - base) * LOG2E - sum_log2", "(s - (base + sum_log2 * LN2)) * LOG2E",
              tests("gradient_data", "row_of_lowest_biases[torch.float32-torch.float32]")),
     Mutation("statistics: maximum without the unit of the scores", SOFTMAX,
              "s * unit_log2 - base * unit_log2", "s * unit_log2 - base * LOG2E",
@@ -345,7 +346,7 @@ MUTATIONS = (
              "q.layout, k.layout, v.layout, r.needs_gradient,", "q.layout, k.layout, v.layout,",
              tests("backward_parameters", "a_user_score_without_derivative")),
     # ---- Library ops
-    Mutation("ops: needs of the wrong tensors", OPS,
+    Mutation("ops: needs of the wrong tensors", FUNCTIONS,
              "*ctx.needs_input_grad[4:]]", "*ctx.needs_input_grad[3:-1]]",
              tests("ops", "op_path_gradient_of_one_result_alone[out]")),
     Mutation("ops: fake out as wide as q", OPS,
@@ -385,7 +386,7 @@ MUTATIONS = (
              "sees = tl.max(kept.to(tl.int32), 0) != 0", "sees = tl.max(kept.to(tl.int32), 0) >= 0",
              tests("gradient_data", "junk_in_rows_that_a_gap_leaves_without_a_key")),
     Mutation("sink: -inf subtracted from -inf", PASSES,
-             "p = torch.where(row_max == -torch.inf, 0.0, p)", "p = p",
+             "return torch.where(row_max == -torch.inf, 0.0, p)", "return p",
              tests("backward", "rows_without_a_key_and_a_sink_of_minus_infinity")),
     Mutation("autograd: dK and dV with the tile of dQ", PASSES,
              "launch_dkv(backward, grads[1], grads[2], tile)",

@@ -137,7 +137,7 @@ MUTATIONS = (
              LOOKED_ON),
     Mutation("replayed: a tangent is lost", DISPATCH,
              "if is_observed() or forward_ad._current_level >= 0:", "if is_observed():",
-             tests("replay", "a_tangent_is_refused")),
+             tests("replay", "a_tangent_goes_the_long_way")),
     Mutation("replayed: watchers are not told", API,
              "if not watchers and (found", "if (found",
              tests("replay", "watchers_are_told_of_every_call")),

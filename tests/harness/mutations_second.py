@@ -45,7 +45,7 @@ MUTATIONS = (
              EAGER),
     Mutation("tangents: in the unit of the forward", SCORES,
              "    if unit is not None:\n        t = t * unit\n", "",
-             tests("second", "second_derivatives[cosine float16 right_padding grouped_heads]")),
+             tests("second", "second_derivatives[blocks inner_strided_layout documents]")),
     Mutation("tangents: a parameter's own derivative left out", TANGENTS,
              "if MOVING[j][2] is not None:", "if False:",
              EAGER),
@@ -151,7 +151,7 @@ MUTATIONS = (
              "return not any_mapped(other_dims)",
              tests("transforms", "packed_sequences_are_mapped_one_by_one")),
     Mutation("vmap: tensors that are not mapped, once for all", MAPPED,
-             "x = x.unsqueeze(axis).expand(*x.shape[:axis], size, *x.shape[axis:])", "x = x.unsqueeze(axis)",
+             "x.unsqueeze(axis).expand(*x.shape[:axis], size, *x.shape[axis:])", "x.unsqueeze(axis)",
              tests("transforms", "vmap[q]")),
 )
 # fmt: on

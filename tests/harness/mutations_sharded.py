@@ -72,7 +72,7 @@ MUTATIONS = (
              "return request.dropout is not None or not all(alike)", "return not all(alike)",
              tests("sharded", "ranks_agree_on_the_seed_that_they_draw")),
     Mutation("shards: a corner for each sequence asks for no place", SHARDS,
-             "type(part) in ALIKE and not part.tensors()", "type(part) in ALIKE", WHOLE_MASKS),
+             "type(leaf) in ALIKE and not leaf.tensors()", "type(leaf) in ALIKE", WHOLE_MASKS),
     Mutation("sharded: a sink that is plain, from its first head", SHARDED,
              "return x[slice(*heads)] if isinstance(x, Tensor) else x",
              "return x[: heads[1] - heads[0]] if isinstance(x, Tensor) else x",

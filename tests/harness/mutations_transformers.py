@@ -56,7 +56,7 @@ MUTATIONS = (
              "    if unknown:\n", "    if False:\n",
              tests("transformers_calls", "an_unknown_argument_to_the_model")),
     Mutation("doctor: calls of tilewise are not seen", "kernels/tilewise/api.py",
-             "    for watch in watchers:\n", "    for watch in ():\n",
+             "    for watch in watchers:\n        watch(request)\n    is_plain", "    is_plain",
              tests("doctor_model", "answered[tilewise's]")),
     Mutation("doctor: a call with weights is told of twice", DOCTOR,
              "        if frame.f_code in TOLD_OF:\n", "        if False:\n",

@@ -33,7 +33,7 @@ KINDS = {
     "bias": "bias",
     "sink": "sink",
     "dropout": "dropout",
-    "mask": "masks, alone and combined with `&`, `|` and `~`",
+    "mask": "masks, alone and combined: and, or, not",
     "order": "derivatives",
 }
 ALIGNS = ("bottom_right", "top_left")

@@ -179,14 +179,15 @@ def forward_kernel(
     store_pieces(o_head, o, q_idx, valid, VALUE_DIM, VALUE_TILE)
 
 
-# Triton 3.6.0 cannot translate for AMD a loop with tiles of a bias in flight beside fewer than 64 rows: it
-# leaves a conversion between two equal layouts in the code. 3.9.0 can.
+# Triton 3.6.0 cannot translate for AMD a loop with tiles of a bias or a mask in flight beside fewer than 64
+# rows: it leaves a conversion between two equal layouts in the code. 3.9.0 can.
 TRANSLATES_ALL = [int(number) for number in re.findall(r"\d+", triton.__version__)[:2]] >= [3, 9]
 
 
 def stages_in_flight(call: Call, tile: Tile) -> int:
     """The tile's stages, or one where Triton can translate no more."""
-    if TRANSLATES_ALL or INTERPRETED or not call.scores or tile.tile_q >= 64:
+    loads_tiles = call.scores or any([mask.keep is not None for mask in call.masks])
+    if TRANSLATES_ALL or INTERPRETED or not loads_tiles or tile.tile_q >= 64:
         return tile.num_stages
     is_amd = triton.runtime.driver.active.get_current_target().backend == "hip"
     return 1 if is_amd else tile.num_stages

@@ -139,7 +139,8 @@ class AnyOf(Combined):
 class Not(Combined):
     """The pairs that a mask does not keep: what `~a` builds; `~~a` is a, and `~(a | b)` is `~a & ~b`.
 
-    mask: a mask, a bool tensor or a `@triton.jit` keep function. Where a row of it sees a prefix or a suffix
+    mask: a mask, a bool tensor or a `@triton.jit` keep function. Inside a function that torch.compile traces
+    write Not(a): Dynamo does not trace `~` of an object. Where a row of it sees a prefix or a suffix
     of the keys and all of that, as under Causal, the rest is an interval; elsewhere a row visits everything.
     """
 
