@@ -44,11 +44,12 @@ GROUPS: tuple[str, ...] = (
     "host",
     "cold start",
     "second derivatives",
+    "statistics",
 )
 HEAD_DIMS = (128, 64, 256)  # the most used first
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 QUICK_LENGTHS = (1024, 4096, 16384)
-SECOND_LENGTHS = (1024, 4096)  # those who have second derivatives beside tilewise hold all scores
+SQUARED_LENGTHS = (1024, 4096)  # of groups in which all beside tilewise, or most, hold all scores
 QUICK_PACKED = "packed-llama3-8b-"
 QUICK_CACHED = ("cached-llama3-8b-", "cached-narrow-decode-1x128k")
 QUICK_MODELS = (
@@ -110,12 +111,12 @@ def comparisons(name: str, quick: bool = False, tiny: bool | None = None) -> lis
     found = _full(name, quick, HEAD_DIMS[1:2] if quick and tiny else HEAD_DIMS)
     if not tiny or name == "host":
         return found
-    small = smallest if name == "second derivatives" else smoke
+    small = smallest if name in ("second derivatives", "statistics") else smoke
     return _distinct((small(case), work) for case, work in found)
 
 
 def smallest(case: Case) -> Case:
-    """For what takes the interpreter many times as long as a forward."""
+    """For what takes the interpreter longer than a forward."""
     return shrunk(case, batch=1, kv_heads=1, group=1, length=24, suffix="-tiny")
 
 
@@ -147,12 +148,18 @@ def _full(name: str, quick: bool, head_dims: tuple[int, ...]) -> list[Comparison
     if name == "host":
         return [pair for pair in host_cases() if not quick or "causal" not in pair[0].features]
     if name == "second derivatives":
-        grid = paper_grid(head_dims[:2], (1024,) if quick else SECOND_LENGTHS, "bfloat16")
-        works: tuple[Work, Work] = ("double backward", "forward mode")
-        return [(case, work) for case in grid if not quick or "causal" in case.features for work in works]
+        return _squared(head_dims, quick, ("double backward", "forward mode"))
+    if name == "statistics":
+        return _squared(head_dims, quick, ("max logit", "statistics"))
     if name == "cold start":
         return [(case, "cold start") for case in cold_cases()[: 1 if quick else None]]
     raise ValueError(f"group={name!r} must be one of {', '.join(GROUPS)}")
+
+
+def _squared(head_dims: tuple[int, ...], quick: bool, works: tuple[Work, ...]) -> list[Comparison]:
+    """Each of these works on that part of the papers' grid whose matrix of scores fits into memory."""
+    grid = paper_grid(head_dims[:2], (1024,) if quick else SQUARED_LENGTHS, "bfloat16")
+    return [(case, work) for case in grid if not quick or "causal" in case.features for work in works]
 
 
 def _distinct(found: Iterable[Comparison]) -> list[Comparison]:

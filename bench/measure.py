@@ -24,9 +24,10 @@ from tilewise_reference.cases import Case
 
 from .answers import gradient_of_out, judge_backward, judge_forward
 from .answers_again import directions, judge_double_backward, judge_tangent, with_tangents
+from .answers_known import judge_statistics
 from .cold import sample_cold_start
 from .implementations import Implementation, Prepared, UnsupportedError
-from .implementations.base import is_backward
+from .implementations.base import STATISTICS, is_backward
 from .results import Row, Work
 from .sampling import Call, Recorder, Within, recorder_for, sample
 
@@ -56,6 +57,8 @@ def measure(
     "backward"                   alone, over a graph that is made once
     "double backward"            likewise: the gradients' derivative along random q, k and v
     "forward mode"               out with its tangent, along random q, k and v
+    "max logit", "statistics"    out with the largest score of each row; with its entropy and the mass of keys
+                                 too
     "host forward", "host forward and backward"
                                  what the call costs the host; gradients where the case's phase is "training"
     "cold start"                 the first call of a new process whose caches are empty
@@ -90,13 +93,14 @@ def measure(
 def blank(case: Case, work: Work, group: str, implementation: Implementation) -> Row:
     """The row of a comparison, before anything is known."""
     timed_on_host = work.startswith("host") or work == "cold start"
+    matmuls = "forward" if work in STATISTICS else work
     return Row(
         group=group,
         case=case.name,
         work=work,
         implementation=implementation.name,
         status="ok",
-        flops=0 if timed_on_host else case.flops(work),  # type: ignore[arg-type]
+        flops=0 if timed_on_host else case.flops(matmuls),  # type: ignore[arg-type]
         bytes=case.bytes() if work == "forward" else 0,
         dtype=case.dtype,
         sizes={name: getattr(case, name) for name in SIZES}
@@ -177,6 +181,8 @@ def ready(
         judgement = judge_tangent(implementation, case, inputs, prepared, seed)
     elif work == "double backward":
         judgement = judge_double_backward(implementation, case, inputs, prepared, seed)
+    elif work in STATISTICS:
+        judgement = judge_statistics(implementation, case, inputs, prepared, work, seed)
     elif is_backward(work):
         judgement = judge_backward(implementation, case, inputs, prepared, work, seed)
     else:

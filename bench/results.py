@@ -18,6 +18,8 @@ Work = Literal[
     "backward",
     "double backward",
     "forward mode",
+    "max logit",
+    "statistics",
     "host forward",
     "host forward and backward",
     "cold start",

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from tilewise.plan.implementation import IMPLEMENTATIONS as OURS
 
 from .base import Implementation, Prepared, UnsupportedError
+from .by_hand import ByHand
 from .flash import Flash2, FlashCute
 from .flashinfer import FlashInfer
 from .flex import Flex
@@ -38,6 +39,8 @@ _KERNELS: tuple[Implementation, ...] = (
     XFormers(),
     JaxCudnn(),
     Sdpa("math"),
+    ByHand(),
+    Compiled(ByHand()),
     Tilewise("torch"),
 )
 # Their times are the host's: with Triton's launch and without, in eager mode and compiled, beside PyTorch's.
@@ -70,6 +73,7 @@ def for_group(group: str) -> list[Implementation]:
     # Plain PyTorch has nothing to compile at a first call, and varlen_attn is for packed sequences alone.
     left_out = ["sdpa math", "tilewise torch"] if group == "cold start" else []
     left_out += [] if group.startswith("packed") else ["varlen_attn"]
+    left_out += [] if group == "statistics" else ["pytorch by hand", "pytorch by hand, compiled"]
     # Whose tangents are those of the portable kernels.
     left_out += ["tilewise hopper"] if group == "second derivatives" else []
     return [each for each in _KERNELS if each.name not in left_out]

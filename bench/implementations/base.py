@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,11 @@ from ..results import Work
 
 Tensor = torch.Tensor
 View = Callable[[Tensor], Tensor]
+# What a work asks of the softmax beside out, by the names of tilewise's Stats.
+STATISTICS: dict[Work, tuple[str, ...]] = {
+    "max logit": ("max_logit",),
+    "statistics": ("max_logit", "entropy", "key_mass"),
+}
 
 
 class UnsupportedError(Exception):
@@ -35,14 +40,23 @@ def length_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
+class Known(NamedTuple):
+    """What a call gives where statistics of the softmax are asked for: None for those that are not."""
+
+    out: Tensor  # [batch, q_heads, q_len, value_dim]
+    max_logit: Tensor | None = None  # [batch, q_heads, q_len]
+    entropy: Tensor | None = None  # [batch, q_heads, q_len], in nats
+    key_mass: Tensor | None = None  # [batch, kv_heads, kv_len]
+
+
 @dataclass
 class Prepared:
     """A case made ready for one rival, its tensors in the memory layout that it likes best.
 
-    call: the forward; what is timed. leaves: what a gradient is taken of, by name: "q", "k", "v" and what is
-    learned. standard: out, or a gradient of q, k or v, as [batch, heads, length, dim]; native: the way back.
-    during: what must hold while the call is timed. extra_bytes: of what was made ready for the call and the
-    case does not hold, such as a mask written out.
+    call: the forward; what is timed. For a work of STATISTICS it returns `Known`. leaves: what a gradient is
+    taken of, by name: "q", "k", "v" and what is learned. standard: out, or a gradient of q, k or v, as
+    [batch, heads, length, dim]; native: the way back. during: what must hold while the call is timed.
+    extra_bytes: of what was made ready for the call and the case does not hold, such as a mask written out.
     """
 
     call: Callable[[], Any]
@@ -82,6 +96,7 @@ class Implementation(ABC):
     needs_gpu = True
     seeded = False  # drops the pairs that the case's dropout_seed says
     differentiates_once = ""  # why it has no second derivative and no forward mode; empty where it has both
+    statistics: tuple[str, ...] = ()  # of its softmax that it returns, as STATISTICS names them
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here at all; None if it can."""
@@ -96,9 +111,13 @@ class Implementation(ABC):
         """Why it cannot do this; None if it can, as far as is known without asking it."""
 
     def refuses(self, case: Case, work: Work) -> str | None:
-        """`unsupported`, and what it says to derivatives of any case that nobody has built for it."""
+        """`unsupported`, and what it says of any case to derivatives that nobody has built for it and to
+        statistics that it does not return."""
         if work in ("double backward", "forward mode") and self.differentiates_once:
             return self.differentiates_once
+        missing = [name for name in STATISTICS.get(work, ()) if name not in self.statistics]
+        if missing:
+            return f"{self.name} returns no {' and no '.join(missing)} of its softmax"
         return self.unsupported(case, work)
 
     @abstractmethod

@@ -21,7 +21,9 @@ from tilewise_reference.cases import Case
 
 from ..results import Work
 from .base import (
+    STATISTICS,
     Implementation,
+    Known,
     Prepared,
     UnsupportedError,
     dense_mask,
@@ -41,6 +43,7 @@ Rule = Callable[..., Tensor]
 class Flex(Implementation):
     name = "flex"
     needs_gpu = False
+    statistics = ("max_logit",)  # the max scores of its auxiliary output
     differentiates_once = "flex_attention's backward has no derivative, and its forward no forward mode"
 
     def unsupported(self, case: Case, work: Work) -> str | None:
@@ -57,10 +60,12 @@ class Flex(Implementation):
         on_gpu = q.device.type == "cuda"
         if is_backward(work) and not on_gpu:
             raise UnsupportedError("flex_attention has no backward on a CPU")
+        if work in STATISTICS and not on_gpu:
+            raise UnsupportedError("flex_attention returns no max scores on a CPU")
         if is_backward(work):
             # The same graph is walked many times, so that no buffer of it may be given away.
             torch._functorch.config.donated_buffer = False
-        run = attend(case, inputs)
+        run = attend(case, inputs, work)
         if on_gpu:
             # A new shape must not turn into a dynamic one, which would be slower.
             run = torch.compile(run, dynamic=False, fullgraph=True)
@@ -77,22 +82,25 @@ def as_one(x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]
 
 
-def attend(case: Case, inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The case in FlexAttention's words, as f(q, k, v)."""
+def attend(case: Case, inputs: Inputs, work: Work = "forward") -> Callable[[Tensor, Tensor, Tensor], Any]:
+    """The case in FlexAttention's words, as f(q, k, v): out, or Known with the largest scores."""
     score, mask, scale = score_mod(case, inputs), block_mask(case, inputs), scale_of(case)
     grouped, cosine = case.q_heads != case.kv_heads, is_cosine(case)
     temperature = inputs.learned.get("temperature")
-    sink = inputs.learned.get("sink")
+    sink, wants_max = inputs.learned.get("sink"), work in STATISTICS
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
         if cosine:
             q, k = normalized(q, k, temperature)
         options: dict[str, Any] = dict(score_mod=score, block_mask=mask, scale=scale, enable_gqa=grouped)
-        if sink is None:
+        if sink is None and not wants_max:
             return flex_attention(q, k, v, **options)
-        out, aux = flex_attention(q, k, v, **options, return_aux=AuxRequest(lse=True))
-        share = torch.sigmoid(aux.lse - sink.float()[:, None])
-        return (out * share[..., None]).to(out.dtype)
+        wanted = AuxRequest(lse=sink is not None, max_scores=wants_max)
+        out, aux = flex_attention(q, k, v, **options, return_aux=wanted)
+        if sink is not None:
+            share = torch.sigmoid(aux.lse - sink.float()[:, None])
+            out = (out * share[..., None]).to(out.dtype)
+        return Known(out, aux.max_scores) if wants_max else out
 
     return run
 

@@ -32,7 +32,7 @@ class Wrapped(Implementation):
     def __init__(self, inner: Implementation, words: str) -> None:
         self.inner, self.name = inner, f"{inner.name}, {words}"
         self.needs_gpu, self.seeded = inner.needs_gpu, inner.seeded
-        self.differentiates_once = inner.differentiates_once
+        self.differentiates_once, self.statistics = inner.differentiates_once, inner.statistics
 
     def unavailable(self, device: torch.device) -> str | None:
         return self.inner.unavailable(device)

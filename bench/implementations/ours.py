@@ -8,17 +8,19 @@ from typing import Any
 import torch
 
 import tilewise
+from tilewise import Stats
 from tilewise.tools.inputs import Inputs, case_inputs
 from tilewise_reference.cases import Case
 
 from ..results import Work
-from .base import Implementation, Prepared, is_backward
+from .base import STATISTICS, Implementation, Known, Prepared, is_backward
 from .caches import why_no_cache
 
 
 class Tilewise(Implementation):
     needs_gpu = False
     seeded = True
+    statistics = STATISTICS["statistics"]
 
     def __init__(self, impl: str) -> None:
         self.impl, self.name = impl, f"tilewise {impl}"
@@ -32,7 +34,8 @@ class Tilewise(Implementation):
             return reason
         inputs = case_inputs(case, "meta", gradients=is_backward(work))
         q, k, v, given, _ = inputs
-        return "; ".join(tilewise.why_not(q, k, v, **given, impl=self.impl)) or None
+        asked = dict(return_stats=stats_of(work)) if work in STATISTICS else {}
+        return "; ".join(tilewise.why_not(q, k, v, **given, **asked, impl=self.impl)) or None
 
     def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:
         q, k, v, arguments, learned = inputs
@@ -42,4 +45,17 @@ class Tilewise(Implementation):
             attend = tilewise.packed_attention
         elif case.cache is not None:
             attend = tilewise.cached_attention
+        if work in STATISTICS:
+            stats = stats_of(work)
+
+            def call() -> Known:
+                out, found = attend(q, k, v, **arguments, return_stats=stats, impl=self.impl)
+                return Known(out, found.max_logit, found.entropy, found.key_mass)
+
+            return Prepared(call, leaves)
         return Prepared(lambda: attend(q, k, v, **arguments, impl=self.impl), leaves)
+
+
+def stats_of(work: Work) -> Stats:
+    has_all = work == "statistics"
+    return Stats(max_logit=True, entropy=has_all, key_mass=has_all)

@@ -25,6 +25,7 @@ GROUPS = {
     "host": "The host's work in a call",
     "cold start": "First call, with nothing compiled yet",
     "second derivatives": "Second derivatives, and forward mode",
+    "statistics": "Forward, with what the softmax knows",
 }
 MASKS = {"full": "no mask", "causal": "causal mask"}
 FEATURES = {

@@ -92,7 +92,7 @@ def over_portable(contest: Contest) -> float | None:
 
 def has_rate(row: Row) -> bool:
     """Whether FLOPs a second mean something: not for the host's work, nor for a first call."""
-    return row.flops > 0 and row.work in ("forward", "backward", "double backward", "forward mode")
+    return row.flops > 0 and not row.work.startswith("host") and row.work != "cold start"
 
 
 def contests(rows: Iterable[Row]) -> list[Contest]:

@@ -35,6 +35,8 @@ LOOKS: dict[str, tuple[str, str, Any]] = {  # colour, marker, dashes
     "sdpa efficient": ("#009E73", "v", "-"),
     "sdpa math": ("#999999", "X", ":"),
     "sdpa": ("#2F5D8C", "s", ":"),
+    "pytorch by hand": ("#A8A8C8", "X", "-."),
+    "pytorch by hand, compiled": ("#4A4A8F", "X", "-"),
     "sdpa, compiled": ("#88B7D8", "s", "--"),
     "varlen_attn": ("#C2A500", "d", "-"),
     "flex": ("#CC79A7", "P", "-"),

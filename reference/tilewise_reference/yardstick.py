@@ -59,6 +59,15 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, **given: Unpack[Given]) -> t
     return _softmax_values(*_scores(q, k, v, **given))[:2]
 
 
+def math_statistics(q: Tensor, k: Tensor, v: Tensor, **given: Unpack[Given]) -> tuple[Tensor, Tensor, Tensor]:
+    """``statistics`` of the same scores: max_logit and entropy [B, Hq, Nq], and key_mass [B, Hkv, Nk], every
+    query counted once; in fp32."""
+    s, _, _ = _scores(q, k, v, **given)
+    p, _ = _softmax(s)
+    mass = p[..., : k.shape[2]].sum(2).unflatten(1, (k.shape[1], -1)).sum(2)  # a sink is no key
+    return s[..., : k.shape[2]].amax(3), torch.special.entr(p).sum(3), mass
+
+
 def _scores(
     q: Tensor,
     k: Tensor,
@@ -103,14 +112,20 @@ def _scores(
     return s, v, kept
 
 
-def _softmax_values(s: Tensor, v: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """softmax(s) v with P rounded to v's dtype, lse, P in fp32, and what v was multiplied by."""
+def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
+    """P in fp32, and lse; 0 and -inf of a row without keys."""
     empty = (s == -math.inf).all(dim=3, keepdim=True)
     s = s.masked_fill(empty, 0)  # whose softmax would be NaN, and its derivative
     p = torch.softmax(s, dim=3).masked_fill(empty, 0)
+    return p, torch.logsumexp(s, dim=3).masked_fill(empty[..., 0], -math.inf)
+
+
+def _softmax_values(s: Tensor, v: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """softmax(s) v with P rounded to v's dtype, lse, P in fp32, and what v was multiplied by."""
+    p, lse = _softmax(s)
     weights = p[..., : v.shape[2]].to(v.dtype)
     weights = weights if kept is None else weights * kept
-    return weights @ v, torch.logsumexp(s, dim=3).masked_fill(empty[..., 0], -math.inf), p, weights
+    return weights @ v, lse, p, weights
 
 
 class _SoftmaxValues(torch.autograd.Function):

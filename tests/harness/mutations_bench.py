@@ -8,6 +8,7 @@ from .mutation import Mutation
 AGAIN = "bench/again.py"
 ANSWERS = "bench/answers.py"
 ANSWERS_AGAIN = "bench/answers_again.py"
+ANSWERS_KNOWN = "bench/answers_known.py"
 CASES = "reference/tilewise_reference/case.py"
 GATE = "bench/gate.py"
 GOALS = "bench/report/goals.py"
@@ -118,6 +119,12 @@ MUTATIONS = (
     Mutation("bench: any second derivative is right", ANSWERS_AGAIN,
              "judge(name, torch.cat(got), exact", "judge(name, exact.to(got[0].dtype), exact",
              tests("second_derivatives", "a_wrong_derivative_of_the_right_order_is_found")),
+    Mutation("bench: any statistic is right", ANSWERS_KNOWN,
+             "judge(name, x, want,", "judge(name, want.to(x.dtype), want,",
+             tests("statistics", "a_wrong_statistic_is_found")),
+    Mutation("bench: whoever returns one statistic is asked for all", f"{RIVALS}/base.py",
+             "        if missing:", "        if missing and not self.statistics:",
+             tests("statistics", "whoever_returns_less_says_what_is_missing")),
     Mutation("case: a product of forward mode not counted", CASES,
              "3 * self.head_dim + 3 * self.value_dim", "3 * self.head_dim + 2 * self.value_dim",
              ("tests/reference/test_cases.py::test_counts_by_brute_force",)),

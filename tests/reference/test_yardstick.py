@@ -6,8 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tilewise_reference import attention, masks, scores
-from tilewise_reference.yardstick import allowed_error, difference, largest_difference, pytorch_attention
+from tilewise_reference import attention, masks, scores, statistics
+from tilewise_reference.yardstick import (
+    allowed_error,
+    difference,
+    largest_difference,
+    math_statistics,
+    pytorch_attention,
+)
 
 
 def tensors(dtype: torch.dtype, q_len: int = 5, kv_len: int = 7) -> list[torch.Tensor]:
@@ -43,6 +49,14 @@ def test_in_fp32_it_is_the_reference_and_so_are_its_gradients(options):
     exact = torch.autograd.grad(want, (q, k, v), (do.double(), dlse.double()))
     for a, b in zip(mine, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_its_statistics_are_those_of_the_reference(options):
+    q, k, v = (x.detach() for x in tensors(torch.float32))
+    exact = statistics.statistics(q, k, v, **options)
+    for mine, want in zip(math_statistics(q, k, v, **options), exact[:3], strict=True):
+        torch.testing.assert_close(mine.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
