@@ -29,6 +29,7 @@ COSINES = tests(
     "second", "second_derivatives[cosine_with_temperature tensor_scale user_score prefix expanded_layout]"
 )
 UNSEEN = tests("second", "what_nobody_sees_has_no_part_in_it")
+RANKS = tests("sharded", "second_derivatives_are_those_of_one_device")
 ONE_CALL = tests("transforms", "calls_that_are_mapped_are_one")
 
 
@@ -108,6 +109,12 @@ MUTATIONS = (
              "return -(p_dot * second.delta + p * second.delta_dot).sum((0, 2))",
              "return -(p * second.delta_dot).sum((0, 2))",
              EAGER),
+    Mutation("second: a part's own bias read where the whole call has it", DERIVATIVES,
+             "first if n == full else 0 for n, first, full in given", "first for n, first, full in given",
+             RANKS),
+    Mutation("second: a part asks a parameter's derivative as the whole call", DERIVATIVES,
+             "derivative = moved(ask_score, found.derivative)", "derivative = found.derivative",
+             RANKS),
     # ---- The cosine
     Mutation("cosine: unit rows whose own derivative is left out", COSINE,
              "return torch.where(are_long, moved * inverse, 0.0)", "return moved * 0.0",

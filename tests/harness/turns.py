@@ -34,6 +34,7 @@ SOURCES = (
     "kernels/tilewise/kernels/**/*.py",
     "kernels/tilewise/parts/**/*.py",
     "kernels/tilewise/plan/tile*",
+    "kernels/tilewise/plan/tangent_tiles.py",
     "tests/harness/variants.py",
 )
 
