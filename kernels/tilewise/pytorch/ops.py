@@ -138,7 +138,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 for name, (run, shapes) in OPS.items():
     for key in ("CPU", "CUDA"):
         library.impl(f"attention_{name}", run, key)
-    torch.library.register_fake(f"tilewise::attention_{name}", shapes, lib=library)
+    torch.library.register_fake(f"{library.ns}::attention_{name}", shapes, lib=library)
 
 
 # FLOPs as PyTorch counts them for its own attention: every pair, masked or not; a product is 2 FLOPs.
