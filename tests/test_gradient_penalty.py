@@ -17,4 +17,5 @@ def test_it_learns_in_memory_linear_in_length(capsys):
     for shorter, longer in itertools.pairwise(rows):
         assert longer[0] == 2 * shorter[0]
         assert longer[1] <= 2.2 * shorter[1] and longer[3] >= 3 * shorter[3]
-    assert len(rows) >= 2 and all(predicted <= held <= 2 * predicted for _, held, predicted, _ in rows)
+    # The prediction takes all of a step to be held at once.
+    assert len(rows) >= 2 and all(predicted / 2 <= held <= 1.2 * predicted for _, held, predicted, _ in rows)
