@@ -103,7 +103,7 @@ def context_parallel_attention(
     )  # fmt: skip
     given = q, k, v, arguments, mesh, method, order, return_lse
     if torch.compiler.is_compiling():
-        from .uncompiled import uncompiled
+        from ..pytorch.uncompiled import uncompiled
 
         found: Tensor | tuple[Tensor, Tensor] = uncompiled(attend_together, *given)
         return found

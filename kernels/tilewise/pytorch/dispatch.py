@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..plan.passes import run_forward
 from ..plan.repeated import known, where
 from ..plan.request import Request
 from .autograd import Attention
-from .derivatives import Forward
+from .derivatives import COMPILED, Forward
 from .encoding import encode
 from .replayed import TENSORS, forward_step, is_observed, known_step
 
@@ -49,6 +50,7 @@ def run_portable(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | N
         tensors, *words = encode(request)
         return torch.ops.tilewise.attention_forward(q, k, v, tensors, *words)[:2]
     if not is_plain_eager(request) or has_tangents(request):
+        refuse_transforms_of_a_compiler(request)
         tensors, *words = encode(request)
         # Not the op itself: PyTorch's function transforms do not see an op's autograd.
         return Forward.apply(q, k, v, tuple(words), *tensors)[:2]
@@ -72,6 +74,14 @@ def is_plain_eager(request: Request) -> bool:
         or request.q.is_meta
         or any([type(x) not in (Tensor, torch.nn.Parameter) for x in (request.q, request.k, request.v)])
     )
+
+
+def refuse_transforms_of_a_compiler(request: Request) -> None:
+    """Raise where a compiler has given up on what transforms this call, and hands it over piece by piece."""
+    if "torch._dynamo" not in sys.modules or torch._C._dynamo.eval_frame.get_eval_frame_callback() is None:
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None or has_tangents(request):
+        raise NotImplementedError(COMPILED)
 
 
 def has_tangents(request: Request) -> bool:
