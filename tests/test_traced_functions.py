@@ -36,7 +36,7 @@ def steep_by_factor(s, batch, head, q_idx, kv_idx, args):
 def attend(q, mask, factors):
     score = tilewise.UserScore(steep, (factors,), derivative=steep_derivative,
                                parameters={0: ("h", steep_by_factor)})
-    return tilewise.attention(q, q, q, mask=mask or tilewise.UserMask(keep), score=score)
+    return tilewise.attention(q, q, q, mask=tilewise.UserMask(keep) if mask is None else mask, score=score)
 
 assert isinstance(keep, triton.runtime.JITFunction)
 seen = []
