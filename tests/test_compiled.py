@@ -218,7 +218,16 @@ def test_tangents_compile(tmp_path_factory, target):
         assert each.spill_bytes == 0 or each.variant not in PLAIN_TANGENTS, each
 
 
-PLAIN_TANGENTS = ("bf16 64 causal", "bf16 128 causal", "bf16 576x512", "fp32 64 causal")
+@pytest.mark.parametrize("target", TARGETS)
+def test_statistics_compile(tmp_path_factory, target):
+    kernels = shipped("statistics_variants", tmp_path_factory)[target]
+    assert kernels
+    for each in kernels:
+        assert each.shared_bytes <= SHARED_BYTES[target], each
+        assert each.matmuls or each.kernel in ("prepare_kernel", "finish_dq_kernel", "combine_kernel"), each
+
+
+PLAIN_TANGENTS = ("bf16 128 causal", "bf16 576x512")
 
 
 @pytest.mark.parametrize("target", TARGETS)

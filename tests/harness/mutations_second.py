@@ -110,7 +110,7 @@ MUTATIONS = (
              "return -(p * second.delta_dot).sum((0, 2))",
              EAGER),
     Mutation("second: a part's own bias read where the whole call has it", DERIVATIVES,
-             "first if n == full else 0 for n, first, full in given", "first for n, first, full in given",
+             "first if n == full else 0 for n, first, full in zip(", "first for n, first, full in zip(",
              RANKS),
     Mutation("second: a part asks a parameter's derivative as the whole call", DERIVATIVES,
              "derivative = moved(ask_score, found.derivative)", "derivative = found.derivative",

@@ -291,11 +291,8 @@ def backward_feature_variants() -> list[Variant]:
 
 def second_variants() -> list[Variant]:
     """Tangents of forward and backward: where the tiles change, and with features."""
-    plain = [
-        second_variant(dtype, dim, "causal") for dtype, dim in (("bf16", 64), ("bf16", 128), ("fp32", 64))
-    ]
     features = feature_variant(COMBINATIONS[1], 1, launch_second)
-    return [*plain, pieces_second_variant(576, 512), features]
+    return [second_variant("bf16", 128, "causal"), pieces_second_variant(576, 512), features]
 
 
 def pieces_second_variant(dim: int, value_dim: int) -> Variant:
@@ -373,16 +370,9 @@ def statistics_variants() -> list[Variant]:
     def plain(dtype: str, dim: int, walks: int) -> None:
         run(True, *plain_inputs(dtype, dim), walks, mask=tilewise.Causal())
 
-    def one_alone(name: str) -> None:
-        only = tilewise.Stats(**{name: True})
-        launch_statistics(*plain_inputs("bf16", 64), only, True, mask=tilewise.Causal())
-
     return [
         Variant("bf16 128 causal", functools.partial(plain, "bf16", 128, 2)),
         Variant("bf16 64 causal in one walk", functools.partial(plain, "bf16", 64, 1)),
-        Variant("bf16 64 causal, entropy alone", functools.partial(one_alone, "entropy")),
-        Variant("bf16 64 causal, max_logit alone", functools.partial(one_alone, "max_logit")),
-        Variant("bf16 64 features", functools.partial(features, 0)),
         Variant("fp16 64 packed features", functools.partial(features, 3)),
         Variant("bf16 128 decode, pages of 16, split", decode),
     ]
