@@ -33,14 +33,14 @@ NAMES = {
     "dropout": ("give dropout_p=",),
     "training": ("give dropout_p=",),
     "enable_gqa": ("leave it out", "grouped by themselves"),
-    "need_weights": ("never stored", "return_lse=True"),
+    "need_weights": ("never stored", "return_stats="),
     "return_attn_probs": ("never stored",),
     "sinks": ("give sink=",),
     "backend": ("give impl=",),
     "Causal": ("mask=tilewise.Causal()",),
     "biases": ("did you mean bias=?", "it takes mask, bias"),
     "return_lses": ("did you mean return_lse=?",),
-    "xyzzy": ("it takes mask, bias, score", "return_lse, impl, strict, deterministic"),
+    "xyzzy": ("it takes mask, bias, score", "return_lse, return_stats, impl, strict, deterministic"),
 }
 
 
@@ -67,7 +67,7 @@ def test_no_name_of_another_library_is_one_of_ours():
         name for name, parameter in taken.items() if parameter.kind is parameter.KEYWORD_ONLY
     ] == ARGUMENTS
     assert set(ELSEWHERE).isdisjoint(taken)
-    assert {*ARGUMENTS} - {*inspect.signature(make_request).parameters} == {"return_lse"}
+    assert {*ARGUMENTS} - {*inspect.signature(make_request).parameters} == {"return_lse", "return_stats"}
 
 
 def test_packed_attention_says_what_its_offsets_are_called(device):
@@ -82,7 +82,7 @@ def test_modules_name_what_they_take(device):
     for call in (lambda **a: alone(x, **a), lambda **a: cross(x, x, **a)):
         with pytest.raises(TypeError, match=r"forward\(\) has no is_causal=: give mask=tilewise.Causal"):
             call(is_causal=True)
-        with pytest.raises(TypeError, match=r"no need_weights=: it takes .*mask, bias, score"):
+        with pytest.raises(TypeError, match=r"no need_weights=: give return_stats=tilewise\.Stats"):
             call(need_weights=False)  # not: give return_lse=, which they do not have
     q = torch.zeros(1, 1, 3, 16, device=device)
     with pytest.raises(TypeError, match=r"no key_padding_mask=: give mask=tilewise\.Padding"):

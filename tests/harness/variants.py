@@ -143,6 +143,7 @@ SHIPPED = {
     "backward_feature_variants": TARGETS,
     "statistics_variants": TARGETS,
     "second_variants": TARGETS,
+    "wide_second_variants": WIDE_FP32_TARGETS,
 }
 # What every run compiles for every target, and what it always compiles for Hopper: the rows that most calls
 # take, and one of each kind that a test has something to say of. The backward at 64 is among the oldest's.
@@ -291,8 +292,12 @@ def backward_feature_variants() -> list[Variant]:
 
 def second_variants() -> list[Variant]:
     """Tangents of forward and backward: where the tiles change, and with features."""
-    features = feature_variant(COMBINATIONS[1], 1, launch_second)
-    return [second_variant("bf16", 128, "causal"), pieces_second_variant(576, 512), features]
+    return [second_variant("bf16", 128, "causal"), feature_variant(COMBINATIONS[1], 1, launch_second)]
+
+
+def wide_second_variants() -> list[Variant]:
+    """Of the widest rows, for which AMD's shared memory has no room."""
+    return [pieces_second_variant(576, 512)]
 
 
 def pieces_second_variant(dim: int, value_dim: int) -> Variant:

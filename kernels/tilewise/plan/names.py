@@ -37,8 +37,7 @@ IDS = (
 DROPPED = "give dropout_p=, and 0.0 where nothing is to be dropped"
 SEED = "give dropout_seed=, a tensor of one int64 on q's device"
 WEIGHTS = (
-    "give return_stats=tilewise.Stats(rows=...) for those of chosen rows, or return_lse=True for the "
-    "logarithm of their sums; the whole matrix is never stored"
+    "give return_stats=tilewise.Stats(rows=...) for those of chosen rows: the whole matrix is never stored"
 )
 SCALE = "give scale="
 CAP = "give score=tilewise.Softcap(cap)"
