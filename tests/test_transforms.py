@@ -287,6 +287,14 @@ def test_a_tangent_of_a_parameter_alone(device):
     assert_right(derive(attend), lambda dtype: derive(textbook, dtype))
 
 
+def test_a_tangent_of_a_cached_call_raises(device):
+    q, k = torch.randn(1, 2, 3, DIM, device=device), torch.randn(1, 2, 8, DIM, device=device)
+    lens = torch.tensor([5], device=device)
+    attend = lambda q: tilewise.cached_attention(q, k, k, kv_lens=lens, impl="portable")  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"cached_attention has no derivatives.*packed_attention"):
+        torch.func.jvp(attend, (q,), (q,))
+
+
 def test_a_tangent_of_a_tangent_raises(device):
     given = tensors(device)
     along = lambda q: torch.func.jvp(  # noqa: E731

@@ -37,6 +37,11 @@ Tangents = Sequence[Tensor | None]  # of q, k, v and `Request.other_tensors`; No
 def run_tangent(request: Request, statistics: Tensor, tangents: Tangents) -> tuple[Tensor, Tensor]:
     """The tangents of out [batch, q_heads, q_len, value_dim], in its dtype, and of lse [batch, q_heads,
     q_len], in fp32; statistics are the forward's."""
+    if request.cache is not None:
+        raise NotImplementedError(
+            "cached_attention has no derivatives, and a tensor of this call has a forward-mode tangent: call "
+            "attention or packed_attention"
+        )
     if is_cosine(request):
         return cosine_tangent(request, tangents)
     shape = request.shape
