@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 
 import torch
 
 Tensor = torch.Tensor
 Asked = tuple["Tensor | None", "frozenset[int] | None"]
-_asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
+_asked: Asked | None = None  # a plain name, which compilers can read
 
 
 @contextlib.contextmanager
@@ -25,22 +24,23 @@ def attention_rows(
     layers: the layers that return weights, by their `layer_idx`; None: all of them. Transformers leaves the
         others out of the attentions.
 
-    The weights are those before dropout, and no gradient flows through them.
+    The weights are those before dropout, and no gradient flows through them. It holds for all threads of the
+    process.
     """
     numbers = None if rows is None else torch.as_tensor(rows, dtype=torch.int64)
-    token = _asked.set((numbers, None if layers is None else frozenset(layers)))
+    global _asked
+    before, _asked = _asked, (numbers, None if layers is None else frozenset(layers))
     try:
         yield
     finally:
-        _asked.reset(token)
+        _asked = before
 
 
 def rows_for(module: torch.nn.Module, query: Tensor) -> Tensor | None:
     """The rows whose weights this layer is asked for; None where it is not."""
-    asked = _asked.get()
-    if asked is None:
+    if _asked is None:
         return None
-    rows, layers = asked
+    rows, layers = _asked
     if layers is not None and getattr(module, "layer_idx", None) not in layers:
         return None
     return torch.arange(query.shape[2], device=query.device) if rows is None else rows.to(query.device)
@@ -48,4 +48,4 @@ def rows_for(module: torch.nn.Module, query: Tensor) -> Tensor | None:
 
 def is_asked() -> bool:
     """Whether an `attention_rows` block is entered."""
-    return _asked.get() is not None
+    return _asked is not None
