@@ -29,6 +29,9 @@ from tilewise.tools.compiled.compiler import TARGETS, CompileError
 from tilewise.tools.inspect.inspect import inspect_one
 
 NVIDIA = [target for target in TARGETS if target.startswith("sm")]
+WITHOUT_PRODUCTS = (
+    "prepare_kernel", "finish_dq_kernel", "combine_kernel", "list_keys_kernel", "list_rows_kernel"
+)  # fmt: skip
 BARRIER_BYTES = 2048  # what Triton keeps in shared memory besides tiles: barriers, scratch of reductions
 
 
@@ -204,7 +207,7 @@ def test_every_feature_compiles_in_the_backward(backward_feature_kernels, target
     assert kernels
     for each in kernels:
         assert each.shared_bytes <= SHARED_BYTES[target], each
-        assert each.matmuls or each.kernel in ("prepare_kernel", "finish_dq_kernel"), each
+        assert each.matmuls or each.kernel in WITHOUT_PRODUCTS, each
 
 
 # What the kernels of tangents spill at most, in bytes a thread; several features at once, as much as they do.
@@ -217,7 +220,8 @@ def test_tangents_compile(tmp_path_factory, target):
     kernels = [each for name in lists for each in shipped(name, tmp_path_factory)[target]]
     for each in kernels:
         assert each.matmuls and each.shared_bytes <= SHARED_BYTES[target], each
-        assert each.spill_bytes <= SPILLS.get(each.variant, each.spill_bytes), each
+        if target in NVIDIA:
+            assert each.spill_bytes <= SPILLS.get(each.variant, each.spill_bytes), each
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -226,7 +230,7 @@ def test_statistics_compile(tmp_path_factory, target):
     assert kernels
     for each in kernels:
         assert each.shared_bytes <= SHARED_BYTES[target], each
-        assert each.matmuls or each.kernel in ("prepare_kernel", "finish_dq_kernel", "combine_kernel"), each
+        assert each.matmuls or each.kernel in WITHOUT_PRODUCTS, each
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -310,7 +314,8 @@ def test_float32_is_ieee_unless_tf32_is_asked_for(main_tiles):
 def test_every_feature_compiles(feature_kernels, target):
     assert feature_kernels[target]
     for each in feature_kernels[target]:
-        assert each.shared_bytes <= SHARED_BYTES[target] and each.matmuls, each
+        assert each.shared_bytes <= SHARED_BYTES[target], each
+        assert each.matmuls or each.kernel in WITHOUT_PRODUCTS, each
 
 
 @pytest.mark.parametrize("target", TARGETS)
