@@ -238,7 +238,8 @@ def why_not_cached(q: Tensor, cache_k: Tensor, cache_v: Tensor, arguments: dict[
     found = unknown_names("cached_attention", arguments, CACHED_ARGUMENTS)
     known = {name: value for name, value in arguments.items() if name in CACHED_ARGUMENTS}
     new_k, new_v, rotary = (known.pop(name, None) for name in NEW)
-    stats = [known.pop(name, None) for name in RETURNED][1]
+    stats = known.get("return_stats")
+    known = {name: value for name, value in known.items() if name not in RETURNED}
     found += unbuildable(known)
     try:
         request = cached_request(q, cache_k, cache_v, **without_drawing(q, known))

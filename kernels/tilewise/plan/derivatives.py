@@ -54,7 +54,7 @@ def run_tangent(request: Request, statistics: Tensor, tangents: Tangents) -> tup
     if sink is not None and request.sink is not None:
         mean = sink_weights(request.sink, tangent.row_max, tangent.sum_log2) * sink.float()[:, None]
     out = empty_in_order_of(request.q, shape.value_dim)
-    launch_tangent(tangent, out, mean, sink is not None, choose_tangent_tile(request.q, request.shape, "dq"))
+    launch_tangent(tangent, out, mean, sink is not None, choose_tangent_tile(request.q, shape, "dq"))
     return out, mean
 
 
@@ -80,7 +80,7 @@ def run_second(
     grads: dict[int, Tensor] = {}
     if needs[0]:
         grads[0] = empty_in_order_of(q, shape.head_dim)
-        launch_rows(second, grads[0], choose_tangent_tile(request.q, request.shape, "dq"))
+        launch_rows(second, grads[0], choose_tangent_tile(q, shape, "dq"))
     if needs[1] or needs[2]:
         grads[1], grads[2] = empty_in_order_of(k, shape.head_dim), empty_in_order_of(v, shape.value_dim)
         launch_keys(second, grads[1], grads[2], tile)
