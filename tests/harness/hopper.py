@@ -14,6 +14,7 @@ HOPPER = dict(impl="hopper")
 REFUSED = {
     "float32", "no_key", "dropout", "user_score",
     "documents", "scattered_documents", "intervals", "bool_mask", "user_mask", "user_interval",
+    "blocks", "block_causal", "neighborhood", "either", "opposite",
     "sliced_layout", "expanded_layout", "inner_strided_layout",
     "packed_rows", "packed_apart", "cached_rows", "paged_rows",
 }  # fmt: skip
