@@ -9,6 +9,7 @@ from .cached import cached_attention
 from .drop_in import flash_impl as _flash_impl  # makes its name known to PyTorch
 from .joining import merge
 from .packed import check_offsets, packed_attention
+from .parts.fp8 import Scales
 from .parts.masks.algebra import AnyOf, Not
 from .parts.masks.block_causal import BlockCausal
 from .parts.masks.blocks import Blocks
@@ -32,6 +33,7 @@ from .parts.scores.user import UserScore
 from .parts.similarity import Cosine
 from .parts.stats import Statistics, Stats
 from .plan import tiles
+from .quantized import Quantized, quantize
 from .scaled_dot_product import scaled_dot_product_attention
 from .tools.explain.explain import explain
 from .version import __version__ as __version__
@@ -56,8 +58,10 @@ __all__ = [
     "Not",
     "Padding",
     "Prefix",
+    "Quantized",
     "RelativePosition",
     "RotaryTable",
+    "Scales",
     "Score",
     "Softcap",
     "Statistics",
@@ -77,6 +81,7 @@ __all__ = [
     "merge",
     "nn",
     "packed_attention",
+    "quantize",
     "scaled_dot_product_attention",
     "sdpa",
     "tiles",

@@ -12,6 +12,7 @@ import tilewise_reference
 from .kernels.dropout_mask import launch_dropout_mask
 from .parts.dropout import Dropout
 from .parts.dtensors import is_dtensor
+from .parts.fp8 import Scales
 from .parts.masks.mask import Mask, as_mask
 from .parts.scores.bias import Bias
 from .parts.scores.score import Score, as_scores
@@ -46,7 +47,7 @@ PARTS: dict[str, Callable[[Any], Any]] = {
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
-    dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, scales: Scales | None = None,
     return_lse: Literal[False] = False, return_stats: None = None, impl: str | None = None,
     strict: bool = False, deterministic: bool = True,
 ) -> Tensor: ...  # fmt: skip
@@ -54,7 +55,7 @@ def attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
-    dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, scales: Scales | None = None,
     return_lse: Literal[True], return_stats: None = None, impl: str | None = None, strict: bool = False,
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -62,7 +63,7 @@ def attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
-    dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, scales: Scales | None = None,
     return_lse: Literal[False] = False, return_stats: Stats, impl: str | None = None, strict: bool = False,
     deterministic: bool = True,
 ) -> tuple[Tensor, Statistics]: ...  # fmt: skip
@@ -70,7 +71,7 @@ def attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Tensor | None = None, score: Any = None,
     scale: float | Tensor | None = None, similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None,
-    dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, scales: Scales | None = None,
     return_lse: Literal[True], return_stats: Stats, impl: str | None = None, strict: bool = False,
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Statistics]: ...  # fmt: skip
@@ -87,6 +88,7 @@ def attention(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    scales: Scales | None = None,
     return_lse: bool = False,
     return_stats: Stats | None = None,
     impl: str | None = None,
@@ -153,7 +155,7 @@ def attention(
         q, k, v = jagged[:3]
     request = make_request(
         q, k, v, mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, scales=scales, impl=impl, strict=strict,
         deterministic=deterministic,
         packing=None if jagged is None else jagged.packing,
     )  # fmt: skip

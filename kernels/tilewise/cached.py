@@ -9,6 +9,7 @@ import torch
 
 from .api import Results, answer, answer_with, refuse_unknown, returned
 from .parts.dtensors import is_dtensor
+from .parts.fp8 import Scales
 from .parts.masks.mask import Mask
 from .parts.rotary import RotaryTable
 from .parts.scores.score import Score
@@ -31,8 +32,8 @@ def cached_attention(
     rotary: RotaryTable | None = None, split_size: int | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, return_stats: None = None,
-    impl: str | None = None, strict: bool = False,
+    dropout_seed: Tensor | None = None, scales: Scales | None = None, return_lse: Literal[False] = False,
+    return_stats: None = None, impl: str | None = None, strict: bool = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def cached_attention(
@@ -41,8 +42,8 @@ def cached_attention(
     rotary: RotaryTable | None = None, split_size: int | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[True], return_stats: None = None,
-    impl: str | None = None, strict: bool = False,
+    dropout_seed: Tensor | None = None, scales: Scales | None = None, return_lse: Literal[True],
+    return_stats: None = None, impl: str | None = None, strict: bool = False,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def cached_attention(
@@ -51,8 +52,8 @@ def cached_attention(
     rotary: RotaryTable | None = None, split_size: int | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, return_stats: Stats,
-    impl: str | None = None, strict: bool = False,
+    dropout_seed: Tensor | None = None, scales: Scales | None = None, return_lse: Literal[False] = False,
+    return_stats: Stats, impl: str | None = None, strict: bool = False,
 ) -> tuple[Tensor, Statistics]: ...  # fmt: skip
 @overload
 def cached_attention(
@@ -61,8 +62,8 @@ def cached_attention(
     rotary: RotaryTable | None = None, split_size: int | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[True], return_stats: Stats,
-    impl: str | None = None, strict: bool = False,
+    dropout_seed: Tensor | None = None, scales: Scales | None = None, return_lse: Literal[True],
+    return_stats: Stats, impl: str | None = None, strict: bool = False,
 ) -> tuple[Tensor, Tensor, Statistics]: ...  # fmt: skip
 def cached_attention(
     q: Tensor,
@@ -84,6 +85,7 @@ def cached_attention(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    scales: Scales | None = None,
     return_lse: bool = False,
     return_stats: Stats | None = None,
     impl: str | None = None,
@@ -125,7 +127,7 @@ def cached_attention(
     request = cached_request(
         q, cache_k, cache_v, kv_lens=kv_lens, pages=pages, q_offsets=q_offsets, split_size=split_size,
         mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, scales=scales, impl=impl, strict=strict,
     )  # fmt: skip
     if return_stats is not None:
         for reason in why_not_stats(request, new_k, new_v, rotary, return_stats):

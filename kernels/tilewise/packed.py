@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import torch
 
 from .api import Results, answer, answer_with, refuse_unknown, returned
+from .parts.fp8 import Scales
 from .parts.masks.mask import Mask
 from .parts.scores.score import Score
 from .parts.similarity import Cosine
@@ -23,32 +24,32 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, q_offsets: Tensor, kv_offsets: Tensor | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, return_stats: None = None,
-    impl: str | None = None, strict: bool = False, deterministic: bool = True,
+    dropout_seed: Tensor | None = None, scales: Scales | None = None, return_lse: Literal[False] = False,
+    return_stats: None = None, impl: str | None = None, strict: bool = False, deterministic: bool = True,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, q_offsets: Tensor, kv_offsets: Tensor | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[True], return_stats: None = None,
-    impl: str | None = None, strict: bool = False, deterministic: bool = True,
+    dropout_seed: Tensor | None = None, scales: Scales | None = None, return_lse: Literal[True],
+    return_stats: None = None, impl: str | None = None, strict: bool = False, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, q_offsets: Tensor, kv_offsets: Tensor | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[False] = False, return_stats: Stats,
-    impl: str | None = None, strict: bool = False, deterministic: bool = True,
+    dropout_seed: Tensor | None = None, scales: Scales | None = None, return_lse: Literal[False] = False,
+    return_stats: Stats, impl: str | None = None, strict: bool = False, deterministic: bool = True,
 ) -> tuple[Tensor, Statistics]: ...  # fmt: skip
 @overload
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, q_offsets: Tensor, kv_offsets: Tensor | None = None, mask: Any = None,
     bias: Tensor | None = None, score: Any = None, scale: float | Tensor | None = None,
     similarity: str | Cosine = "scaled_dot", sink: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, return_lse: Literal[True], return_stats: Stats,
-    impl: str | None = None, strict: bool = False, deterministic: bool = True,
+    dropout_seed: Tensor | None = None, scales: Scales | None = None, return_lse: Literal[True],
+    return_stats: Stats, impl: str | None = None, strict: bool = False, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Statistics]: ...  # fmt: skip
 def packed_attention(
     q: Tensor,
@@ -65,6 +66,7 @@ def packed_attention(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    scales: Scales | None = None,
     return_lse: bool = False,
     return_stats: Stats | None = None,
     impl: str | None = None,
@@ -101,7 +103,7 @@ def packed_attention(
         refuse_unknown("packed_attention", unknown, PACKED_ARGUMENTS)
     request = make_request(
         *as_heads(q, k, v), mask=mask, bias=bias, score=score, scale=scale, similarity=similarity, sink=sink,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, impl=impl, strict=strict,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, scales=scales, impl=impl, strict=strict,
         deterministic=deterministic,
         packing=as_packing(q_offsets, kv_offsets),
     )  # fmt: skip

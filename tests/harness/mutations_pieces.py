@@ -97,7 +97,7 @@ MUTATIONS = (
              "return min([each for each in dims if each > dim],",
              tests("compiled", "every_row_of_the_table_fits")),
     Mutation("wide: shared memory as for larger instructions", ROOM,
-             "from_shared = element_bytes == 2 and rows >= 64 and", "from_shared = element_bytes == 2 and",
+             "from_shared = element_bytes <= 2 and rows >= 64 and", "from_shared = element_bytes <= 2 and",
              tests("compiled", "every_row_of_the_table_fits")),
 )
 # fmt: on

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..parts.fp8 import FP8, NARROWEST_FP8
 from ..parts.masks.mask import BoundMask
 from ..parts.numerics import INTERPRETED, float32_precision
-from ..parts.pieces import pieces_of
+from ..parts.pieces import NARROWEST, pieces_of
 from ..parts.scores.score import BoundScore
 from ..parts.shape import Shape, ceil_div, next_power_of_two
 
@@ -31,6 +32,7 @@ class Call(NamedTuple):
     dropout: tuple[Any, ...]
     is_grouped: bool = False  # the forward's tiles of rows hold those of all heads of a group
     has_holes: bool = False  # walks are over lists of tiles: coverage.py
+    v_scales: tuple[Any, ...] = ()  # what v's numbers stand for, where they are fp8: fp8.py
 
 
 class Split(NamedTuple):
@@ -109,6 +111,7 @@ def shared_arguments(call: Call) -> dict[str, Any]:
         mask_args, score_args    what the functions in INTERVALS and KEEPS, and those in SCORES, are given
     """
     shape, functions = call.shape, function_arguments(call)
+    narrowest = NARROWEST_FP8 if call.q.dtype == FP8 else NARROWEST
     return dict(
         call=(
             (call.q, call.k, call.v),
@@ -125,7 +128,7 @@ def shared_arguments(call: Call) -> dict[str, Any]:
         SCORES=functions["SCORES"],
         HEAD_DIM=shape.head_dim,
         VALUE_DIM=shape.value_dim,
-        HEAD_TILE=pieces_of(shape.head_dim),
+        HEAD_TILE=pieces_of(shape.head_dim, narrowest),
         VALUE_TILE=pieces_of(shape.value_dim),
         PRECISION=float32_precision(),
         enable_fp_fusion=True,

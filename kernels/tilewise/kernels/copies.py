@@ -18,10 +18,16 @@ from .tile import CopiedTile, Tile
 
 def copies_of(call: Call, tile: Tile) -> dict[str, TensorDescriptor | None]:
     """Descriptors of K and of V for each of at most two pieces of columns, by the names of the kernel's
-    arguments: Triton 3.6 launches no kernel that is given them in a tuple. None where threads load."""
+    arguments: Triton 3.6 launches no kernel that is given them in a tuple. None where threads load, as they
+    do of fp8, whose values lie along the keys."""
     found: dict[str, TensorDescriptor | None] = dict.fromkeys(("k_copy", "k_copy_2", "v_copy", "v_copy_2"))
     in_pages = call.shape.cache is not None and call.shape.cache.pages is not None
-    if not isinstance(tile, CopiedTile) or in_pages or not (can_be_copied(call.k) and can_be_copied(call.v)):
+    if (
+        not isinstance(tile, CopiedTile)
+        or in_pages
+        or call.v_scales
+        or not (can_be_copied(call.k) and can_be_copied(call.v))
+    ):
         return found
     for name, x in (("k_copy", call.k), ("v_copy", call.v)):
         found |= dict(zip((name, f"{name}_2"), descriptors(x, tile.tile_kv), strict=False))

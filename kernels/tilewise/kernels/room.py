@@ -35,8 +35,8 @@ HOPPER_BACKWARD_REGISTERS = 224  # of 240
 def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass = "forward") -> int:
     """Shared memory that a pass needs at most: the two tiles that a program owns, the two it walks over,
     times those in flight, and P and dS on their way from one matmul to the next. Hopper's and Blackwell's
-    16-bit matmuls of 64 rows and more take all stages from shared memory, others one less; without pipelining
-    K and V share one place in the forward. CDNA keeps what a program owns in registers."""
+    matmuls of 8 and 16 bits with 64 rows and more take all stages from shared memory, others one less;
+    without pipelining K and V share one place in the forward. CDNA keeps what a program owns in registers."""
     if isinstance(tile, HopperBackwardTile):
         return hopper_backward_bytes(tile, dim)
     if isinstance(tile, HopperTile):
@@ -53,7 +53,7 @@ def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass
     share = 4 * tile.tile_q * dim if work == "dqkv" else 0
     owned = 0 if arch.startswith("gfx") else owned
     rows = {"dkv": tile.tile_kv, "dqkv": dim}.get(work, tile.tile_q)  # of dQ's share, its columns
-    from_shared = element_bytes == 2 and rows >= 64 and family(arch) in ("sm_90", "sm_100")
+    from_shared = element_bytes <= 2 and rows >= 64 and family(arch) in ("sm_90", "sm_100")
     between = 0 if from_shared else tile.tile_q * tile.tile_kv
     in_flight = tile.num_stages if from_shared else max(1, tile.num_stages - 1)
     buffers = 1 if tile.num_stages == 1 and work == "forward" else 2 * in_flight

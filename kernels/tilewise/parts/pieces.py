@@ -23,16 +23,17 @@ UNDIVIDED = 64  # columns that are one piece
 WIDE = 256  # from more columns on, sums leave a program few registers
 
 
-def pieces_of(dim: int) -> tuple[int, ...]:
-    """The columns of the pieces that hold rows of `dim`: one power of two, or two where these have fewer.
+def pieces_of(dim: int, narrowest: int = NARROWEST) -> tuple[int, ...]:
+    """The columns of the pieces that hold rows of `dim`: one power of two, or two where these have fewer; in
+    none fewer than the narrowest.
 
     Two are a quarter less than one at least. A third would spare an eighth at most, and each takes a product,
     a load and addresses of its own. Up to 64 columns exponentials and instructions take longer than products,
     and one piece has fewer instructions. The wider comes last: Triton distributes all products of a step over
     the warps as the last one, and after a narrow one several warps would compute the same numbers."""
-    whole = max(NARROWEST, next_power_of_two(dim))
+    whole = max(narrowest, next_power_of_two(dim))
     half = whole // 2
-    rest = max(NARROWEST, next_power_of_two(dim - half))
+    rest = max(narrowest, next_power_of_two(dim - half))
     return (rest, half) if dim > UNDIVIDED and rest + half < whole else (whole,)
 
 

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from .addressing import page_of, rows_of
 from .described import worded
+from .fp8 import FP8, Descaled, Scales
 from .numerics import round_to, widen
 from .pieces import dots, magnitudes, scaled, where_rows, widened
 from .scores.score import STATE, BoundScore, Parameter, Score, Seconds, padded_sizes
@@ -166,6 +167,7 @@ class Normalised(Score):
 
 def inverse_lengths(x: torch.Tensor) -> torch.Tensor:
     """1 / max(|row|, ε) of each row of [batch, heads, length, head_dim], in fp32 and contiguous."""
+    x = x.bfloat16() if x.dtype == FP8 else x  # in which PyTorch has no norm, and which bf16 holds exactly
     lengths = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
     return lengths.clamp_min(EPSILON.value).reciprocal().contiguous()
 
@@ -190,16 +192,18 @@ def similarity_scores(
     similarity: str | Cosine,
     scale: float | torch.Tensor | None,
     in_natural_units: bool,
+    scales: Scales | None = None,
 ) -> Similarity:
     """The similarity and the scale as modifiers. in_natural_units: what follows, modifiers of the caller or a
-    sink, needs scores in natural units."""
+    sink, needs scores in natural units. scales: of q and k, if they are fp8; the cosine does not see them."""
     scale = default_scale(similarity, q.shape[3]) if scale is None else scale
     if similarity == "cosine" or isinstance(similarity, Cosine):
         temperature = similarity.temperature if isinstance(similarity, Cosine) else 1.0
         factors = (Scale("scale", scale), Scale("temperature", temperature))
         kept = tuple(f for f in factors if isinstance(f.scale, torch.Tensor) or f.scale != 1.0)
         return Similarity((Normalised(q, k), *kept), None, unit_rows, orthogonal_part)
+    own = () if scales is None else (Descaled(scales),)
     # Maxima of scaled and unscaled products agree only for a positive scale; and the unit must be a number.
     if isinstance(scale, torch.Tensor) or in_natural_units or not SMALLEST_UNIT <= scale <= LARGEST_UNIT:
-        return Similarity((Scale("scale", scale),), None)
-    return Similarity((), float(scale))
+        return Similarity((*own, Scale("scale", scale)), None)
+    return Similarity(own, float(scale))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..kernels.call import Call
+from ..parts.fp8 import of_values
 from ..parts.place import place_mask, place_score
 from .request import Request
 
@@ -15,6 +18,10 @@ def bind(request: Request) -> Call:
         masks = [place_mask(mask, place) for mask in masks]
         scores = [place_score(score, place) for score in scores]
     asked = None if place is None else place.asked
+    dropout = () if request.dropout is None else request.dropout.args(asked)
+    v_scales: tuple[Any, ...] = ()
+    if request.scales is not None:
+        v_scales = of_values(request.scales, shape, dropout[2] if dropout else 1.0)
     return Call(
         shape=shape,
         q=request.q,
@@ -29,5 +36,6 @@ def bind(request: Request) -> Call:
         has_gaps=any([mask.has_gaps for mask in request.masks]),
         is_grouped=request.cache is not None,
         has_holes=request.has_holes,
-        dropout=() if request.dropout is None else request.dropout.args(asked),
+        dropout=dropout,
+        v_scales=v_scales,
     )

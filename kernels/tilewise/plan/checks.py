@@ -17,7 +17,7 @@ from ..parts.numerics import INTERPRETED
 from ..parts.similarity import Cosine
 from .implementation import is_watched
 from .request import Request
-from .rules import cache, hopper, implementations, options, sharding, tensors
+from .rules import cache, fp8, hopper, implementations, options, sharding, tensors
 
 Rule = Callable[[Request], "str | None"]
 
@@ -45,6 +45,7 @@ OF_TENSORS: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
     (tensors.dtypes_agree, GIVEN),
     (tensors.dtype_is_supported, GIVEN),
     (tensors.devices_agree, GIVEN),
+    (fp8.scales_are_given, GIVEN),
 )
 TENSORS = tuple(rule for rule, _ in OF_TENSORS)
 FITTING_PARTS = (*SIZES, options.masks_and_scores_fit)
@@ -71,6 +72,12 @@ RULES: tuple[tuple[Rule, tuple[Rule, ...]], ...] = (
     (implementations.memory_is_linear, FITTING),
 )
 RULES += ((cache.cache_has_no_gradient, SIZES), (sharding.sharding_fits, SIZES))
+RULES += (
+    (fp8.scales_fit, (*SIZES, cache.pages_fit)),
+    (fp8.chip_multiplies_fp8, KNOWN),
+    (fp8.fp8_has_no_gradient, SIZES),
+    (fp8.fp8_is_plain, SIZES),
+)
 RULES += ((implementations.gradients_exist, tuple(rule for rule, _ in RULES)),)
 
 
@@ -113,6 +120,7 @@ def looks(r: Request) -> tuple[Any, ...]:
         r.deterministic is True or r.deterministic is False,
         r.strict and (is_watched(), *[t.stride() for _, t in r.other_tensors]),
         r.impl == "hopper" and hopper.looks(r), r.place, sharding.looks(r),
+        r.scales is not None and (r.scales[3:], fp8.is_transformed()),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch
 from triton.runtime.jit import KernelInterface
 
 from ..parts.dropout import Dropout
+from ..parts.fp8 import Scales
 from ..parts.numerics import float32_precision
 from ..parts.place import Place
 from ..parts.plug import Plug
@@ -123,5 +124,5 @@ PUT: dict[type, Callable[[Any, list[Any], list[Tensor]], None]] = {
     Tensor: put_tensor, torch.nn.Parameter: put_tensor,
     type(None): put_word, str: put_word, bool: put_number, int: put_number, float: put_number,
     tuple: put_tuple, Cosine: put_tuple, Dropout: put_tuple, Packing: put_tuple, Cache: put_tuple,
-    Pages: put_tuple, Place: put_tuple,
+    Pages: put_tuple, Place: put_tuple, Scales: put_tuple, torch.dtype: put_word,
 }  # fmt: skip

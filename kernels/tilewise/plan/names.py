@@ -52,6 +52,7 @@ LAYOUT = (
 )
 IMPL = "give impl=, one of 'portable', 'hopper' and 'torch', or leave it out"
 LSE = "give return_lse=True"
+SCALES = "give scales=tilewise.Scales(q, k, v), which tilewise.quantize(q, k, v) makes with the numbers"
 SINK = "give sink=, a logit a head"
 CACHED = (
     "call tilewise.cached_attention(q, cache_k, cache_v, kv_lens=..., pages=...), or "
@@ -85,6 +86,8 @@ ELSEWHERE = {
     "return_softmax": WEIGHTS,
     "return_logsumexp": LSE, "return_softmax_lse": LSE, "return_residual": LSE,
     "sinks": SINK, "learnable_sink": SINK, "s_aux": SINK, "attention_sink": SINK,
+    "q_descale": SCALES, "k_descale": SCALES, "v_descale": SCALES, "descale_q": SCALES, "descale_k": SCALES,
+    "descale_v": SCALES, "q_scale": SCALES, "k_scale": SCALES, "v_scale": SCALES,
     "layout": LAYOUT, "tensor_layout": LAYOUT, "qkv_format": LAYOUT, "batch_first": LAYOUT,
     "backend": IMPL, "implementation": IMPL, "op": IMPL, "attn_implementation": IMPL,
     "block_table": CACHED, "page_table": CACHED, "k_cache": CACHED, "v_cache": CACHED,

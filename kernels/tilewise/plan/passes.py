@@ -31,12 +31,12 @@ Tensor = torch.Tensor
 def run_forward(
     request: Request, return_lse: bool, for_backward: bool = False, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """out [batch, q_heads, q_len, value_dim] in q's dtype and memory order (or the one given, filled), lse
-    [batch, q_heads, q_len], and the statistics [2, batch, q_heads, q_len] of `launch_forward`; with packed
-    sequences 1 for batch."""
+    """out [batch, q_heads, q_len, value_dim] in `out_dtype` and q's memory order (or the one given, filled),
+    lse [batch, q_heads, q_len], and the statistics [2, batch, q_heads, q_len] of `launch_forward`; with
+    packed sequences 1 for batch."""
     q, shape = request.q, request.shape
     rows = q.shape[:3]
-    out = empty_in_order_of(q, shape.value_dim) if out is None else out
+    out = empty_in_order_of(q, shape.value_dim, request.out_dtype) if out is None else out
     lse = q.new_empty(rows, dtype=torch.float32) if return_lse else None
     statistics = q.new_empty((2, *rows), dtype=torch.float32) if for_backward else None
     call = bind(request)

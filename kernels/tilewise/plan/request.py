@@ -9,6 +9,7 @@ import torch
 
 from ..parts.dropout import Dropout
 from ..parts.dtensors import is_dtensor
+from ..parts.fp8 import FP8, Scales
 from ..parts.masks.mask import Mask, as_mask
 from ..parts.place import Place
 from ..parts.scores.bias import Bias
@@ -41,6 +42,7 @@ class Request:
     deterministic: bool = True  # of the backward
     # Where it lies in a larger call, whose masks, scores and dropout these are; else they are its own.
     place: Place | None = None
+    scales: Scales | None = None  # then q, k and v are fp8
     _shape: Shape | None = field(default=None, init=False)
     _similarity_scores: Similarity | None = field(default=None, init=False)
     _other_tensors: list[tuple[str, torch.Tensor]] | None = field(default=None, init=False)
@@ -72,7 +74,7 @@ class Request:
         if self._similarity_scores is None:
             in_natural_units = bool(self.scores) or self.sink is not None
             self._similarity_scores = similarity_scores(
-                self.q, self.k, self.similarity, self.scale, in_natural_units
+                self.q, self.k, self.similarity, self.scale, in_natural_units, self.scales
             )
         return self._similarity_scores
 
@@ -101,6 +103,7 @@ class Request:
         kv_lens = None if self.cache is None else self.cache.kv_lens
         pages = None if self.cache is None else self.cache.pages
         table = None if pages is None else pages.table
+        q_scale, k_scale, v_scale = (None,) * 3 if self.scales is None else self.scales[:3]
         given = (
             ("scale", self.scale),
             ("temperature", temperature),
@@ -110,12 +113,19 @@ class Request:
             ("kv_offsets", kv_offsets),
             ("kv_lens", kv_lens),
             ("pages", table),
+            ("scales.q", q_scale),
+            ("scales.k", k_scale),
+            ("scales.v", v_scale),
         )
         found = [(name, value) for name, value in given if isinstance(value, torch.Tensor)]
         for part in self.plugs:
             found += [(part.called(name), t) for name, t in part.tensors().items()]
         self._other_tensors = found
         return found
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return self.q.dtype if self.scales is None else self.scales.dtype
 
     @property
     def needs_gradient(self) -> bool:
@@ -140,6 +150,7 @@ def make_request(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    scales: Scales | None = None,
     impl: str | None = None,
     strict: bool = False,
     deterministic: bool = True,
@@ -158,8 +169,9 @@ def make_request(
     if dropout_p != 0 and (dropout_seed is not None or isinstance(q, Tensor)):
         dropout = Dropout(dropout_p, seed_for(q) if dropout_seed is None else dropout_seed)
     return Request(
-        q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict, packing, cache, deterministic
-    )
+        q, k, v, masks, scores, scale, similarity, sink, impl, dropout, strict, packing, cache, deterministic,
+        scales=scales,
+    )  # fmt: skip
 
 
 def as_heads(*tensors: Any) -> list[Any]:
@@ -231,8 +243,9 @@ def without_drawing(q: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_cast(x: Any) -> bool:
-    """Whether autocast casts x, by PyTorch's rule: floating point numbers, but for fp64."""
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    """Whether autocast casts x, by PyTorch's rule: floating point numbers, but for fp64; and for fp8, which
+    without its scales is no number."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in (torch.float64, FP8)
 
 
 def is_autocast(device: torch.device) -> bool:

@@ -48,7 +48,8 @@ def forward(request: Request, stats: Stats, for_backward: bool) -> tuple[Tensor,
     """out, lse and statistics [blocks, q_heads, ...], by the portable kernels."""
     q, shape = request.q, request.shape
     sizes = q.shape[:3]
-    out, lse = empty_in_order_of(q, shape.value_dim), q.new_empty(sizes, dtype=torch.float32)
+    out = empty_in_order_of(q, shape.value_dim, request.out_dtype)
+    lse = q.new_empty(sizes, dtype=torch.float32)
     rows = q.new_empty((2, *sizes), dtype=torch.float32)
 
     def asked(splits: tuple[int, ...] = ()) -> RowStats:

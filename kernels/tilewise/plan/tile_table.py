@@ -21,13 +21,14 @@ from typing import Any
 
 from ..kernels.tile import HOPPER_PASSES, PASSES, Pass, Tile, tile_from
 
-# Pass, architecture, bytes an element (2: fp16 and bf16, 4: fp32), and the widest head_dim and value_dim that
+# Pass, architecture, bytes an element (1: fp8, in the forward; 2: fp16 and bf16; 4: fp32), and the widest
+# head_dim and value_dim that
 # the row serves: down to those of the next narrower row; of Hopper's forward, see `tiles.tile_dim`.
 Key = tuple[Pass, str, int, int]
 
 SHIPPED = Path(__file__).with_name("tile_table.json")
 FORMAT = 1
-ELEMENT_BYTES, DIMS = (2, 4), (64, 128, 256)
+ELEMENT_BYTES, DIMS = (1, 2, 4), (64, 128, 256)
 # These have a row where that of the next width does not do, or where there is none.
 OTHER_DIMS = (96, 160, 192, 576)
 MOST_WARPS, MOST_STAGES = 32, 8

@@ -85,6 +85,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def multiplies_fp8(arch: str) -> bool:
+    """Whether a chip of this architecture has tensor cores for e4m3 that the kernels use."""
+    return family(arch) in ("sm_90", "sm_100")
+
+
 def is_proven(evidence: Evidence) -> bool:
     """Whether a GPU has shown that a kernel of Hopper's is right there, and faster than the portable one."""
     right = evidence.error is not None and evidence.error <= 1
@@ -164,6 +169,12 @@ def arch_walks(arch: str, element_bytes: int, shape: Shape, in_order: bool) -> i
     return 1 if not in_order and key in ONE_WALK else 2
 
 
+def row_bytes(q: torch.Tensor, work: Pass) -> int:
+    """The bytes an element of the rows that serve q in a pass: fp8 has rows of its own in the forward alone.
+    What else walks over such numbers, for statistics, takes those of 16 bits."""
+    return q.element_size() if work == "forward" else max(2, q.element_size())
+
+
 def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
     """The tile for a pass over a call. Short queries get short tiles; kv_len plays no part on a GPU, so that
     a row's result does not depend on how much padding follows it."""
@@ -179,7 +190,7 @@ def choose_tile(q: torch.Tensor, shape: Shape, work: Pass) -> Tile:
             return Tile(length_tile(rows_of_a_tile(shape), 32), 32)
         return Tile(length_tile(shape.q_len, 64), length_tile(shape.kv_len, 64))
     dim = tile_dim(shape.head_dim, shape.value_dim, work)
-    return cut_tile(device_row(q.device, q.element_size(), dim, work)[0], shape, dim, work)
+    return cut_tile(device_row(q.device, row_bytes(q, work), dim, work)[0], shape, dim, work)
 
 
 def tile_choice(q: torch.Tensor, shape: Shape, work: Pass) -> tuple[Tile, str]:
@@ -191,7 +202,7 @@ def tile_choice(q: torch.Tensor, shape: Shape, work: Pass) -> tuple[Tile, str]:
     if INTERPRETED:
         return tile, "interpreter"
     dim = tile_dim(shape.head_dim, shape.value_dim, work)
-    return tile, device_row(q.device, q.element_size(), dim, work)[1]
+    return tile, device_row(q.device, row_bytes(q, work), dim, work)[1]
 
 
 def arch_choice(arch: str, element_bytes: int, shape: Shape, work: Pass) -> tuple[Tile, str]:

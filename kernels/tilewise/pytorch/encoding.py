@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..parts.dropout import Dropout
+from ..parts.fp8 import Scales
 from ..parts.place import Place
 from ..parts.plug import Plug
 from ..parts.shape import Cache, Packing, Pages
@@ -29,6 +30,9 @@ from ..plan.request import Request
 from .names import registered, registered_name
 
 ANY_ORDER = "any order"  # the first word where deterministic is False, and nowhere else
+
+
+DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 class Encoded(NamedTuple):
@@ -70,8 +74,10 @@ def encode(request: Request) -> Encoded:
     packing = None if request.packing is None else tuple(request.packing)
     cache = None if request.cache is None else as_tuples(request.cache)
     place = None if request.place is None else tuple(request.place)
+    scales = None if request.scales is None else (*request.scales[:4], DTYPE_NAMES[request.scales.dtype])
     given = (
-        request.scale, temperature, similarity, request.sink, seed, packing, cache, p, request.impl, place
+        request.scale, temperature, similarity, request.sink, seed, packing, cache, p, request.impl, place,
+        scales,
     )  # fmt: skip
     for value in given:
         _put(value, encoded, words)
@@ -134,6 +140,10 @@ def from_tuples(given: tuple[Any, ...]) -> Cache:
     return Cache(kv_lens, None if pages is None else Pages(*pages), split_size)
 
 
+def as_scales(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int | None, dtype_name: str) -> Scales:
+    return Scales(q, k, v, rows, getattr(torch, dtype_name))
+
+
 def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) -> Request:
     """The request that `encode` was given; with the twins of the user's functions where plain PyTorch answers
     it."""
@@ -143,7 +153,9 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
     tensors, ints, floats = iter(encoded.tensors), iter(encoded.ints), iter(encoded.floats)
     take = lambda: _take(words, tensors, ints, floats)  # noqa: E731
 
-    scale, temperature, similarity, sink, seed, packing, cache, p, impl, place = (take() for _ in range(10))
+    scale, temperature, similarity, sink, seed, packing, cache, p, impl, place, scales = (
+        take() for _ in range(11)
+    )
     masks, scores = take(), take()
     for part, word in zip(leaves_of((*masks, *scores)), words, strict=False):
         if word != "N":
@@ -156,6 +168,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, encoded: Encoded) 
         cache=None if cache is None else from_tuples(cache),
         deterministic=deterministic,
         place=None if place is None else Place(*place),
+        scales=None if scales is None else as_scales(*scales),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ..parts.fp8 import FP8
 from ..parts.shape import computed_in
 from ..plan.derivatives import run_second, run_tangent
 from ..plan.implementation import implementation
@@ -59,8 +60,9 @@ def forward(
 
 
 def forward_shapes(q: Tensor, k: Tensor, v: Tensor, *request: Any) -> tuple[Tensor, ...]:
+    dtype = decode(q, k, v, Encoded(*request)).out_dtype if q.dtype == FP8 else q.dtype
     lse = q.new_empty(q.shape[:3], dtype=computed_in(q.dtype))
-    return empty_in_order_of(q, v.shape[3]), lse, lse.new_empty((2, *q.shape[:3]))
+    return empty_in_order_of(q, v.shape[3], dtype), lse, lse.new_empty((2, *q.shape[:3]))
 
 
 def backward(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from ..parts.shape import Cache, Packing, computed_in
 from ..plan.request import Request
+from .dequantized import own_numbers
 
 Tensor = torch.Tensor
 Answer = Callable[[Request, int], tuple[Tensor, Tensor]]
@@ -48,9 +50,9 @@ def nothing(request: Request, like: list[tuple[Tensor, Tensor]], rows: int) -> t
     return out.new_zeros(*sizes, request.shape.value_dim), lse.new_full(sizes, -torch.inf)
 
 
-def sequences(request: Request) -> Iterator[Request]:
-    """The dense request that is left of each sequence. Raises ValueError for offsets, lengths or pages that
-    lead out of the tensors."""
+def sequences(request: Request, dtype: torch.dtype = torch.float32) -> Iterator[Request]:
+    """The dense request that is left of each sequence, of fp8 with the numbers it stands for in this dtype.
+    Raises ValueError for offsets, lengths or pages that lead out of the tensors."""
     packing, cache, shape = request.packing, request.cache, request.shape
     q_starts = kv_starts = None
     if packing is not None:
@@ -60,19 +62,23 @@ def sequences(request: Request) -> Iterator[Request]:
             raise ValueError("; ".join(reasons))
         q_starts, kv_starts = (offsets.tolist() for offsets in packing.offsets())
     for batch in range(shape.batch):
-        if q_starts is None:
-            q = request.q[batch : batch + 1]
-        else:
-            q = request.q[:, :, q_starts[batch] : q_starts[batch + 1]]
+        own_q = partial(rows_of_sequence, starts=q_starts, batch=batch)
+        own_kv = partial(rows_of_sequence, starts=kv_starts, batch=batch)
         if cache is not None:
-            k, v = (filled(x, cache, batch, shape.kv_len) for x in (request.k, request.v))
+            own_kv = partial(filled, cache=cache, batch=batch, capacity=shape.kv_len)
+        if request.scales is None:
+            q, k, v = own_q(request.q), own_kv(request.k), own_kv(request.v)
         else:
-            assert kv_starts is not None
-            k, v = (x[:, :, kv_starts[batch] : kv_starts[batch + 1]] for x in (request.k, request.v))
+            q, k, v = own_numbers(request, batch, (own_q, own_kv, own_kv), dtype)
         place = None
         if request.place is not None:  # the part has some heads of each sequence, and all of its rows
             place = request.place._replace(q_len=q.shape[2], kv_len=k.shape[2])
-        yield replace(request, q=q, k=k, v=v, packing=None, cache=None, place=place)
+        yield replace(request, q=q, k=k, v=v, packing=None, cache=None, place=place, scales=None)
+
+
+def rows_of_sequence(x: Tensor, starts: list[int] | None, batch: int) -> Tensor:
+    """The rows of a sequence, [1, heads, rows, dim], of x, whose rows are packed if there are starts."""
+    return x[batch : batch + 1] if starts is None else x[:, :, starts[batch] : starts[batch + 1]]
 
 
 def filled(x: Tensor, cache: Cache, batch: int, capacity: int) -> Tensor:

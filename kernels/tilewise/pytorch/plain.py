@@ -45,6 +45,7 @@ from ..parts.similarity import Cosine
 from ..plan.implementation import is_watched
 from ..plan.passes import empty_in_order_of
 from ..plan.request import Request, is_autocast
+from .dequantized import dequantized
 from .pieces import by_sequence
 
 Tensor = torch.Tensor
@@ -55,9 +56,10 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 def run_torch(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """out in q's dtype and memory order, and lse in fp32 or, where q is, fp64."""
-    out, lse = unrounded(request, return_lse)
-    return empty_in_order_of(request.q, out.shape[3]).copy_(out), lse if return_lse else None
+    """out in its dtype and q's memory order, and lse in fp32 or, where q is, fp64."""
+    out, lse = unrounded(dequantized(request), return_lse)
+    like = empty_in_order_of(request.q, out.shape[3], request.out_dtype)
+    return like.copy_(out), lse if return_lse else None
 
 
 def unrounded(request: Request, return_lse: bool) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from tilewise_reference.attention import forward
 from ..parts.shape import computed_in
 from ..parts.stats import Statistics, Stats
 from ..plan.request import Request, is_autocast
+from .dequantized import dequantized
 from .pieces import check_extents, sequences
 from .plain import Block, blocks, can_run_again, oracle_arguments, run_again
 
@@ -37,6 +38,7 @@ class Asked(NamedTuple):
 
 def plain_statistics(request: Request, stats: Stats) -> Statistics:
     """[blocks, heads, ...], in fp32 or, where q is, fp64."""
+    request = dequantized(request)
     q = request.q
     given = stats.key_mass if isinstance(stats.key_mass, Tensor) else q.new_ones(())
     counts = given.detach().to(computed_in(q.dtype)).expand(q.shape[:3])

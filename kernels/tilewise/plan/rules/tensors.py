@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from ...parts.bounds import UNLIMITED
+from ...parts.fp8 import FP8
 from ...parts.hints import FLASH_LAYOUT, with_hint
 from ...parts.shape import FLOATS, ceil_div
 from ..request import Request
@@ -151,7 +152,7 @@ def dtypes_agree(r: Request) -> str | None:
 
 
 def dtype_is_supported(r: Request) -> str | None:
-    if r.q.dtype in FLOATS or (r.q.dtype == torch.float64 and r.impl in (None, "torch")):
+    if r.q.dtype in (*FLOATS, FP8) or (r.q.dtype == torch.float64 and r.impl in (None, "torch")):
         return None
     if r.q.dtype == torch.float64:
         return (
@@ -159,8 +160,8 @@ def dtype_is_supported(r: Request) -> str | None:
             "torch.float32: leave impl=None for plain PyTorch, which computes in float64"
         )
     return (
-        f"q.dtype={r.q.dtype} must be torch.float16, torch.bfloat16 or torch.float32, or torch.float64, "
-        "which plain PyTorch computes"
+        f"q.dtype={r.q.dtype} must be torch.float16, torch.bfloat16 or torch.float32, torch.float8_e4m3fn "
+        "with scales, or torch.float64, which plain PyTorch computes"
     )
 
 

@@ -49,7 +49,7 @@ def target_tiles() -> Iterator[None]:
     """Every pass of a call gets the tile that it would get on the target, or that `tiles.use` gives."""
 
     def choose(q: torch.Tensor, shape: Shape, work: Any) -> Tile:
-        return tiles.arch_choice(target_name(), q.element_size(), shape, work)[0]
+        return tiles.arch_choice(target_name(), tiles.row_bytes(q, work), shape, work)[0]
 
     def choose_tangent(q: torch.Tensor, shape: Shape, work: Any) -> Tile:
         return arch_tangent_tile(target_name(), q.element_size(), shape, work)
