@@ -84,8 +84,8 @@ def round_to(x, dtype: tl.constexpr):
 @triton.jit
 def matmul(a, b, acc, PRECISION: tl.constexpr):
     """acc + a · b in fp32. PRECISION matters to fp32 operands alone: "ieee" or "tf32". Of sums of fp8
-    products Hopper's tensor cores keep about 14 bits inside (DeepSeek-V3, arXiv 2412.19437, section 3.3.2): no
-    more than AT_ONCE products are left to them, and acc is added to in fp32."""
+    products Hopper's tensor cores keep about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2): no more
+    than AT_ONCE products are left to them, and acc is added to in fp32."""
     if INTERPRETED:
         a, b = widen(a).to(tl.float64), widen(b).to(tl.float64)
         return acc + tl.dot(a, b, out_dtype=tl.float64).to(tl.float32)
