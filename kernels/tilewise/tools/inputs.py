@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tilewise_reference import Case
 
+from ..parts.fp8 import Scales
 from ..parts.masks.causal import Causal
 from ..parts.masks.dense import Dense
 from ..parts.masks.documents import Documents
@@ -21,6 +22,8 @@ from ..parts.scores.alibi import ALiBi, alibi_slopes
 from ..parts.scores.relative_position import RelativePosition
 from ..parts.scores.softcap import Softcap
 from ..parts.similarity import Cosine
+from ..pytorch.quantize import quantize_shapes
+from ..quantized import Quantized
 
 Tensor = torch.Tensor
 
@@ -87,6 +90,17 @@ def cached_inputs(
         arguments["pages"] = pad_sequence(order.split(used), batch_first=True)
         shape = (sum(used), size, case.kv_heads)
     return q, normal(*shape, case.head_dim), normal(*shape, case.value_dim), arguments
+
+
+def quantized_shapes(q: Tensor, k: Tensor, v: Tensor) -> Quantized:
+    """The tensors that `quantize` makes of these, a scale for each head: sizes, strides and dtypes, with no
+    contents, as meta tensors need it."""
+    found = [
+        quantize_shapes(x, 0, False, name == "v", "portable")
+        for name, x in zip("qkv", (q, k, v), strict=True)
+    ]
+    (q8, q_scale), (k8, k_scale), (v8, v_scale) = found
+    return Quantized(q8, k8, v8, Scales(q_scale, k_scale, v_scale, dtype=q.dtype))
 
 
 def case_inputs(case: Case, device: torch.device | str, seed: int = 0, gradients: bool = False) -> Inputs:
