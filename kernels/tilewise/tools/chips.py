@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..plan.tiles import multiplies_fp8
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -35,9 +37,15 @@ class Chip:
         return self.exponentials * self.multiprocessors * self.clock
 
     def matmul_flops_of(self, element_bytes: int, is_tf32: bool = False) -> float:
-        """FLOPs a clock and multiprocessor: of fp16 and bf16 (2 bytes); of TF32, half of it; or IEEE fp32."""
-        if element_bytes == 2:
-            return self.matmul_flops
+        """FLOPs a clock and multiprocessor: of fp16 and bf16 (2 bytes); of fp8, twice as many on NVIDIA's
+        chips of sm_90 and newer, by the same datasheets; of TF32, half of it; or IEEE fp32.
+
+        Raises ValueError for fp8 on other chips, which have no tensor cores for it that tilewise uses.
+        """
+        if element_bytes == 1 and not multiplies_fp8(self.arch):
+            raise ValueError(f"{self.name} ({self.arch}) does not multiply fp8: that needs sm_90 or newer")
+        if element_bytes <= 2:
+            return self.matmul_flops * (2 // element_bytes)
         return self.matmul_flops / 2 if is_tf32 else self.float32_flops
 
     def matmul_rate(self, element_bytes: int, is_tf32: bool = False) -> float:
