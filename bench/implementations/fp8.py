@@ -13,7 +13,7 @@ import torch
 
 import tilewise
 from tilewise.quantized import Quantized
-from tilewise.tools.inputs import Inputs, case_inputs, quantized_shapes
+from tilewise.tools.inputs import Inputs, case_inputs, fp8_shapes
 from tilewise_reference.cases import Case
 
 from ..results import Work
@@ -51,15 +51,16 @@ class TilewiseFp8(Tilewise):
         self.dtype = DTYPE
 
     def unavailable(self, device: torch.device) -> str | None:
-        x = quantized_shapes(*[torch.empty(1, 1, 1, 16, device=device, dtype=torch.float16)] * 3)
-        return "; ".join(tilewise.why_not(*x[:3], scales=x.scales, impl=self.impl)) or None
+        x = torch.empty(1, 1, 1, 16, device=device, dtype=torch.float16)
+        *x8, scales = fp8_shapes(x, x, x)
+        return "; ".join(tilewise.why_not(*x8, scales=scales, impl=self.impl)) or None
 
     def unsupported(self, case: Case, work: Work) -> str | None:
         if reason := why_no_sequences(case):
             return reason
         inputs = case_inputs(case, "meta")
-        x = quantized_shapes(*inputs[:3])
-        found = tilewise.why_not(*x[:3], **inputs.arguments, scales=x.scales, impl=self.impl)
+        *x8, scales = fp8_shapes(*inputs[:3])
+        found = tilewise.why_not(*x8, **inputs.arguments, scales=scales, impl=self.impl)
         return "; ".join(found) or None
 
     def prepare(self, case: Case, inputs: Inputs, work: Work) -> Prepared:

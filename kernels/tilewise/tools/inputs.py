@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tilewise_reference import Case
 
-from ..parts.fp8 import Scales
+from ..parts.fp8 import FP8, Scales
 from ..parts.masks.causal import Causal
 from ..parts.masks.dense import Dense
 from ..parts.masks.documents import Documents
@@ -21,9 +21,8 @@ from ..parts.masks.window import Window
 from ..parts.scores.alibi import ALiBi, alibi_slopes
 from ..parts.scores.relative_position import RelativePosition
 from ..parts.scores.softcap import Softcap
+from ..parts.shape import ceil_div
 from ..parts.similarity import Cosine
-from ..pytorch.quantize import quantize_shapes
-from ..quantized import Quantized
 
 Tensor = torch.Tensor
 
@@ -92,15 +91,15 @@ def cached_inputs(
     return q, normal(*shape, case.head_dim), normal(*shape, case.value_dim), arguments
 
 
-def quantized_shapes(q: Tensor, k: Tensor, v: Tensor) -> Quantized:
-    """The tensors that `quantize` makes of these, a scale for each head: sizes, strides and dtypes, with no
-    contents, as meta tensors need it."""
-    found = [
-        quantize_shapes(x, 0, False, name == "v", "portable")
-        for name, x in zip("qkv", (q, k, v), strict=True)
-    ]
-    (q8, q_scale), (k8, k_scale), (v8, v_scale) = found
-    return Quantized(q8, k8, v8, Scales(q_scale, k_scale, v_scale, dtype=q.dtype))
+def fp8_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Scales]:
+    """What `quantize` makes of these [batch, heads, length, dim], without contents, and so of meta tensors
+    too: sizes, strides, dtypes, and a scale for each head. Columns of v lie in one piece, and begin at
+    multiples of 16 bytes."""
+    *lead, length, dim = v.shape
+    columns = v.new_empty(*lead, dim, ceil_div(length, 16) * 16, dtype=FP8)
+    scales = [x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k, v)]
+    q8, k8 = (torch.empty_like(x, dtype=FP8) for x in (q, k))
+    return q8, k8, columns.mT[..., :length, :], Scales(*scales, dtype=q.dtype)
 
 
 def case_inputs(case: Case, device: torch.device | str, seed: int = 0, gradients: bool = False) -> Inputs:

@@ -29,7 +29,7 @@ from ...plan.passes import parameter_slots, run_backward, run_forward
 from ...plan.request import Request, request_of
 from ...plan.rules import hopper as hopper_rules
 from ...plan.tangent_tiles import arch_tangent_tile
-from ..inputs import case_inputs, quantized_shapes
+from ..inputs import case_inputs, fp8_shapes
 from .compiler import HOPPER_BACKWARD, ONE_WALK, Variant
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8": FP8}
@@ -135,9 +135,10 @@ def plain_inputs(
 
 def plain_call(dtype: str, dim: int, q_len: int = LENGTH) -> dict[str, Any]:
     """The arguments of that call: in fp8 what `quantize` makes of bf16, a scale for each head."""
-    if dtype != "fp8":
-        return dict(zip("qkv", plain_inputs(dtype, dim, q_len), strict=True))
-    return quantized_shapes(*plain_inputs("bf16", dim, q_len))._asdict()
+    inputs = (
+        fp8_shapes(*plain_inputs("bf16", dim, q_len)) if dtype == "fp8" else plain_inputs(dtype, dim, q_len)
+    )
+    return dict(zip(("q", "k", "v", "scales"), inputs, strict=False))
 
 
 def forward_variant(
