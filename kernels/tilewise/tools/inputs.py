@@ -97,9 +97,9 @@ def fp8_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor,
     multiples of 16 bytes."""
     *lead, length, dim = v.shape
     columns = v.new_empty(*lead, dim, ceil_div(length, 16) * 16, dtype=FP8)
-    scales = [x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k, v)]
+    q_scale, k_scale, v_scale = (x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k, v))
     q8, k8 = (torch.empty_like(x, dtype=FP8) for x in (q, k))
-    return q8, k8, columns.mT[..., :length, :], Scales(*scales, dtype=q.dtype)
+    return q8, k8, columns.mT[..., :length, :], Scales(q_scale, k_scale, v_scale, dtype=q.dtype)
 
 
 def case_inputs(case: Case, device: torch.device | str, seed: int = 0, gradients: bool = False) -> Inputs:
