@@ -5,6 +5,8 @@ all (harness/turns.py). Tiles of the table do not spill, stay within the chip's 
 that `room.fits` relies on, and multiply on tensor cores.
 """
 
+import re
+
 import pytest
 import torch
 import triton
@@ -15,6 +17,7 @@ from harness.features import of_kind
 from harness.variants import (
     COMBINATIONS,
     COPYING_TARGETS,
+    FP8_TARGETS,
     OLDEST_TARGETS,
     PIECES,
     WIDE_FP32_TARGETS,
@@ -55,6 +58,11 @@ def backward_feature_kernels(tmp_path_factory) -> ByTarget:
 @pytest.fixture(scope="module")
 def feature_kernels(tmp_path_factory) -> ByTarget:
     return shipped("feature_variants", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def fp8_kernels(tmp_path_factory) -> ByTarget:
+    return shipped("fp8_variants", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +127,41 @@ def test_estimate_of_shared_memory_holds(main_tiles, target):
     for name in ROWS.keys() & main_tiles[target].keys():
         estimate = shared_bytes(table_tile(target, *ROWS[name]), target, *ROWS[name])
         assert main_tiles[target][name].shared_bytes <= estimate + BARRIER_BYTES, name
+
+
+FP8_MATMUL = {"sm_90": r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3", "sm_100": r"UTCQMMA"}
+
+
+@pytest.mark.parametrize("target", FP8_TARGETS)
+def test_fp8_is_multiplied_by_tensor_cores(fp8_kernels, target):
+    """By those for it in tiles of 64 rows and more; smaller ones as fp16, which holds every such number."""
+    found = [each for each in fp8_kernels[target] if each.kernel == "forward_kernel"]
+    assert len(found) >= 4
+    for each in found:
+        wanted = FP8_MATMUL[target] if each.tile["TILE_Q"] >= 64 else "HMMA"
+        assert each.matmuls and all(re.match(wanted, opcode) for opcode in each.matmuls), each
+
+
+@pytest.mark.parametrize("target", FP8_TARGETS)
+def test_fp8_fits_and_plain_calls_do_not_spill(fp8_kernels, target):
+    for each in fp8_kernels[target]:
+        assert each.shared_bytes <= SHARED_BYTES[target], each
+        if "causal" in each.variant or "few rows" in each.variant or "quantize" in each.variant:
+            assert each.spill_bytes == 0, each
+        dim = re.fullmatch(r"fp8 (64|128|192|256|576) causal", each.variant)
+        if dim:
+            given = target, 1, int(dim[1])
+            assert each.shared_bytes <= shared_bytes(table_tile(*given), *given) + BARRIER_BYTES, each
+
+
+def test_sums_of_fp8_products_are_kept_in_fp32(fp8_kernels):
+    """What Hopper's tensor cores make of a step is added to O, as it is rescaled, by instructions of fp32:
+    one for each number of O, beside those that make exponents of scores, for full tiles and for cut ones."""
+    plain = [x for x in fp8_kernels["sm_90"] if "causal" in x.variant and x.tile["TILE_Q"] >= 64]
+    assert plain
+    for each in plain:
+        numbers = each.tile["TILE_Q"] * (each.tile["VALUE_TILE"] + each.tile["TILE_KV"])
+        assert each.instructions["FFMA"] >= 2 * numbers // (32 * each.warps), each
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": {"pytorch", "plan", "kernels", "parts"},
     "scaled_dot_product": {"api", "pytorch", "plan", "parts"},
     "packed": {"api", "pytorch", "plan", "parts"},
-    "quantized": {"pytorch", "plan", "parts"},
+    "quantized": {"pytorch", "plan", "kernels", "parts"},
     "joining": set(),
     "cached": {"api", "pytorch", "plan", "parts"},
     "compat": {"cached", "packed", "api", "pytorch", "plan", "parts"},

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from .kernels.copies import is_without_memory
 from .parts.dtensors import is_dtensor
 from .parts.fp8 import FP8, Scales
 from .parts.numerics import INTERPRETED
@@ -41,7 +42,8 @@ def quantize(
     rotate: multiply q and k by one orthogonal matrix first, which leaves their products as they are and
             spreads outliers over the columns: a Hadamard matrix in blocks of the largest power of two that
             divides head_dim, at most 128 (QuaRot, arXiv 2404.00456; FlashAttention-3, arXiv 2407.08608).
-            Rotary embeddings, which turn by position, come first.
+            It helps where q and k have outliers in common, and costs a little where only one has them
+            (docs/fp8.md). Rotary embeddings, which turn by position, come first.
     impl:   "portable", the Triton kernel; "torch", plain PyTorch. None: as for `attention`.
 
     Returns `Quantized(q, k, v, scales)`. q and k lie in memory as they came; of v each column lies in one
@@ -57,7 +59,8 @@ def quantize(
         q, k, v = as_heads(q, k, v)
     way = implementation_for(q) if impl is None else impl
     rows = per if isinstance(per, int) else {"tensor": -1, "head": 0}[per]
-    run = torch.ops.tilewise.quantize if torch.compiler.is_compiling() else quantize_one
+    by_op = torch.compiler.is_compiling() or is_without_memory(q)
+    run = torch.ops.tilewise.quantize if by_op else quantize_one
     found = [
         run(x, rows, rotate and name != "v", name == "v", way)
         for name, x in zip("qkv", (q, k, v), strict=True)

@@ -68,11 +68,10 @@ def quantize(x: Tensor, per: str | int = "head", rotate: bool = False) -> Quanti
     padded = torch.nn.functional.pad(y, (0, 0, 0, -length % rows))
     sizes = padded.abs().masked_fill(~padded.isfinite(), 0)
     most = sizes.unflatten(2, (-1, rows)).amax((3, 4)) if sizes.numel() else sizes.new_zeros(*y.shape[:2], 1)
+    if per == "tensor":
+        most = (most.amax() if most.numel() else most.new_zeros(())).reshape(1, 1, 1)
     scale = (most * (1 / LARGEST)).clamp_min(torch.finfo(torch.float32).tiny)
     scale = torch.where(most > 0, scale, 1.0)  # [B, H, tiles]
-    if per == "tensor":
-        scale = scale.amax() if scale.numel() else scale.new_ones(())
-        scale = scale.reshape(1, 1, 1)
     of_rows = scale.repeat_interleave(rows, 2)[:, :, :length, None]
     x8 = e4m3(y * (1 / of_rows))
     return Quantized(x8, scale if isinstance(per, int) else scale[:, :, 0])

@@ -55,6 +55,7 @@ from tilewise.tools.compiled.variants import (
     second_variant,
     target_tiles,
 )
+from tilewise.tools.inputs import fp8_shapes
 from tilewise.tools.inspect.inspect import DIMS
 
 from .features import build
@@ -393,13 +394,11 @@ def fp8_inputs(
     dim: int, rows: int | None, q_len: int = LENGTH, along_keys: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tilewise.Scales]:
     """q, k and v as `quantize` makes them, or v as it came; and scales of heads, or of tiles of rows."""
-    (q, k, v) = (torch.empty_like(x, dtype=FP8) for x in plain_inputs("bf16", dim, q_len))
-    v = v.mT.contiguous().mT if along_keys else v
-    q_scale, k_scale = (
-        torch.empty(*x.shape[:2], *([] if rows is None else [-(-x.shape[2] // rows)]), device="meta")
-        for x in (q, k)
-    )
-    return q, k, v, tilewise.Scales(q_scale, k_scale, k_scale, rows)
+    q, k, v, scales = fp8_shapes(*plain_inputs("bf16", dim, q_len))
+    if rows is not None:
+        q_scale, k_scale = (torch.empty(*x.shape[:2], -(-x.shape[2] // rows), device="meta") for x in (q, k))
+        scales = tilewise.Scales(q_scale, k_scale, k_scale, rows)
+    return q, k, v if along_keys else v.contiguous(), scales
 
 
 def fp8_variants() -> list[Variant]:

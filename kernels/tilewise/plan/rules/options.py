@@ -82,6 +82,8 @@ def float64_is_of_one_piece(r: Request) -> str | None:
     if r.q.dtype == torch.float64:
         return None
     of_users = {s.called(name) for s in r.scores if isinstance(s, UserScore) for name in s.tensors()}
+    # Those of fp8 have a rule of their own.
+    of_users |= {f"scales.{name}" for name in "qkv"}
     of_masks = {mask.called(name) for mask in r.masks for name in mask.tensors()}
     for name, tensor in r.other_tensors:
         if tensor.dtype == torch.float64 and name not in of_users | of_masks:
