@@ -208,6 +208,40 @@ def test_the_shares_of_small_scales_are_kept(device):
     check(q8, k8, v8, scales=scales, mask=Causal())
 
 
+def test_the_small_weights_of_a_long_row_are_kept(device):
+    """One key has most of the weight, hundreds have less than 2⁻⁹ of it each, and together as much."""
+    q = torch.ones(1, 1, 16, 32, device=device)
+    k, v = torch.zeros(1, 1, 513, 32, device=device), torch.ones(1, 1, 513, 32, device=device)
+    k[:, :, 0], v[:, :, 0] = 1.0, -1.0
+    q8, k8, v8, scales = tilewise.quantize(q, k, v)
+    out = tilewise.attention(q8, k8, v8, scales=scales, scale=math.log(768) / 32, impl="portable")
+    exact = (512 / 768 - 1) / (512 / 768 + 1)
+    assert (out - exact).abs().max() < 0.04
+
+
+def test_plain_pytorch_has_the_same_numbers(device):
+    """Nothing but P is rounded differently, and lse is the same: dense, packed and of a cache."""
+    q, k, v = (torch.randn(2, heads, 45, 32, device=device) for heads in (4, 2, 2))
+    q *= torch.linspace(0.1, 2, 45, device=device)[:, None]
+    k *= torch.linspace(2, 0.1, 45, device=device)[:, None]
+    offsets, lens = torch.tensor([0, 20, 45], device=device), torch.tensor([45, 33], device=device)
+    rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+    for per in ("head", 16):
+        q8, k8, v8, scales = tilewise.quantize(q, k, v, per=per)
+        packed = tilewise.quantize(*rows, per=per)
+        own = packed.scales
+        if per == "head":
+            own = own._replace(q=own.q * torch.tensor([[1.0], [3.0]], device=device))
+        for call, given in (
+            (tilewise.attention, dict(q=q8, k=k8, v=v8, scales=scales)),
+            (tilewise.packed_attention, packed._asdict() | dict(scales=own, q_offsets=offsets)),
+            (tilewise.cached_attention, dict(q=q8, cache_k=k8, cache_v=v8, kv_lens=lens, scales=scales)),
+        ):
+            one, other = (call(**given, impl=impl, return_lse=True) for impl in ("portable", "torch"))
+            torch.testing.assert_close(one[1], other[1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(one[0], other[0], rtol=0.1, atol=0.1)
+
+
 def test_weights_that_dropout_enlarges_do_not_overflow(device):
     q, k, v = (torch.randn(1, 2, 40, 32, device=device) for _ in range(3))
     q8, k8, v8, scales = tilewise.quantize(3 * q, k, v)
