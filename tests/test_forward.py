@@ -265,6 +265,7 @@ SKIPPING = [[name] for name in MASKS if name not in ("bool_mask", "user_mask")]
 SKIPPING += [["causal", "window"], ["prefix", "left_padding", "window"], ["intervals", "causal"]]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("tile", [Tile(16, 16), Tile(32, 16), Tile(16, 32)], ids=str)
 @pytest.mark.parametrize("masks", SKIPPING, ids=",".join)
 def test_tiles_outside_a_mask_are_not_visited(device, masks, tile):
