@@ -11,7 +11,7 @@ Packed sequences and those in a cache are held against the oracle one by one, ea
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -192,6 +192,19 @@ def judge_forward(
     implementation: Implementation, case: Case, inputs: Inputs, prepared: Prepared, work: Work = "forward"
 ) -> Judgement:
     """Hold out against float64 on the rows of `places`."""
+
+    def problems() -> list[Problem]:
+        found = places(case, inputs.q.device)
+        keeps = _keeps(implementation, case, inputs, work, found)
+        return [problem_at(case, inputs, *each) for each in zip(found, keeps, strict=True)]
+
+    return judge_rows(case, inputs, prepared, problems)
+
+
+def judge_rows(
+    case: Case, inputs: Inputs, prepared: Prepared, problems_of: Callable[[], Sequence[Problem]]
+) -> Judgement:
+    """The same for problems that are known, one for each of the places; asked for after the answer."""
     found = places(case, inputs.q.device)
     torch.manual_seed(DROPOUT_SEED)
     out = prepared.out().detach()
@@ -200,8 +213,7 @@ def judge_forward(
         given = f"{tuple(out.shape)} of {out.dtype}"
         return Judgement(float("inf"), 0.0, 0.0, f"out is {given}, not {wanted} of {inputs.q.dtype}")
     with torch.no_grad():
-        keeps = _keeps(implementation, case, inputs, work, found)
-        problems = [problem_at(case, inputs, *each) for each in zip(found, keeps, strict=True)]
+        problems = problems_of()
         got = torch.cat([at(case, out, place) for place in found])
         exact = torch.cat([problem.exact()[0, 0] for problem in problems])
         torch_error = 0.0

@@ -9,10 +9,13 @@ import statistics
 
 import torch
 
+from tilewise.plan import tiles
+
 from .results import Ceilings
 from .sampling import Call, Recorder, sample
 
 MATMUL_DTYPES = ("bfloat16", "float16", "float32")
+FP8 = "float8_e4m3fn"  # to bfloat16, sums as the tensor cores keep them; where the chip has any for it
 
 
 def measure_ceilings(
@@ -27,6 +30,8 @@ def measure_ceilings(
     calls: dict[str, Call] = {"copy": _copy(size, device)}
     for dtype in MATMUL_DTYPES:
         calls[dtype] = _matmul(side, getattr(torch, dtype), device, generator)
+    if not on_gpu or tiles.multiplies_fp8(tiles.architecture(device)):
+        calls[FP8] = _fp8_matmul(side, device, generator)
     least, rounds = (3, 100) if on_gpu else (1, 3)
     medians = {
         name: statistics.median(times)
@@ -37,7 +42,9 @@ def measure_ceilings(
         torch.cuda.empty_cache()
     return Ceilings(
         copy_bytes_per_second=2 * size / medians["copy"],  # read and written
-        matmul_flops_per_second={dtype: 2 * side**3 / medians[dtype] for dtype in MATMUL_DTYPES},
+        matmul_flops_per_second={
+            name: 2 * side**3 / median for name, median in medians.items() if name != "copy"
+        },
     )
 
 
@@ -53,3 +60,11 @@ def _matmul(side: int, dtype: torch.dtype, device: torch.device, generator: torc
     )
     out = torch.empty(side, side, dtype=dtype, device=device)
     return lambda: torch.matmul(a, b, out=out)
+
+
+def _fp8_matmul(side: int, device: torch.device, generator: torch.Generator) -> Call:
+    a, b = (
+        torch.randn(side, side, generator=generator, device=device).to(getattr(torch, FP8)) for _ in range(2)
+    )
+    one = torch.ones((), device=device)
+    return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)

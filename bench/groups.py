@@ -45,6 +45,8 @@ GROUPS: tuple[str, ...] = (
     "cold start",
     "second derivatives",
     "statistics",
+    "fp8",
+    "quantize",
 )
 HEAD_DIMS = (128, 64, 256)  # the most used first
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -111,7 +113,7 @@ def comparisons(name: str, quick: bool = False, tiny: bool | None = None) -> lis
     found = _full(name, quick, HEAD_DIMS[1:2] if quick and tiny else HEAD_DIMS)
     if not tiny or name == "host":
         return found
-    small = smallest if name in ("second derivatives", "statistics") else smoke
+    small = smallest if name in ("second derivatives", "statistics", "fp8", "quantize") else smoke
     return _distinct((small(case), work) for case, work in found)
 
 
@@ -151,6 +153,11 @@ def _full(name: str, quick: bool, head_dims: tuple[int, ...]) -> list[Comparison
         return _squared(head_dims, quick, ("double backward", "forward mode"))
     if name == "statistics":
         return _squared(head_dims, quick, ("max logit", "statistics"))
+    if name == "fp8":
+        return [(case, "fp8") for case in paper_grid(head_dims, QUICK_LENGTHS, "bfloat16")]
+    if name == "quantize":  # which no mask concerns
+        grid = paper_grid(head_dims, (QUICK_LENGTHS[1],), "bfloat16")
+        return [(case, "quantize") for case in grid if "causal" not in case.features]
     if name == "cold start":
         return [(case, "cold start") for case in cold_cases()[: 1 if quick else None]]
     raise ValueError(f"group={name!r} must be one of {', '.join(GROUPS)}")

@@ -31,6 +31,7 @@ DISTRIBUTIONS = (
     "jax",
     "jaxlib",
     "flash-attn",
+    "flash-attn-3",
     "flash-attn-4",
     "nvidia-cutlass-dsl",
     "flashinfer-python",

@@ -24,10 +24,12 @@ from tilewise_reference.cases import Case
 
 from .answers import gradient_of_out, judge_backward, judge_forward
 from .answers_again import directions, judge_double_backward, judge_tangent, with_tangents
+from .answers_fp8 import judge_fp8, judge_quantized
 from .answers_known import judge_statistics
 from .cold import sample_cold_start
 from .implementations import Implementation, Prepared, UnsupportedError
 from .implementations.base import STATISTICS, is_backward
+from .implementations.fp8 import Quantize
 from .results import Row, Work
 from .sampling import Call, Recorder, Within, recorder_for, sample
 
@@ -59,6 +61,8 @@ def measure(
     "forward mode"               out with its tangent, along random q, k and v
     "max logit", "statistics"    out with the largest score of each row; with its entropy and the mass of keys
                                  too
+    "fp8"                        out, of numbers of 8 bits by those who have them
+    "quantize"                   making such numbers of q, k and v
     "host forward", "host forward and backward"
                                  what the call costs the host; gradients where the case's phase is "training"
     "cold start"                 the first call of a new process whose caches are empty
@@ -92,17 +96,17 @@ def measure(
 
 def blank(case: Case, work: Work, group: str, implementation: Implementation) -> Row:
     """The row of a comparison, before anything is known."""
-    timed_on_host = work.startswith("host") or work == "cold start"
-    matmuls = "forward" if work in STATISTICS else work
+    has_no_flops = work.startswith("host") or work in ("cold start", "quantize")
+    matmuls = "forward" if work in STATISTICS or work == "fp8" else work
     return Row(
         group=group,
         case=case.name,
         work=work,
         implementation=implementation.name,
         status="ok",
-        flops=0 if timed_on_host else case.flops(matmuls),  # type: ignore[arg-type]
+        flops=0 if has_no_flops else case.flops(matmuls),  # type: ignore[arg-type]
         bytes=case.bytes() if work == "forward" else 0,
-        dtype=case.dtype,
+        dtype=implementation.dtype or case.dtype,
         sizes={name: getattr(case, name) for name in SIZES}
         | ({} if case.lengths is None else {"tokens": case.tokens}),
     )
@@ -183,6 +187,10 @@ def ready(
         judgement = judge_double_backward(implementation, case, inputs, prepared, seed)
     elif work in STATISTICS:
         judgement = judge_statistics(implementation, case, inputs, prepared, work, seed)
+    elif work == "fp8":
+        judgement = judge_fp8(implementation, case, inputs, prepared, work)
+    elif isinstance(implementation, Quantize):
+        judgement = judge_quantized(implementation, inputs, prepared)
     elif is_backward(work):
         judgement = judge_backward(implementation, case, inputs, prepared, work, seed)
     else:

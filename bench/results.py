@@ -20,6 +20,8 @@ Work = Literal[
     "forward mode",
     "max logit",
     "statistics",
+    "fp8",
+    "quantize",
     "host forward",
     "host forward and backward",
     "cold start",

@@ -79,6 +79,16 @@ def fake(shape: tuple[int, ...], device: str) -> torch.Tensor:
         return torch.empty(shape, device=device)
 
 
+def fp8_call(**changes: Any) -> dict[str, Any]:
+    """A call of fp8 numbers with a scale each, but for what changes in its scales."""
+
+    def scales(device: torch.device) -> tilewise.Scales:
+        made = {name: make(device) if callable(make) else make for name, make in changes.items()}
+        return tilewise.Scales(*(torch.ones(1, device=device) for _ in range(3)))._replace(**made)
+
+    return bare(dtype=torch.float8_e4m3fn) | dict(scales=scales)
+
+
 SPARSE = lambda device: torch.eye(3, device=device).to_sparse()  # noqa: E731
 # On any device, so that arguments made here agree with it.
 PACKED = BARE | dict(q=zeros(9, 4, 8), k=zeros(9, 2, 8), v=zeros(9, 2, 8))
@@ -124,6 +134,22 @@ CASES = [
     Broken("dims_are_supported", ("head_dim=577", "1 to 576"), sizes((*Q[:3], 577), (*K[:3], 577))),
     Broken("dims_are_supported", ("value_dim=513", "1 to 512"), sizes(v=(*K[:3], 513))),
     Broken("dims_are_supported", ("head_dim=0", "1 to 576"), sizes((*Q[:3], 0), (*K[:3], 0))),
+    Broken("scales_are_given", ("float8_e4m3fn", "scales=", "quantize"), fp8_call() | dict(scales=None)),
+    Broken("scales_are_given", ("scales=float", "tilewise.Scales"), fp8_call() | dict(scales=2.0)),
+    Broken("scales_are_given", ("float8_e4m3fn, and q is torch.float32",), dict(scales=fp8_call()["scales"])),
+    Broken("scales_fit", ("scales.k=1.0", "torch.float32"), fp8_call(k=1.0)),
+    Broken("scales_fit", ("scales.q=torch.float16", "torch.float32"), fp8_call(q=zeros(1, **HALF))),
+    Broken("scales_fit", ("scales.v.shape=(4,)", "[batch, heads] = [2, 2]"), fp8_call(v=zeros(4))),
+    Broken(
+        "scales_fit", ("scales.v.shape=(3,)", "tiles of 4 rows", "[2, 2, 2]"), fp8_call(rows=4, v=zeros(3))
+    ),
+    Broken("scales_fit", ("rows=0", "from 1 on"), fp8_call(rows=0)),
+    Broken("scales_fit", ("dtype=torch.float64", "torch.bfloat16"), fp8_call(dtype=torch.float64)),
+    Broken(
+        "fp8_has_no_gradient",
+        ("scales.q requires a gradient", "forward alone", "no_grad"),
+        fp8_call(q=zeros(1, requires_grad=True)),
+    ),
     Broken("dtypes_agree", ("q: torch.float32", "k: torch.float16", "cast"), dict(k=zeros(*K, **HALF))),
     Broken("dtypes_agree", ("v: torch.bfloat16", "cast"), dict(v=zeros(*K, dtype=torch.bfloat16))),
     Broken("dtype_is_supported", ("q.dtype=torch.int64", "torch.float64"), bare(dtype=torch.int64)),
@@ -262,7 +288,8 @@ def test_a_broken_rule_raises_and_says_why(case, device, nothing_runs, monkeypat
 
 
 def test_every_rule_has_a_case():
-    elsewhere = {"part_lies_inside", "sharding_fits"}  # in test_place.py and test_sharded.py
+    # In test_place.py, test_sharded.py and test_fp8.py.
+    elsewhere = {"part_lies_inside", "sharding_fits", "chip_multiplies_fp8", "fp8_is_plain"}
     assert RULES.keys() == {case.rule for case in CASES} | elsewhere
 
 

@@ -29,8 +29,8 @@ from tests.bench.stand_ins import MODULES
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-# Not for callers: what `&` builds, and what the scale and the similarity become.
-INTERNAL = {"All", "Scale", "Normalised", "OwnBias"}
+# Not for callers: what `&` builds, and what the scale, the similarity and the scales of fp8 become.
+INTERNAL = {"All", "Scale", "Normalised", "Descaled", "OwnBias"}
 
 
 @functools.cache

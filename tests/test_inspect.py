@@ -98,7 +98,9 @@ DEFAULTS = dict(archs=["sm_90"], dtypes=["bf16"], dims=[64], masks=["full"], ker
     ("change", "message"),
     [
         (dict(archs=["sm_33"]), "arch='sm_33' must be one of sm_75, sm_80"),
-        (dict(dtypes=["fp8"]), "dtype='fp8' must be one of fp16, bf16, fp32"),
+        (dict(dtypes=["fp64"]), "dtype='fp64' must be one of fp16, bf16, fp32, fp8"),
+        (dict(dtypes=["fp8"], archs=["sm_90", "sm_80"]), "multiplied on sm_90 and sm_100, and arch='sm_80'"),
+        (dict(dtypes=["fp8"], kernels=["dq"]), "kernel='dq': fp8 has a forward alone"),
         (dict(masks=["window"]), "mask='window' must be one of causal, full"),
         (
             dict(kernels=["decode"]),

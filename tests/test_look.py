@@ -69,6 +69,11 @@ def lengths(device, *numbers, dtype=torch.int32):
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
+def scales_of(device, *sizes, **options):
+    """Those of q, k and v, all of these sizes."""
+    return tilewise.Scales(*(torch.randn(sizes, device=device) for _ in range(3)), **options)
+
+
 # For each argument of `attention` values that are unlike each other. An argument without a row here fails the
 # test below: ask what it changes in a launch, and whether `look` sees it.
 VARIED = {
@@ -114,6 +119,12 @@ VARIED = {
         Cosine(randn(device, 2 * HEADS)[::2]),
     ],
     "sink": lambda device: [None, randn(device, HEADS), randn(device, 2 * HEADS)[::2]],
+    "scales": lambda device: [
+        None, scales_of(device), scales_of(device, dtype=torch.float16), scales_of(device, BATCH, HEADS),
+        scales_of(device, BATCH, HEADS, 1, rows=KV_LEN), scales_of(device, 1, HEADS, 1, rows=KV_LEN),
+        scales_of(device, 1, rows=KV_LEN + 1), scales_of(device, 1, rows=KV_LEN),
+        scales_of(device, 1)._replace(q=randn(device, 1, 1)),
+    ],
     "dropout_p": lambda device: [0.0, 0.25, 0.5, 1.0],
     "dropout_seed": lambda device: [None, torch.zeros(1, dtype=torch.int64, device=device)],
     "impl": lambda device: ["portable"],  # the others launch nothing, or what the emulator runs
@@ -130,6 +141,8 @@ def dense_calls(device):
             given = base(device) | dict(impl="portable") | {name: value}
             if name == "dropout_seed" and value is not None:
                 given["dropout_p"] = 0.5
+            if name == "scales" and value is not None:
+                given |= {name: given[name].to(torch.float8_e4m3fn) for name in "qkv"}
             yield make_request(**given)
 
 
@@ -186,7 +199,7 @@ def test_every_field_of_a_request_is_looked_at():
 def test_calls_that_look_alike_launch_the_same(calls, device):
     found = collections.defaultdict(list)
     for request in calls(device):
-        for trained in (False, True) if request.cache is None else (False,):
+        for trained in (False, True) if request.cache is None and request.scales is None else (False,):
             each = like(request, 1.0, trained)
             seen = look(each, True)
             found[seen[0]].append(launches_of(each))

@@ -23,12 +23,13 @@ if TESTS not in sys.path:
     sys.path.append(TESTS)  # before the checks are imported, which import from there
 
 from .accuracy import ACCURACY  # noqa: E402
+from .fp8 import FP8  # noqa: E402
 from .graphs import GRAPHS  # noqa: E402
 from .hopper import HOPPER  # noqa: E402
 from .large import LARGE  # noqa: E402
 from .trial import NotApplicable, Trial  # noqa: E402
 
-_PORTABLE = (*ACCURACY, *GRAPHS, *LARGE)
+_PORTABLE = (*ACCURACY, *FP8, *GRAPHS, *LARGE)
 # By the stage that performs them.
 STAGES: dict[str, list[Trial]] = {
     "hopper": HOPPER,

@@ -16,6 +16,7 @@ from .by_hand import ByHand
 from .flash import Flash2, FlashCute
 from .flashinfer import FlashInfer
 from .flex import Flex
+from .fp8 import Flash3, Quantize, TilewiseFp8
 from .host import Compiled, Unlaunched
 from .jax_cudnn import JaxCudnn
 from .ours import Tilewise
@@ -54,7 +55,21 @@ _HOST: tuple[Implementation, ...] = (
     Sdpa(None),
     Compiled(Sdpa(None)),
 )
-IMPLEMENTATIONS: dict[str, Implementation] = {each.name: each for each in (*_KERNELS, *_HOST)}
+# In 16 bits, as now, and in 8.
+_FP8: tuple[Implementation, ...] = (
+    Tilewise("portable"),
+    Tilewise("hopper"),
+    TilewiseFp8("portable"),
+    TilewiseFp8("portable", in_call=True),
+    Sdpa("flash"),
+    Sdpa("cudnn"),
+    Flash3(),
+    Sdpa("math"),
+)
+_QUANTIZE: tuple[Implementation, ...] = (Quantize("portable"), Quantize("portable", rotate=True))
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    each.name: each for each in (*_KERNELS, *_HOST, *_FP8, *_QUANTIZE)
+}
 
 
 def select(names: Iterable[str]) -> list[Implementation]:
@@ -68,8 +83,9 @@ def select(names: Iterable[str]) -> list[Implementation]:
 
 def for_group(group: str) -> list[Implementation]:
     """Every implementation that a group compares, available here or not."""
-    if group == "host":
-        return list(_HOST)
+    apart = {"host": _HOST, "fp8": _FP8, "quantize": _QUANTIZE}
+    if group in apart:
+        return list(apart[group])
     # Plain PyTorch has nothing to compile at a first call, and varlen_attn is for packed sequences alone.
     left_out = ["sdpa math", "tilewise torch"] if group == "cold start" else []
     left_out += [] if group.startswith("packed") else ["varlen_attn"]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tilewise.quantized import Quantized
 from tilewise.tools.inputs import Inputs
 from tilewise.tools.words import in_a_line
 from tilewise_reference.cases import Case
@@ -57,6 +58,7 @@ class Prepared:
     taken of, by name: "q", "k", "v" and what is learned. standard: out, or a gradient of q, k or v, as
     [batch, heads, length, dim]; native: the way back. during: what must hold while the call is timed.
     extra_bytes: of what was made ready for the call and the case does not hold, such as a mask written out.
+    numbers: of 8 bits, which the call multiplies in place of q, k and v.
     """
 
     call: Callable[[], Any]
@@ -65,6 +67,7 @@ class Prepared:
     native: View = same
     during: Callable[[], AbstractContextManager[Any]] = nullcontext
     extra_bytes: int = 0
+    numbers: Quantized | None = None
 
     def out(self) -> Tensor:
         return self.standard(self.call())
@@ -97,6 +100,8 @@ class Implementation(ABC):
     seeded = False  # drops the pairs that the case's dropout_seed says
     differentiates_once = ""  # why it has no second derivative and no forward mode; empty where it has both
     statistics: tuple[str, ...] = ()  # of its softmax that it returns, as STATISTICS names them
+    dtype = ""  # of what it multiplies, if not the case's
+    only: tuple[Work, ...] = ()  # what it is for, if not for whatever has no one of its own
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here at all; None if it can."""
@@ -111,8 +116,12 @@ class Implementation(ABC):
         """Why it cannot do this; None if it can, as far as is known without asking it."""
 
     def refuses(self, case: Case, work: Work) -> str | None:
-        """`unsupported`, and what it says of any case to derivatives that nobody has built for it and to
-        statistics that it does not return."""
+        """`unsupported`, and what it says of any case to derivatives that nobody has built for it, to
+        statistics that it does not return, and to what it is not for."""
+        if self.only and work not in self.only:
+            return f"{self.name} is for {' and '.join(self.only)} alone"
+        if work == "quantize" and work not in self.only:
+            return f"{self.name} makes no fp8 numbers"
         if work in ("double backward", "forward mode") and self.differentiates_once:
             return self.differentiates_once
         missing = [name for name in STATISTICS.get(work, ()) if name not in self.statistics]

@@ -26,6 +26,8 @@ GROUPS = {
     "cold start": "First call, with nothing compiled yet",
     "second derivatives": "Second derivatives, and forward mode",
     "statistics": "Forward, with what the softmax knows",
+    "fp8": "Forward in fp8, beside bf16",
+    "quantize": "Making fp8 numbers of q, k and v",
 }
 MASKS = {"full": "no mask", "causal": "causal mask"}
 FEATURES = {

@@ -103,7 +103,8 @@ def attention(
 
     q:          [batch, q_heads, q_len, head_dim]: heads before length, as in PyTorch, where FlashAttention
                 has [batch, length, heads, dim] (transpose(1, 2) makes one of the other, without a copy).
-                fp16, bf16 or fp32, any strides; or fp64, which plain PyTorch computes in fp64.
+                fp16, bf16 or fp32, any strides; fp64, which plain PyTorch computes in fp64; with scales
+                float8_e4m3fn (arXiv 2209.05433), forward alone, on NVIDIA's GPUs from sm_90 on.
     k:          [batch, kv_heads, kv_len, head_dim]; kv_heads divides q_heads (grouped queries,
                 arXiv 2305.13245). Any length may be 0.
     v:          [batch, kv_heads, kv_len, value_dim]. head_dim: 1 to 576; value_dim: 1 to 512.
@@ -118,6 +119,7 @@ def attention(
                 For 1 all are 0; lse is as without.
     dropout_seed: a tensor of one int64 on q's device that decides which pairs are dropped: `dropout_mask`
                 shows them. None: drawn from PyTorch's generator of the device.
+    scales:     `Scales(...)`: what q, k and v in float8_e4m3fn stand for; `quantize` makes both.
     return_lse: also return the natural logarithm of each row's sum of exponentials (with the sink's).
     return_stats: `Stats(...)`: also return what it asks of the weights, as `Statistics`.
     impl:       "portable", the Triton kernels; "hopper", a second forward, for some calls on Hopper GPUs:
@@ -132,10 +134,10 @@ def attention(
                 programs of a backward in one walk add to dQ as they come, and not in turns; but not while
                 torch.use_deterministic_algorithms is on.
 
-    Returns out [batch, q_heads, q_len, value_dim] in q's dtype and memory order, then lse
-    [batch, q_heads, q_len] in fp32 (fp64) if asked, then `Statistics` if asked. A row that sees no key gives
-    0 and -inf (the sink's logit, if there is one). NaN in keys and values that no query may see never
-    reaches a result or gradient.
+    Returns out [batch, q_heads, q_len, value_dim] in q's dtype, of fp8 in scales.dtype, and in q's memory
+    order, then lse [batch, q_heads, q_len] in fp32 (fp64) if asked, then `Statistics` if asked. A row that
+    sees no key gives 0 and -inf (the sink's logit, if there is one). NaN in keys and values that no query may
+    see never reaches a result or gradient.
 
     Differentiable twice, in reverse and in forward mode but not twice in that, in q, k, v, bias, scale, sink,
     a temperature, slopes, tables and what a UserScore declares; through out and lse; and under torch.vmap.

@@ -113,6 +113,10 @@ def cached_attention(
     split_size: keys that one program walks, a multiple of 16: with it, the bits of a row that the kernels
                compute depend on nothing but its own sequence, neither on the batch nor on how many queries
                come in one call. None: as suits the chip.
+    scales:    as for `attention`, of q and a cache in float8_e4m3fn: [batch, heads], or with `Scales.rows` a
+               number for each so many rows, in pages counted inside each page, [pages, kv_heads, tiles].
+               new_k and new_v are then fp8 too, and the caller keeps scales of what is written. out's dtype
+               is scales.dtype.
 
     All other arguments are those of `attention`. The last query of a sequence stands at its last key, at
     position kv_lens + new_len - 1 and not at the buffer's end: give Causal() where several come at once.

@@ -84,6 +84,8 @@ def packed_attention(
                 q_offsets[b] to q_offsets[b + 1] - 1 (elsewhere called cu_seqlens). A sequence may have no
                 row, and the tensors more rows than the offsets say.
     kv_offsets: the same for the keys, [batch + 1]; None: they are packed as the queries are.
+    scales:     as for `attention`, of q, k and v in float8_e4m3fn: [batch, heads], or with `Scales.rows` [1,
+                heads, tiles], of rows that are counted over all tokens. out's dtype is then scales.dtype.
 
     All other arguments are those of `attention`. Masks and scores see the positions inside a sequence, and
     the sequence's number for batch: Causal() puts the last query of each at its last key. A tensor along

@@ -88,7 +88,7 @@ def fp8_attention(
     """
     group = q8.shape[1] // k8.shape[1]
     s, v, kept = _scores(q8.float() * q_scale, k8.float() * k_scale, v8.float(), **given)
-    row_max = s.amax(3, keepdim=True)
+    row_max = s.amax(3, keepdim=True) if s.shape[3] else s.new_zeros(*s.shape[:3], 1)
     row_max = row_max.masked_fill(row_max == -math.inf, 0)
     p = torch.exp(s - row_max)
     row_sum = p.sum(3, keepdim=True)

@@ -129,6 +129,31 @@ def flash_attn_cute() -> types.ModuleType:
     return module
 
 
+def flash_attn_3() -> types.ModuleType:
+    """Its fp8: out in bf16, and a scale of q for each head of keys."""
+
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False,
+        qv: Tensor | None = None, q_descale: Tensor | None = None, k_descale: Tensor | None = None,
+        v_descale: Tensor | None = None, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        assert q.dtype == k.dtype == v.dtype == torch.float8_e4m3fn and softmax_scale is not None
+        assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and qv is None
+        numbers = []
+        for x, scale in ((q, q_descale), (k, k_descale), (v, v_descale)):
+            assert scale is not None and scale.dtype == torch.float32
+            assert scale.shape == (k.shape[0], k.shape[2])
+            numbers.append(x.double() * scale[:, None, :, None])
+        score = [scores.softcap(softcap)] if softcap else []
+        mask = corner(q.shape[1], k.shape[1], causal, window_size)
+        q_, k_, v_ = numbers
+        return dense(q_, k_, v_, softmax_scale, mask, score)[0].bfloat16()
+
+    module = types.ModuleType("flash_attn_interface")
+    module.flash_attn_func = flash_attn_func
+    return module
+
+
 def flashinfer() -> types.ModuleType:
     class BatchPrefillWithRaggedKVCacheWrapper:
         def __init__(self, float_workspace_buffer: Tensor, kv_layout: str = "NHD") -> None:
@@ -366,6 +391,7 @@ def nested_attention(functional: Any) -> Any:
 MODULES = {
     "flash_attn": flash_attn,
     "flash_attn.cute.interface": flash_attn_cute,
+    "flash_attn_interface": flash_attn_3,
     "flashinfer": flashinfer,
     "xformers.ops": xformers,
     "jax": jax,

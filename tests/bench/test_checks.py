@@ -137,7 +137,7 @@ def test_what_raises_has_failed_and_what_lacks_something_has_no_result(monkeypat
 def test_every_check_has_its_place():
     hopper, beside, alone = (checks.trials(torch.device("cuda"), stage) for stage in checks.STAGES)
     assert sorted(hopper + beside + alone) == sorted(checks.TRIALS)
-    everything = checks.ACCURACY + checks.GRAPHS + checks.LARGE + checks.HOPPER
+    everything = checks.ACCURACY + checks.FP8 + checks.GRAPHS + checks.LARGE + checks.HOPPER
     assert len(everything) == len(checks.TRIALS), "two of one name"
     here = [name for stage in checks.STAGES for name in checks.trials(CPU, stage)]
     assert sorted(here + checks.left_out(CPU)) == sorted(checks.TRIALS)

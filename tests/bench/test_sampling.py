@@ -252,5 +252,5 @@ def test_ceilings_are_computed_from_medians():
     found = measure_ceilings("cpu", 0.0, recorder=Second())
     assert found.copy_bytes_per_second == 2 * (1 << 22) / 0.5
     assert found.matmul_flops_per_second == dict.fromkeys(
-        ("bfloat16", "float16", "float32"), 2 * 128**3 / 0.5
+        ("bfloat16", "float16", "float32", "float8_e4m3fn"), 2 * 128**3 / 0.5
     )

@@ -13,6 +13,7 @@ import triton.language as tl
 
 import tilewise
 from tilewise.kernels.tile import CopiedTile
+from tilewise.parts.fp8 import FP8
 from tilewise.parts.masks.mask import as_mask
 
 from .problem import FEATURES, KINDS, Feature, Packing, Problem, build, feature, judge, of_kind
@@ -36,6 +37,34 @@ def float16(p: Problem) -> None:
 @feature("dtype", "bfloat16")
 def bfloat16(p: Problem) -> None:
     p.dtype = torch.bfloat16
+
+
+def drawn_scales(p: Problem, rows: int | None) -> tilewise.Scales:
+    """Of a tensor, of heads, or of tiles of rows of these, along any of which they may be the same."""
+    q_sizes = kv_sizes = [p.batch]
+    q_tiles = kv_tiles = []
+    if rows is not None:
+        q_len, kv_len = (p.q_len, p.kv_len) if p.rows() is None else p.rows().tokens
+        q_sizes = kv_sizes = [p.batch if p.rows() is None else 1]
+        if p.filled() is not None:
+            kv_sizes, kv_len = [p.batch], p.kv_len
+            if p.filled().pages is not None:
+                kv_sizes, kv_len = [max(1, p.filled().pages.numel())], p.page_size
+        q_tiles, kv_tiles = [-(-q_len // rows)], [-(-kv_len // rows)]
+    sizes = [[*q_sizes, p.q_heads, *q_tiles], *[[*kv_sizes, p.kv_heads, *kv_tiles]] * 2]
+    drawn = [p.randn(*p.broadcast(*each)).abs() + 0.25 for each in sizes]
+    return tilewise.Scales(*drawn, rows=rows, dtype=p.rng.choice((torch.bfloat16, torch.float16)))
+
+
+@feature("dtype", "float8_e4m3fn, forward, with scales of a tensor or of heads, on the device")
+def fp8_of_heads(p: Problem) -> None:
+    p.dtype, p.scales = FP8, lambda p: drawn_scales(p, None)
+
+
+@feature("dtype", "float8_e4m3fn, forward, with scales of tiles of rows, on the device")
+def fp8_of_rows(p: Problem) -> None:
+    rows = p.rng.choice((1, 5, 16))
+    p.dtype, p.scales = FP8, lambda p: drawn_scales(p, rows)
 
 
 @feature("heads", "multi-head: as many key heads as query heads")
@@ -292,7 +321,9 @@ def other_scale(p: Problem) -> None:
 
 @feature("scale", "scale, a tensor on the device")
 def tensor_scale(p: Problem) -> None:
-    p.arguments["scale"] = p.randn(dtype=p.rng.choice((torch.float32, p.dtype)))
+    p.arguments["scale"] = p.randn(
+        dtype=p.rng.choice((torch.float32, torch.float32 if p.dtype == FP8 else p.dtype))
+    )
 
 
 # ---- Score modifiers, bias, sink

@@ -17,6 +17,7 @@ from .mutations_distributed import MUTATIONS as DISTRIBUTED_MUTATIONS
 from .mutations_drop_in import MUTATIONS as DROP_IN_MUTATIONS
 from .mutations_flash_impl import MUTATIONS as FLASH_IMPL_MUTATIONS
 from .mutations_float64 import MUTATIONS as FLOAT64_MUTATIONS
+from .mutations_fp8_tools import MUTATIONS as FP8_TOOLS_MUTATIONS
 from .mutations_hopper import MUTATIONS as HOPPER_MUTATIONS
 from .mutations_hopper_backward import MUTATIONS as HOPPER_BACKWARD_MUTATIONS
 from .mutations_host import MUTATIONS as HOST_MUTATIONS
@@ -411,6 +412,7 @@ MUTATIONS = (
     *DISTRIBUTED_MUTATIONS,
     *DROP_IN_MUTATIONS,
     *FLOAT64_MUTATIONS,
+    *FP8_TOOLS_MUTATIONS,
     *HOPPER_MUTATIONS,
     *HOST_MUTATIONS,
     *HOPPER_BACKWARD_MUTATIONS,

@@ -23,9 +23,12 @@ import torch
 
 import tilewise
 import tilewise_reference
+from tilewise.parts.fp8 import FP8
 from tilewise.plan.request import Request, request_of
+from tilewise.pytorch.dequantized import dequantized, scales_of_rows
 from tilewise.pytorch.pieces import by_sequence
 from tilewise.pytorch.plain import Block, oracle_arguments
+from tilewise_reference.fp8 import e4m3, fp8_attention
 from tilewise_reference.yardstick import allowed_error, difference, largest_difference, pytorch_attention
 
 Tensor = torch.Tensor
@@ -73,7 +76,7 @@ def others_asked(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> list[str]
 
 def assert_matches(out: Tensor, lse: Tensor, request: Request) -> None:
     """Assert that out and lse answer the request."""
-    rows, dtype = request.q.shape[:3], request.q.dtype
+    rows, dtype = request.q.shape[:3], request.out_dtype
     want_out, want_lse = exact(request)
     assert not want_out.isnan().any(), "the float64 oracle itself gives NaN: a query of this test sees NaN"
     assert out.dtype == dtype and lse.dtype == torch.float32
@@ -90,7 +93,7 @@ def exact(request: Request) -> tuple[Tensor, Tensor]:
     """out and lse of the float64 oracle; of packed sequences, one sequence after another."""
 
     def answer(one: Request, batch: int = 0) -> tuple[Tensor, Tensor]:
-        arguments = oracle_arguments(one, whole(one, batch))
+        arguments, one = oracle_arguments(one, whole(one, batch)), dequantized(one, torch.float64)
         return tilewise_reference.attention(one.q, one.k, one.v, **arguments, return_lse=True)
 
     return answer(request) if request.shape.is_dense else by_sequence(request, answer)
@@ -124,11 +127,16 @@ def rows_that_see(request: Request) -> Tensor:
 
 
 def pytorch(request: Request, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """out [.., in dtype] and lse [.., fp32] as PyTorch's math paths compute them on inputs of that dtype."""
+    """out [.., in dtype] and lse [.., fp32] as PyTorch's math paths compute them on inputs of that dtype; of
+    fp8, which they do not know, as plain fp8 attention does."""
 
     def answer(one: Request, batch: int = 0) -> tuple[Tensor, Tensor]:
-        q, k, v = (x.to(dtype) for x in (one.q, one.k, one.v))
-        return pytorch_attention(q, k, v, **oracle_arguments(one, whole(one, batch)))
+        arguments = oracle_arguments(one, whole(one, batch))
+        if dtype == FP8:
+            scales = scales_of_rows(one)
+            return fp8_attention(one.q, one.k, one.v, *scales, dtype=one.out_dtype, **arguments)
+        q, k, v = (x.to(dtype) for x in dequantized(one).qkv().values())
+        return pytorch_attention(q, k, v, **arguments)
 
     return answer(request) if request.shape.is_dense else by_sequence(request, answer)
 
@@ -158,7 +166,8 @@ def neighbour(request: Request, generator: torch.Generator) -> Request:
     """The same problem with every row of q and every value multiplied by a factor from 3/4 to 5/4."""
 
     def jitter(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return x * (0.75 + 0.5 * torch.rand(shape, generator=generator, device=x.device)).to(x.dtype)
+        factor = 0.75 + 0.5 * torch.rand(shape, generator=generator, device=x.device)
+        return e4m3(x.float() * factor) if x.dtype == FP8 else x * factor.to(x.dtype)
 
     return replace(
         request, q=jitter(request.q, (*request.q.shape[:3], 1)), v=jitter(request.v, tuple(request.v.shape))

@@ -77,6 +77,7 @@ class Problem:
     head_dim: int = 16
     value_dim: int = 16
     tile: tilewise.tiles.Tile | None = field(default_factory=lambda: tilewise.tiles.Tile(16, 16))
+    scales: Callable[[Problem], tilewise.Scales] | None = None  # of fp8
     packed: Callable[[Problem], Packing] | None = None
     packing: Packing | None = None  # drawn when it is first asked for
     page_size: int | None = None  # of a cache; 0: in one piece
@@ -192,6 +193,8 @@ class Problem:
         """The keyword arguments of `attention`; of `packed_attention`, then with offsets; or of
         `cached_attention`, then with lengths."""
         given = {"mask": self.mask, "score": self.scores or None, **self.arguments}
+        if self.scales is not None:
+            given["scales"] = self.scales(self)
         if self.rows() is not None:
             given |= {"q_offsets": self.rows().q_offsets, "kv_offsets": self.rows().kv_offsets}
         if self.filled() is not None:
@@ -240,15 +243,16 @@ def build(
 
 def judge(problem: Problem, backward: bool = False) -> dict[str, torch.Tensor]:
     """Compare the kernels with the oracle on this problem, every address checked by the sanitizer; with
-    `backward` all gradients too, for a gradient of out that has the problem's memory layout, but of a cache,
-    which has none. Returns the gradients by name."""
+    `backward` all gradients too, for a gradient of out that has the problem's memory layout, but of a cache
+    and of fp8, which have none. Returns the gradients by name."""
     q, k, v = problem.tensors()
     arguments = problem.keywords()
     forced = contextlib.nullcontext() if problem.tile is None else tilewise.tiles.use(problem.tile)
+    has_gradient = problem.filled() is None and problem.scales is None
     with forced, sanitize():
-        if backward and problem.order == 2 and problem.filled() is None:
+        if backward and problem.order == 2 and has_gradient:
             check_second(q, k, v, **arguments)
-        if backward and problem.filled() is None:
+        if backward and has_gradient:
             return check_gradients(q, k, v, problem.gradient_of_out(), **arguments)
         check(q, k, v, **arguments)
         return {}

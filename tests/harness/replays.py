@@ -16,6 +16,7 @@ import tilewise
 from tilewise.api import answer
 from tilewise.kernels.forward import forward_kernel
 from tilewise.kernels.launch import ALIGNMENT, Launched, told
+from tilewise.parts.fp8 import FP8
 from tilewise.plan import repeated
 from tilewise.plan.request import Request, request_of
 from tilewise.plan.tape import Asked, Results, record
@@ -67,7 +68,7 @@ def elsewhere(x: Tensor, factor: float, trained: bool = False) -> Tensor:
     """x in memory of its own, its floating point numbers times `factor`."""
     held = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage().clone())
     if x.dtype.is_floating_point:
-        held *= factor
+        held.copy_(held.float() * factor if x.dtype == FP8 else held * factor)
     view = held.as_strided(x.shape, x.stride(), x.storage_offset())
     return view.requires_grad_(trained and x.dtype.is_floating_point)
 

@@ -20,12 +20,15 @@ from packaging.version import Version
 
 import tilewise
 from tilewise.kernels.append import launch_append, launch_turn
+from tilewise.kernels.quantize import launch_quantize
 from tilewise.kernels.tile import CopiedTile, HopperBackwardTile, HopperTile
+from tilewise.parts.fp8 import FP8
 from tilewise.parts.place import Place
 from tilewise.parts.rotary import RotaryTable
 from tilewise.parts.shape import Cache, Pages
 from tilewise.plan.passes import run_forward
 from tilewise.plan.request import request_of
+from tilewise.pytorch.quantize import quantize_shapes
 from tilewise.tools.compiled.compiler import (
     HOPPER_BACKWARD,
     TARGETS,
@@ -36,6 +39,7 @@ from tilewise.tools.compiled.compiler import (
 )
 from tilewise.tools.compiled.variants import (
     DTYPES,
+    LENGTH,
     SECOND,
     backward_variant,
     forward_variant,
@@ -58,6 +62,7 @@ from .turns import has_its_turn
 
 WIDE_FP32_TARGETS = ("sm_80", "sm_90", "sm_100")  # AMD's shared memory has no room for that backward
 COPYING_TARGETS = ("sm_90", "sm_100")  # with a copy engine
+FP8_TARGETS = ("sm_90", "sm_100")  # with tensor cores for e4m3
 OLDEST_TARGETS = ("sm_80", "sm_90")
 TRITONS = ("oldest", "newest")  # that CI has
 
@@ -143,6 +148,7 @@ SHIPPED = {
     "backward_feature_variants": TARGETS,
     "statistics_variants": TARGETS,
     "second_variants": TARGETS,
+    "fp8_variants": FP8_TARGETS,
     "wide_second_variants": WIDE_FP32_TARGETS,
 }
 # What every run compiles for every target, and what it always compiles for Hopper: the rows that most calls
@@ -380,6 +386,67 @@ def statistics_variants() -> list[Variant]:
         Variant("bf16 64 causal in one walk", functools.partial(plain, "bf16", 64, 1)),
         Variant("fp16 64 packed features", functools.partial(features, 3)),
         Variant("bf16 128 decode, pages of 16, split", decode),
+    ]
+
+
+def fp8_inputs(
+    dim: int, rows: int | None, q_len: int = LENGTH, along_keys: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tilewise.Scales]:
+    """q, k and v as `quantize` makes them, or v as it came; and scales of heads, or of tiles of rows."""
+    (q, k, v) = (torch.empty_like(x, dtype=FP8) for x in plain_inputs("bf16", dim, q_len))
+    v = v.mT.contiguous().mT if along_keys else v
+    q_scale, k_scale = (
+        torch.empty(*x.shape[:2], *([] if rows is None else [-(-x.shape[2] // rows)]), device="meta")
+        for x in (q, k)
+    )
+    return q, k, v, tilewise.Scales(q_scale, k_scale, k_scale, rows)
+
+
+def fp8_variants() -> list[Variant]:
+    """The forward of fp8: each row of the table, tiles of fewer rows, scales of both kinds, features, packed,
+    and a cache in pages; what statistics walk again; and what makes such numbers."""
+
+    def plain(dim: int, rows: int | None, stats: tilewise.Stats | None = None, **sizes: Any) -> None:
+        q, k, v, scales = fp8_inputs(dim, rows, **sizes)
+        given = dict(mask=tilewise.Causal(), scales=scales)
+        if stats is None:
+            launch(q, k, v, return_lse=True, **given)
+        else:
+            launch_statistics(q, k, v, stats, False, **given)
+
+    def features(i: int) -> None:
+        sizes = dict(q_heads=4, kv_heads=2, q_len=300, kv_len=300, head_dim=64, value_dim=64)
+        names = [name for name in COMBINATIONS[i] if not name.startswith("cosine")]
+        problem = build(torch.device("cpu"), random.Random(0), ["fp8_of_rows", *names], **sizes)
+        launch(*problem.tensors(), return_lse=True, **problem.keywords())
+
+    def decode() -> None:
+        q = torch.empty(2, 32, 1, 128, dtype=FP8, device="meta")
+        cache = torch.empty(64, 16, 8, 128, dtype=FP8, device="meta")
+        kv_lens = torch.empty(2, dtype=torch.int32, device="meta")
+        pages = torch.empty(2, 256, dtype=torch.int32, device="meta")
+        scales = tilewise.Scales(*(torch.empty(1, device="meta") for _ in range(3)))
+        launch(q, cache, cache, kv_lens=kv_lens, pages=pages, split_size=512, scales=scales)
+
+    def quantized(dtype: str, dim: int, rows: int, is_rotated: bool) -> None:
+        x = plain_inputs(dtype, dim)[0]
+        x8, scale = quantize_shapes(x, rows, is_rotated, True, "portable")
+        launch_quantize(x, x8, scale, rows, is_rotated, is_measured=False)
+
+    asked = tilewise.Stats(True, True, True, torch.empty(20, dtype=torch.int64, device="meta"), 4)
+    dims = (64, 128, 192, 256, 576)
+    return [
+        *(Variant(f"fp8 {dim} causal", functools.partial(plain, dim, None)) for dim in dims),
+        *(Variant(f"fp8 {dim} causal, of rows", functools.partial(plain, dim, 64)) for dim in (64, 128, 256)),
+        Variant("fp8 128 causal, v as it came", functools.partial(plain, 128, None, along_keys=False)),
+        Variant("fp8 80 causal, of rows", functools.partial(plain, 80, 64)),
+        Variant("fp8 128 few rows", functools.partial(plain, 128, 64, q_len=20)),
+        Variant("fp8 128 statistics", functools.partial(plain, 128, 64, asked)),
+        *(Variant(f"fp8 64 features {i}", functools.partial(features, i)) for i in (0, 2, 3)),
+        Variant("fp8 128 decode, pages of 16, split", decode),
+        Variant("fp8 quantize bf16 128, rotated", functools.partial(quantized, "bf16", 128, 64, True)),
+        Variant("fp8 quantize fp32 80, rotated", functools.partial(quantized, "fp32", 80, 128, True)),
+        Variant("fp8 quantize fp16 576", functools.partial(quantized, "fp16", 576, 64, False)),
     ]
 
 

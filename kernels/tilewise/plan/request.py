@@ -103,7 +103,7 @@ class Request:
         kv_lens = None if self.cache is None else self.cache.kv_lens
         pages = None if self.cache is None else self.cache.pages
         table = None if pages is None else pages.table
-        q_scale, k_scale, v_scale = (None,) * 3 if self.scales is None else self.scales[:3]
+        q_scale, k_scale, v_scale = self.scales[:3] if isinstance(self.scales, Scales) else (None,) * 3
         given = (
             ("scale", self.scale),
             ("temperature", temperature),

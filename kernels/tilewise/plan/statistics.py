@@ -28,7 +28,7 @@ from ..kernels.top_keys import launch_top_keys
 from ..kernels.weights import launch_weights
 from ..parts.stats import Statistics, Stats
 from .bind import bind
-from .passes import empty_in_order_of, multiprocessors, run_backward, run_forward, split_keys
+from .passes import empty_in_order_of, forward_tile, multiprocessors, run_backward, run_forward, split_keys
 from .request import Request
 from .tiles import choose_tile
 
@@ -61,7 +61,7 @@ def forward(request: Request, stats: Stats, for_backward: bool) -> tuple[Tensor,
         largest = q.new_empty((*splits, *sizes), dtype=torch.int32) if has_largest else None
         return RowStats(entropy, logit, largest)
 
-    call, tile, of_rows = bind(request), choose_tile(q, shape, "forward"), asked()
+    call, tile, of_rows = bind(request), forward_tile(q, shape), asked()
     split = split_keys(shape, tile, multiprocessors(q.device))
     keeps = rows if for_backward or stats.walks_again else None
     if split is None:

@@ -10,16 +10,15 @@ from dataclasses import replace
 
 import torch
 
-from ..parts.fp8 import scale_sizes
+from ..parts.fp8 import Scales, scale_sizes
 from ..plan.request import Request
 
 Tensor = torch.Tensor
 
 
 def dequantized(request: Request, dtype: torch.dtype = torch.float32) -> Request:
-    """The request with numbers in place of fp8; packed sequences and those of a cache stay as they are, for
-    each is told apart first: `own_numbers`."""
-    if request.scales is None or not request.shape.is_dense:
+    """A dense request with numbers in place of fp8; any other as it is."""
+    if request.scales is None:
         return request
     q, k, v = (
         x.to(dtype) * scale.to(dtype)
@@ -45,14 +44,15 @@ def scales_of_rows(request: Request) -> list[Tensor]:
     return found
 
 
-def own_numbers(
-    request: Request, batch: int, cuts: tuple[Callable[[Tensor], Tensor], ...], dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """q, k and v of the sequence of this number, cut out by `cuts`, one for each."""
+def own_scales(request: Request, batch: int, cuts: tuple[Callable[[Tensor], Tensor], ...]) -> Scales | None:
+    """The scales of the packed sequence, or that of a cache, of this number, as those of a dense request:
+    `cuts` cut q, k and v, and what has a number for each of their rows."""
     scales = request.scales
-    assert scales is not None
-    found = []
-    for x, scale, cut in zip(request.qkv().values(), scales_of_rows(request), cuts, strict=True):
-        own = scale[batch : batch + 1] if scales.rows is None else cut(scale)
-        found.append(cut(x).to(dtype) * own.to(dtype))
-    return tuple(found)
+    if scales is None:
+        return None
+    found = scales_of_rows(request)
+    if scales.rows is None:
+        q, k, v = (scale[batch : batch + 1, :, 0, 0] for scale in found)
+        return scales._replace(q=q, k=k, v=v)
+    q, k, v = (cut(scale)[..., 0] for cut, scale in zip(cuts, found, strict=True))
+    return scales._replace(q=q, k=k, v=v, rows=1)

@@ -13,7 +13,7 @@ import torch
 
 from ..parts.shape import Cache, Packing, computed_in
 from ..plan.request import Request
-from .dequantized import own_numbers
+from .dequantized import own_scales
 
 Tensor = torch.Tensor
 Answer = Callable[[Request, int], tuple[Tensor, Tensor]]
@@ -50,9 +50,9 @@ def nothing(request: Request, like: list[tuple[Tensor, Tensor]], rows: int) -> t
     return out.new_zeros(*sizes, request.shape.value_dim), lse.new_full(sizes, -torch.inf)
 
 
-def sequences(request: Request, dtype: torch.dtype = torch.float32) -> Iterator[Request]:
-    """The dense request that is left of each sequence, of fp8 with the numbers it stands for in this dtype.
-    Raises ValueError for offsets, lengths or pages that lead out of the tensors."""
+def sequences(request: Request) -> Iterator[Request]:
+    """The dense request that is left of each sequence. Raises ValueError for offsets, lengths or pages that
+    lead out of the tensors."""
     packing, cache, shape = request.packing, request.cache, request.shape
     q_starts = kv_starts = None
     if packing is not None:
@@ -66,14 +66,12 @@ def sequences(request: Request, dtype: torch.dtype = torch.float32) -> Iterator[
         own_kv = partial(rows_of_sequence, starts=kv_starts, batch=batch)
         if cache is not None:
             own_kv = partial(filled, cache=cache, batch=batch, capacity=shape.kv_len)
-        if request.scales is None:
-            q, k, v = own_q(request.q), own_kv(request.k), own_kv(request.v)
-        else:
-            q, k, v = own_numbers(request, batch, (own_q, own_kv, own_kv), dtype)
+        q, k, v = own_q(request.q), own_kv(request.k), own_kv(request.v)
+        scales = own_scales(request, batch, (own_q, own_kv, own_kv))
         place = None
         if request.place is not None:  # the part has some heads of each sequence, and all of its rows
             place = request.place._replace(q_len=q.shape[2], kv_len=k.shape[2])
-        yield replace(request, q=q, k=k, v=v, packing=None, cache=None, place=place, scales=None)
+        yield replace(request, q=q, k=k, v=v, packing=None, cache=None, place=place, scales=scales)
 
 
 def rows_of_sequence(x: Tensor, starts: list[int] | None, batch: int) -> Tensor:

@@ -57,7 +57,7 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 def run_torch(request: Request, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out in its dtype and q's memory order, and lse in fp32 or, where q is, fp64."""
-    out, lse = unrounded(dequantized(request), return_lse)
+    out, lse = unrounded(request, return_lse)
     like = empty_in_order_of(request.q, out.shape[3], request.out_dtype)
     return like.copy_(out), lse if return_lse else None
 
@@ -67,6 +67,7 @@ def unrounded(request: Request, return_lse: bool) -> tuple[Tensor, Tensor]:
     q = request.q
 
     def answer(request: Request, batch: int | None = None) -> tuple[Tensor, Tensor]:
+        request = dequantized(request)
         return fused(request) if fused_is_the_same(request, return_lse) else in_blocks(request, batch)
 
     with torch.autocast(q.device.type, enabled=False) if is_autocast(q.device) else nullcontext():

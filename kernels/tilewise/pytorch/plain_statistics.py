@@ -38,7 +38,6 @@ class Asked(NamedTuple):
 
 def plain_statistics(request: Request, stats: Stats) -> Statistics:
     """[blocks, heads, ...], in fp32 or, where q is, fp64."""
-    request = dequantized(request)
     q = request.q
     given = stats.key_mass if isinstance(stats.key_mass, Tensor) else q.new_ones(())
     counts = given.detach().to(computed_in(q.dtype)).expand(q.shape[:3])
@@ -52,6 +51,7 @@ def plain_statistics(request: Request, stats: Stats) -> Statistics:
 
 def of_dense(request: Request, asked: Asked, batch: int | None = None) -> Statistics:
     """batch: the number of the one packed sequence that the request is left of."""
+    request = dequantized(request)
     stats, parts = asked.stats, list(blocks(request, batch))
     several = len(parts) > 1 or batch is not None
     differentiable = partial(of_block, asked)

@@ -29,13 +29,19 @@ class Chip:
     exponentials: int = 16  # a clock and multiprocessor
     shared_bytes_a_clock: int = 128
     registers: int = 65_536  # of 32 bits, of one multiprocessor
+    fp8_flops: int = 0  # as matmul_flops, of e4m3; 0 where tilewise does not multiply it
 
     @property
     def exponentials_per_second(self) -> float:
         return self.exponentials * self.multiprocessors * self.clock
 
     def matmul_flops_of(self, element_bytes: int, is_tf32: bool = False) -> float:
-        """FLOPs a clock and multiprocessor: of fp16 and bf16 (2 bytes); of TF32, half of it; or IEEE fp32."""
+        """FLOPs a clock and multiprocessor: of fp8 (1 byte); of fp16 and bf16 (2 bytes); of TF32, half of
+        that; or IEEE fp32. Raises ValueError for fp8 where tilewise does not multiply it."""
+        if element_bytes == 1:
+            if not self.fp8_flops:
+                raise ValueError(f"{self.name} ({self.arch}) is no chip on which tilewise multiplies fp8")
+            return self.fp8_flops
         if element_bytes == 2:
             return self.matmul_flops
         return self.matmul_flops / 2 if is_tf32 else self.float32_flops
@@ -55,11 +61,14 @@ CHIPS: tuple[Chip, ...] = (
          "NVIDIA GA102 architecture whitepaper"),
     Chip("RTX 4090", "sm_89", 128, 2.520e9, 512, 256, 1.008e12, 100 << 10, 1536, _ADA),
     Chip("L40S", "sm_89", 142, 2.490e9, 1024, 256, 0.864e12, 100 << 10, 1536, "NVIDIA L40S datasheet"),
-    Chip("H100", "sm_90", 132, 1.830e9, 4096, 256, 3.35e12, 228 << 10, 2048, _HOPPER),
-    Chip("H200", "sm_90", 132, 1.830e9, 4096, 256, 4.8e12, 228 << 10, 2048, _HOPPER),
-    Chip("B200", "sm_100", 148, 1.856e9, 8192, 256, 8.0e12, 228 << 10, 2048, _BLACKWELL),
+    Chip("H100", "sm_90", 132, 1.830e9, 4096, 256, 3.35e12, 228 << 10, 2048, _HOPPER,
+         fp8_flops=8192),
+    Chip("H200", "sm_90", 132, 1.830e9, 4096, 256, 4.8e12, 228 << 10, 2048, _HOPPER,
+         fp8_flops=8192),
+    Chip("B200", "sm_100", 148, 1.856e9, 8192, 256, 8.0e12, 228 << 10, 2048, _BLACKWELL,
+         fp8_flops=16_384),
     Chip("RTX 5090", "sm_120", 170, 2.407e9, 512, 256, 1.792e12, 100 << 10, 1536,
-         "NVIDIA RTX Blackwell architecture whitepaper"),
+         "NVIDIA RTX Blackwell architecture whitepaper", fp8_flops=1024),
     Chip("MI300X", "gfx942", 304, 2.100e9, 2048, 256, 5.3e12, 64 << 10, 2048, "AMD MI300X datasheet",
          warp=64, registers=131_072),
 )  # fmt: skip

@@ -41,7 +41,9 @@ from .sums import sums
 
 # The start of the opcode that multiplies fp16 and bf16 tiles of 64 rows and more, by family.
 MATMUL = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+FP8_MATMUL = {"sm_90": "QGMMA", "sm_100": "UTCQMMA"}  # the same for fp8
 TARGETS = tuple(MATMUL)  # those that the tests compile for
+FP8 = "float8_e4m3fn"
 HOPPER, HOPPER_BACKWARD = "hopper_forward_kernel", "hopper_backward_kernel"
 ONE_WALK = "dqkv_kernel"
 # Products of a tile step: how many of them are as long as head_dim, and how many as value_dim.
@@ -92,8 +94,9 @@ class Compiled:
 
     @property
     def uses_tensor_cores(self) -> bool:
-        """Whether the target's instruction for long fp16 and bf16 (and tf32) matmuls occurs."""
-        return any(opcode.startswith(MATMUL[family(self.target)]) for opcode in self.matmuls)
+        """Whether the target's instruction for long fp16 and bf16 (and tf32) matmuls occurs, or for fp8."""
+        start = (FP8_MATMUL if self.dtype == FP8 else MATMUL)[family(self.target)]
+        return any(opcode.startswith(start) for opcode in self.matmuls)
 
     @staticmethod
     def from_json(answer: dict[str, Any]) -> Compiled:

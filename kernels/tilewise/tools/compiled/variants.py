@@ -18,6 +18,7 @@ import triton
 from tilewise_reference.cases import find_case
 
 from ...kernels.tile import HopperTile, Tile
+from ...parts.fp8 import FP8
 from ...parts.masks.causal import Causal
 from ...parts.scores.relative_position import RelativePosition
 from ...parts.shape import Shape
@@ -28,10 +29,10 @@ from ...plan.passes import parameter_slots, run_backward, run_forward
 from ...plan.request import Request, request_of
 from ...plan.rules import hopper as hopper_rules
 from ...plan.tangent_tiles import arch_tangent_tile
-from ..inputs import case_inputs
+from ..inputs import case_inputs, fp8_shapes
 from .compiler import HOPPER_BACKWARD, ONE_WALK, Variant
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8": FP8}
 MASKS = {"causal": Causal(), "full": None}
 SECOND = ("tangent_kernel", "sums_kernel", "rows_kernel", "keys_kernel", "second_parameter_kernel")
 KERNELS = ("forward", "hopper", "dkv", "dq", "dqkv", "hopper_backward")
@@ -132,6 +133,14 @@ def plain_inputs(
     return q, k, torch.empty_like(k)
 
 
+def plain_call(dtype: str, dim: int, q_len: int = LENGTH) -> dict[str, Any]:
+    """The arguments of that call: in fp8 what `quantize` makes of bf16, a scale for each head."""
+    inputs = (
+        fp8_shapes(*plain_inputs("bf16", dim, q_len)) if dtype == "fp8" else plain_inputs(dtype, dim, q_len)
+    )
+    return dict(zip(("q", "k", "v", "scales"), inputs, strict=False))
+
+
 def forward_variant(
     dtype: str, dim: int, mask: str, q_len: int = LENGTH, precision: str = "highest"
 ) -> Variant:
@@ -142,7 +151,7 @@ def forward_variant(
 
     def run() -> None:
         with float32_precision(precision):
-            launch(*plain_inputs(dtype, dim, q_len), return_lse=True, mask=MASKS[mask])
+            launch(**plain_call(dtype, dim, q_len), return_lse=True, mask=MASKS[mask])
 
     tf32 = " tf32" if precision == "high" else ""
     return Variant(f"{dtype}{tf32} {dim} {mask}{'' if q_len == LENGTH else f' q_len {q_len}'}", run)
@@ -242,6 +251,17 @@ def plain_variants(
         if "parameter" in kernels:
             found += parameter_variants(dtype, dim, mask)
     return found
+
+
+def why_not_fp8(kernel: str, archs: Sequence[str], dtypes: Sequence[str]) -> str | None:
+    """Why the plain calls of a kernel cannot be compiled for all of this; None where fp8 is not among the
+    dtypes, or can."""
+    if "fp8" not in dtypes:
+        return None
+    if kernel != "forward":
+        return "fp8 has a forward alone, of the portable kernels: take kernel='forward', or another dtype"
+    lacking = [arch for arch in archs if not tiles.multiplies_fp8(arch)]
+    return f"fp8 is multiplied on sm_90 and sm_100, and arch={lacking[0]!r}" if lacking else None
 
 
 def why_not_hopper(

@@ -49,7 +49,7 @@ EXTRAS = {
     "bench": ("pytest", "pytest_benchmark", "matplotlib", "tabulate", "pynvml"),
     "test": ("pytest", "xdist", "hypothesis", "numpy", "hatchling"),
 }
-RIVALS = ("flash_attn", "flashinfer", "xformers", "jax")
+RIVALS = ("flash_attn", "flash_attn_interface", "flashinfer", "xformers", "jax")
 
 
 @dataclass(frozen=True)

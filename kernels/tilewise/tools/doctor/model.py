@@ -140,6 +140,9 @@ def entry_of(request: Request) -> Entry:
         scores.append(f"dropout_p={request.dropout.p}")
     if request.scale is not None:
         scores.append("scale" if isinstance(request.scale, Tensor) else f"scale={request.scale:g}")
+    if request.scales is not None:
+        each = "each head or all" if request.scales.rows is None else f"each {request.scales.rows} rows"
+        scores.append(f"scales of {each}")
     if request.similarity != "scaled_dot":
         scores.append(f"similarity={request.similarity!r}")
     q, k, v = (tuple(x.shape) for x in (request.q, request.k, request.v))

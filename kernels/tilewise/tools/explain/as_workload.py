@@ -30,7 +30,9 @@ def as_workload(
     request: Request, chip: Chip, training: bool, return_lse: bool, on_its_gpu: bool, is_hopper: bool = False
 ) -> Workload:
     """The request as the model sees it. on_its_gpu: `chip` is the GPU that q is on, whose own tiles count.
-    is_hopper: the forward is Hopper's, and the backward where its rules let it."""
+    is_hopper: the forward is Hopper's, and the backward where its rules let it. Of fp8 there is no
+    training."""
+    training = training and request.scales is None
     computed = tuple(computed_tensors(request))
     softcaps = sum(isinstance(score, Softcap) for score in request.scores)
     return Workload(
@@ -51,6 +53,7 @@ def as_workload(
         walks=walks_of(request, chip, on_its_gpu),
         has_holes=request.has_holes,
         is_hopper_backward=is_hopper and request.impl == "hopper" and not any(backward_rules(request)),
+        out_element_bytes=None if request.scales is None else request.out_dtype.itemsize,
     )
 
 
@@ -143,6 +146,9 @@ def looks_swapped(shape: Shape) -> bool:
 
 def notes(request: Request, work: Workload) -> Iterator[str]:
     """What a reader of the counts must know."""
+    if request.scales is not None:
+        out = str(request.out_dtype).removeprefix("torch.")
+        yield f"out is {out}, as scales.dtype says; fp8 has a forward alone, and no backward follows"
     if work.training and work.is_hopper:
         for reason in backward_rules(request):
             yield f"the portable backward follows, for Hopper's does not take the call: {reason}"

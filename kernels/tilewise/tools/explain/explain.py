@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from ...parts.fp8 import FP8
 from ...parts.numerics import INTERPRETED
 from ...parts.plug import Plug
 from ...parts.shape import Cache, ceil_div, computed_in
@@ -21,7 +22,7 @@ from ...plan.request import Request, as_heads, as_packing, cached_request, make_
 from ...plan.rules import hopper as hopper_rules
 from ...plan.rules.cache import new_misfits
 from ...plan.rules.implementations import implementation_is_known
-from ...plan.tiles import architecture, choose_tile
+from ...plan.tiles import architecture, choose_tile, multiplies_fp8
 from ...pytorch.nested import is_nested, unpack
 from ...pytorch.plain import score_bytes
 from ..chips import Chip, chip_of_target, find_chip
@@ -96,6 +97,8 @@ def explain(
         arguments["packing"] = as_packing(q_offsets, kv_offsets)
     elif is_nested(q, k, v):
         q, k, v, arguments["packing"] = unpack(q, k, v)
+    if work == "training" and arguments.get("scales") is not None:
+        raise ValueError("fp8 has a forward alone: explain a call with scales with work='forward'")
     if work == "training" and isinstance(q, Tensor) and q.is_floating_point():
         q = q.detach().requires_grad_()
     with torch.set_grad_enabled(work == "training"):
@@ -129,6 +132,7 @@ def explain_request(request: Request, gpu: str | None, work: Work, return_lse: b
     not_hopper = why_not_hopper(request, chip)
     refused = reasons(given, not_hopper)
     on_a_gpu = reasons(replace(on_meta(given), impl="portable", strict=False))
+    on_a_gpu = on_a_gpu or why_no_fp8(request, chip)
     if refused and on_a_gpu:
         raise ValueError(refused[0])
     shape, answers = request.shape, implementation(request)
@@ -253,11 +257,18 @@ def on_meta(request: Request) -> Request:
 
     changed: dict[str, Any] = {
         name: moved(getattr(request, name))
-        for name in ("q", "k", "v", "scale", "similarity", "sink", "dropout", "packing", "cache")
+        for name in ("q", "k", "v", "scale", "similarity", "sink", "dropout", "packing", "cache", "scales")
     }
     for name in ("masks", "scores"):
         changed[name] = tuple(map(part_moved, getattr(request, name)))
     return replace(request, **changed)
+
+
+def why_no_fp8(request: Request, chip: Chip) -> list[str]:
+    """Why the chip multiplies no such numbers, where the call has them."""
+    if request.scales is None or multiplies_fp8(chip.arch):
+        return []
+    return [f"{FP8} needs an NVIDIA GPU of sm_90 or newer, and {chip.name} is {chip.arch}"]
 
 
 # ---- Hopper's forward

@@ -22,7 +22,7 @@ from .workload import (
 def memory_of(work: Workload) -> tuple[Allocation, ...]:
     """What the kernels' launchers allocate."""
     shape = work.shape
-    found = [Allocation("out", rows_bytes(work, shape.value_dim), "result"), *work.computed]
+    found = [Allocation("out", work.out_bytes, "result"), *work.computed]
     if work.return_lse or work.training:
         kept = "result" if work.return_lse else "for the backward"
         found.append(Allocation("lse", statistics_bytes(work, 1), kept))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...parts.bounds import Bounds
+from ...parts.fp8 import FP8
 from ...parts.masks.causal import Causal
 from ...parts.masks.dense import Dense
 from ...parts.masks.documents import Documents
@@ -205,7 +206,7 @@ def float32_is_slow(look: Look) -> Suggestion | None:
 def dimensions_are_padded(look: Look) -> Suggestion | None:
     shape = look.work.shape
     given = shape.head_dim, shape.value_dim
-    padded = tuple(padded_columns(dim) for dim in given)
+    padded = look.work.columns_of_q, padded_columns(shape.value_dim)
     waste = sum(padded) / sum(given)
     if waste < 1.1 or not look.matmul_is_largest():
         return None
@@ -221,7 +222,9 @@ def dimensions_are_padded(look: Look) -> Suggestion | None:
 
 
 def rows_are_not_contiguous(look: Look) -> Suggestion | None:
-    found = [f"{name} ({x.stride(3)})" for name, x in look.request.qkv().items() if strided_inside(x)]
+    # Of fp8 the matmuls read columns of V: `quantize` lays each in one piece.
+    of_rows = {name: x for name, x in look.request.qkv().items() if name != "v" or x.dtype != FP8}
+    found = [f"{name} ({x.stride(3)})" for name, x in of_rows.items() if strided_inside(x)]
     if not found:
         return None
     return Suggestion(
@@ -331,6 +334,8 @@ def tiles_are_wide(look: Look) -> Suggestion | None:
     if covered < 1.5 or kernel.limits.largest == "memory":
         return None
     how = "`tilewise tune` tries them on your GPU"
+    if look.request.scales is not None:
+        how = "give them by tilewise.tiles.use: tuning knows no fp8"
     if work.shape.packing is not None:
         how = "give them by tilewise.tiles.use: how long packed sequences are chooses no tile"
     return Suggestion(

@@ -17,7 +17,8 @@ from ...kernels.combine import TILE_ROWS as COMBINED_ROWS
 from ...kernels.forward import rows_programs as programs_over_rows
 from ...kernels.hopper.limits import HOPPER_COLUMNS, hopper_pieces
 from ...kernels.tile import Pass, Tile
-from ...parts.pieces import padded_columns
+from ...parts.fp8 import NARROWEST_FP8
+from ...parts.pieces import NARROWEST, padded_columns, pieces_of
 from ...parts.shape import Shape, ceil_div
 from ...plan.passes import split_keys
 from ...plan.tiles import square_tile, widest
@@ -94,6 +95,19 @@ class Workload:
     walks: int = 2  # of the portable backward
     is_hopper_backward: bool = False  # the backward is Hopper's, as the forward
     has_holes: bool = False  # walks are over lists of tiles
+    out_element_bytes: int | None = None  # where out has not the dtype of q, k and v, which are fp8
+
+    @property
+    def out_bytes(self) -> int:
+        """Of out: of the forward's alone, for fp8 has no backward."""
+        size = self.out_element_bytes or self.element_bytes
+        return row_count(self.shape) * self.shape.value_dim * size
+
+    @property
+    def columns_of_q(self) -> int:
+        """Those of q and k as the portable kernels multiply them."""
+        narrowest = NARROWEST_FP8 if self.element_bytes == 1 else NARROWEST
+        return sum(pieces_of(self.shape.head_dim, narrowest))
 
     @property
     def over_rows(self) -> Pass:
@@ -200,15 +214,18 @@ def extra_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:
 
 def walk(
     work: Workload, name: str, tile: tuple[Tile, str], programs: tuple[int, int], tiles: Coverage,
-    dims: tuple[int, int], exponentials: int, moved: int, columns: Callable[[int], int] = padded_columns,
+    dims: tuple[int, int], exponentials: int, moved: int, columns: Callable[[int], int] | None = None,
 ) -> Kernel:  # fmt: skip
     """A kernel that visits tiles of pairs. programs: all, and those that have a tile; dims: how many products
     over head_dim and over value_dim it makes of each; exponentials: of each pair; columns: of a tile, by
-    the dimension."""
+    the dimension, where they are not the portable kernels'."""
     shape, (chosen, tile_from), (started, busy) = work.shape, tile, programs
     of_head, of_value = dims
     executed = tiles.visited * chosen.tile_q * chosen.tile_kv
-    padded = of_head * columns(shape.head_dim) + of_value * columns(shape.value_dim)
+    of_q, of_v = work.columns_of_q, padded_columns(shape.value_dim)
+    if columns is not None:
+        of_q, of_v = columns(shape.head_dim), columns(shape.value_dim)
+    padded = of_head * of_q + of_value * of_v
     flops = 2 * executed * padded
     wanted = of_head * shape.head_dim + of_value * shape.value_dim
     return Kernel(
@@ -261,7 +278,7 @@ def cached_forward(work: Workload, tile: Tile, tile_from: str) -> Kernel:
     started = programs_over_rows(shape, True, tile.tile_q) * (1 if split is None else split.programs)
     moved = forward_bytes(work, tiles, tile)
     if split is not None:
-        written = rows_bytes(work, shape.value_dim) + statistics_bytes(work, int(work.return_lse))
+        written = work.out_bytes + statistics_bytes(work, int(work.return_lse))
         moved += split_bytes(work, split) - written
     return walk(
         work, "forward", (tile, tile_from), (started, busy_programs(work.parts, split, tile)), tiles, (1, 1),
@@ -273,7 +290,7 @@ def combine(work: Workload, split: Split) -> Kernel:
     """The merge of all splits: no matmul, and two exponentials for each split of a row."""
     rows = row_count(work.shape)
     programs, exponentials = ceil_div(rows, COMBINED_ROWS), 2 * split.programs * rows
-    moved = split_bytes(work, split) + rows_bytes(work, work.shape.value_dim)
+    moved = split_bytes(work, split) + work.out_bytes
     moved += statistics_bytes(work, int(work.return_lse))
     return Kernel(
         "combine", Tile(COMBINED_ROWS, COMBINED_ROWS), "the kernel's own", programs, programs,
@@ -315,7 +332,7 @@ def forward_bytes(work: Workload, tiles: Coverage, tile: Tile) -> int:
     """q, out, what some row sees of k and v, the other tensors, and what is kept of each row."""
     shape = work.shape
     kept = 3 if work.training else int(work.return_lse)  # lse and two statistics
-    moved = rows_bytes(work, shape.head_dim + shape.value_dim) + seen_bytes(work)
+    moved = rows_bytes(work, shape.head_dim) + work.out_bytes + seen_bytes(work)
     return moved + extra_bytes(work, tiles, tile) + statistics_bytes(work, kept)
 
 
@@ -371,7 +388,7 @@ def dkv(work: Workload) -> list[Kernel]:
 def dqkv(work: Workload) -> Kernel:
     """The same, and dQ = dS K in memory. Additions are the L2 cache's to bear: of them only the sums count
     here, cleared, read and written once."""
-    return one_walk(work, "dqkv", padded_columns)
+    return one_walk(work, "dqkv")
 
 
 def hopper_backward(work: Workload) -> Kernel:
@@ -381,7 +398,7 @@ def hopper_backward(work: Workload) -> Kernel:
     return one_walk(work, "hopper backward", lambda _: columns)
 
 
-def one_walk(work: Workload, name: str, columns: Callable[[int], int]) -> Kernel:
+def one_walk(work: Workload, name: str, columns: Callable[[int], int] | None = None) -> Kernel:
     tile, tile_from = work.choose(work.element_bytes, work.over_rows)
     tiles = work.parts.covered(walk_over_rows, tile.tile_q, tile.tile_kv)
     moved = backward_reads(work, tiles, tile) + all_keys_bytes(work) + 3 * sums_bytes(work)

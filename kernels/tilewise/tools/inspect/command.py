@@ -20,7 +20,10 @@ def inspect(
     arch: Annotated[
         list[str] | None, typer.Option(help="Target: sm_80, sm_90, sm_100, gfx942 … [default: sm_90]")
     ] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16 or fp32. [default: bf16]")] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="bf16, fp16, fp32 or fp8 (forward alone; sm_90, sm_100). [default: bf16]"),
+    ] = None,
     dim: Annotated[list[int] | None, typer.Option(help="Head dimension. [default: 64, 128, 256]")] = None,
     mask: Annotated[list[str] | None, typer.Option(help="causal or full. [default: both]")] = None,
     kernel: Annotated[

@@ -19,7 +19,7 @@ from ...plan.rules.tensors import MAX_VALUE_DIM
 from ...version import __version__
 from ..chips import Chip, chip_of_target
 from ..compiled.bound import Bound, Occupancy, bound, occupancy
-from ..compiled.compiler import Compiled, compile_variants, gpu_target
+from ..compiled.compiler import FP8, Compiled, compile_variants, gpu_target
 from ..compiled.main_loop import MainLoop
 from ..compiled.variants import (
     DTYPES,
@@ -27,6 +27,7 @@ from ..compiled.variants import (
     MASKS,
     case_variants,
     plain_variants,
+    why_not_fp8,
     why_not_hopper,
 )
 
@@ -73,11 +74,12 @@ def inspect_kernels(
     """Compile the kernels of the plain calls, or of named cases, and look at what came out.
 
     archs: targets such as "sm_90" and "gfx942", of `tiles.SHARED_BYTES`.
-    dtypes, dims, masks: the plain calls; "fp16", "bf16", "fp32"; head dimensions from 1 to 512; "causal",
-        "full". Not used where there are cases.
+    dtypes, dims, masks: the plain calls; "fp16", "bf16", "fp32", "fp8"; head dimensions from 1 to 512;
+        "causal", "full". Not used where there are cases.
     kernels: of "forward", "hopper", "dkv", "dq", "dqkv", "hopper_backward", "prepare", "parameter"; None: the
         first six, but Hopper's two only where they can do what is asked for: sm_90, 16 bits, and cases that
-        they take. Of dims they have those that they take, "hopper_backward" up to 128.
+        they take. Of dims they have those that they take, "hopper_backward" up to 128. fp8 has "forward"
+        alone, on sm_90 and sm_100, and with it that is what None means.
     cases: names of `tilewise_reference.cases`, each compiled with its own dtype, dimensions and features.
     assembly: a folder for the machine code as text.
     on_variant: told of each target and variant that is done.
@@ -105,6 +107,8 @@ def applicable(
 ) -> list[str]:
     """Those of the kernels that can be compiled for all of this."""
     asked = archs, dtypes, dims, cases
+    if not cases and "fp8" in dtypes:
+        kernels = [kernel for kernel in kernels if kernel == "forward"]
     return [kernel for kernel in kernels if kernel not in HOPPERS or not why_not_hopper(kernel, *asked)]
 
 
@@ -136,6 +140,9 @@ def check_arguments(
                 f"{case=} reads a cache, which inspect does not look at: `tilewise explain --case {case}` "
                 "says what it launches"
             )
+    for kernel in kernels if not cases else ():
+        if reason := why_not_fp8(kernel, archs, dtypes):
+            raise ValueError(f"{kernel=}: {reason}")
     for kernel in HOPPERS:
         if kernel in kernels and (reason := why_not_hopper(kernel, archs, dtypes, dims, cases)):
             raise ValueError(f"{kernel=} does not apply: {reason}")
@@ -178,7 +185,7 @@ def occupancy_of(compiled: Compiled, chip: Chip) -> Occupancy:
 
 
 def bound_of(compiled: Compiled, loop: MainLoop, chip: Chip) -> Bound:
-    return bound(loop, chip, 4 if compiled.dtype == "float32" else 2)
+    return bound(loop, chip, {"float32": 4, FP8: 1}.get(compiled.dtype, 2))
 
 
 def chip_or_none(target: str) -> Chip | None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..chips import chip_of_target
+from ..compiled.compiler import FP8
 from .inspect import Inspection
 
 WIDTH = 116  # of the widest table
@@ -65,7 +66,7 @@ def print_inspections(console: Console, inspections: Sequence[Inspection]) -> No
         if first.chip is None:
             console.print(f"no datasheet of a chip with {target} is listed, so no limits are stated")
         elif looping:
-            console.print(headline(target))
+            console.print(headline(target, any(each.compiled.dtype == FP8 for each in looping)))
             console.print(clocks(looping))
     console.print(legend(RESOURCES | COUNTS | CLOCKS))
     console.print(HONESTY, markup=False)
@@ -80,11 +81,13 @@ def legend(words: dict[str, str]) -> Table:
     return made
 
 
-def headline(target: str) -> str:
+def headline(target: str, has_fp8: bool) -> str:
     """What the limits are stated by."""
     chip = chip_of_target(target)
+    of_fp8 = f"{chip.matmul_flops_of(1)} of fp8, " if has_fp8 else ""
     return (
         f"a clock and multiprocessor of the {chip.name}: {chip.matmul_flops} FLOP of fp16 and bf16 matmul, "
+        f"{of_fp8}"
         f"{chip.exponentials} exponentials, {chip.shared_bytes_a_clock} bytes of shared memory"
     )
 

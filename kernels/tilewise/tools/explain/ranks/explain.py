@@ -159,6 +159,11 @@ def links_of(link: Any, mesh: tuple[int, ...]) -> tuple[float, ...]:
 def refuse_what_no_kernel_takes(request: Request) -> None:
     """Raise ValueError where the fused kernels do not answer on a GPU: then no time is known."""
     refuse_malformed(request)
+    if request.scales is not None:
+        raise ValueError(
+            "scales: sharing fp8 numbers over ranks is not built; explain q, k and v in 16 bits, or the part "
+            "of one rank without ranks"
+        )
     if request.impl not in (None, "portable"):
         raise ValueError(
             f"impl={request.impl!r} must be None or 'portable': parts of a larger call are answered by the "
