@@ -67,7 +67,32 @@ def pytest_configure(config: pytest.Config) -> None:
     from harness import oracle, turns
 
     oracle.ALSO[:] = config.getoption("also")
+    config.addinivalue_line("markers", "in_turns: a sweep, of which a day tries a quarter: harness/turns.py")
     os.environ.setdefault(turns.VARIABLE, turns.due())  # the same for all workers, also about midnight
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ[turns.SWEEPS] = "whole" if names_tests(config) or HAS_GPU else "in turns"
+
+
+def names_tests(config: pytest.Config) -> bool:
+    """Whether a run is of tests that somebody named."""
+    by_path = config.args_source is pytest.Config.ArgsSource.ARGS
+    return by_path or bool(config.option.keyword or config.option.markexpr)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the cases of sweeps for the day that has their turn."""
+    from harness import turns
+
+    if os.environ[turns.SWEEPS] == "whole":
+        return
+    sweeps: dict[str, list[str]] = {}
+    for item in items:
+        if item.get_closest_marker("in_turns"):
+            sweeps.setdefault(item.nodeid.split("[")[0], []).append(item.nodeid)
+    left = {case for cases in sweeps.values() for case in {*cases} - turns.whose_turn(cases)}
+    if left:
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left])
+        items[:] = [item for item in items if item.nodeid not in left]
 
 
 def pytest_report_header() -> str:
@@ -79,6 +104,8 @@ def pytest_report_header() -> str:
         where = "plain PyTorch on the CPU: TRITON_INTERPRET=0 is set, so tests of the kernel fail"
     header = f"tilewise: torch {torch.__version__}, triton {triton.__version__}, kernels run in: {where}"
     header += f"; kernels compiled for one chip or another by TILEWISE_TURN={os.environ['TILEWISE_TURN']}"
+    if os.environ["TILEWISE_SWEEPS"] == "in turns" and os.environ["TILEWISE_TURN"] != "all":
+        header += ", as is the quarter of each sweep that runs (TILEWISE_TURN=all: whole sweeps)"
     missing = [library for library in dict.fromkeys(NEEDED.values()) if find_spec(library) is None]
     return f"{header}; without the tests of {', '.join(missing)}, not installed" if missing else header
 

@@ -53,11 +53,13 @@ def test_score(device, score, dtype):
     draw(device, score, dtype, seed=dtype, **lengths(device, LENGTHS[DTYPES.index(dtype)]))
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("first, second", [(a, b) for a in SCORES for b in SCORES if a != b])
 def test_scores_apply_in_order(device, first, second):
     draw(device, first, second, DTYPES[SCORES.index(first) % 3], batch=1)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize(
     "mask, score", [(m, SCORES[(i + j) % 5]) for i, m in enumerate(MASKS) for j in (0, 2)]
 )
@@ -92,6 +94,7 @@ def test_everything_at_once(device, dtype):
 # ---- Similarity, scale, sink
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("similarity", ["scaled_dot", "dot", "cosine", "a number", "a tensor"])
 @pytest.mark.parametrize("scale", [0.7, -0.7, 0.0, "tensor", "half tensor"])
 def test_similarity_with_scale(device, similarity, scale):
@@ -104,6 +107,7 @@ def test_similarity_with_scale(device, similarity, scale):
     judge(p, backward=True)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("score", ["softcap", "alibi", "bias_modifier"])
 @pytest.mark.parametrize("similarity", ["dot", "cosine", "cosine_with_temperature"])
 def test_similarity_with_tensor_scale_and_score(device, similarity, score):
@@ -123,6 +127,7 @@ def test_sink(device, dtype):
 # ---- Sizes and layouts
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("value_dim", ["equal", "smaller", "larger"])
 @pytest.mark.parametrize("head_dim", [1, 3, 16, 20, 64, 80, 128, 255, 256])
 def test_dims(device, head_dim, value_dim):
@@ -139,6 +144,7 @@ def test_heads(device, q_heads, kv_heads):
     judge(p, backward=True)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("q_len, kv_len", [(0, 0), (0, 7), (7, 0), (1, 1), (1, 20), (20, 1)])
 @pytest.mark.parametrize(
     "features",
@@ -172,6 +178,7 @@ def test_lengths_around_tiles_with_both_causal_corners(device, q_len, kv_len):
         judge(p, backward=True)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("tile_q", [16, 32, 64])
 @pytest.mark.parametrize("tile_kv", [16, 32, 64])
 def test_tiles(device, tile_q, tile_kv):

@@ -24,6 +24,7 @@ def broadcast_shape(axes: str, sizes: tuple[int, ...] = (2, 2, 17, 20)) -> tuple
     return tuple(size if axis in axes else 1 for axis, size in zip("bhqk", sizes, strict=True))
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("axes", SUBSETS)
 def test_bias_that_broadcasts(device, axes):
     """Sums over each set of dimensions along which a bias has size 1."""
@@ -86,6 +87,7 @@ TABLES = [  # buckets, max_distance: reached by both lengths; beyond them; below
 ]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("pair", [(19, 37), (37, 19)], ids=str)
 @pytest.mark.parametrize("align", ["bottom_right", "top_left"])
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -131,6 +133,7 @@ def stretch(parameter: torch.Tensor, axes: str) -> UserScore:
     )
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("axes", SUBSETS)
 def test_parameters_of_a_user_score(device, axes):
     p = build(device, random.Random(axes), [DTYPES[SUBSETS.index(axes) % 3]], **SMALL)

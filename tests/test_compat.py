@@ -163,6 +163,7 @@ def assert_documented(call, given, q, k, v, options) -> None:
     assert_gradients_match(found, request, do.transpose(1, 2), dlse)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 8), (8, 5), (1, 6)], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_flash_attn_func(name, lengths, device):
@@ -171,6 +172,7 @@ def test_flash_attn_func(name, lengths, device):
     assert_documented(compat.flash_attn_func, (q, k, v), q, k, v, options)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("name", OPTIONS)
 def test_packed_into_one_tensor(name, device):
     """Out and gradients, in one tensor, are those of the parts, to the bit."""
@@ -247,6 +249,7 @@ def assert_same(out: Tensor, want: Tensor, leaves) -> None:
         assert_close(got, wanted)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("name", OPTIONS)
 def test_flash_attn_varlen_func(name, device):
     options = with_slopes(OPTIONS[name], device, len(LENGTHS))
@@ -389,6 +392,7 @@ def varlen_with_used(q, k, v, slopes, starts):
     )
 
 
+@pytest.mark.in_turns
 @pytest.mark.oldest
 @pytest.mark.parametrize("call", [flash, flash_varlen, varlen_with_used], ids=lambda call: call.__name__)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -188,6 +188,7 @@ OLDEST = ("documents", "user_mask", "user_score", "temperature", "dropout")
 MARKED = [pytest.param(case, marks=[pytest.mark.oldest] * (name in OLDEST)) for name, case in CASES.items()]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("case", MARKED, ids=CASES)
 def test_same_bits_with_arguments_made_inside(case, device):
     attend = attend_by(case)

@@ -199,6 +199,7 @@ def masks_with_unseen_keys(device: torch.device) -> dict[str, tuple[tilewise.Mas
     }
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", masks_with_unseen_keys(torch.device("cpu")))
 def test_unseen_keys_and_values_have_no_influence(qkv, device, name, dtype):

@@ -125,6 +125,7 @@ def test_backward_drops_the_pairs_of_the_mask(device, tile):
     assert dk.any()
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile", TILES[:3], ids=str)
 def test_gradients(device, tile, dtype):
@@ -134,6 +135,7 @@ def test_gradients(device, tile, dtype):
                         dropout_p=0.4, dropout_seed=seeded(-5, device))  # fmt: skip
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("mask", MASKS)
 def test_with_every_mask(device, mask):
     for attempt in range(100):

@@ -6,6 +6,7 @@ docs/extending.md lists the steps; each message here names the one that was left
 from __future__ import annotations
 
 import ast
+import functools
 import random
 import re
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ CPU = torch.device("cpu")
 INTERNAL = {"All", "Scale", "Normalised", "Descaled", "OwnBias"}
 
 
+@functools.cache
 def classes(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     """Every class in a folder by name, imported or not: its file, and the names of its bases."""
     found = {}

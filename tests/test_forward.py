@@ -46,6 +46,7 @@ def test_mask(device, mask, pair):
     run(device, mask, dtype, seed=pair, **lengths(device, pair))
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("mask, other", [(a, b) for a in MASKS for b in MASKS if a < b])
 def test_pair_of_masks(device, mask, other):
     run(device, mask, other, **lengths(device, (20, 37)))
@@ -74,11 +75,13 @@ def test_scores_by_position_at_both_corners(device, align, pair):
     judge(p)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("first, second", [(a, b) for a in SCORES for b in SCORES if a != b])
 def test_scores_apply_in_order(device, first, second):
     run(device, first, second, "bfloat16", q_len=17, kv_len=21)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("score", SCORES)
 def test_mask_with_score(device, mask, score):
@@ -131,6 +134,7 @@ def test_similarity(device, similarity, dtype):
     run(device, similarity, dtype, "grouped_heads", seed=dtype)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("similarity", ["scaled_dot", "dot", "cosine"])
 @pytest.mark.parametrize("scale", [0.7, 1, 1.0, -0.7, 0.0, "tensor", "half tensor"])
 def test_scale(device, similarity, scale):
@@ -192,6 +196,7 @@ def test_documents(device, ids):
     judge(p)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("low", ["-inf", "finfo.min"])
@@ -206,6 +211,7 @@ def test_additive_mask(device, dtype, bias_dtype, low):
     judge(p)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_row_of_lowest_biases(device, dtype, bias_dtype):
@@ -259,6 +265,7 @@ SKIPPING = [[name] for name in MASKS if name not in ("bool_mask", "user_mask")]
 SKIPPING += [["causal", "window"], ["prefix", "left_padding", "window"], ["intervals", "causal"]]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("tile", [Tile(16, 16), Tile(32, 16), Tile(16, 32)], ids=str)
 @pytest.mark.parametrize("masks", SKIPPING, ids=",".join)
 def test_tiles_outside_a_mask_are_not_visited(device, masks, tile):

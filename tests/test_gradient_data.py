@@ -242,6 +242,7 @@ def test_values_sum_to_the_gradients_of_rows(qkv, dtype):
 # ---- Additive masks
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("low", ["-inf", "finfo.min"])
@@ -327,6 +328,7 @@ THROUGH = {
 }
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("name", ["left padding", "columns", "between documents", "more queries than keys"])
 def test_what_no_query_sees_has_no_influence_through_scores(qkv, device, name, through):

@@ -91,6 +91,7 @@ def test_every_order_gives_the_same_bits(seed):
         assert torch.equal(got[0], out) and torch.equal(got[1], lse), (type(schedule).__name__, problem)
 
 
+@pytest.mark.in_turns
 @pytest.mark.oldest
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 7])

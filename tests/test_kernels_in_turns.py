@@ -1,7 +1,8 @@
-"""Is everything compiled within a few days? harness/turns.py says what a run compiles."""
+"""Is everything compiled, and every case tried, within a few days? harness/turns.py says what a run takes."""
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import triton
@@ -18,6 +19,7 @@ from harness.variants import (
     hopper_variants,
     shipped_variants,
 )
+from tests import conftest
 from tilewise.tools.compiled.compiler import TARGETS
 
 
@@ -100,3 +102,45 @@ def test_whatever_a_kernel_is_made_of_counts(tmp_path, monkeypatch):
         (tmp_path / name).write_text("")
     monkeypatch.setattr(triton, "__version__", "3.99.0")
     assert turns.due(tmp_path) == "all"
+
+
+@pytest.mark.parametrize("sizes", [[3, 5, 7], [0, 1, 9]])
+def test_every_case_of_a_sweep_has_its_turn(sizes, monkeypatch):
+    """A quarter a day, in four days all, whichever the first is; and as many each day, one more or less."""
+    cases = [f"test_sweep[{i}-{size}]" for i in range(10) for size in sizes]
+    for first in (739950, 739953):
+        days = []
+        for day in range(first, first + turns.DAYS):
+            monkeypatch.setenv("TILEWISE_TURN", str(day))
+            days.append(turns.whose_turn(cases))
+        assert sorted(itertools.chain(*days)) == sorted(cases)
+        assert {len(day) for day in days} == {7, 8}
+        assert all(
+            {case.rpartition("-")[2] for case in day} >= {f"{size}]" for size in sizes} for day in days
+        )
+    monkeypatch.setenv("TILEWISE_TURN", "all")
+    assert turns.whose_turn(cases) == set(cases)
+
+
+def test_a_run_that_names_tests_takes_all_cases(monkeypatch):
+    """One of the whole suite takes what has its turn, and all that is no sweep."""
+    sweep = [SimpleNamespace(nodeid=f"a.py::test_sweep[{i}]", get_closest_marker=bool) for i in range(8)]
+    other = SimpleNamespace(nodeid="a.py::test_other", get_closest_marker=lambda _: None)
+    monkeypatch.setenv("TILEWISE_TURN", "739950")
+    source, left = pytest.Config.ArgsSource, []
+
+    def run(args_source, keyword="", markexpr=""):
+        option = SimpleNamespace(keyword=keyword, markexpr=markexpr)
+        hook = SimpleNamespace(pytest_deselected=lambda items: left.append(len(items)))
+        config = SimpleNamespace(args_source=args_source, option=option, hook=hook)
+        monkeypatch.setenv("TILEWISE_SWEEPS", "whole" if conftest.names_tests(config) else "in turns")
+        items = [*sweep, other]
+        conftest.pytest_collection_modifyitems(config, items)
+        return [item.nodeid for item in items]
+
+    whole = run(source.TESTPATHS)
+    assert len(whole) == 3 and whole[-1] == other.nodeid and left == [6]
+    for given in ((source.ARGS,), (source.TESTPATHS, "sweep"), (source.TESTPATHS, "", "oldest")):
+        assert len(run(*given)) == 9 and left == [6]
+    monkeypatch.setenv("TILEWISE_TURN", "all")
+    assert len(run(source.TESTPATHS)) == 9

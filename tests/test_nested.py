@@ -142,6 +142,7 @@ TRAINED = {"ALiBi": "slopes", "UserScore": "slopes", "RelativePosition": "table"
 TRAINED |= {"bias": "bias", "Bias before Softcap": "bias"}
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_each_sequence_gets_what_it_gets_alone(name, device):
     """Queries and keys of different lengths: cut at each sequence's own corner."""

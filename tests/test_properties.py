@@ -40,6 +40,7 @@ def problems(device: torch.device, present: Feature) -> st.SearchStrategy[Proble
     return draw_problem()
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("present", FEATURES.values(), ids=str)
 def test_any_combination(device: torch.device, present: Feature):
     @seed(zlib.crc32(present.name.encode()))  # other examples for each feature, the same in every run

@@ -64,6 +64,7 @@ def test_every_feature(feature, device):
 TRAINED = [f for f in FEATURES.values() if "cache" not in f.text and f.kind not in ALIKE]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("feature", TRAINED, ids=str)
 def test_every_feature_with_gradients(feature, device):
     sizes = dict(batch=2) if feature.kind in ("rows", "layout", "mask") else SMALL

@@ -17,6 +17,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 # ---- Sizes
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("value_dim", ["equal", "smaller", "larger"])
 @pytest.mark.parametrize("head_dim", [1, 3, 16, 20, 40, 64, 80, 96, 128, 255, 256])
 def test_dims(device, head_dim, value_dim):
@@ -33,6 +34,7 @@ def test_heads(device, q_heads, kv_heads):
     judge(p)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("align", ["bottom_right", "top_left"])
 @pytest.mark.parametrize("q_len", [0, 1, 15, 16, 17, 40])
 @pytest.mark.parametrize("kv_len", [0, 1, 16, 33])

@@ -106,7 +106,10 @@ def assert_statistics(found, exact, yardstick):
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 def test_gradients_through_all_of_them(device, features):
     """Together with those of out and lse; of q, k, v, every parameter and the sink."""
-    problem = problem_of(device, features)
+    batch = 2 if "packed_apart" in features else 1
+    problem = problem_of(
+        device, features, batch=batch, q_len=18, kv_len=33
+    )  # two tiles of rows, three of keys
     request = request_of(*problem.tensors(), **problem.keywords(), impl="portable")
     counts = counts_for(request) if problem.rows() is None else counts_for(request)[0]
     rows = torch.tensor([4, 0, request.q.shape[2] - 3, 70], device=device)

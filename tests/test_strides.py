@@ -67,6 +67,7 @@ def broadcast_rows(t: torch.Tensor) -> torch.Tensor:
 VIEWS = [around, every_other, transposed, misaligned, odd_single, expanded, broadcast_rows]
 
 
+@pytest.mark.in_turns
 @pytest.mark.any_cpu
 @pytest.mark.oldest
 @pytest.mark.parametrize("view", VIEWS, ids=lambda f: f.__name__)

@@ -3,7 +3,7 @@
     PYTHONPATH=tests python -m harness.mutate                 every mutation of mutations.py
     PYTHONPATH=tests python -m harness.mutate --only NAME     one of them; may be given several times
     PYTHONPATH=tests python -m harness.mutate --list          names, files and tests
-    PYTHONPATH=tests python -m harness.mutate --in-turns      every third one, in three days all
+    PYTHONPATH=tests python -m harness.mutate --in-turns      every fourth one, in four days all
 
 Each worker has a copy of the tree. All chosen tests must pass there unmutated: a failing test catches
 nothing. Then, a mutation at a time, the line is changed, its tests run, and the line is put back.
@@ -37,7 +37,7 @@ from py_compile import PycInvalidationMode
 
 from .mutation import Mutation
 from .mutations import MUTATIONS
-from .turns import VARIABLE, has_its_turn, today
+from .turns import DAYS, VARIABLE, has_its_turn, today
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = (".ci", "kernels", "reference", "tests", "bench", "pyproject.toml", "LICENSE")
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--in-turns",
         action="store_true",
-        help="every third mutation, in three days all, by TILEWISE_TURN (harness/turns.py); those that are "
+        help="every fourth mutation, in four days all, by TILEWISE_TURN (harness/turns.py); those that are "
         "stale every day",
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time (default 2)")
@@ -201,10 +201,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("".join(f"    {test}\n" for test in mutation.tests), end="")
         return 0
     if options.in_turns:
+        days = [f"in {day} days" for day in range(DAYS)]
         chosen = [
             mutation
             for i, mutation in enumerate(chosen)
-            if has_its_turn(i, "today", ("today", "tomorrow", "then")) or occurrences(mutation) != 1
+            if has_its_turn(i, days[0], days) or occurrences(mutation) != 1
         ]
     outcomes = run_mutations(chosen, workers=options.workers, tests_pass=options.tests_pass)
     missed = [outcome for outcome in outcomes if outcome.status != "caught"]

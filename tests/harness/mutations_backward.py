@@ -350,7 +350,7 @@ MUTATIONS = (
              "*ctx.needs_input_grad[4:]]", "*ctx.needs_input_grad[3:-1]]",
              tests("ops", "op_path_gradient_of_one_result_alone[out]")),
     Mutation("ops: fake out as wide as q", OPS,
-             "return empty_in_order_of(q, v.shape[3]), lse", "return empty_in_order_of(q, q.shape[3]), lse",
+             "empty_in_order_of(q, v.shape[3], dtype), lse", "empty_in_order_of(q, q.shape[3], dtype), lse",
              tests("ops", "meta_tensors[True]")),
     Mutation("ops: fake gradients always contiguous", OPS,
              "empty_in_order_of(x, x.shape[3]) for x in (q, k, v)", "x.new_empty(x.shape) for x in (q, k, v)",

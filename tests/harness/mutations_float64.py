@@ -22,7 +22,7 @@ MUTATIONS = (
              "if request.q.dtype == torch.float64:", "if False:",
              tests("float64", "who_answers[True]")),
     Mutation("float64: cast by autocast", REQUEST,
-             "x.is_floating_point() and x.dtype != torch.float64", "x.is_floating_point()",
+             "x.dtype not in (torch.float64, FP8)", "x.dtype != FP8",
              tests("float64", "autocast_leaves_it_alone")),
     Mutation("float64: rows turned in fp32", APPEND,
              "turning.to(computed_in(x.dtype))", "turning.float()",

@@ -24,7 +24,7 @@ MUTATIONS = (
              "if dim > UNDIVIDED and rest + half < whole else", "if False else",
              tests("pieces", "pieces_of_some_dimensions[80-pieces4]")),
     Mutation("pieces: narrower than a matmul takes", PIECES,
-             "rest = max(NARROWEST, next_power_of_two(dim - half))", "rest = next_power_of_two(dim - half)",
+             "rest = max(narrowest, next_power_of_two(dim - half))", "rest = next_power_of_two(dim - half)",
              tests("pieces", "pieces_are_powers_of_two_and_waste_the_least")),
     Mutation("pieces: the widest first", PIECES,
              "return (rest, half) if", "return (half, rest) if",

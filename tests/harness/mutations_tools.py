@@ -92,7 +92,7 @@ MUTATIONS = (
              "return shape.batch * shape.q_heads * shape.q_len",
              tests("explain_packed", "memory_is_what_the_launchers_allocate")),
     Mutation("explain: offsets left where they are", EXPLAIN,
-             '"dropout", "packing", "cache")', '"dropout", "cache")',
+             '"dropout", "packing", "cache", "scales")', '"dropout", "cache", "scales")',
              tests("explain_packed", "meta_tensors_are_counted_by_offsets_that_lie_elsewhere")),
     Mutation("explain: scores of all sequences at once", PLAIN,
              "return max(held)", "return sum(held)",
