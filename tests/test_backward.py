@@ -167,6 +167,7 @@ def test_no_sequence(device, features):
     assert not any(gradient.any() for gradient in judge(p, backward=True).values())
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("q_len", [15, 16, 32, 33])
 @pytest.mark.parametrize("kv_len", [16, 17, 48])
 def test_lengths_around_tiles_with_both_causal_corners(device, q_len, kv_len):
@@ -195,6 +196,7 @@ def test_tiles_of_the_table(device, dtype):
     run(device, dtype, "causal", "bias", backward=True, **sizes)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("layout", [entry.name for entry in of_kind("layout")])
 @pytest.mark.parametrize("dims", [(16, 16), (20, 24)], ids=str)
 def test_layout(device, layout, dims):

@@ -111,6 +111,7 @@ def test_equal_rows_get_equal_gradients(qkv, dtype):
 # ---- Extremes
 
 
+@pytest.mark.in_turns
 @pytest.mark.any_cpu
 @pytest.mark.oldest
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,6 +125,7 @@ def test_huge_logits(qkv, dtype, sign):
     check_gradients(sign * q.abs() * 30, k.abs() * 30, v, do, scale=1.0)  # all of one sign
 
 
+@pytest.mark.in_turns
 @pytest.mark.any_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("key", [0, 20, 36])
@@ -144,6 +146,7 @@ def test_denormal_numbers(qkv, dtype):
     check_gradients(q, k * tiny, v, do, scale=0.5 / tiny if dtype == torch.float16 else 1.0)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cap", [1e-2, 0.5, 50.0, pytest.param(1e6, marks=pytest.mark.any_cpu)])
 def test_softcap_far_beyond_its_cap_and_far_below(qkv, dtype, cap):
@@ -159,6 +162,7 @@ def test_softcap_far_beyond_its_cap_and_far_below(qkv, dtype, cap):
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out, leaves, do))
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e-3, 30.0, 300.0])
 def test_cosine_of_short_and_long_rows(qkv, dtype, size):
@@ -168,6 +172,7 @@ def test_cosine_of_short_and_long_rows(qkv, dtype, size):
     check_gradients(q * size, k / size if size < 300 else k, v, do, similarity="cosine")
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # fp16 holds no 1 / ε
 @pytest.mark.parametrize("size", [0.0, 1e-14, 1e-13, 1e-11], ids=str)
 def test_cosine_of_rows_near_zero(qkv, dtype, size):
@@ -278,6 +283,7 @@ def test_rows_of_minus_infinity(qkv, dtype, score):
         )
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
 def test_row_of_lowest_biases(qkv, dtype, bias_dtype):

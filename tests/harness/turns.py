@@ -10,10 +10,11 @@ day decides, and every run of a day compiles the same.
 That is for kernels which have been compiled before. Where a source of theirs, a tile or a list of variants
 has changed since all was compiled by this Triton, or Triton is another, everything has its turn.
 
-A test that is marked `in_turns` has many cases, all pairs of features or each one with others drawn around
-it. What each feature does alone is in other tests, which run whole every day. A run of the whole suite in the
-interpreter takes a quarter of such cases, the next day another, in four days all. A run that names tests, by
-file, by -k or by -m, takes all of them, and so does one on a GPU.
+A test that is marked `in_turns` has many cases: pairs of features, one thing by sizes and dtypes, a feature
+with others drawn around it. Each mask and each score by itself, forward and backward, is in tests that run
+whole every day. A run of the whole suite in the interpreter takes a quarter of such cases, the next day
+another, in four days all. A run that names tests, by file, by -k or by -m, takes all of them, and so does one
+on a GPU.
 
     TILEWISE_TURN=739950 python -m pytest tests/test_compiled.py    as on that day: the header says its number
     TILEWISE_TURN=all python -m pytest tests/test_compiled.py       everything
