@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.autograd import forward_ad
 
 import tilewise
 from harness.oracle import check
@@ -281,6 +282,8 @@ def test_function_transforms_are_refused(device):
     zeros = torch.zeros(20, device=device)
     with pytest.raises(ValueError, match=r"torch\.func .* forward alone"):
         torch.func.jvp(loss, (zeros,), (zeros,))
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=r"torch\.func and forward mode"):
+        loss(zeros)
     with pytest.raises(ValueError, match=r"quantize under torch\.func"):
         torch.func.vmap(lambda x: tilewise.quantize(x, x, x).q)(x[None])
     with pytest.raises(ValueError, match="bias requires a gradient, and fp8 has a forward alone"):

@@ -85,6 +85,8 @@ def assert_matches(out: Tensor, lse: Tensor, request: Request) -> None:
     if out.numel() == 0 and lse.numel() == 0:
         return
     error_out, error_lse = errors_of_pytorch(request, want_out, want_lse)
+    if request.q.dtype == FP8 and dtype == torch.float32:
+        error_out /= 5  # 2 · E, the rule of what is rounded to few bits, whatever out comes in
     _assert_close("out", out, want_out, error_out)
     _assert_close("lse", lse, want_lse, error_lse)
 
