@@ -32,7 +32,7 @@ class Call(NamedTuple):
     dropout: tuple[Any, ...]
     is_grouped: bool = False  # the forward's tiles of rows hold those of all heads of a group
     has_holes: bool = False  # walks are over lists of tiles: coverage.py
-    v_scales: tuple[Any, ...] = ()  # what v's numbers stand for, where they are fp8: fp8.py
+    v_scales: tuple[Any, ...] = (None, None, None)  # what v's numbers stand for, where they are fp8: fp8.py
 
 
 class Split(NamedTuple):

@@ -83,7 +83,9 @@ def forward_kernel(
     split,  # (), or keys of a split and strides of `out` and `lse_ptr` from one to the next
     stats,  # what else is known of a row, and asked for: statistics.py
     lists,  # of the tiles that each program visits: coverage.py; or ()
-    v_scales,  # what V's numbers stand for, where they are fp8: fp8.py; or ()
+    v_share,  # what V's numbers stand for, where they are fp8: fp8.py; or None, as for the next two
+    v_largest,
+    v_peak,
     IS_GROUPED: tl.constexpr,  # a tile of rows holds those of all heads of a group
     HAS_GAPS: tl.constexpr,  # some key inside a row tile's range may be seen by none of its rows
     TILE_Q: tl.constexpr,
@@ -136,7 +138,7 @@ def forward_kernel(
             row_max, row_sum, p, rescale = softmax_step(s, row_max, row_sum, unit)
             known = statistics_step(known, stats, s, kv_idx, before, row_max, unit)
             p = drop(p, dropout_keep(batch, head_column, q_idx, kv_start, dropout, TILE_KV, False), dropout)
-            p = stretched(p, v_scales, batch, kv_head, kv_row, sizes, layout)
+            p = stretched(p, v_share, v_largest, v_peak, batch, kv_head, kv_row, sizes, layout)
             p = round_to(p, v[0].dtype)
             # O = O · rescale + P V
             o = products(p, v, scaled(o, rescale[:, None]), PRECISION)  # [TILE_Q, VALUE_TILE]
@@ -158,7 +160,7 @@ def forward_kernel(
     if unit is not None:
         natural_max = row_max * unit
     factor, lse, sum_log2 = softmax_end(natural_max, row_sum)
-    factor = shrunk(factor, v_scales, batch, kv_head, sizes, layout)
+    factor = shrunk(factor, v_largest, v_peak, batch, kv_head, sizes, layout)
     o = scaled(o, factor[:, None])
 
     if are_wide(VALUE_TILE) and not IS_GROUPED:
@@ -221,7 +223,7 @@ def forward_launch(
         split=() if split is None or lse is None else (split.size, out.stride(0), lse.stride(0)),
         stats=stats.given(),
         lists=lists,
-        v_scales=call.v_scales,
+        **dict(zip(("v_share", "v_largest", "v_peak"), call.v_scales, strict=True)),
         IS_GROUPED=call.is_grouped,
         HAS_GAPS=call.has_gaps,
         TILE_Q=tile.tile_q,

@@ -53,6 +53,8 @@ def shared_bytes(tile: Tile, arch: str, element_bytes: int, dim: int, work: Pass
     share = 4 * tile.tile_q * dim if work == "dqkv" else 0
     owned = 0 if arch.startswith("gfx") else owned
     rows = {"dkv": tile.tile_kv, "dqkv": dim}.get(work, tile.tile_q)  # of dQ's share, its columns
+    if element_bytes == 1 and rows < 64:  # numbers of 8 bits are multiplied as fp16 then
+        element_bytes = 2
     from_shared = element_bytes <= 2 and rows >= 64 and family(arch) in ("sm_90", "sm_100")
     between = 0 if from_shared else tile.tile_q * tile.tile_kv
     in_flight = tile.num_stages if from_shared else max(1, tile.num_stages - 1)

@@ -68,9 +68,10 @@ def scale_sizes(shape: Shape, rows: int | None) -> tuple[tuple[int, ...], tuple[
 
 
 def given_scale(scale: Tensor, sizes: tuple[int, ...], rows: int | None) -> tuple[Any, ...]:
-    """A scale for `scale_at`."""
-    known = (scale, scale.expand(sizes).stride())
-    return known if rows is None else (*known, rows)
+    """A scale for `scale_at`, every number where that looks for it: Triton 3.6 loses strides that are 1 on
+    their way through functions."""
+    scale = scale.expand(sizes).contiguous()
+    return (scale, sizes[1]) if rows is None else (scale, *sizes[1:], rows)
 
 
 # ---- The scales of Q and K
@@ -79,20 +80,20 @@ def given_scale(scale: Tensor, sizes: tuple[int, ...], rows: int | None) -> tupl
 @triton.jit
 def scale_at(scale, side, batch, head, rows, count):
     """The scales of rows of a head of the caller's sequence `batch`, one number if they do not change along
-    rows. scale: (pointer, strides), or with the rows of a tile behind them; side, count: sequences.py."""
-    ptr = scale[0] + head.to(tl.int64) * scale[1][1]
+    rows. scale: a pointer to [batch, heads], and heads; or to [blocks, heads, tiles], heads, tiles and the
+    rows of a tile. side, count: sequences.py."""
+    heads = scale[1]
     if len(scale) == 2:
-        return tl.load(ptr + batch.to(tl.int64) * scale[1][0])
+        return tl.load(scale[0] + (batch.to(tl.int64) * heads + head))
     elif len(side) == 3 and len(side[2]) > 0:
         table_ptr, table_strides, page_size, page_count = side[2]
         table_ptr += batch.to(tl.int64) * table_strides[0]
         page = page_of(rows, None, (table_ptr, table_strides[1], page_size, page_count))
-        tile = (rows % page_size) // scale[2]
-        return tl.load(ptr + page * scale[1][0] + tile.to(tl.int64) * scale[1][2])
+        return tl.load(scale[0] + ((page * heads + head) * scale[2] + (rows % page_size) // scale[3]))
     else:
         place, _length = rows_at(side, batch, count)
-        tile = (place[1] + rows) // scale[2]
-        return tl.load(ptr + place[0].to(tl.int64) * scale[1][0] + tile.to(tl.int64) * scale[1][2])
+        tile = (place[1] + rows) // scale[3]
+        return tl.load(scale[0] + ((place[0].to(tl.int64) * heads + head) * scale[2] + tile))
 
 
 @triton.jit
@@ -118,31 +119,28 @@ class Descaled(Score):
         return BoundScore(descale, (q_scale, k_scale, sizes, shape.layout))
 
 
-# ---- Those of V. v_scales: (share, largest, peak), or () of numbers that need none; share: as above, or ()
+# ---- Those of V. largest: as above, one for each head, or None where no number has a scale; share: or None
 
 
 @triton.jit
-def stretched(p, v_scales, batch, kv_head, kv_row, sizes, layout):
+def stretched(p, share, largest, peak, batch, kv_head, kv_row, sizes, layout):
     """P · (v_scale / largest) · peak, for a tile P [TILE_Q, TILE_KV] of keys kv_row [TILE_KV]."""
-    if len(v_scales) == 0:
-        return p
-    else:
-        share, largest, peak = v_scales
-        if len(share) > 0:
+    if largest is not None:
+        factor = peak
+        if share is not None:
             most = scale_at(largest, layout[1], batch, kv_head, kv_row, sizes[3])
-            part = scale_at(share, layout[1], batch, kv_head, kv_row, sizes[3]) / most
-            return p * (part * peak)[None, :]
-        else:
-            return p * peak
+            part = scale_at(share, layout[1], batch, kv_head, kv_row, sizes[3])  # [TILE_KV]
+            factor = (part * (peak / most))[None, :]
+        p = p * factor
+    return p
 
 
 @triton.jit
-def shrunk(factor, v_scales, batch, kv_head, sizes, layout):
+def shrunk(factor, largest, peak, batch, kv_head, sizes, layout):
     """The factor that is due to the rows of O, times largest / peak."""
-    if len(v_scales) == 0:
+    if largest is None:
         return factor
     else:
-        largest, peak = v_scales[1], v_scales[2]
         return factor * (scale_at(largest, layout[1], batch, kv_head, kv_head, sizes[3]) / peak)
 
 
@@ -152,9 +150,9 @@ def peak_of(kept_factor: float) -> float:
 
 
 def of_values(scales: Scales, shape: Shape, kept_factor: float) -> tuple[Any, ...]:
-    """What `stretched` and `shrunk` take as `v_scales`."""
+    """What `stretched` and `shrunk` take as share, largest and peak."""
     rows, heads = scales.rows, (shape.batch, shape.kv_heads)
-    share: tuple[Any, ...] = ()
+    share: tuple[Any, ...] | None = None
     largest = scales.v
     if rows is not None:
         share = given_scale(scales.v, scale_sizes(shape, rows)[1], rows)

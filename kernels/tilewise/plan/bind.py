@@ -19,7 +19,7 @@ def bind(request: Request) -> Call:
         scores = [place_score(score, place) for score in scores]
     asked = None if place is None else place.asked
     dropout = () if request.dropout is None else request.dropout.args(asked)
-    v_scales: tuple[Any, ...] = ()
+    v_scales: tuple[Any, ...] = (None, None, None)
     if request.scales is not None:
         v_scales = of_values(request.scales, shape, dropout[2] if dropout else 1.0)
     return Call(
