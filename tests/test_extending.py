@@ -305,10 +305,11 @@ def test_a_rival_has_its_look_and_its_stand_in(name):
     )
 
 
-# Where a rival is held to float64 through its stand-in: in dense calls, or in packed ones alone.
+# Where a rival is held to float64 through its stand-in: in dense calls, or in packed ones or fp8 alone.
 JUDGED = {
     "test_implementations.py": r"^WITH_LIBRARY = (\(.*?\))$",
     "test_packed.py": r"^TAKEN = (\{.*?\})",
+    "test_fp8.py": r"^JUDGED = (\(.*?\))$",
 }
 
 

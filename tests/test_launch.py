@@ -194,7 +194,8 @@ def disturbances():
         stack.callback(setattr, driver, "device", 0)
 
     def a_global(stack):
-        (name, _), (_, where) = next(iter(forward_kernel.used_global_vals.items()))
+        used = forward_kernel.used_global_vals.items()
+        name, where = next((n, w) for (n, _), (_, w) in used if hasattr(w[n], "value"))
         before = where[name]
         where[name] = triton.language.constexpr(before.value)  # equal, so Triton goes on; who knows that
         stack.callback(where.__setitem__, name, before)

@@ -173,6 +173,8 @@ def largest_of(scale: Tensor, rows: int, shape: Shape) -> Tensor:
         scale = scale[table.clamp(0, count - 1).long()].transpose(1, 2)  # [batch, kv_heads, max_pages, tiles]
         first = (torch.arange(table.shape[1], device=scale.device)[:, None] * size + first).flatten()
         scale = scale.flatten(2)
+        if 0 in scale.shape:  # no sequence has a page
+            return scale.new_ones(1, 1)
     holds = first < cache.kv_lens[:, None, None]
     most = torch.where(holds, scale, 0.0).amax(2)
     return torch.where(most > 0, most, 1.0)
