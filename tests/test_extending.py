@@ -309,7 +309,7 @@ def test_a_rival_has_its_look_and_its_stand_in(name):
 JUDGED = {
     "test_implementations.py": r"^WITH_LIBRARY = (\(.*?\))$",
     "test_packed.py": r"^TAKEN = (\{.*?\})",
-    "test_fp8.py": r"^JUDGED = (\(.*?\))$",
+    "test_fp8.py": r"^JUDGED = (\(.*?\))",
 }
 
 
