@@ -22,13 +22,12 @@ import tilewise
 from tilewise.kernels.append import launch_append, launch_turn
 from tilewise.kernels.quantize import launch_quantize
 from tilewise.kernels.tile import CopiedTile, HopperBackwardTile, HopperTile
-from tilewise.parts.fp8 import FP8
+from tilewise.parts.fp8 import FP8, empty_numbers
 from tilewise.parts.place import Place
 from tilewise.parts.rotary import RotaryTable
 from tilewise.parts.shape import Cache, Pages
 from tilewise.plan.passes import run_forward
 from tilewise.plan.request import request_of
-from tilewise.pytorch.quantize import quantize_shapes
 from tilewise.tools.compiled.compiler import (
     HOPPER_BACKWARD,
     TARGETS,
@@ -431,7 +430,7 @@ def fp8_variants() -> list[Variant]:
 
     def quantized(dtype: str, dim: int, rows: int, is_rotated: bool) -> None:
         x = plain_inputs(dtype, dim)[0]
-        x8, scale = quantize_shapes(x, rows, is_rotated, True, "portable")
+        x8, scale = empty_numbers(x, rows, along_rows=True)
         launch_quantize(x, x8, scale, rows, is_rotated, is_measured=False)
 
     asked = tilewise.Stats(True, True, True, torch.empty(20, dtype=torch.int64, device="meta"), 4)

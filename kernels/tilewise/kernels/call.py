@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..parts.fp8 import FP8, NARROWEST_FP8
+from ..parts.fp8 import FP8, NARROWEST_FP8, ValueScales
 from ..parts.masks.mask import BoundMask
 from ..parts.numerics import INTERPRETED, float32_precision
 from ..parts.pieces import NARROWEST, pieces_of
@@ -32,7 +32,7 @@ class Call(NamedTuple):
     dropout: tuple[Any, ...]
     is_grouped: bool = False  # the forward's tiles of rows hold those of all heads of a group
     has_holes: bool = False  # walks are over lists of tiles: coverage.py
-    v_scales: tuple[Any, ...] = (None, None, None)  # what v's numbers stand for, where they are fp8: fp8.py
+    v_scales: ValueScales = ValueScales()  # what v's numbers stand for, where they are fp8
 
 
 class Split(NamedTuple):

@@ -25,7 +25,7 @@ def copies_of(call: Call, tile: Tile) -> dict[str, TensorDescriptor | None]:
     if (
         not isinstance(tile, CopiedTile)
         or in_pages
-        or call.v_scales[1] is not None
+        or call.v_scales.largest is not None
         or not (can_be_copied(call.k) and can_be_copied(call.v))
     ):
         return found

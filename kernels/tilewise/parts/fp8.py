@@ -33,6 +33,7 @@ from .shape import Shape, ceil_div
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of its numbers
 NARROWEST_FP8 = 32  # columns that a matmul of such numbers needs
+ALIGNED = 16  # bytes by which a column of numbers that lie along the rows begins
 
 Tensor = torch.Tensor
 
@@ -53,6 +54,19 @@ class Scales(NamedTuple):
     v: Tensor
     rows: int | None = None
     dtype: torch.dtype = torch.bfloat16
+
+
+def empty_numbers(x: Tensor, rows: int, along_rows: bool) -> tuple[Tensor, Tensor]:
+    """Where `quantize` puts the numbers of x [blocks, heads, length, dim], in x's memory order or each column
+    in one piece, and their scales. rows: of a tile; 0: a scale for each head, -1: for the tensor."""
+    blocks, heads, length, dim = x.shape
+    if along_rows:
+        padded = ceil_div(length, ALIGNED) * ALIGNED
+        x8 = x.new_empty((blocks, heads, dim, padded), dtype=FP8).transpose(2, 3)[:, :, :length]
+    else:
+        x8 = torch.empty_like(x, dtype=FP8)
+    sizes: tuple[int, ...] = (blocks, heads, ceil_div(length, rows)) if rows > 0 else (blocks, heads)
+    return x8, x.new_empty((1, 1) if rows < 0 else sizes, dtype=torch.float32)
 
 
 def scale_sizes(shape: Shape, rows: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -119,7 +133,15 @@ class Descaled(Score):
         return BoundScore(descale, (q_scale, k_scale, sizes, shape.layout))
 
 
-# ---- Those of V. largest: as above, one for each head, or None where no number has a scale; share: or None
+class ValueScales(NamedTuple):
+    """What a kernel is told of the scales of V, for `scale_at`; all None where V is not fp8."""
+
+    share: tuple[Any, ...] | None = None  # where they change along the keys
+    largest: tuple[Any, ...] | None = None  # of each head
+    peak: float | None = None
+
+
+# ---- Those of V: the three of `ValueScales`
 
 
 @triton.jit
@@ -149,15 +171,15 @@ def peak_of(kept_factor: float) -> float:
     return 2.0 ** math.floor(math.log2(LARGEST / kept_factor)) if kept_factor else 1.0
 
 
-def of_values(scales: Scales, shape: Shape, kept_factor: float) -> tuple[Any, ...]:
-    """What `stretched` and `shrunk` take as share, largest and peak."""
+def of_values(scales: Scales, shape: Shape, kept_factor: float) -> ValueScales:
+    """What `stretched` and `shrunk` take."""
     rows, heads = scales.rows, (shape.batch, shape.kv_heads)
     share: tuple[Any, ...] | None = None
     largest = scales.v
     if rows is not None:
         share = given_scale(scales.v, scale_sizes(shape, rows)[1], rows)
         largest = largest_of(scales.v, rows, shape)
-    return share, given_scale(largest, heads, None), peak_of(kept_factor)
+    return ValueScales(share, given_scale(largest, heads, None), peak_of(kept_factor))
 
 
 def largest_of(scale: Tensor, rows: int, shape: Shape) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..kernels.call import Call
-from ..parts.fp8 import of_values
+from ..parts.fp8 import ValueScales, of_values
 from ..parts.place import place_mask, place_score
 from .request import Request
 
@@ -19,7 +17,7 @@ def bind(request: Request) -> Call:
         scores = [place_score(score, place) for score in scores]
     asked = None if place is None else place.asked
     dropout = () if request.dropout is None else request.dropout.args(asked)
-    v_scales: tuple[Any, ...] = (None, None, None)
+    v_scales = ValueScales()
     if request.scales is not None:
         v_scales = of_values(request.scales, shape, dropout[2] if dropout else 1.0)
     return Call(

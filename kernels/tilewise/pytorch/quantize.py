@@ -7,12 +7,11 @@ import torch
 from tilewise_reference.fp8 import quantize as definition
 
 from ..kernels.quantize import SMALLEST_SCALE, launch_quantize
-from ..parts.fp8 import FP8
+from ..parts.fp8 import empty_numbers
 from ..parts.shape import ceil_div
 from .ops import library
 
 Tensor = torch.Tensor
-ALIGNED = 16  # bytes by which a column of numbers that lie along the rows begins
 MEASURED_ROWS = 128  # that a program measures of a longer stretch
 
 # rows: of a tile; 0: a number for each head, -1: for the tensor.
@@ -23,7 +22,7 @@ library.define(
 
 def quantize(x: Tensor, rows: int, is_rotated: bool, along_rows: bool, impl: str) -> tuple[Tensor, Tensor]:
     """x [blocks, heads, length, dim] as e4m3 numbers and their scales."""
-    x8, scale = quantize_shapes(x, rows, is_rotated, along_rows, impl)
+    x8, scale = empty_numbers(x, rows, along_rows)
     if impl == "torch":
         per = rows if rows > 0 else "head" if rows == 0 else "tensor"
         found = definition(x, per, is_rotated)
@@ -45,15 +44,7 @@ def quantize(x: Tensor, rows: int, is_rotated: bool, along_rows: bool, impl: str
 def quantize_shapes(
     x: Tensor, rows: int, is_rotated: bool, along_rows: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """Where the results go: the numbers in x's memory order, or each column in one piece."""
-    blocks, heads, length, dim = x.shape
-    if along_rows:
-        padded = ceil_div(length, ALIGNED) * ALIGNED
-        x8 = x.new_empty((blocks, heads, dim, padded), dtype=FP8).transpose(2, 3)[:, :, :length]
-    else:
-        x8 = torch.empty_like(x, dtype=FP8)
-    sizes: tuple[int, ...] = (blocks, heads, ceil_div(length, rows)) if rows > 0 else (blocks, heads)
-    return x8, x.new_ones((1, 1) if rows < 0 else sizes, dtype=torch.float32)
+    return empty_numbers(x, rows, along_rows)
 
 
 for key in ("CPU", "CUDA"):

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tilewise_reference import Case
 
-from ..parts.fp8 import FP8, Scales
+from ..parts.fp8 import Scales, empty_numbers
 from ..parts.masks.causal import Causal
 from ..parts.masks.dense import Dense
 from ..parts.masks.documents import Documents
@@ -21,7 +21,6 @@ from ..parts.masks.window import Window
 from ..parts.scores.alibi import ALiBi, alibi_slopes
 from ..parts.scores.relative_position import RelativePosition
 from ..parts.scores.softcap import Softcap
-from ..parts.shape import ceil_div
 from ..parts.similarity import Cosine
 
 Tensor = torch.Tensor
@@ -95,11 +94,9 @@ def fp8_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor,
     """What `quantize` makes of these [batch, heads, length, dim], without contents, and so of meta tensors
     too: sizes, strides, dtypes, and a scale for each head. Columns of v lie in one piece, and begin at
     multiples of 16 bytes."""
-    *lead, length, dim = v.shape
-    columns = v.new_empty(*lead, dim, ceil_div(length, 16) * 16, dtype=FP8)
-    q_scale, k_scale, v_scale = (x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k, v))
-    q8, k8 = (torch.empty_like(x, dtype=FP8) for x in (q, k))
-    return q8, k8, columns.mT[..., :length, :], Scales(q_scale, k_scale, v_scale, dtype=q.dtype)
+    (q8, q_scale), (k8, k_scale) = (empty_numbers(x, 0, along_rows=False) for x in (q, k))
+    v8, v_scale = empty_numbers(v, 0, along_rows=True)
+    return q8, k8, v8, Scales(q_scale, k_scale, v_scale, dtype=q.dtype)
 
 
 def case_inputs(case: Case, device: torch.device | str, seed: int = 0, gradients: bool = False) -> Inputs:
