@@ -27,7 +27,7 @@ def part(features: str) -> tuple[str, ...]:
 MUTATIONS = (
     Mutation("place: an interval that stays where the whole's keys are", PARTS,
              "return lo - origin[3], hi - origin[3], whole", "return lo, hi, whole",
-             part("intervals-user_score")),
+             part("intervals-blocks-user_score")),
     Mutation("place: pairs asked for by the part's rows", PARTS,
              "q_idx + origin[2], kv_idx + origin[3], batch % origin[4] + origin[0]",
              "q_idx, kv_idx + origin[3], batch % origin[4] + origin[0]",
